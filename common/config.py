@@ -1,0 +1,233 @@
+"""RunConfig: everything one run needs, and the one reader of Flower's run configuration.
+
+Flower hands a run a flat table of scalars with dotted, kebab-case keys (``model.image-size``), from
+``[tool.flwr.app.config]`` and ``--run-config``. This module turns it into one frozen, bounded object,
+refuses unknown keys, and writes it back as the ``config.toml`` from which a run can be repeated.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import ConfigError, require_file
+
+Scalar = str | int | float | bool
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Section(BaseModel):
+    """A frozen table of the configuration: strict about unknown keys, kebab-case outside."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True, protected_namespaces=()
+    )
+
+
+class Method(StrEnum):
+    """What is learned from the bags (see ``docs/methods.md``)."""
+
+    LHFGLP = "lhfglp"
+    """All three parts: dictionary, masks, proportion loss at every level."""
+    DLLP_HIERARCHICAL = "dllp-hierarchical"
+    """The plain pipeline (backbone + one linear head a level), proportion loss at every level."""
+    DLLP = "dllp"
+    """The plain pipeline, proportion loss at the leaf only; coarse levels sum the leaves."""
+
+
+class Norm(StrEnum):
+    """What replaces BatchNorm, whose statistics would mix images across bags and sites."""
+
+    GROUP = "group"
+    """GroupNorm: affine weights are kept, running statistics are dropped."""
+    FROZEN_BATCH = "frozen-batch"
+    """BatchNorm with the statistics of the weights file, as constants; needs a weights file."""
+
+
+class Strategy(StrEnum):
+    """How the server turns the sites' models into the next one."""
+
+    FEDAVG = "fedavg"
+    FEDPROX = "fedprox"
+    FEDAVGM = "fedavgm"
+    FEDADAM = "fedadam"
+    FEDYOGI = "fedyogi"
+    FEDPALS = "fedpals"
+    """FedAvg whose weights align the sites' label marginals with the target (arXiv 2411.03799)."""
+    MEDIAN = "median"
+    TRIMMED_MEAN = "trimmed-mean"
+    KRUM = "krum"
+
+
+class ModelConfig(Section):
+    """The classifier. Sizes are pixels, counts or plain numbers."""
+
+    method: Method = Method.LHFGLP
+    backbone: str = Field("resnet-small", description="'resnet-small' or a torchvision model name")
+    weights: str = Field("", description="local weights file (.safetensors or .pth), or empty")
+    norm: Norm = Norm.GROUP
+    image_size: int = Field(48, ge=8, le=1024, description="side of the square input, pixels")
+    atoms_per_class: int = Field(8, ge=1, le=256, description="dictionary atoms per class (k)")
+    iterations: int = Field(3, ge=1, le=50, description="unrolled ISTA steps (T)")
+    dictionary: bool = Field(True, description="switch for the sparse dictionary blocks")
+    masks: bool = Field(True, description="switch for the category-aware masks")
+
+
+class LossConfig(Section):
+    """The hierarchical proportion loss. Weights are relative and >= 0."""
+
+    coarse_weight: float = Field(0.3, ge=0, le=100, description="weight of each level above leaf, final")
+    anneal_from: float = Field(
+        1.0, ge=0, le=100, description="weight of each level above leaf in round 1; falls linearly to coarse-weight"
+    )
+    anneal_share: float = Field(0.5, ge=0, le=1, description="share of the rounds the fall takes")
+    reconstruction: float = Field(0.01, ge=0, le=100, description="alpha of the reconstruction error")
+    sparsity: float = Field(0.0001, ge=0, le=100, description="beta of the l1 norm of the codes")
+
+
+class TrainConfig(Section):
+    """Local training at a site."""
+
+    local_epochs: int = Field(1, ge=1, le=1000, description="passes over the site's bags per round")
+    bags_per_step: int = Field(4, ge=1, le=4096, description="bags per optimiser step")
+    optimiser: Annotated[str, Field(pattern="^(sgd|adamw)$")] = "adamw"
+    learning_rate: float = Field(0.002, gt=0, le=10, description="at round 1; cosine to 5% at the end")
+    weight_decay: float = Field(0.0001, ge=0, le=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
+    clip_gradient: float = Field(5.0, gt=0, le=1e6, description="norm the step's gradient is clipped to")
+    augment: bool = Field(True, description="flips, quarter turns, small shifts, brightness")
+    held_back: float = Field(0.1, ge=0, le=0.9, description="share of bags held back for selection")
+    threads: int = Field(1, ge=1, le=256, description="torch threads per site; 1 is bitwise repeatable")
+
+
+class FederationConfig(Section):
+    """Who takes part, how long the server waits, and how it aggregates."""
+
+    strategy: Strategy = Strategy.FEDAVG
+    sites: int = Field(5, ge=1, le=100_000, description="sites the server waits for at the start")
+    quorum: int = Field(1, ge=1, le=100_000, description="fewest good updates that make a round")
+    deadline: float = Field(3600.0, gt=0, le=1e7, description="seconds to wait for replies in a round")
+    enrol_deadline: float = Field(600.0, gt=0, le=1e7, description="seconds to wait for sites to appear")
+    allow: str = Field("", description="comma-separated site names that may take part; empty: all")
+    max_update_mb: float = Field(1024.0, gt=0, le=1e6, description="largest update accepted, MiB")
+    proximal_mu: float = Field(0.0, ge=0, le=100, description="FedProx: weight of the proximal term")
+    server_learning_rate: float = Field(1.0, gt=0, le=100, description="fedavgm, fedadam, fedyogi")
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm momentum; fedadam/fedyogi beta 1")
+    trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed-mean: share cut at each end")
+    byzantine: int = Field(0, ge=0, le=100_000, description="krum: sites assumed malicious")
+    pals_mix: float = Field(0.5, ge=0, le=1, description="fedpals: 0 = bag counts, 1 = aligned")
+
+
+class EvaluationConfig(Section):
+    """When the held-back bags are looked at."""
+
+    every: int = Field(1, ge=1, le=10_000, description="rounds between looks at the held-back bags")
+
+
+class RunConfig(Section):
+    """One run, complete. ``config.toml`` in the run folder is this object."""
+
+    name: str = Field("fedbags", min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0, lt=2**31, description="fixes data order, augmentation and initial weights")
+    rounds: int = Field(10, ge=1, le=100_000)
+    run_dir: str = Field("", description="run folder; empty: ~/.fedbags/runs/NAME-RUN_ID")
+    sites_dir: str = Field("", description="folder of site folders (simulation); empty: synthetic hospitals")
+    resume: bool = Field(False, description="go on from the run folder's newest checkpoint")
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Scalar]) -> Self:
+        """Read Flower's flat run configuration.
+
+        Args:
+            flat: dotted kebab-case keys; missing keys take their defaults.
+
+        Raises:
+            ConfigError: every unknown key (with the nearest known one) and out-of-range value.
+        """
+        known = cls().to_flat()
+        problems = []
+        nested: dict[str, Any] = {}
+        for key, value in flat.items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                problems.append(f"unknown key {key!r}{hint}")
+                continue
+            *tables, last = key.split(".")
+            target = nested
+            for table in tables:
+                target = target.setdefault(table, {})
+            target[last] = value
+        try:
+            config = cls.model_validate(nested)
+        except ValidationError as error:
+            for fault in error.errors():
+                key = ".".join(str(part) for part in fault["loc"])
+                problems.append(f"{key} = {fault['input']!r}: {fault['msg']}")
+        if problems:
+            lines = "\n".join(f"  {problem}" for problem in problems)
+            raise ConfigError(
+                f"the run configuration has {len(problems)} fault(s):\n{lines}\n"
+                "`fedbags config` lists every key with its unit and bounds."
+            )
+        return config
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Read a ``config.toml``, nested or dotted."""
+        require_file(path, "the configuration file", "Give the config.toml of a run folder.")
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        return cls.from_flat(flatten(data))
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """The flat form that Flower carries; the inverse of from_flat."""
+        return flatten(self.model_dump(mode="json", by_alias=True))
+
+    def to_toml(self) -> str:
+        """The complete configuration as TOML text."""
+        return tomli_w.dumps(self.model_dump(mode="json", by_alias=True))
+
+    def with_changes(self, changes: Mapping[str, Scalar]) -> Self:
+        """A copy with some flat keys replaced, validated like from_flat."""
+        return type(self).from_flat({**self.to_flat(), **changes})
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Nested tables to dotted keys."""
+    flat: dict[str, Scalar] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse_setting(text: str) -> tuple[str, Scalar]:
+    """Parse one ``KEY=VALUE`` of ``--set``; the value is a TOML scalar, else taken as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: write KEY=VALUE, for example train.learning-rate=0.001")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    if not isinstance(parsed, str | int | float | bool):
+        raise ConfigError(f"--set {text!r}: the value must be a text, a number or true/false")
+    return key.strip(), parsed

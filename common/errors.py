@@ -1,0 +1,75 @@
+"""The errors that fedbags raises on purpose, and the exit status each becomes.
+
+    FedbagsError
+    ├── UserError          exit 2: the user can mend it; says what, where, and what to do
+    │   ├── ConfigError    a key of the run or site configuration
+    │   └── DataError      rows of a site folder or of a source; all bad rows are listed together
+    ├── RunError           exit 1: the run could not go on (quorum, deadline, lost site)
+    └── EgressError        a site refused to send something (its text carries no data)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_ROWS_SHOWN = 20
+
+
+class FedbagsError(Exception):
+    """Base of every error that fedbags raises on purpose."""
+
+
+class UserError(FedbagsError):
+    """Something that the user can mend; the CLI prints it without a traceback and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, missing or out of range."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One row that cannot be used: where it stands and why."""
+
+    file: str
+    row: int | None
+    """1-based line of the file, the header being line 1; None when the fault has no line."""
+    reason: str
+
+    def __str__(self) -> str:
+        where = self.file if self.row is None else f"{self.file}, row {self.row}"
+        return f"{where}: {self.reason}"
+
+
+class DataError(UserError):
+    """One or more rows of a folder or table are unusable.
+
+    Args:
+        summary: one sentence that says what was being read and what is wrong.
+        rows: every bad row found, in reading order.
+        advice: what the user can do about it.
+    """
+
+    def __init__(self, summary: str, rows: Sequence[BadRow] = (), advice: str = "") -> None:
+        self.summary, self.rows, self.advice = summary, tuple(rows), advice
+        lines = [summary, *(f"  {row}" for row in self.rows[:MAX_ROWS_SHOWN])]
+        if len(self.rows) > MAX_ROWS_SHOWN:
+            lines.append(f"  ... and {len(self.rows) - MAX_ROWS_SHOWN} more")
+        if advice:
+            lines.append(advice)
+        super().__init__("\n".join(lines))
+
+
+class RunError(FedbagsError):
+    """The run could not go on; the CLI prints it and exits with 1."""
+
+
+class EgressError(FedbagsError):
+    """A reply was refused at the site. The text names keys and shapes, never data."""
+
+
+def require_file(path: Path, what: str, advice: str) -> Path:
+    """Return ``path``, or raise a UserError that says which file is missing and what to do."""
+    if not path.is_file():
+        raise UserError(f"{what} not found: {path}\n{advice}")
+    return path

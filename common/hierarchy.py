@@ -1,0 +1,188 @@
+"""The label tree: levels from coarse to fine, the classes of each, and the parent of every class.
+
+Counts roll up from leaves to coarser levels exactly (integers); predictions are decoded to the best
+root-to-leaf path. Knows nothing of images, models or sites.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import BadRow, DataError
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """A label tree of L >= 1 levels, all leaves at the same depth.
+
+    Attributes:
+        levels: the name of each level, coarse to fine.
+        classes: the class names of each level; their order defines the class indices.
+        parents: ``parents[l][c]`` is the index at level ``l - 1`` of class ``c`` of level ``l``;
+            ``parents[0]`` is empty.
+    """
+
+    levels: tuple[str, ...]
+    classes: tuple[tuple[str, ...], ...]
+    parents: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def from_rows(
+        cls, levels: Sequence[str], rows: Sequence[Sequence[str]], file: str = "hierarchy"
+    ) -> Self:
+        """Build the tree from one row per leaf, coarse to fine.
+
+        Args:
+            levels: level names, coarse to fine.
+            rows: one row per leaf, one cell per level; the classes keep their order of appearance.
+            file: the name that error rows carry.
+
+        Raises:
+            DataError: ragged rows, empty cells, a leaf given twice, or a class under two parents;
+                every bad row is listed.
+        """
+        bad: list[BadRow] = []
+        if not levels or len(set(levels)) != len(levels):
+            raise DataError(
+                f"{file}: the header must name each level once, coarse to fine; got {list(levels)}"
+            )
+        index: list[dict[str, int]] = [{} for _ in levels]
+        parents: list[list[int]] = [[] for _ in levels]
+        first_seen: dict[tuple[int, str], int] = {}
+        for number, row in enumerate(rows, start=2):
+            cells = [cell.strip() for cell in row]
+            if len(cells) != len(levels) or not all(cells):
+                bad.append(BadRow(file, number, f"{len(levels)} non-empty cells expected: {cells}"))
+                continue
+            conflict = ""
+            for level in range(1, len(levels)):
+                known = index[level].get(cells[level])
+                if known is None:
+                    continue
+                expected = index[level - 1].get(cells[level - 1])
+                if parents[level][known] != expected:
+                    line = first_seen[level, cells[level]]
+                    conflict = (
+                        f"{levels[level]} {cells[level]!r} has another parent than in row {line}"
+                    )
+            if not conflict and cells[-1] in index[-1]:
+                conflict = f"leaf {cells[-1]!r} stands already in row " + str(
+                    first_seen[len(levels) - 1, cells[-1]]
+                )
+            if conflict:
+                bad.append(BadRow(file, number, conflict))
+                continue
+            for level, name in enumerate(cells):
+                if name not in index[level]:
+                    index[level][name] = len(index[level])
+                    first_seen[level, name] = number
+                    if level:
+                        parents[level].append(index[level - 1][cells[level - 1]])
+        if bad or not index[-1]:
+            raise DataError(
+                f"{file} is not a tree whose leaves are all at level {levels[-1]!r}"
+                if bad
+                else f"{file} holds no leaf",
+                bad,
+                "Write one row per leaf, with every level filled in and one parent per class.",
+            )
+        return cls(
+            levels=tuple(levels),
+            classes=tuple(tuple(names) for names in index),
+            parents=tuple(tuple(level) for level in parents),
+        )
+
+    @classmethod
+    def from_csv(cls, path: Path) -> Self:
+        """Read ``hierarchy.csv``: a header of level names, then one row per leaf (see from_rows)."""
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as stream:
+                rows = [row for row in csv.reader(stream) if row]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(
+                f"the hierarchy {path} cannot be read: {error}",
+                advice="Give a UTF-8 CSV: a header of level names, then one row per leaf.",
+            ) from error
+        if not rows:
+            raise DataError(f"the hierarchy {path} is empty")
+        return cls.from_rows([name.strip() for name in rows[0]], rows[1:], file=str(path))
+
+    def to_rows(self) -> list[list[str]]:
+        """One row per leaf, coarse to fine; the inverse of from_rows."""
+        return [
+            [self.classes[level][node] for level, node in enumerate(path)]
+            for path in self.paths.tolist()
+        ]
+
+    def to_csv(self, path: Path) -> None:
+        """Write the tree so that from_csv gives it back."""
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([self.levels, *self.to_rows()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form: ``{"levels": [...], "rows": [[...], ...]}``."""
+        return {"levels": list(self.levels), "rows": self.to_rows()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of to_dict."""
+        return cls.from_rows(data["levels"], data["rows"])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of classes of each level."""
+        return tuple(len(names) for names in self.classes)
+
+    @cached_property
+    def paths(self) -> NDArray[np.int64]:
+        """Shape (C_L, L): the class index at every level of each leaf."""
+        columns = [np.arange(self.sizes[-1])]
+        for level in range(len(self.levels) - 1, 0, -1):
+            columns.append(np.asarray(self.parents[level], dtype=np.int64)[columns[-1]])
+        return np.stack(columns[::-1], axis=1).astype(np.int64)
+
+    @cached_property
+    def leaf_index(self) -> dict[str, int]:
+        """Leaf name to leaf index."""
+        return {name: leaf for leaf, name in enumerate(self.classes[-1])}
+
+    def roll_up(self, leaf_counts: NDArray[Any]) -> list[NDArray[Any]]:
+        """Sum leaf counts up the tree.
+
+        Args:
+            leaf_counts: shape (..., C_L), any numeric dtype (integers stay exact).
+
+        Returns:
+            One array of shape (..., C_l) per level, coarse to fine; the last equals the input.
+        """
+        rolled = []
+        for level, size in enumerate(self.sizes):
+            out = np.zeros((*leaf_counts.shape[:-1], size), dtype=leaf_counts.dtype)
+            np.add.at(out, (..., self.paths[:, level]), leaf_counts)
+            rolled.append(out)
+        return rolled
+
+    def decode(self, log_probabilities: Sequence[Tensor]) -> Tensor:
+        """The best root-to-leaf path: the leaf whose path has the largest summed log-probability.
+
+        Args:
+            log_probabilities: per level a tensor of shape (N, C_l).
+
+        Returns:
+            Shape (N, L), int64: consistent class indices, coarse to fine.
+        """
+        paths = torch.as_tensor(self.paths, device=log_probabilities[0].device)
+        score = sum(
+            level_scores.float()[:, paths[:, level]]
+            for level, level_scores in enumerate(log_probabilities)
+        )
+        assert isinstance(score, Tensor)
+        return paths[score.argmax(dim=1)]
