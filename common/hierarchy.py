@@ -35,9 +35,7 @@ class Hierarchy:
     parents: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def from_rows(
-        cls, levels: Sequence[str], rows: Sequence[Sequence[str]], file: str = "hierarchy"
-    ) -> Self:
+    def from_rows(cls, levels: Sequence[str], rows: Sequence[Sequence[str]], file: str = "hierarchy") -> Self:
         """Build the tree from one row per leaf, coarse to fine.
 
         Args:
@@ -70,9 +68,7 @@ class Hierarchy:
                 expected = index[level - 1].get(cells[level - 1])
                 if parents[level][known] != expected:
                     line = first_seen[level, cells[level]]
-                    conflict = (
-                        f"{levels[level]} {cells[level]!r} has another parent than in row {line}"
-                    )
+                    conflict = f"{levels[level]} {cells[level]!r} has another parent than in row {line}"
             if not conflict and cells[-1] in index[-1]:
                 conflict = f"leaf {cells[-1]!r} stands already in row " + str(
                     first_seen[len(levels) - 1, cells[-1]]
@@ -118,8 +114,7 @@ class Hierarchy:
     def to_rows(self) -> list[list[str]]:
         """One row per leaf, coarse to fine; the inverse of from_rows."""
         return [
-            [self.classes[level][node] for level, node in enumerate(path)]
-            for path in self.paths.tolist()
+            [self.classes[level][node] for level, node in enumerate(path)] for path in self.paths.tolist()
         ]
 
     def to_csv(self, path: Path) -> None:
@@ -166,7 +161,8 @@ class Hierarchy:
         rolled = []
         for level, size in enumerate(self.sizes):
             out = np.zeros((*leaf_counts.shape[:-1], size), dtype=leaf_counts.dtype)
-            np.add.at(out, (..., self.paths[:, level]), leaf_counts)
+            for leaf, node in enumerate(self.paths[:, level]):
+                out[..., node] += leaf_counts[..., leaf]
             rolled.append(out)
         return rolled
 
@@ -181,8 +177,7 @@ class Hierarchy:
         """
         paths = torch.as_tensor(self.paths, device=log_probabilities[0].device)
         score = sum(
-            level_scores.float()[:, paths[:, level]]
-            for level, level_scores in enumerate(log_probabilities)
+            level_scores.float()[:, paths[:, level]] for level, level_scores in enumerate(log_probabilities)
         )
         assert isinstance(score, Tensor)
         return paths[score.argmax(dim=1)]

@@ -1,0 +1,196 @@
+"""Backbones: torchvision classification models, or our small ResNet, as maps from images to features.
+
+The classifier is removed, BatchNorm replaced, in-place activations made out of place. A named model keeps
+its official stem at every image size: a name means the published architecture, with or without its
+weights, and 'resnet-small' is there for small images. Knows nothing of label trees or bags.
+"""
+
+import difflib
+import pickle
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from common.config import Norm
+from common.errors import ConfigError, UserError, require_file
+from common.small_resnet import SmallResNet
+
+SMALL = "resnet-small"
+MAX_GROUPS = 32
+
+
+class Backbone(nn.Module):
+    """A network without its classifier.
+
+    Attributes:
+        body: the network; maps (N, 3, S, S) to (N, n_features).
+        n_features: length of the pooled feature.
+        ignored_weights: names in the weights file that belong to the removed classifier.
+    """
+
+    def __init__(self, body: nn.Module, n_features: int, ignored_weights: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.body = body
+        self.n_features = n_features
+        self.ignored_weights = ignored_weights
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (N, n_features) of images (N, 3, S, S)."""
+        features: Tensor = self.body(images)
+        return features
+
+
+def backbone_names() -> list[str]:
+    """Every name that build_backbone knows."""
+    return [SMALL, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build_backbone(name: str, norm: Norm, weights: Path | None, image_size: int) -> Backbone:
+    """Build a backbone; random weights come from torch's global generator.
+
+    Args:
+        name: 'resnet-small' or a torchvision classification model (see backbone_names).
+        norm: what replaces BatchNorm. FROZEN_BATCH without weights freezes mean 0 and variance 1, a
+            placeholder for statistics that are loaded later; build_model refuses it.
+        weights: state dict of the named model in torchvision's own names (.safetensors, or .pth read
+            with ``weights_only``), or None for random weights.
+        image_size: side of the square input in pixels.
+
+    Raises:
+        ConfigError: unknown name, or a model without a linear classifier or that cannot take this size.
+        UserError: the weights file is missing, unreadable, or of another model.
+    """
+    if name == SMALL:
+        body: nn.Module = SmallResNet()
+        if weights is not None:
+            _load_weights(body, weights, classifier="")
+        return Backbone(body, SmallResNet.n_features)
+    body = _torchvision_model(name, image_size)
+    path, classifier = _last_linear(name, body)
+    ignored = _load_weights(body, weights, classifier=path) if weights is not None else ()
+    body.set_submodule(path, nn.Identity())
+    _replace_batch_norm(body, norm)
+    for module in body.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
+    backbone = Backbone(body, classifier.in_features, ignored)
+    _check_by_running(name, backbone, image_size)
+    return backbone
+
+
+def _torchvision_model(name: str, image_size: int) -> nn.Module:
+    known = backbone_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ConfigError(
+            f"model.backbone = {name!r} is neither {SMALL!r} nor a torchvision classification model{hint}"
+        )
+    options = {"image_size": image_size} if name.startswith("vit_") else {}
+    try:
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"model.backbone = {name!r} does not take images of {image_size} px: {error}"
+        ) from error
+    return model
+
+
+def _last_linear(name: str, body: nn.Module) -> tuple[str, nn.Linear]:
+    """The classifier: the last linear layer of the network, with its dotted path."""
+    linears = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ConfigError(
+            f"model.backbone = {name!r} has no linear classifier to remove; choose another model"
+        )
+    return linears[-1]
+
+
+def _replace_batch_norm(body: nn.Module, norm: Norm) -> None:
+    found = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    for path, batch_norm in found:
+        body.set_submodule(path, _frozen(batch_norm) if norm is Norm.FROZEN_BATCH else _grouped(batch_norm))
+
+
+def _grouped(batch_norm: nn.BatchNorm2d) -> nn.GroupNorm:
+    """GroupNorm (Wu & He 2018) with the BatchNorm's affine weights; its running statistics are dropped.
+
+    The groups are the largest divisor of the channels up to 32 that leaves two channels in a group: a
+    group of one channel would erase that channel's mean, and everything where the map is one pixel.
+    """
+    channels = batch_norm.num_features
+    divisors = [n for n in range(1, MAX_GROUPS + 1) if channels % n == 0 and channels // n >= 2]
+    group_norm = nn.GroupNorm(max(divisors, default=1), channels, eps=batch_norm.eps)
+    group_norm.load_state_dict({"weight": batch_norm.weight, "bias": batch_norm.bias})
+    return group_norm
+
+
+def _frozen(batch_norm: nn.BatchNorm2d) -> nn.Module:
+    """The same affine map and statistics, as constants."""
+    frozen: nn.Module = FrozenBatchNorm2d(batch_norm.num_features, eps=batch_norm.eps)
+    state = batch_norm.state_dict()
+    del state["num_batches_tracked"]
+    frozen.load_state_dict(state)
+    return frozen
+
+
+def _load_weights(body: nn.Module, path: Path, classifier: str) -> tuple[str, ...]:
+    """Load a state dict; return the names of the classifier, which is removed afterwards and may differ."""
+    require_file(path, "the weights file", "Give a local .safetensors or .pth file as model.weights.")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"the weights file {path} cannot be read: {type(error).__name__}\n"
+            "Give a state dict saved by safetensors or by torch.save (tensors only)."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"the weights file {path} is not a flat state dict of tensors\nSave model.state_dict()."
+        )
+    own = body.state_dict()
+    removed = tuple(key for key in state if classifier and key.startswith(f"{classifier}."))
+    expected = {key for key in own if not (classifier and key.startswith(f"{classifier}."))}
+    # Files of old torch versions, and files without BatchNorm, do not count batches; nothing here does.
+    expected -= {key for key in expected if key.endswith("num_batches_tracked") and key not in state}
+    given = set(state) - set(removed)
+    faults = [f"missing: {key}" for key in sorted(expected - given)]
+    faults += [f"unknown: {key}" for key in sorted(given - set(own))]
+    faults += [
+        f"shape of {key}: {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(given & expected)
+        if state[key].shape != own[key].shape
+    ]
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:10])
+        more = f"\n  ... and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise UserError(
+            f"the weights file {path} is not of this backbone:\n{shown}{more}\n"
+            "Set model.backbone to the model that the file was saved from."
+        )
+    body.load_state_dict({key: state[key] for key in given}, strict=False)
+    return removed
+
+
+@torch.no_grad()
+def _check_by_running(name: str, backbone: Backbone, image_size: int) -> None:
+    """One tiny forward pass: some models want larger images or return auxiliary outputs in training."""
+    try:
+        features = backbone(torch.zeros(2, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"model.backbone = {name!r} does not take images of {image_size} px: {error}\n"
+            "Raise model.image-size, or choose another model."
+        ) from error
+    if not isinstance(features, Tensor) or features.shape != (2, backbone.n_features):
+        raise ConfigError(
+            f"model.backbone = {name!r} does not give one pooled feature per image; choose another"
+        )
