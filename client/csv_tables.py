@@ -1,0 +1,84 @@
+"""Reading a CSV of a hospital: which columns it must have, and which line each row stood on.
+
+Faults are collected, not raised, so that a user sees all of them at once.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import BadRow
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """The rows of one file: ``rows[i]`` maps column to stripped cell and stood on ``lines[i]``."""
+
+    file: str
+    columns: tuple[str, ...]
+    rows: tuple[dict[str, str], ...]
+    lines: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        return zip(self.lines, self.rows, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_csv(path: Path, required: Sequence[str], fatal: list[BadRow], bad: list[BadRow]) -> CsvTable | None:
+    """Read ``path`` as UTF-8 CSV with a header.
+
+    Args:
+        path: the file; faults name it by its last part.
+        required: columns that must be there; others are kept too.
+        fatal: receives what makes the whole file unusable (missing, not UTF-8, no such column).
+        bad: receives rows whose number of cells differs from the header's; they are left out.
+
+    Returns:
+        The table, or None when something was added to ``fatal``.
+    """
+    file = path.name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        fatal.append(BadRow(file, None, f"cannot be read: {error.strerror or error}"))
+        return None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        fatal.append(BadRow(file, line, "is not UTF-8; save the file as UTF-8"))
+        return None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[dict[str, str]] = []
+    lines: list[int] = []
+    columns: tuple[str, ...] = ()
+    try:
+        columns = tuple(name.strip() for name in next(reader, []))
+        missing = [name for name in required if name not in columns]
+        if missing or len(set(columns)) != len(columns):
+            what = f"lacks column(s) {missing}" if missing else "names a column twice"
+            fatal.append(BadRow(file, 1, f"the header {what}; it has {list(columns)}"))
+            return None
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(columns):
+                reason = f"{len(cells)} cells where the header has {len(columns)}"
+                bad.append(BadRow(file, reader.line_num, reason))
+                continue
+            rows.append({name: cell.strip() for name, cell in zip(columns, cells, strict=True)})
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        fatal.append(BadRow(file, reader.line_num, f"is not CSV: {error}"))
+        return None
+    return CsvTable(file, columns, tuple(rows), tuple(lines))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a UTF-8 CSV with a header and Unix line ends."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([header, *rows])

@@ -1,0 +1,207 @@
+"""Decoded images on disk, memory-mapped: decoding is paid once per data version, not once per epoch.
+
+Shared by the bag store and by the labelled test images; knows neither bags nor labels. A cache is one
+folder ``KIND-SIZE-VERSION`` holding ``images.npy`` (N, S, S, 3) uint8 and ``cache.json``. It is built in
+a temporary folder and renamed into place, so that a reader never meets half a cache and two processes
+that build at once end with one.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.errors import UserError
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+
+FORMAT = 1
+"""Raised when decoding changes, so that caches of older releases are not taken for this one's."""
+
+CHUNK = 128
+"""Images decoded between two writes; bounds memory and sets how often progress is told."""
+
+STALE_SECONDS = 24 * 3600
+"""A temporary folder older than this was left by a process that was killed."""
+
+
+@dataclass(frozen=True)
+class CachedImages:
+    """Decoded images and what decoding them met.
+
+    Attributes:
+        images: shape (N, S, S, 3) uint8, read-only, mapped from disk; a failed image is all zero.
+        failed: index to reason, for images that could not be decoded.
+        converted: images that were not 8-bit RGB.
+        resized: images that were not S by S pixels.
+    """
+
+    images: NDArray[np.uint8]
+    failed: dict[int, str]
+    converted: int
+    resized: int
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    pixels: NDArray[np.uint8]
+    converted: bool = False
+    resized: bool = False
+    fault: str = ""
+
+
+def open_cache(
+    folder: Path,
+    kind: str,
+    version: str,
+    paths: Sequence[Path],
+    image_size: int,
+    progress: Progress | None = None,
+) -> CachedImages:
+    """Map the cache of these images, building it first where it does not exist.
+
+    Args:
+        folder: where caches live; made if missing.
+        kind: what the images are for (``bags`` or ``test``): kinds do not replace one another.
+        version: hash of everything the content depends on.
+        paths: at least one image file, in the order of the rows wanted.
+        image_size: S, pixels.
+        progress: told about every CHUNK images while building.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full; no partial cache is left.
+    """
+    target = folder / f"{kind}-{image_size}-{FORMAT}.{version[:24]}"
+    if not (target / "cache.json").is_file():
+        needed = len(paths) * image_size * image_size * 3
+        try:
+            _build(folder, target, paths, image_size, progress)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"the disk is full: the image cache in {folder} needs {needed:,} bytes.\n"
+                    "Free some space, or point the cache at another disk."
+                ) from error
+            raise UserError(
+                f"the image cache in {folder} cannot be written: {error.strerror or error}.\n"
+                f"Allow writing there ({needed:,} bytes), or point the cache at another folder."
+            ) from error
+        _remove_others(folder, target, f"{kind}-{image_size}-")
+    record = json.loads((target / "cache.json").read_text(encoding="utf-8"))
+    return CachedImages(
+        images=np.load(target / "images.npy", mmap_mode="r"),
+        failed={int(index): reason for index, reason in record["failed"].items()},
+        converted=record["converted"],
+        resized=record["resized"],
+    )
+
+
+def decode_all(
+    paths: Sequence[Path], image_size: int, progress: Progress | None = None
+) -> Iterator[_Decoded]:
+    """Decode images in order, some threads at work (Pillow releases the interpreter lock)."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # Pillow only warns of an image of 90 to 180 million pixels; for us it is a bad image.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for start in range(0, len(paths), CHUNK):
+            chunk = paths[start : start + CHUNK]
+            yield from pool.map(lambda path: _decode(path, image_size), chunk)
+            if progress is not None:
+                progress(start + len(chunk), len(paths))
+
+
+def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Bring an image to shape (size, size, 3): shorter side resized, centre cut out, 8-bit RGB."""
+    width, height = image.size
+    if (width, height) != (size, size):
+        scale = size / min(width, height)
+        wide, high = max(size, round(width * scale)), max(size, round(height * scale))
+        left, top = (wide - size) // 2, (high - size) // 2
+        # Pillow's bilinear filter widens with the reduction: it is antialiased.
+        image = image.resize((wide, high), Image.Resampling.BILINEAR)
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image, dtype=np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to 8-bit RGB; alpha is dropped, deep greyscale is stretched over its own range.
+
+    Files of 16 bits rarely use all of them (12-bit cameras), so their own range is the only safe one.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = float(values.min()), float(values.max())
+        stretched = (values - low) * (255.0 / (high - low) if high > low else 0.0)
+        image = Image.fromarray(stretched.round().astype(np.uint8))
+    return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+
+
+def _decode(path: Path, size: int) -> _Decoded:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            pixels = square(to_rgb(image), size)
+            return _Decoded(pixels, image.mode != "RGB", image.size != (size, size))
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        blank = np.zeros((size, size, 3), dtype=np.uint8)
+        return _Decoded(blank, fault=f"the image cannot be decoded ({describe(error)})")
+
+
+def describe(error: Exception) -> str:
+    """What went wrong with an image, without the path that some of these messages repeat."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image file that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _build(folder: Path, target: Path, paths: Sequence[Path], size: int, progress: Progress | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="tmp-", dir=folder))
+    try:
+        failed: dict[int, str] = {}
+        converted = resized = 0
+        with (temporary / "images.npy").open("wb") as stream:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            # Plain writes: on a full disk they raise, where a write through a memory map kills us.
+            for index, decoded in enumerate(decode_all(paths, size, progress)):
+                stream.write(decoded.pixels.tobytes())
+                converted += decoded.converted
+                resized += decoded.resized
+                if decoded.fault:
+                    failed[index] = decoded.fault
+        record = {"failed": failed, "converted": converted, "resized": resized}
+        (temporary / "cache.json").write_text(json.dumps(record), encoding="utf-8")
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / "cache.json").is_file():
+                raise
+            # Another process was first; its cache has the same content.
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_others(folder: Path, target: Path, prefix: str) -> None:
+    for other in folder.iterdir():
+        if not other.is_dir():
+            continue
+        stale = other.name.startswith("tmp-") and other.stat().st_mtime < time.time() - STALE_SECONDS
+        if stale or (other.name.startswith(prefix) and other != target):
+            shutil.rmtree(other, ignore_errors=True)
