@@ -105,6 +105,7 @@ class TrainConfig(Section):
     clip_gradient: float = Field(5.0, gt=0, le=1e6, description="norm the step's gradient is clipped to")
     augment: bool = Field(True, description="flips, quarter turns, small shifts, brightness")
     held_back: float = Field(0.1, ge=0, le=0.9, description="share of bags held back for selection")
+    device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
     threads: int = Field(1, ge=1, le=256, description="torch threads per site; 1 is bitwise repeatable")
 
 
@@ -118,12 +119,15 @@ class FederationConfig(Section):
     enrol_deadline: float = Field(600.0, gt=0, le=1e7, description="seconds to wait for sites to appear")
     allow: str = Field("", description="comma-separated site names that may take part; empty: all")
     max_update_mb: float = Field(1024.0, gt=0, le=1e6, description="largest update accepted, MiB")
-    proximal_mu: float = Field(0.0, ge=0, le=100, description="FedProx: weight of the proximal term")
+    proximal_mu: float = Field(0.01, ge=0, le=100, description="FedProx: weight of the proximal term")
     server_learning_rate: float = Field(1.0, gt=0, le=100, description="fedavgm, fedadam, fedyogi")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm momentum; fedadam/fedyogi beta 1")
     trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed-mean: share cut at each end")
     byzantine: int = Field(0, ge=0, le=100_000, description="krum: sites assumed malicious")
-    pals_mix: float = Field(0.5, ge=0, le=1, description="fedpals: 0 = bag counts, 1 = aligned")
+    pals_target: Annotated[str, Field(pattern="^(uniform|pooled)$")] = "uniform"
+    pals_regularisation: float = Field(
+        0.1, ge=0, le=1e6, description="fedpals: 0 aligns label marginals, large weighs by bags"
+    )
 
 
 class EvaluationConfig(Section):
@@ -140,6 +144,7 @@ class RunConfig(Section):
     rounds: int = Field(10, ge=1, le=100_000)
     run_dir: str = Field("", description="run folder; empty: ~/.fedbags/runs/NAME-RUN_ID")
     sites_dir: str = Field("", description="folder of site folders (simulation); empty: synthetic hospitals")
+    skip_bad: bool = Field(False, description="leave out a site's bad rows (listed in quarantine.csv)")
     resume: bool = Field(False, description="go on from the run folder's newest checkpoint")
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

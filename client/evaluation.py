@@ -1,0 +1,75 @@
+"""What a site computes for the server about a model: sums and counts, nothing of a single image."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from client.bags import BagStore, to_tensor
+from client.training import choose_device, chunks, make_batch
+from common.config import RunConfig
+from common.lhfglp import LHFGLP, consistent_prediction, log_probabilities
+from common.losses import proportion_kl, proportion_l1
+from common.messages import Metric
+
+if TYPE_CHECKING:  # training must not even load the module that opens instance labels
+    from client.labelled import LabelledImages
+
+IMAGES_AT_ONCE = 256
+
+
+@torch.no_grad()
+def evaluate_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> dict[str, Metric]:
+    """Proportion KL and L1 per level, averaged over the site's held-back bags; uses no labels.
+
+    Returns:
+        ``bags-kl`` and ``bags-l1`` (one number per level) and ``held-back-bags``; empty when the site
+        holds no bag back.
+    """
+    device = choose_device(config.train.device)
+    model.to(device).eval()
+    _, held_back = store.split(config.train.held_back, config.seed)
+    if not len(held_back):
+        return {}
+    kl, l1 = [], []
+    for bags in chunks(held_back, max(1, IMAGES_AT_ONCE // int(store.bag_sizes.max()))):
+        batch = make_batch(store, bags, None).to(device)
+        scores = model(batch.images).scores
+        pairs = list(zip(scores, batch.level_counts, strict=True))
+        kl.append(torch.stack([proportion_kl(s, batch.bag_index, c) for s, c in pairs]).cpu())
+        l1.append(torch.stack([proportion_l1(s, batch.bag_index, c) for s, c in pairs]).cpu())
+    return {
+        "bags-kl": tuple(torch.cat(kl, dim=1).double().mean(dim=1).tolist()),
+        "bags-l1": tuple(torch.cat(l1, dim=1).double().mean(dim=1).tolist()),
+        "held-back-bags": len(held_back),
+    }
+
+
+@torch.no_grad()
+def evaluate_labelled(model: LHFGLP, test: "LabelledImages", config: RunConfig) -> dict[str, Metric]:
+    """Confusion counts per level on labelled images, per-level argmax and best root-to-leaf path.
+
+    Returns:
+        ``confusion.argmax.LEVEL`` and ``confusion.path.LEVEL``: C_l * C_l counts, row by row, rows the
+        true class.
+    """
+    device = choose_device(config.train.device)
+    model.to(device).eval()
+    tree = test.hierarchy
+    argmax, path = [], []
+    for rows in chunks(np.arange(len(test.labels)), IMAGES_AT_ONCE):
+        output = model(to_tensor(test.images[rows[0] : rows[-1] + 1]).to(device))
+        argmax.append(torch.stack([p.argmax(1) for p in log_probabilities(output)], dim=1).cpu())
+        path.append(consistent_prediction(output, tree).cpu())
+    truth = torch.from_numpy(tree.paths[test.labels])
+    metrics: dict[str, Metric] = {}
+    for decoder, predicted in (("argmax", torch.cat(argmax)), ("path", torch.cat(path))):
+        for level, size in enumerate(tree.sizes):
+            metrics[f"confusion.{decoder}.{level}"] = _confusion(
+                predicted[:, level], truth[:, level], size
+            )
+    return metrics
+
+
+def _confusion(predicted: torch.Tensor, truth: torch.Tensor, size: int) -> tuple[int, ...]:
+    return tuple(torch.bincount(truth * size + predicted, minlength=size * size).tolist())

@@ -1,0 +1,74 @@
+"""Where a site's folder is: in a deployment the node says so, in a simulation its number does."""
+
+import fcntl
+from pathlib import Path
+
+from flwr.app import Context
+
+from client.site import SITE_FILE
+from common.config import RunConfig
+from common.errors import ConfigError, UserError
+
+DATA_PATH, PARTITION = "data-path", "partition-id"
+SYNTHETIC_CACHE = Path(".fedbags") / "synthetic"
+
+
+def find_site(context: Context) -> Path:
+    """The folder of the site that this node speaks for.
+
+    A SuperNode started with ``--node-config 'data-path="..."'`` is that site. A simulated node takes
+    the folder of its number below ``sites-dir``; without one, a synthetic hospital that is drawn once
+    and kept in the user's home.
+
+    Raises:
+        UserError: there is no such folder.
+        ConfigError: the node is neither.
+    """
+    if path := context.node_config.get(DATA_PATH):
+        return _existing(Path(str(path)))
+    if PARTITION not in context.node_config:
+        raise ConfigError(
+            f"this node has no site: start the SuperNode with --node-config '{DATA_PATH}=\"/path/to/site\"'"
+        )
+    number = int(context.node_config[PARTITION])
+    config = RunConfig.from_flat(context.run_config)
+    sites = site_folders(Path(config.sites_dir)) if config.sites_dir else synthetic_sites(config)
+    if number >= len(sites):
+        raise UserError(f"site number {number} asked for, but there are {len(sites)} site folders")
+    return sites[number]
+
+
+def site_folders(sites_dir: Path) -> list[Path]:
+    """Every folder below ``sites_dir`` that holds a site.toml, by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = sorted(path.parent for path in sites_dir.glob(f"*/{SITE_FILE}"))
+    if not folders:
+        raise UserError(
+            f"no site folder (one with a {SITE_FILE}) in {sites_dir}\n"
+            "Write some with `fedbags bags build`, or leave --sites-dir out for synthetic hospitals."
+        )
+    return folders
+
+
+def synthetic_sites(config: RunConfig) -> list[Path]:
+    """The synthetic hospitals of a configuration, drawn by whoever comes first and kept."""
+    from client.sources.synthetic import write_synthetic_sites
+
+    sites, size, seed = config.federation.sites, config.model.image_size, config.seed
+    root = Path.home() / SYNTHETIC_CACHE
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        target = root / f"sites-{sites}-pixels-{size}-seed-{seed}"
+        if not target.exists():
+            write_synthetic_sites(target, sites=sites, seed=seed, image_size=size)
+    return site_folders(target)
+
+
+def _existing(folder: Path) -> Path:
+    if not (folder / SITE_FILE).is_file():
+        raise UserError(f"the node's data-path is not a site folder: {folder}")
+    return folder

@@ -1,0 +1,176 @@
+"""The three records that cross the network, and their one translation into Flower records and back.
+
+ProportionRelease goes from a site to the server once per data version; ModelUpdate goes both ways;
+PrivacyStatement goes from a site to the server with every update. Nothing else may travel. This is the
+only module that builds or reads Flower records.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from common.hierarchy import Hierarchy
+
+FloatArray = NDArray[np.float32]
+T = TypeVar("T", bound="Record")
+Metric = int | float | tuple[int, ...] | tuple[float, ...]
+
+_JSON = "json"
+_ARRAYS, _METRICS = "arrays", "metrics"
+
+
+class MessageError(ValueError):
+    """A Flower record is not one of ours. The text names records, keys, dtypes and shapes only."""
+
+
+class Record(BaseModel):
+    """Base of the records: frozen, strict, no extra fields."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+    )
+
+
+class ProportionRelease(Record):
+    """What a site says about its labels, once per data version.
+
+    Only the finest level is sent; coarser counts are its sums, so the levels agree by construction.
+    """
+
+    site: str
+    data_version: str
+    hierarchy: dict[str, Any] = Field(description="Hierarchy.to_dict(): class names, no data")
+    granularity: Literal["none", "total", "per-bag"]
+    leaf_counts: tuple[tuple[float, ...], ...] = Field(
+        description="shape (0, C_L), (1, C_L) for the site total, or (bags, C_L); images"
+    )
+    bags: int = Field(ge=1, description="number of bags; not protected")
+    bag_sizes: tuple[int, ...] = Field(description="images per bag, only when released per bag")
+    mechanism: Literal["none", "exact", "discrete-laplace"]
+    event: dict[str, float | str] = Field(description="the accounted DP event; empty when not private")
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the counts carry calibrated noise (or none were released)."""
+        return self.mechanism != "exact"
+
+    def tree(self) -> Hierarchy:
+        """The site's label tree."""
+        return Hierarchy.from_dict(self.hierarchy)
+
+    def total(self) -> NDArray[np.float64] | None:
+        """Leaf counts of the whole site, shape (C_L,); None when the site releases none."""
+        return np.sum(self.leaf_counts, axis=0, dtype=np.float64) if self.leaf_counts else None
+
+
+def _read_only(arrays: Any) -> dict[str, FloatArray]:
+    checked = {}
+    for name, array in dict(arrays).items():
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+            raise ValueError(f"array {name!r} must be float32")
+        view = array.view()
+        view.flags.writeable = False
+        checked[str(name)] = view
+    return checked
+
+
+class ModelUpdate(Record):
+    """Model arrays and the metrics that policy allows; server to site, and back.
+
+    The server sends every float array of the model, a site only the trainable ones. Metric names are
+    ``name`` or ``name.detail``; ``name`` is what a site's policy allows or withholds.
+    """
+
+    sender: str = Field(description="a site's name, or 'server'")
+    round: int = Field(ge=0)
+    arrays: Annotated[dict[str, FloatArray], BeforeValidator(_read_only)] = {}
+    metrics: dict[str, Metric] = {}
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the arrays in MiB."""
+        return sum(array.nbytes for array in self.arrays.values()) / 2**20
+
+
+class PrivacyStatement(Record):
+    """What a site has spent so far, in its own words, sent with every update."""
+
+    site: str
+    round: int = Field(ge=0)
+    unit: Literal["bag"] = "bag"
+    adjacency: Literal["replace-one"] = "replace-one"
+    epsilon: float | None = Field(None, ge=0, description="None: no bound holds (training is not private)")
+    delta: float | None = Field(None, gt=0, lt=1)
+    events: tuple[dict[str, float | str], ...] = ()
+    budget_left: float | None = Field(None, ge=0, description="epsilon left under the site's cap")
+    ledger_head: str = ""
+
+
+_RECORD_NAMES: Mapping[type[Record], str] = {
+    ProportionRelease: "release",
+    ModelUpdate: "update",
+    PrivacyStatement: "privacy",
+}
+
+
+def to_records(*messages: Record) -> RecordDict:
+    """Translate records into one Flower RecordDict; from_records gives them back unchanged."""
+    records = RecordDict()
+    for message in messages:
+        name = _RECORD_NAMES[type(message)]
+        if isinstance(message, ModelUpdate):
+            records[_ARRAYS] = ArrayRecord({key: Array(array) for key, array in message.arrays.items()})
+            records[_METRICS] = MetricRecord(
+                {key: list(v) if isinstance(v, tuple) else v for key, v in message.metrics.items()}
+            )
+            text = message.model_dump_json(include={"sender", "round"})
+        else:
+            text = message.model_dump_json()
+        records[name] = ConfigRecord({_JSON: text})
+    return records
+
+
+def from_records(records: RecordDict, kind: type[T]) -> T:
+    """Read one record of ``kind`` out of a Flower RecordDict.
+
+    Raises:
+        MessageError: the record is missing, or a key, dtype or shape is not one of the contract.
+    """
+    name = _RECORD_NAMES[kind]
+    config = records.config_records.get(name)
+    if config is None or list(config) != [_JSON] or not isinstance(config[_JSON], str):
+        raise MessageError(f"record {name!r} is missing or malformed")
+    try:
+        if kind is not ModelUpdate:
+            return kind.model_validate_json(str(config[_JSON]))
+        head = kind.model_validate_json(str(config[_JSON]))
+        arrays = {key: _decode(key, array) for key, array in records.array_records[_ARRAYS].items()}
+        metrics = {
+            key: tuple(v) if isinstance(v, list) else v
+            for key, v in records.metric_records[_METRICS].items()
+        }
+        return kind.model_validate({**head.model_dump(), "arrays": arrays, "metrics": metrics})
+    except KeyError as error:
+        raise MessageError(f"record {error} is missing") from None
+    except ValidationError as error:
+        faults = ", ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        raise MessageError(f"record {name!r}: {faults}") from None
+
+
+def check_only(records: RecordDict, *kinds: type[Record]) -> None:
+    """Raise MessageError unless the RecordDict holds exactly the records of these kinds."""
+    expected = {_RECORD_NAMES[kind] for kind in kinds}
+    if ModelUpdate in kinds:
+        expected |= {_ARRAYS, _METRICS}
+    if set(records) != expected:
+        raise MessageError(f"records {sorted(expected)} expected, got {sorted(records)}")
+
+
+def _decode(name: str, array: Array) -> FloatArray:
+    if array.dtype != "float32" or array.stype != "numpy.ndarray":
+        raise MessageError(f"array {name!r} has dtype {array.dtype}, float32 expected")
+    return array.numpy()

@@ -1,0 +1,191 @@
+"""The ``fedbags`` command. Each command reads its options and calls one function; nothing is computed here.
+
+Heavy libraries are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.errors import FedbagsError, UserError
+from deploy import bags_cli
+
+HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
+
+Start here:
+
+  fedbags simulate                         five synthetic hospitals, under two minutes
+  fedbags bags build --help                turn a folder of images into hospitals
+  fedbags simulate --sites-dir SITES       train on them
+  fedbags predict RUN IMAGE...             use the trained model
+"""
+
+app = typer.Typer(
+    help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False
+)
+site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
+runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
+app.add_typer(bags_cli.app, name="bags")
+app.add_typer(site_app, name="site")
+app.add_typer(runs_app, name="runs")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]
+
+
+class Engine(StrEnum):
+    """Who carries the messages of a simulation."""
+
+    LOCAL = "local"
+    FLOWER = "flower"
+
+
+@app.command()
+def simulate(
+    sites: Annotated[int | None, typer.Option(help="Synthetic hospitals to draw.", min=1)] = None,
+    sites_dir: Annotated[Path | None, typer.Option(help="Folder of site folders.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Federated rounds.", min=1)] = None,
+    local_epochs: Annotated[int | None, typer.Option(help="Passes per round at a site.", min=1)] = None,
+    method: Annotated[str | None, typer.Option(help="lhfglp, dllp-hierarchical or dllp.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="resnet-small, or any torchvision model.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes data, weights and order.", min=0)] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME-TIME].")] = None,
+    engine: Annotated[Engine, typer.Option(help="Our own grid, or Flower's simulation runtime.")] = Engine.LOCAL,
+    workers: Annotated[int | None, typer.Option(help="Processes (local engine) [default: cores].", min=0)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
+    figures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
+    json_: Json = False,
+) -> None:
+    """Simulate hospitals on this machine: the same server and client apps as in a deployment.
+
+    Without --sites-dir, draws synthetic hospitals. With it, picks the image size from the images.
+    Stopped? The same command with --resume goes on from the last finished round.
+
+    Example: fedbags simulate --sites-dir SITES --rounds 30 --set train.learning-rate=0.001 --out runs/first
+    """
+    from deploy import simulate as simulation
+
+    options = {
+        "federation.sites": sites,
+        "sites-dir": str(sites_dir.resolve()) if sites_dir else None,
+        "rounds": rounds,
+        "train.local-epochs": local_epochs,
+        "model.method": method,
+        "model.backbone": backbone,
+        "seed": seed,
+        "skip-bad": skip_bad or None,
+    }
+    summary = simulation.simulate(
+        {key: value for key, value in options.items() if value is not None},
+        settings=set_ or [],
+        config_file=config,
+        out=out,
+        engine=engine.value,
+        workers=workers,
+        resume=resume,
+        figures=figures,
+        quiet=json_,
+    )
+    if json_:
+        print_json(summary)
+
+
+@app.command("config")
+def show_config(json_: Json = False) -> None:
+    """List every configuration key with its default, bounds and meaning."""
+    from deploy.tables import config_rows, print_config
+
+    rows = config_rows()
+    print_json(rows) if json_ else print_config(rows)
+
+
+@site_app.command("check")
+def site_check(
+    site: Annotated[Path, typer.Argument(help="A site folder (with site.toml).")],
+    image_size: Annotated[int, typer.Option(help="Side of the square input, pixels.", min=8)] = 48,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
+    json_: Json = False,
+) -> None:
+    """Check a site's data, and show exactly what would leave the building."""
+    from deploy.site_check import check_site, print_check
+
+    result = check_site(site, image_size, skip_bad=skip_bad)
+    print_json(result) if json_ else print_check(result)
+
+
+@runs_app.command("list")
+def runs_list(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), json_: Json = False
+) -> None:
+    """List the runs below a folder."""
+    from deploy.runs import list_runs, print_runs
+
+    rows = list_runs(folder)
+    print_json(rows) if json_ else print_runs(rows, folder)
+
+
+@runs_app.command("show")
+def runs_show(run: RunArgument, json_: Json = False) -> None:
+    """Show a run's figures, per level and per site, and what was left out."""
+    from deploy.runs import print_summary, read_summary
+
+    summary = read_summary(run)
+    print_json(summary) if json_ else print_summary(summary)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top_codes: Annotated[int, typer.Option(help="Dictionary atoms to show per level.", min=0)] = 3,
+    json_: Json = False,
+) -> None:
+    """Classify images with a run's model: each level, the consistent path, and the strongest codes."""
+    from deploy.predict import predict_images, print_predictions
+
+    rows = predict_images(run, images, top_codes=top_codes)
+    print_json(rows) if json_ else print_predictions(rows)
+
+
+@app.command()
+def figures(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to set side by side.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures [default: RUN/figures].")] = None,
+    json_: Json = False,
+) -> None:
+    """Draw training curves, confusion matrices, a t-SNE of test bags, and activation maps.
+
+    With several runs (plain pipeline, plain LLP, LHFGLP), t-SNE and activation maps stand side by side.
+    """
+    from deploy.figures import draw_figures
+
+    paths = draw_figures(runs, out)
+    if json_:
+        print_json([str(path) for path in paths])
+    else:
+        for path in paths:
+            typer.echo(path)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on standard output, nothing else."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Run the command; exit 0 done, 1 the run failed, 2 the user's mistake."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except FedbagsError as error:
+        typer.echo(f"the run failed: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,220 @@
+"""Flower's Grid without Flower's processes: the very same ClientApp, driven on this machine.
+
+Each simulated site is a node with its own Context; a message to it is serialised, handled (in a worker
+process, or in this one when there are no workers) and its reply serialised back, so that sites and server
+share no memory. This is the one place that touches Flower's private task identity.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+Scalar = bool | int | float | str
+
+RUN_ID, SERVER_NODE = 1, 1
+FIRST_SITE_NODE = 1001
+CLIENT_APP_ERROR = 2
+"""Flower's code for a ClientApp that raised or died."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a simulated node knows of itself."""
+
+    node_id: int
+    node_config: dict[str, Scalar]
+    run_config: dict[str, Scalar]
+
+
+class InlineExecutor(Executor):
+    """Runs a task when its result is asked for, in this process: no start-up, nothing piles up."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Defer the call to the first ``result()``."""
+        return _Lazy(lambda: fn(*args, **kwargs))
+
+
+class _Lazy(Future[Any]):
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self._call = call
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._call()
+
+
+class LocalGrid(Grid):
+    """A Grid whose nodes live on this machine.
+
+    Args:
+        number_of_sites: nodes; node ``i`` has ``partition-id`` i.
+        run_config: Flower's flat run configuration, for every node.
+        workers: processes that handle messages; 0 handles them in this process.
+    """
+
+    engine = "local"
+
+    def __init__(self, number_of_sites: int, run_config: dict[str, Scalar], workers: int = 0) -> None:
+        self._nodes = {
+            FIRST_SITE_NODE + number: Node(
+                FIRST_SITE_NODE + number,
+                {"partition-id": number, "num-partitions": number_of_sites},
+                run_config,
+            )
+            for number in range(number_of_sites)
+        }
+        self._run = Run.create_empty(RUN_ID)
+        self._executor = _executor(workers)
+        self._workers = workers
+        self._waiting: deque[Task] = deque()
+        self._running: dict[str, Task] = {}
+        self._sent = 0
+        become_server()
+
+    def __enter__(self) -> "LocalGrid":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def server_context(self, run_config: dict[str, Scalar]) -> Context:
+        """The Context for the ServerApp."""
+        return Context(RUN_ID, SERVER_NODE, {}, RecordDict(), run_config)
+
+    def set_run(self, run: Run) -> None:
+        """Flower's runtime calls this; here the run is fixed."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """A nameless run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Deprecated in Flower; kept because the interface asks for it."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All sites are there from the start."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages; work on the first ones starts at once."""
+        ids = []
+        for message in messages:
+            self._sent += 1
+            message_id = f"message-{self._sent}"
+            message.metadata.__dict__["_message_id"] = message_id
+            self._waiting.append(Task(message_id, message, self._nodes[message.metadata.dst_node_id]))
+            ids.append(message_id)
+        self._start_work()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages; waits for each."""
+        return [self._result(message_id) for message_id in message_ids]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push, then pull everything."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _start_work(self) -> None:
+        # Running few messages ahead of the server keeps finished replies from piling up.
+        while self._waiting and len(self._running) < max(1, 2 * self._workers):
+            task = self._waiting.popleft()
+            self._running[task.message_id] = task
+            self._submit(task)
+
+    def _submit(self, task: "Task") -> None:
+        payload = message_to_proto(task.message).SerializeToString()
+        task.future = self._executor.submit(handle, payload, task.node)
+
+    def _result(self, message_id: str) -> Message:
+        if message_id not in self._running:
+            # Asked for ahead of its turn: start it now, whatever waits before it.
+            task = next(task for task in self._waiting if task.message_id == message_id)
+            self._waiting.remove(task)
+            self._running[message_id] = task
+            self._submit(task)
+        task = self._running[message_id]
+        while True:
+            try:
+                reply = message_from_proto(MessageProto.FromString(task.future.result()))
+                break
+            except BrokenProcessPool:
+                # A dead worker takes the messages of the others along: each is tried again by itself,
+                # so that only the one that kills its worker is blamed.
+                self._executor.shutdown(wait=False)
+                self._executor = _executor(self._workers)
+                if task.retried:
+                    fault = Error(CLIENT_APP_ERROR, "the site's worker process died (out of memory?)")
+                    reply = Message(fault, reply_to=task.message)
+                    break
+                task.retried = True
+                self._submit(task)
+        del self._running[message_id]
+        self._start_work()
+        return reply
+
+
+@dataclass
+class Task:
+    """One message on its way through a worker."""
+
+    message_id: str
+    message: Message
+    node: Node
+    retried: bool = False
+    future: Future[bytes] = field(default_factory=Future)
+
+
+def _executor(workers: int) -> Executor:
+    if not workers:
+        return InlineExecutor()
+    # Fresh interpreters: forking a process that runs torch's threads can hang.
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_warm_up)
+
+
+def _warm_up() -> None:
+    """Import the ClientApp once, while the server is still setting up."""
+    import client.app  # noqa: F401
+
+
+def handle(payload: bytes, node: Node) -> bytes:
+    """Handle one serialised message as the node, and serialise the reply (runs in a worker)."""
+    from client.app import app
+
+    message = message_from_proto(MessageProto.FromString(payload))
+    context = Context(RUN_ID, node.node_id, dict(node.node_config), RecordDict(), dict(node.run_config))
+    reply = app(message, context)
+    reply.metadata.__dict__["_message_id"] = f"reply-{message.metadata.message_id}"
+    return message_to_proto(reply).SerializeToString()
+
+
+def become_server() -> None:
+    """Let this process create messages as Flower's server does."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE

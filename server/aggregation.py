@@ -1,0 +1,197 @@
+"""From the sites' models to the next one: checks, streaming mean, and Flower's strategies behind one door.
+
+Mean-type strategies (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedPALS) see one update at a time: the
+weighted mean is accumulated in float64 and Flower's strategy receives it as a single reply, so its server
+optimiser is Flower's own and memory does not grow with the number of sites. Median, trimmed mean and Krum
+compare updates with one another and hold them all.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app.metadata import Metadata
+from flwr.serverapp import strategy as flower
+from numpy.typing import NDArray
+
+from common.config import FederationConfig, Strategy
+from common.messages import FloatArray, ModelUpdate
+
+_WEIGHT = "weight"
+_STATE = ("current_arrays", "momentum_vector", "m_t", "v_t")
+_ROBUST = {Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM}
+
+Arrays = Mapping[str, FloatArray]
+
+
+def fault_of(update: ModelUpdate, reference: Arrays, max_megabytes: float) -> str:
+    """Why an update cannot be used, or an empty text.
+
+    Args:
+        update: what a site sent.
+        reference: the trainable arrays of the current model; names and shapes must match.
+        max_megabytes: largest total size accepted, MiB.
+    """
+    if update.megabytes > max_megabytes:
+        return f"oversized update: {update.megabytes:.1f} MiB, at most {max_megabytes:g} allowed"
+    if update.arrays.keys() != reference.keys():
+        odd = sorted(update.arrays.keys() ^ reference.keys())
+        return f"array names differ from the model's: {odd[:5]}"
+    for name, array in update.arrays.items():
+        if array.shape != reference[name].shape:
+            return f"array {name!r} has shape {array.shape}, {reference[name].shape} expected"
+        if not np.isfinite(array).all():
+            return f"array {name!r} holds NaN or infinity"
+    weight = update.metrics.get("num-bags")
+    if not isinstance(weight, int) or weight < 1:
+        return "metric 'num-bags' must be a positive integer"
+    return ""
+
+
+class Aggregator(Protocol):
+    """Takes the good updates of one round, one at a time, then gives the next model."""
+
+    count: int
+
+    def add(self, update: ModelUpdate, weight: float) -> None:
+        """Take one update."""
+
+    def replies(self) -> list[Message]:
+        """What Flower's strategy is given."""
+
+
+class StreamingMean:
+    """Weighted mean in float64; holds one model, however many sites report."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: dict[str, NDArray[np.float64]] = {}
+        self._weight = 0.0
+
+    def add(self, update: ModelUpdate, weight: float) -> None:
+        """Add ``weight`` times the update to the sum."""
+        for name, array in update.arrays.items():
+            if name not in self._sum:
+                self._sum[name] = np.zeros(array.shape, np.float64)
+            self._sum[name] += np.multiply(array, weight, dtype=np.float64)
+        self._weight += weight
+        self.count += 1
+
+    def replies(self) -> list[Message]:
+        """The mean, as the only reply of the round."""
+        mean = {name: (total / self._weight).astype(np.float32) for name, total in self._sum.items()}
+        return [_reply(mean, self._weight)]
+
+
+class Collected:
+    """Holds every update, for strategies that compare them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._replies: list[Message] = []
+
+    def add(self, update: ModelUpdate, weight: float) -> None:
+        """Keep the update."""
+        self._replies.append(_reply(update.arrays, weight))
+        self.count += 1
+
+    def replies(self) -> list[Message]:
+        """All updates, in the order of the sites."""
+        return self._replies
+
+
+class ServerOptimiser:
+    """Flower's strategy object with its state in reach, so that a checkpoint can hold it."""
+
+    def __init__(self, config: FederationConfig) -> None:
+        self._config = config
+        self._strategy = _flower_strategy(config)
+
+    def aggregator(self) -> Aggregator:
+        """A fresh collector for one round."""
+        return Collected() if self._config.strategy in _ROBUST else StreamingMean()
+
+    def step(self, current: Arrays, collected: Aggregator, round: int) -> dict[str, FloatArray]:
+        """The next model from the current one and the round's updates (at least one).
+
+        Returns:
+            float32 arrays under the names of ``current``.
+        """
+        if hasattr(self._strategy, "current_arrays"):
+            # Flower sets this in configure_train, which also picks nodes: that is our job.
+            self._strategy.current_arrays = (
+                _record(current) if isinstance(self._strategy, flower.FedAvgM) else dict(current)
+            )
+        arrays, _ = self._strategy.aggregate_train(round, collected.replies())
+        if arrays is None:
+            raise ValueError("the strategy returned no model")
+        # FedAdam and FedYogi compute in float64; the model stays float32.
+        return {name: np.asarray(arrays[name].numpy(), dtype=np.float32) for name in current}
+
+    def state(self) -> dict[str, NDArray[np.float64] | FloatArray]:
+        """The optimiser's arrays as ``attribute/name``, for a checkpoint."""
+        arrays = {}
+        for attribute in _STATE[1:]:
+            value = getattr(self._strategy, attribute, None)
+            if value is None:
+                continue
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            arrays.update({f"{attribute}/{name}": np.asarray(array) for name, array in items})
+        return arrays
+
+    def load_state(self, arrays: Mapping[str, NDArray[np.float64] | FloatArray]) -> None:
+        """Put back what state() returned."""
+        for attribute in _STATE[1:]:
+            prefix = f"{attribute}/"
+            found = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+            if not found:
+                continue
+            if attribute == "momentum_vector":
+                value: object = [found[str(index)] for index in range(len(found))]
+            else:
+                value = found
+            setattr(self._strategy, attribute, value)
+
+
+def _flower_strategy(config: FederationConfig) -> flower.FedAvg:
+    common = {"weighted_by_key": _WEIGHT}
+    match config.strategy:
+        case Strategy.FEDAVGM:
+            return flower.FedAvgM(
+                server_learning_rate=config.server_learning_rate,
+                server_momentum=config.server_momentum,
+                **common,
+            )
+        case Strategy.FEDADAM:
+            return flower.FedAdam(
+                eta=config.server_learning_rate, beta_1=config.server_momentum, **common
+            )
+        case Strategy.FEDYOGI:
+            return flower.FedYogi(
+                eta=config.server_learning_rate, beta_1=config.server_momentum, **common
+            )
+        case Strategy.FEDPROX:
+            return flower.FedProx(proximal_mu=config.proximal_mu, **common)
+        case Strategy.MEDIAN:
+            return flower.FedMedian(**common)
+        case Strategy.TRIMMED_MEAN:
+            return flower.FedTrimmedAvg(beta=config.trim, **common)
+        case Strategy.KRUM:
+            return flower.Krum(num_malicious_nodes=config.byzantine, **common)
+        case Strategy.FEDAVG | Strategy.FEDPALS:
+            return flower.FedAvg(**common)
+
+
+def _record(arrays: Arrays) -> ArrayRecord:
+    # FedAvgM pairs arrays by position: the order must not depend on the sender.
+    return ArrayRecord({name: Array(arrays[name]) for name in sorted(arrays)})
+
+
+def _reply(arrays: Arrays, weight: float) -> Message:
+    content = RecordDict({"arrays": _record(arrays), "metrics": MetricRecord({_WEIGHT: weight})})
+    metadata = Metadata(
+        run_id=0, message_id="", src_node_id=0, dst_node_id=0, reply_to_message_id="", group_id="",
+        created_at=0.0, ttl=1.0, message_type="train",
+    )  # fmt: skip
+    return Message(content=content, metadata=metadata)

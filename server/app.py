@@ -1,0 +1,141 @@
+"""The ServerApp: enrol the sites, run the rounds, finish with the selected model and its figures."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.config import RunConfig
+from common.errors import RunError
+from common.build import build_model
+from common.model_file import ModelCard, load_arrays, save_model
+from server import checkpoint
+from server.checkpoint import ServerState
+from server.enrolment import Roster, enrol, wait_for_nodes
+from server.evaluation import add_up, confusions, level_figures
+from server.rounds import Rounds
+from server.run_folder import RunFolder
+
+log = logging.getLogger("fedbags.server")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one federation to its end; what it leaves is described in run_folder.py."""
+    config = RunConfig.from_flat(context.run_config)
+    folder = RunFolder(run_path(config, context.run_id))
+    folder.open(config)
+    handler = folder.log_handler()
+    logger = logging.getLogger("fedbags")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        rounds = begin(grid, config, folder)
+        rounds.run()
+        finish(rounds)
+    except RunError as error:
+        folder.event("failed", reason=str(error))
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def run_path(config: RunConfig, run_id: int) -> Path:
+    """The run folder: ``run-dir``, or a folder named after the run below the user's home."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    return Path.home() / ".fedbags" / "runs" / f"{config.name}-{run_id}"
+
+
+def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
+    """Enrol the sites and build the model, or take both up where the newest checkpoint left them.
+
+    Raises:
+        RunError: fewer accepted sites than the quorum.
+    """
+    found = checkpoint.load_newest(folder.checkpoints) if config.resume else None
+    state, groups = found if found is not None else (ServerState(), None)
+    folder.forget_events_after(state.round)
+    roster = Roster()
+    refused: list[tuple[str, str, str]] = []
+    wait_for_nodes(grid, config.federation)
+    enrol(
+        grid, roster, config.federation, state.round, lambda *fault: refused.append(fault)
+    )
+    if roster.hierarchy is None or len(roster.nodes) < config.federation.quorum:
+        reasons = "\n".join(f"  {site}: {reason}" for site, _, reason in refused)
+        raise RunError(
+            f"{len(roster.nodes)} site(s) enrolled, the quorum is {config.federation.quorum}\n{reasons}"
+        )
+    model = build_model(config.model, roster.hierarchy, config.seed)
+    state.releases = dict(roster.releases)
+    rounds = Rounds(grid, config, folder, roster, model, state)
+    if groups is not None:
+        rounds.restore(groups)
+    folder.event(
+        "resumed" if groups is not None else "enrolled",
+        round=state.round,
+        rounds=config.rounds,
+        sites=roster.names(),
+    )
+    for fault in refused:
+        rounds.report(*fault)
+    return rounds
+
+
+def finish(rounds: Rounds) -> None:
+    """Test the selected model, save it, and write the summary."""
+    started = time.monotonic()
+    state, folder, config = rounds.state, rounds.folder, rounds.config
+    load_arrays(rounds.model, rounds.best)
+    save_model(folder.path, rounds.model, ModelCard.describe(config.model, rounds.model.hierarchy, state.best_round))
+    per_site = test_figures(rounds)
+    pooled = per_site.pop("", None)
+    state.seconds += time.monotonic() - started
+    folder.write_summary(
+        {
+            "name": config.name,
+            "method": config.model.method.value,
+            "rounds": state.round,
+            "selected_round": state.best_round,
+            "sites": len(rounds.roster.nodes),
+            "seconds": round(state.seconds, 3),
+            "engine": getattr(rounds.grid, "engine", "flower"),  # our own grid names itself
+            "levels": pooled["levels"] if pooled else [],
+            "bags": state.bags,
+            "per_site": {
+                site: {
+                    "bags": release.bags,
+                    "release": release.mechanism,
+                    "epsilon": state.statements[site].epsilon if site in state.statements else None,
+                    **per_site.get(site, {"levels": []}),
+                }
+                for site, release in sorted(rounds.roster.releases.items())
+            },
+            "left_out": [left_out.model_dump() for left_out in state.left_out],
+        }
+    )
+    folder.event("finished", round=state.round, seconds=state.seconds)
+
+
+def test_figures(rounds: Rounds) -> dict[str, dict[str, Any]]:
+    """Figures on labelled test images by site, and pooled under the empty name; absent where none."""
+    tree = rounds.model.hierarchy
+    counts = {}
+    for site, update in rounds.test_updates().items():
+        argmax, path = (confusions(update, tree, decoder) for decoder in ("argmax", "path"))
+        if argmax is not None and path is not None:
+            counts[site] = (argmax, path)
+    figures: dict[str, dict[str, Any]] = {
+        site: {"levels": level_figures(tree, argmax, path)} for site, (argmax, path) in counts.items()
+    }
+    if counts:
+        pooled = [add_up([pair[index] for pair in counts.values()]) for index in (0, 1)]
+        figures[""] = {"levels": level_figures(tree, *pooled)}
+    return figures

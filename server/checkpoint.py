@@ -1,0 +1,137 @@
+"""One file per round from which a run can go on: model, best model, server optimiser, statements.
+
+A checkpoint is written beside its final name, synced and renamed, carries its own digest, and the one
+before it is kept: a crash or a full disk while writing costs at most one round.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from common.errors import RunError
+from common.messages import PrivacyStatement, ProportionRelease
+
+log = logging.getLogger("fedbags.server")
+
+_KEPT = 2
+_MODEL, _BEST, _OPTIMISER = "model/", "best/", "optimiser/"
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class LeftOut(BaseModel):
+    """An update, evaluation or site that was not used, and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    round: int
+    site: str
+    phase: str
+    reason: str
+
+
+class ServerState(BaseModel):
+    """Everything but arrays that the server knows after a round."""
+
+    round: int = 0
+    best_round: int = 0
+    best_score: float | None = None
+    seconds: float = 0.0
+    releases: dict[str, ProportionRelease] = {}
+    statements: dict[str, PrivacyStatement] = {}
+    left_out: list[LeftOut] = []
+    bags: list[dict[str, Any]] = []
+
+
+def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimiser: Arrays) -> Path:
+    """Write ``round-NNNNN.safetensors`` atomically and drop all but the newest two.
+
+    Raises:
+        RunError: the disk is full or not writable; the previous checkpoint is untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{prefix}{name}": np.ascontiguousarray(array)
+        for prefix, group in ((_MODEL, model), (_BEST, best), (_OPTIMISER, optimiser))
+        for name, array in group.items()
+    }
+    text = state.model_dump_json()
+    target = folder / f"round-{state.round:05d}.safetensors"
+    partial = target.with_suffix(".partial")
+    try:
+        save_file(arrays, partial, metadata={"state": text, "digest": _digest(arrays, text)})
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(target)
+        _sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise RunError(
+            f"the checkpoint of round {state.round} could not be written to {folder}: {error}\n"
+            "The one before it is intact: free some space and go on with --resume."
+        ) from error
+    for old in sorted(folder.glob("round-*.safetensors"))[:-_KEPT]:
+        old.unlink()
+    return target
+
+
+def load_newest(folder: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]] | None:
+    """The newest intact checkpoint, or None where there is none.
+
+    Returns:
+        The state, and the arrays of ``model``, ``best`` and ``optimiser`` by name.
+
+    Raises:
+        RunError: checkpoints are there but none is intact.
+    """
+    paths = sorted(folder.glob("round-*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            return _load(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", path.name, error)
+    if paths:
+        raise RunError(f"no intact checkpoint among {[path.name for path in paths]} in {folder}")
+    return None
+
+
+def _load(path: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]]:
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    text = metadata.get("state", "")
+    if metadata.get("digest") != _digest(arrays, text):
+        raise ValueError("its digest does not match its content")
+    groups: dict[str, dict[str, NDArray[Any]]] = {}
+    for prefix in (_MODEL, _BEST, _OPTIMISER):
+        groups[prefix.rstrip("/")] = {
+            key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)
+        }
+    return ServerState.model_validate_json(text), groups
+
+
+def _digest(arrays: Arrays, text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

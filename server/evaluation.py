@@ -1,0 +1,116 @@
+"""Turn the sites' evaluation counts into figures: label-free on held-back bags, labelled on tests.
+
+Sites send sums and confusion counts, never images or labels of single images; here they are added up and
+read with torchmetrics.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics.functional.classification import (
+    multiclass_f1_score,
+    multiclass_recall,
+)
+
+from common.hierarchy import Hierarchy
+from common.messages import ModelUpdate
+
+
+def pooled_bag_figures(
+    updates: Sequence[ModelUpdate], hierarchy: Hierarchy
+) -> list[dict[str, Any]] | None:
+    """Mean KL and L1 per level over all held-back bags of all sites that sent theirs.
+
+    Returns:
+        One ``{"level", "kl", "l1"}`` per level (nats; total variation times two, in [0, 2]), or None
+        when no site sent any.
+    """
+    usable = [u for u in updates if {"bags-kl", "bags-l1", "held-back-bags"} <= u.metrics.keys()]
+    weights = np.array([u.metrics["held-back-bags"] for u in usable], dtype=np.float64)
+    if weights.sum() == 0:
+        return None
+    kl = np.average([np.atleast_1d(u.metrics["bags-kl"]) for u in usable], axis=0, weights=weights)
+    l1 = np.average([np.atleast_1d(u.metrics["bags-l1"]) for u in usable], axis=0, weights=weights)
+    return [
+        {"level": name, "kl": float(kl[level]), "l1": float(l1[level])}
+        for level, name in enumerate(hierarchy.levels)
+    ]
+
+
+def selection_score(bags: Sequence[Mapping[str, Any]]) -> float:
+    """What model selection minimises: the KL summed over the levels (nats), from bags only."""
+    return float(sum(level["kl"] for level in bags))
+
+
+def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> list[NDArray[np.int64]] | None:
+    """A site's confusion counts, one (C_l, C_l) array per level, rows the true class.
+
+    Args:
+        decoder: ``argmax`` (each level by itself) or ``path`` (the best root-to-leaf path).
+
+    Returns:
+        None when the site sent none (no test images, or withheld by policy).
+    """
+    matrices = []
+    for level, size in enumerate(hierarchy.sizes):
+        flat = update.metrics.get(f"confusion.{decoder}.{level}")
+        if flat is None or not isinstance(flat, tuple) or len(flat) != size * size:
+            return None
+        matrices.append(np.array(flat, dtype=np.int64).reshape(size, size))
+    return matrices
+
+
+def add_up(matrices: Sequence[Sequence[NDArray[np.int64]]]) -> list[NDArray[np.int64]]:
+    """Sum confusion counts over sites, level by level."""
+    return [np.sum(level, axis=0) for level in zip(*matrices, strict=True)]
+
+
+def level_figures(
+    hierarchy: Hierarchy,
+    argmax: Sequence[NDArray[np.int64]],
+    path: Sequence[NDArray[np.int64]],
+) -> list[dict[str, Any]]:
+    """Accuracy, balanced accuracy and macro-F1 per level, and the accuracy of the consistent path.
+
+    Balanced accuracy is the mean recall of the classes that have test images; macro-F1 averages over the
+    classes that occur in the test or among the predictions (torchmetrics' rule).
+    """
+    figures = []
+    for level, name in enumerate(hierarchy.levels):
+        predicted, true = _pairs(argmax[level])
+        size = hierarchy.sizes[level]
+        figures.append(
+            {
+                "name": name,
+                "classes": size,
+                "images": int(argmax[level].sum()),
+                "accuracy": _share_right(argmax[level]),
+                "balanced_accuracy": _balanced_accuracy(predicted, true, size),
+                "macro_f1": _macro_f1(predicted, true, size),
+                "consistent_accuracy": _share_right(path[level]),
+            }
+        )
+    return figures
+
+
+def _pairs(confusion: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One (predicted, true) pair per image: torchmetrics reads images, not matrices."""
+    true, predicted = np.nonzero(confusion)
+    repeats = confusion[true, predicted]
+    return torch.from_numpy(np.repeat(predicted, repeats)), torch.from_numpy(np.repeat(true, repeats))
+
+
+def _balanced_accuracy(predicted: torch.Tensor, true: torch.Tensor, size: int) -> float:
+    recall = multiclass_recall(predicted, true, num_classes=max(size, 2), average="none")
+    return float(recall[true.unique()].mean()) if len(true) else 0.0
+
+
+def _macro_f1(predicted: torch.Tensor, true: torch.Tensor, size: int) -> float:
+    return float(multiclass_f1_score(predicted, true, num_classes=max(size, 2), average="macro"))
+
+
+def _share_right(confusion: NDArray[np.int64]) -> float:
+    return float(np.trace(confusion) / max(confusion.sum(), 1))

@@ -1,0 +1,113 @@
+"""The folder of one run: what is where, and how it is written so that a reader never sees half a file.
+
+    config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
+    metrics.jsonl       one event a line: enrolled, update, round, left-out, finished
+    checkpoints/        see checkpoint.py
+    model.safetensors   the selected model, with model.json beside it
+    summary.json        the figures of the finished run
+    log.txt             what the server logged
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.config import RunConfig
+from common.errors import UserError
+
+
+class RunFolder:
+    """Paths and writers of one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.summary = path / "summary.json"
+        self.log = path / "log.txt"
+
+    def open(self, config: RunConfig) -> None:
+        """Create the folder for a new run, or check that it is the one to resume.
+
+        Raises:
+            UserError: the folder holds a run already, cannot be written, or (to resume) holds none or
+                one of another configuration.
+        """
+        if config.resume:
+            self._check_same_run(config)
+        elif self.config.exists():
+            raise UserError(
+                f"the run folder exists: {self.path}\n"
+                "Choose another with --out, or go on with that run with --resume."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, config.with_changes({"resume": False}).to_toml())
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.path} cannot be written: {error.strerror or error}\n"
+                "Choose a folder that you may write to, with space left, with --out."
+            ) from error
+
+    def _check_same_run(self, config: RunConfig) -> None:
+        if not self.config.exists():
+            raise UserError(f"nothing to resume: {self.path} holds no run; leave --resume out")
+        before = RunConfig.from_toml(self.config).to_flat()
+        now = config.with_changes({"resume": False}).to_flat()
+        changed = [key for key in now if now[key] != before[key] and key not in ("rounds", "run-dir")]
+        if changed:
+            lines = "\n".join(f"  {key}: was {before[key]!r}, is {now[key]!r}" for key in changed)
+            raise UserError(
+                f"--resume goes on with the same configuration, but these keys differ:\n{lines}\n"
+                "Give the same values, or start another run with another --out."
+            )
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one event to metrics.jsonl."""
+        line = json.dumps({"event": kind, "time": round(time.time(), 3), **fields})
+        with self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def forget_events_after(self, last_round: int) -> None:
+        """Drop the events of rounds that a resumed run will do again."""
+        kept = [e for e in read_events(self.metrics) if e.get("round", 0) <= last_round]
+        write_text(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def log_handler(self) -> logging.Handler:
+        """A handler that appends to log.txt; the caller adds and removes it."""
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        return handler
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
+        write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a metrics.jsonl; a torn last line (a killed run) is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield json.loads(line)
