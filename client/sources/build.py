@@ -1,0 +1,178 @@
+"""From a source table to site folders: check, divide, write, and say what was done.
+
+No instance label of a training image is written anywhere: files get numbers in random order, bags get
+counts. Only rows that the split column calls test keep their label, in test.csv.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.bags import write_quarantine
+from client.image_cache import CHUNK, Progress
+from client.sources.division import column, divide, make_bags
+from client.sources.report import BuildReport, make_report
+from client.sources.site_writer import SitePlan, write_site
+from client.sources.source_table import SourceTable, image_fault
+from common.errors import BadRow, DataError, UserError
+
+TEST_WORDS = {"test", "testing"}
+TRAIN_WORDS = {"train", "training", "trainval", "val", "valid", "validation"}
+
+
+def build_sites(
+    source: SourceTable,
+    out: Path,
+    *,
+    bag_size: int = 16,
+    sites: int | None = None,
+    partition: str = "iid",
+    bags: str = "random",
+    group_column: str | None = None,
+    split_column: str | None = None,
+    seed: int = 0,
+    skip_bad: bool = False,
+    minimum_bag_size: int = 4,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Write one site folder per site under ``out``, or nothing at all.
+
+    Args:
+        source: images with leaf labels.
+        out: folder to make; it must not exist.
+        bag_size: images per bag; see ``client.sources.partition.fill_bags`` for bags with groups.
+        sites: number of sites (5 if None); with ``column:NAME`` the column's values decide.
+        partition: ``iid``, ``dirichlet:ALPHA`` (per leaf class) or ``column:NAME``.
+        bags: ``random``, ``column:NAME`` (a bag holds one value) or ``similarity``.
+        group_column: patient or lesion ids: a group is never divided over bags, except where a
+            column partition or the split does so, which the report says. The source's own if None.
+        split_column: rows that it calls test become test.csv. The source's own if None.
+        seed: fixes the result.
+        skip_bad: leave bad rows out and list them in ``out/quarantine.csv``.
+        minimum_bag_size: images; no smaller bag is made, and the site's policy will refuse them.
+        progress: called with (done, all); every image counts once for checking, once for writing.
+
+    Raises:
+        DataError: bad rows, all of them.
+        UserError: a wrong option, ``out`` exists or cannot be written, or too few images.
+    """
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; remove it or choose another --out")
+    if not 1 <= minimum_bag_size <= bag_size:
+        raise UserError(f"bag size {bag_size}: it must be at least the minimum bag size, {minimum_bag_size}")
+    rng = np.random.default_rng(seed)
+    steps = _Steps(2 * len(source), progress)
+    bad = list(source.bad)
+    is_train, is_test = _read_split(source, split_column or source.split_column, bad)
+    good = _check_images(source, bad, steps)
+    if bad and not skip_bad:
+        raise DataError(
+            f"{source.file} holds {len(bad)} bad row(s)",
+            sorted(bad, key=lambda row: row.row or 0),
+            "Mend these rows, or leave them out with --skip-bad.",
+        )
+    chosen = group_column or source.group_column
+    groups = column(source, chosen) if chosen else None
+    train, test = np.flatnonzero(is_train & good), np.flatnonzero(is_test & good)
+    if not len(train):
+        raise UserError(f"{source.file} holds no usable training image")
+    names, parts = divide(source, train, test, groups, partition, sites, bag_size, rng)
+    plans = []
+    for name, (units, test_images) in zip(names, parts, strict=True):
+        made = make_bags(source, units, bags, bag_size, minimum_bag_size, rng)
+        if not made or min(len(bag) for bag in made) < minimum_bag_size:
+            raise UserError(
+                f"site {name!r} would hold {sum(len(unit) for unit in units)} training image(s), too few "
+                f"for one bag of {minimum_bag_size}: ask for fewer sites, or a larger ALPHA"
+            )
+        plans.append(SitePlan(name, made, test_images))
+    _write_all(source, out, plans, groups, minimum_bag_size, bad, rng, steps)
+    return make_report(source, out, plans, groups, test, len(bad))
+
+
+class _Steps:
+    """Counts work done for the progress callback."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, number: int = 1) -> None:
+        self._done += number
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _read_split(
+    source: SourceTable, name: str | None, bad: list[BadRow]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Per image: is it a training row, is it a test row. A word that is neither makes a bad row:
+    guessing could put test images into training."""
+    if name is None:
+        return np.ones(len(source), dtype=np.bool_), np.zeros(len(source), dtype=np.bool_)
+    words = [cell.lower() for cell in column(source, name)]
+    is_train = np.array([word in TRAIN_WORDS for word in words])
+    is_test = np.array([word in TEST_WORDS for word in words])
+    for index in np.flatnonzero(~is_train & ~is_test).tolist():
+        reason = f"{name} {words[index]!r} is neither train, val nor test"
+        bad.append(BadRow(source.file, source.lines[index], reason))
+    return is_train, is_test
+
+
+def _check_images(source: SourceTable, bad: list[BadRow], steps: _Steps) -> NDArray[np.bool_]:
+    """Decode every image once. Shape (N,): can it be used."""
+    good = np.ones(len(source), dtype=np.bool_)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(source), CHUNK):
+            chunk = range(start, min(start + CHUNK, len(source)))
+            faults = pool.map(lambda index: image_fault(source.images, index), chunk)
+            for index, fault in zip(chunk, faults, strict=True):
+                if fault:
+                    good[index] = False
+                    bad.append(BadRow(source.file, source.lines[index], fault))
+            steps(len(chunk))
+    return good
+
+
+def _write_all(
+    source: SourceTable,
+    out: Path,
+    plans: Sequence[SitePlan],
+    groups: Sequence[str] | None,
+    minimum_bag_size: int,
+    bad: list[BadRow],
+    rng: np.random.Generator,
+    steps: _Steps,
+) -> None:
+    """Write everything beside ``out`` and rename it: there is the whole of it or nothing."""
+    temporary: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        temporary.chmod(0o755)
+        for plan in plans:
+            write_site(temporary / plan.name, source, plan, groups, minimum_bag_size, rng, steps)
+        write_quarantine(temporary, bad)
+        temporary.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = sum(
+                source.images.size(index)
+                for plan in plans
+                for part in (*plan.bags, plan.test)
+                for index in part.tolist()
+            )
+            raise UserError(
+                f"the disk is full: {out} needs about {needed:,} bytes. Free some space, or choose "
+                "another --out."
+            ) from error
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,129 @@
+"""What every source becomes: one table of images with leaf labels, ready to be divided into sites.
+
+Pixels are not in it: images are read one by one, when they are checked and when they are written.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from client.image_cache import describe, to_rgb
+from common.errors import BadRow
+from common.hierarchy import Hierarchy
+
+KEPT_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Files of these kinds are copied byte by byte, if they are what their name says."""
+
+
+class SourceImages(Protocol):
+    """Images by number."""
+
+    def read(self, index: int) -> Image.Image:
+        """Decode image ``index`` as 8-bit RGB; any exception means that it is unusable."""
+
+    def write(self, index: int, stem: Path) -> str:
+        """Write image ``index`` to ``stem`` plus a suffix; return the suffix."""
+
+    def size(self, index: int) -> int:
+        """About how many bytes ``write`` needs for image ``index``."""
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images that are files already. PNG and JPEG are copied as they are, others become PNG."""
+
+    paths: Sequence[Path]
+
+    def read(self, index: int) -> Image.Image:
+        with Image.open(self.paths[index]) as image:
+            image.load()
+            return to_rgb(image)
+
+    def write(self, index: int, stem: Path) -> str:
+        path = self.paths[index]
+        suffix = path.suffix.lower()
+        if suffix in KEPT_SUFFIXES:
+            # The content only: times of the original would tell when an image was taken.
+            shutil.copyfile(path, stem.with_suffix(suffix))
+            return suffix
+        return save_png(self.read(index), stem)
+
+    def size(self, index: int) -> int:
+        return self.paths[index].stat().st_size
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images that come as arrays.
+
+    Attributes:
+        get: index to uint8 array of shape (H, W) or (H, W, 3).
+    """
+
+    get: Callable[[int], NDArray[np.uint8]]
+
+    def read(self, index: int) -> Image.Image:
+        return to_rgb(Image.fromarray(self.get(index)))
+
+    def write(self, index: int, stem: Path) -> str:
+        return save_png(Image.fromarray(self.get(index)), stem)
+
+    def size(self, index: int) -> int:
+        return self.get(index).nbytes
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """Images, labels and the columns by which they can be grouped.
+
+    Attributes:
+        file: the name of the table they come from; bad rows carry it.
+        images: the images, numbered like the rows.
+        labels: shape (N,) int64, leaf indices.
+        hierarchy: the label tree.
+        lines: per image its line in ``file`` (None where it has none).
+        columns: further columns, each with N cells.
+        split_column: the column with the official split, if there is one.
+        group_column: the column with the patient (or lesion), if the format defines one.
+        bad: rows that were found unusable while reading; they are not among the N.
+    """
+
+    file: str
+    images: SourceImages
+    labels: NDArray[np.int64]
+    hierarchy: Hierarchy
+    lines: Sequence[int | None]
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    split_column: str | None = None
+    group_column: str | None = None
+    bad: tuple[BadRow, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def save_png(image: Image.Image, stem: Path) -> str:
+    """Write a PNG, lightly compressed: speed matters more than a tenth of the size."""
+    image.save(stem.with_suffix(".png"), compress_level=1)
+    return ".png"
+
+
+def image_fault(images: SourceImages, index: int) -> str:
+    """Decode one image; say what is wrong with it, or nothing."""
+    try:
+        images.read(index)
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        return f"the image cannot be decoded ({describe(error)})"
+    return ""
+
+
+def thumbnail(images: SourceImages, index: int) -> NDArray[np.float64]:
+    """A cheap look at an image, shape (192,): its colours on an 8 by 8 grid."""
+    small = images.read(index).resize((8, 8), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float64).ravel()

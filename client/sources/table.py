@@ -1,0 +1,164 @@
+"""Images listed in a label table: ISIC metadata, HAM10000, or any CSV with a label column."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from client.csv_tables import CsvTable, read_csv
+from client.sources.file_index import FileIndex
+from client.sources.source_table import FileImages, SourceTable
+from common.errors import BadRow, DataError, UserError
+from common.hierarchy import Hierarchy
+
+IMAGE_COLUMNS = ("image", "isic_id", "image_id", "filename", "file", "path")
+LEVEL_COLUMN = re.compile(r"(?:diagnosis|level)_(\d+)")
+
+HAM10000_COLUMN, HAM10000_GROUP = "dx", "lesion_id"
+HAM10000_LEVELS = ("lineage", "group", "dx")
+HAM10000_TREE = (
+    ("melanocytic", "melanocytic", "nv"),
+    ("melanocytic", "melanocytic", "mel"),
+    ("non-melanocytic", "keratinocytic", "akiec"),
+    ("non-melanocytic", "keratinocytic", "bcc"),
+    ("non-melanocytic", "keratinocytic", "bkl"),
+    ("non-melanocytic", "mesenchymal", "df"),
+    ("non-melanocytic", "mesenchymal", "vasc"),
+)
+
+
+def table_source(
+    images: Path,
+    labels: Path,
+    hierarchy: Path | None = None,
+    label_column: str | None = None,
+) -> SourceTable:
+    """Read a label table.
+
+    The image column is the first of IMAGE_COLUMNS that the table has; a name may lack its suffix and
+    the file may lie in any folder below ``images``. Leaves come from ``label_column``, else from the
+    last of ``diagnosis_1, diagnosis_2, ...``, else from HAM10000's ``dx``, whose tree is built in and
+    whose ``lesion_id`` becomes the group.
+
+    Args:
+        images: folder of the image files.
+        labels: the CSV.
+        hierarchy: label tree as CSV. Without it the diagnosis columns are the tree.
+        label_column: the column of leaf names; needs ``hierarchy``.
+
+    Returns:
+        The table; all other columns are kept for grouping. Rows with an unknown label, a missing
+        image, or a path to the root that is not the tree's are its ``bad`` rows.
+
+    Raises:
+        DataError: the CSV or the tree cannot be read.
+        UserError: no image or label column can be found.
+    """
+    fatal: list[BadRow] = []
+    bad: list[BadRow] = []
+    table = read_csv(labels, (), fatal, bad)
+    if table is None:
+        raise DataError(f"the label table cannot be read: {labels}", fatal)
+    image_column = _image_column(table, labels)
+    levels = _level_columns(table, label_column)
+    group = None
+    tree = Hierarchy.from_csv(hierarchy) if hierarchy is not None else None
+    if not levels and label_column is None and HAM10000_COLUMN in table.columns:
+        levels = [HAM10000_COLUMN]
+        tree = tree or Hierarchy.from_rows(HAM10000_LEVELS, HAM10000_TREE)
+        group = HAM10000_GROUP if HAM10000_GROUP in table.columns else None
+    if not levels:
+        raise UserError(
+            f"{labels} has no diagnosis_1, diagnosis_2, ... columns; name the column of leaf labels with "
+            f"--label-column. Its columns are: {', '.join(table.columns)}"
+        )
+    if tree is None and label_column is not None:
+        raise UserError("--label-column needs --hierarchy: one row per leaf, coarse to fine")
+    tree = tree or _tree_from(table, levels, bad)
+    index = FileIndex(images)
+    kept: list[int] = []
+    paths: list[Path] = []
+    leaves: list[int] = []
+    first: dict[Path, int] = {}
+    for number, (line, row) in enumerate(table):
+        path, reason = index.find(row[image_column])
+        reason = reason or _label_fault(row, levels, tree)
+        if not reason and path in first:
+            reason = f"image {row[image_column]!r} stands already in row {first[path]}"
+        if reason:
+            bad.append(BadRow(table.file, line, reason))
+            continue
+        first[path] = line
+        kept.append(number)
+        paths.append(path)
+        leaves.append(tree.leaf_index[row[levels[-1]]])
+    others = [name for name in table.columns if name != image_column]
+    return SourceTable(
+        file=table.file,
+        images=FileImages(paths),
+        labels=np.array(leaves, dtype=np.int64),
+        hierarchy=tree,
+        lines=[table.lines[number] for number in kept],
+        columns={name: [table.rows[number][name] for number in kept] for name in others},
+        group_column=group,
+        bad=tuple(dict.fromkeys(bad)),
+    )
+
+
+def _image_column(table: CsvTable, labels: Path) -> str:
+    for name in IMAGE_COLUMNS:
+        if name in table.columns:
+            return name
+    raise UserError(
+        f"{labels} has no image column; call it one of {', '.join(IMAGE_COLUMNS)}. "
+        f"Its columns are: {', '.join(table.columns)}"
+    )
+
+
+def _level_columns(table: CsvTable, label_column: str | None) -> list[str]:
+    """The columns with labels, coarse to fine; the last holds the leaf."""
+    if label_column is not None:
+        if label_column not in table.columns:
+            known = ", ".join(table.columns)
+            raise UserError(f"{table.file} has no column {label_column!r}; its columns are: {known}")
+        return [label_column]
+    found = [(int(match[1]), name) for name in table.columns if (match := LEVEL_COLUMN.fullmatch(name))]
+    return [name for _, name in sorted(found)]
+
+
+def _tree_from(table: CsvTable, levels: Sequence[str], bad: list[BadRow]) -> Hierarchy:
+    """The tree that the rows span, sorted by name; rows that fit no tree become bad rows."""
+    parent: dict[tuple[int, str], tuple[str, int]] = {}
+    paths = set()
+    for line, row in table:
+        cells = tuple(row[name] for name in levels)
+        reason = ""
+        for level, cell in enumerate(cells):
+            if not cell:
+                reason = f"{levels[level]} is empty; every level must be filled in"
+                break
+            above, seen = parent.get((level, cell), (cells[level - 1], line))
+            if level and above != cells[level - 1]:
+                reason = f"{levels[level]} {cell!r} has another parent than in row {seen}"
+                break
+        if reason:
+            bad.append(BadRow(table.file, line, reason))
+            continue
+        for level, cell in enumerate(cells):
+            parent.setdefault((level, cell), (cells[level - 1], line))
+        paths.add(cells)
+    if not paths:
+        raise DataError(f"{table.file} holds no usable row", bad)
+    return Hierarchy.from_rows(list(levels), sorted(paths), file=table.file)
+
+
+def _label_fault(row: dict[str, str], levels: Sequence[str], tree: Hierarchy) -> str:
+    leaf = tree.leaf_index.get(row[levels[-1]])
+    if leaf is None:
+        return f"unknown label {row[levels[-1]]!r}; it is no leaf of the hierarchy"
+    if len(levels) != len(tree.levels):
+        return ""
+    path = [tree.classes[level][node] for level, node in enumerate(tree.paths[leaf].tolist())]
+    cells = [row[name] for name in levels]
+    return "" if cells == path else f"labels {cells} are no path of the hierarchy; it has {path}"
