@@ -35,27 +35,34 @@ class Hierarchy:
     parents: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def from_rows(cls, levels: Sequence[str], rows: Sequence[Sequence[str]], file: str = "hierarchy") -> Self:
+    def from_rows(
+        cls,
+        levels: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        file: str = "hierarchy",
+        lines: Sequence[int] | None = None,
+    ) -> Self:
         """Build the tree from one row per leaf, coarse to fine.
 
         Args:
             levels: level names, coarse to fine.
             rows: one row per leaf, one cell per level; the classes keep their order of appearance.
             file: the name that error rows carry.
+            lines: the line of the file that each row stands on; by default a header and no blank lines.
 
         Raises:
             DataError: ragged rows, empty cells, a leaf given twice, or a class under two parents;
                 every bad row is listed.
         """
         bad: list[BadRow] = []
-        if not levels or len(set(levels)) != len(levels):
+        if not levels or not all(levels) or len(set(levels)) != len(levels):
             raise DataError(
                 f"{file}: the header must name each level once, coarse to fine; got {list(levels)}"
             )
         index: list[dict[str, int]] = [{} for _ in levels]
         parents: list[list[int]] = [[] for _ in levels]
         first_seen: dict[tuple[int, str], int] = {}
-        for number, row in enumerate(rows, start=2):
+        for number, row in zip(lines or range(2, len(rows) + 2), rows, strict=True):
             cells = [cell.strip() for cell in row]
             if len(cells) != len(levels) or not all(cells):
                 bad.append(BadRow(file, number, f"{len(levels)} non-empty cells expected: {cells}"))
@@ -101,15 +108,17 @@ class Hierarchy:
         """Read ``hierarchy.csv``: a header of level names, then one row per leaf (see from_rows)."""
         try:
             with path.open(newline="", encoding="utf-8-sig") as stream:
-                rows = [row for row in csv.reader(stream) if row]
+                reader = csv.reader(stream)
+                numbered = [(reader.line_num, row) for row in reader if row]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise DataError(
                 f"the hierarchy {path} cannot be read: {error}",
                 advice="Give a UTF-8 CSV: a header of level names, then one row per leaf.",
             ) from error
-        if not rows:
+        if not numbered:
             raise DataError(f"the hierarchy {path} is empty")
-        return cls.from_rows([name.strip() for name in rows[0]], rows[1:], file=str(path))
+        lines, rows = zip(*numbered, strict=True)
+        return cls.from_rows([name.strip() for name in rows[0]], rows[1:], str(path), lines[1:])
 
     def to_rows(self) -> list[list[str]]:
         """One row per leaf, coarse to fine; the inverse of from_rows."""

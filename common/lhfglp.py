@@ -33,6 +33,11 @@ def soft_threshold(z: Tensor, threshold: Tensor) -> Tensor:
     return F.relu(z - threshold) - F.relu(-z - threshold)
 
 
+def _full(x: Tensor) -> Tensor:
+    """At least float32, for sums that autocast's half precision would round."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class DictionaryBlock(nn.Module):
     """One level's sparse coding of the feature: T unrolled steps of ISTA over a learned dictionary.
 
@@ -120,7 +125,7 @@ class DictionaryBlock(nn.Module):
         if weights is not None:
             code = code * weights
         reconstruction = code @ self.dictionary().T
-        error = 0.5 * (unit - reconstruction).float().square().sum(dim=1)
+        error = 0.5 * _full(unit - reconstruction).square().sum(dim=1)
         return feature + length * reconstruction, code, error
 
 
@@ -214,7 +219,7 @@ class LHFGLP(nn.Module):
                 )
                 codes.append(code)
                 error = error + level_error
-                l1 = l1 + code.float().abs().sum(dim=1)
+                l1 = l1 + _full(code).abs().sum(dim=1)
             scores_per_level.append(head(refined))
         return LHFGLPOutput(tuple(scores_per_level), tuple(codes), features, error, l1)
 

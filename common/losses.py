@@ -30,7 +30,7 @@ def bag_means(values: Tensor, bag_index: Tensor, n_bags: int) -> Tensor:
     Returns:
         Shape (B,) or (B, C), float32 (float64 stays float64).
     """
-    values = values if values.dtype == torch.float64 else values.float()
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     totals = values.new_zeros((n_bags, *values.shape[1:])).index_add(0, bag_index, values)
     sizes = torch.bincount(bag_index, minlength=n_bags).to(values.dtype)
     return totals / sizes.view(-1, *[1] * (values.dim() - 1))
@@ -44,7 +44,7 @@ def bag_mean_probabilities(scores: Tensor, bag_index: Tensor, n_bags: int) -> Te
         bag_index: shape (N,), int64.
         n_bags: B.
     """
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return bag_means(F.softmax(scores, dim=1), bag_index, n_bags)
 
 

@@ -23,7 +23,7 @@ def sparsemax(scores: Tensor) -> Tensor:
         The same shape; non-negative rows that sum to 1. Computed in float32 at least, and returned so:
         float16 and bfloat16 inputs give float32, whose rows sum to 1 and float16's would not.
     """
-    z = scores if scores.dtype == torch.float64 else scores.float()
+    z = scores.to(torch.promote_types(scores.dtype, torch.float32))
     # The projection does not change when a constant is added to a row; without its offset nothing cancels.
     z = z - z.detach().amax(dim=-1, keepdim=True)
     with torch.no_grad():
