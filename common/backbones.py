@@ -157,7 +157,7 @@ def _load_weights(body: nn.Module, path: Path, classifier: str) -> tuple[str, ..
             f"the weights file {path} is not a flat state dict of tensors\nSave model.state_dict()."
         )
     own = body.state_dict()
-    removed = tuple(key for key in state if classifier and key.startswith(f"{classifier}."))
+    removed = tuple(sorted(key for key in state if classifier and key.startswith(f"{classifier}.")))
     expected = {key for key in own if not (classifier and key.startswith(f"{classifier}."))}
     # Files of old torch versions, and files without BatchNorm, do not count batches; nothing here does.
     expected -= {key for key in expected if key.endswith("num_batches_tracked") and key not in state}

@@ -6,6 +6,7 @@ Knows nothing of training, of sites, or of how arrays travel.
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -92,7 +93,8 @@ def save_model(directory: Path, model: LHFGLP, card: ModelCard) -> None:
             path.replace(directory / name)
     except OSError as error:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
         raise UserError(
             f"the model cannot be written to {directory}: {error.strerror}\n"
             "Choose a folder that can be written to, with enough free space."

@@ -1,6 +1,6 @@
 """The label tree: reading, refusing, rolling up, decoding."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -158,16 +158,16 @@ def test_decoder_finds_the_best_consistent_path(hierarchy: Hierarchy, seed: int)
     generator = torch.Generator().manual_seed(seed)
     scores = [torch.randn(3, size, generator=generator).log_softmax(1) for size in hierarchy.sizes]
     decoded = hierarchy.decode(scores)
+    combinations = list(_consistent_paths(hierarchy))
     for image in range(3):
-        best = max(
-            _consistent(hierarchy), key=lambda path: sum(float(s[image, c]) for s, c in zip(scores, path))
-        )  # noqa: B023, B905
-        assert tuple(decoded[image].tolist()) == best
+        values = [
+            sum(float(scores[level][image, c]) for level, c in enumerate(path)) for path in combinations
+        ]
+        assert tuple(decoded[image].tolist()) == combinations[int(np.argmax(values))]
 
 
-def _consistent(hierarchy: Hierarchy) -> list[tuple[int, ...]]:
+def _consistent_paths(hierarchy: Hierarchy) -> Iterator[tuple[int, ...]]:
     """Every consistent path, by brute force over all combinations of classes."""
-    follows: Callable[[tuple[int, ...]], bool] = lambda path: all(  # noqa: E731
-        hierarchy.parents[level][path[level]] == path[level - 1] for level in range(1, len(path))
-    )
-    return [path for path in product(*map(range, hierarchy.sizes)) if follows(path)]
+    for path in product(*map(range, hierarchy.sizes)):
+        if all(hierarchy.parents[level][path[level]] == path[level - 1] for level in range(1, len(path))):
+            yield path

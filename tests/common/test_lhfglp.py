@@ -1,6 +1,7 @@
 """The model: its unrolled steps, its masks, its switches, and what its scores mean."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_steps_lower_the_lasso_objective_at_the_initial_step_size() -> None:
         0.5 * (u - z @ block.dictionary().T).square().sum(1) + penalty * z.abs().sum(1)
         for z in block.steps(u, None)
     ]
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         assert (after <= before + 1e-6).all()
 
 
