@@ -74,9 +74,7 @@ def open_site(context: Context) -> tuple[RunConfig, BagStore]:
     config = RunConfig.from_flat(context.run_config)
     if torch.get_num_threads() != config.train.threads:
         torch.set_num_threads(config.train.threads)
-    return config, BagStore.open(
-        find_site(context), config.model.image_size, skip_bad=config.skip_bad
-    )
+    return config, BagStore.open(find_site(context), config.model.image_size, skip_bad=config.skip_bad)
 
 
 def receive_model(config: RunConfig, store: BagStore, request: ModelUpdate) -> LHFGLP:

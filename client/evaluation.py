@@ -65,9 +65,7 @@ def evaluate_labelled(model: LHFGLP, test: "LabelledImages", config: RunConfig) 
     metrics: dict[str, Metric] = {}
     for decoder, predicted in (("argmax", torch.cat(argmax)), ("path", torch.cat(path))):
         for level, size in enumerate(tree.sizes):
-            metrics[f"confusion.{decoder}.{level}"] = _confusion(
-                predicted[:, level], truth[:, level], size
-            )
+            metrics[f"confusion.{decoder}.{level}"] = _confusion(predicted[:, level], truth[:, level], size)
     return metrics
 
 

@@ -128,9 +128,7 @@ def build_optimiser(
     train = config.train
     rate = train.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
     if train.optimiser == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=rate, momentum=train.momentum, weight_decay=train.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=rate, momentum=train.momentum, weight_decay=train.weight_decay)
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=train.weight_decay)
 
 

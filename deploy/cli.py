@@ -25,7 +25,11 @@ Start here:
 """
 
 app = typer.Typer(
-    help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
 )
 site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
 runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
@@ -54,11 +58,17 @@ def simulate(
     backbone: Annotated[str | None, typer.Option(help="resnet-small, or any torchvision model.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes data, weights and order.", min=0)] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME-TIME].")] = None,
-    engine: Annotated[Engine, typer.Option(help="Our own grid, or Flower's simulation runtime.")] = Engine.LOCAL,
-    workers: Annotated[int | None, typer.Option(help="Processes (local engine) [default: cores].", min=0)] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Our own grid, or Flower's simulation runtime.")
+    ] = Engine.LOCAL,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes (local engine) [default: cores].", min=0)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
     figures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
     json_: Json = False,

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
@@ -155,32 +156,31 @@ class ServerOptimiser:
 
 
 def _flower_strategy(config: FederationConfig) -> flower.FedAvg:
-    common = {"weighted_by_key": _WEIGHT}
     match config.strategy:
         case Strategy.FEDAVGM:
             return flower.FedAvgM(
+                weighted_by_key=_WEIGHT,
                 server_learning_rate=config.server_learning_rate,
                 server_momentum=config.server_momentum,
-                **common,
             )
         case Strategy.FEDADAM:
             return flower.FedAdam(
-                eta=config.server_learning_rate, beta_1=config.server_momentum, **common
+                weighted_by_key=_WEIGHT, eta=config.server_learning_rate, beta_1=config.server_momentum
             )
         case Strategy.FEDYOGI:
             return flower.FedYogi(
-                eta=config.server_learning_rate, beta_1=config.server_momentum, **common
+                weighted_by_key=_WEIGHT, eta=config.server_learning_rate, beta_1=config.server_momentum
             )
         case Strategy.FEDPROX:
-            return flower.FedProx(proximal_mu=config.proximal_mu, **common)
+            return flower.FedProx(weighted_by_key=_WEIGHT, proximal_mu=config.proximal_mu)
         case Strategy.MEDIAN:
-            return flower.FedMedian(**common)
+            return flower.FedMedian(weighted_by_key=_WEIGHT)
         case Strategy.TRIMMED_MEAN:
-            return flower.FedTrimmedAvg(beta=config.trim, **common)
+            return flower.FedTrimmedAvg(weighted_by_key=_WEIGHT, beta=config.trim)
         case Strategy.KRUM:
-            return flower.Krum(num_malicious_nodes=config.byzantine, **common)
+            return flower.Krum(weighted_by_key=_WEIGHT, num_malicious_nodes=config.byzantine)
         case Strategy.FEDAVG | Strategy.FEDPALS:
-            return flower.FedAvg(**common)
+            return flower.FedAvg(weighted_by_key=_WEIGHT)
 
 
 def _record(arrays: Arrays) -> ArrayRecord:
@@ -194,4 +194,4 @@ def _reply(arrays: Arrays, weight: float) -> Message:
         run_id=0, message_id="", src_node_id=0, dst_node_id=0, reply_to_message_id="", group_id="",
         created_at=0.0, ttl=1.0, message_type="train",
     )  # fmt: skip
-    return Message(content=content, metadata=metadata)
+    return make_message(metadata, content)

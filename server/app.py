@@ -3,19 +3,18 @@
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from common.build import build_model
 from common.config import RunConfig
 from common.errors import RunError
-from common.build import build_model
 from common.model_file import ModelCard, load_arrays, save_model
 from server import checkpoint
 from server.checkpoint import ServerState
 from server.enrolment import Roster, enrol, wait_for_nodes
-from server.evaluation import add_up, confusions, level_figures
+from server.evaluation import Confusion, add_up, confusions, level_figures
 from server.rounds import Rounds
 from server.run_folder import RunFolder
 
@@ -65,9 +64,7 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     roster = Roster()
     refused: list[tuple[str, str, str]] = []
     wait_for_nodes(grid, config.federation)
-    enrol(
-        grid, roster, config.federation, state.round, lambda *fault: refused.append(fault)
-    )
+    enrol(grid, roster, config.federation, state.round, lambda *fault: refused.append(fault))
     if roster.hierarchy is None or len(roster.nodes) < config.federation.quorum:
         reasons = "\n".join(f"  {site}: {reason}" for site, _, reason in refused)
         raise RunError(
@@ -94,9 +91,15 @@ def finish(rounds: Rounds) -> None:
     started = time.monotonic()
     state, folder, config = rounds.state, rounds.folder, rounds.config
     load_arrays(rounds.model, rounds.best)
-    save_model(folder.path, rounds.model, ModelCard.describe(config.model, rounds.model.hierarchy, state.best_round))
-    per_site = test_figures(rounds)
-    pooled = per_site.pop("", None)
+    save_model(
+        folder.path, rounds.model, ModelCard.describe(config.model, rounds.model.hierarchy, state.best_round)
+    )
+    counts = test_counts(rounds)
+    tree = rounds.model.hierarchy
+    per_site = {site: level_figures(tree, *pair) for site, pair in counts.items()}
+    pooled = add_up(list(counts.values())) if counts else None
+    if pooled:
+        folder.write_confusion(*pooled)
     state.seconds += time.monotonic() - started
     folder.write_summary(
         {
@@ -107,14 +110,14 @@ def finish(rounds: Rounds) -> None:
             "sites": len(rounds.roster.nodes),
             "seconds": round(state.seconds, 3),
             "engine": getattr(rounds.grid, "engine", "flower"),  # our own grid names itself
-            "levels": pooled["levels"] if pooled else [],
+            "levels": level_figures(tree, *pooled) if pooled else [],
             "bags": state.bags,
             "per_site": {
                 site: {
                     "bags": release.bags,
                     "release": release.mechanism,
                     "epsilon": state.statements[site].epsilon if site in state.statements else None,
-                    **per_site.get(site, {"levels": []}),
+                    "levels": per_site.get(site, []),
                 }
                 for site, release in sorted(rounds.roster.releases.items())
             },
@@ -124,18 +127,12 @@ def finish(rounds: Rounds) -> None:
     folder.event("finished", round=state.round, seconds=state.seconds)
 
 
-def test_figures(rounds: Rounds) -> dict[str, dict[str, Any]]:
-    """Figures on labelled test images by site, and pooled under the empty name; absent where none."""
+def test_counts(rounds: Rounds) -> dict[str, tuple[Confusion, Confusion]]:
+    """Confusion counts of the selected model (argmax, path) by site; sites without any are absent."""
     tree = rounds.model.hierarchy
     counts = {}
     for site, update in rounds.test_updates().items():
         argmax, path = (confusions(update, tree, decoder) for decoder in ("argmax", "path"))
         if argmax is not None and path is not None:
             counts[site] = (argmax, path)
-    figures: dict[str, dict[str, Any]] = {
-        site: {"levels": level_figures(tree, argmax, path)} for site, (argmax, path) in counts.items()
-    }
-    if counts:
-        pooled = [add_up([pair[index] for pair in counts.values()]) for index in (0, 1)]
-        figures[""] = {"levels": level_figures(tree, *pooled)}
-    return figures
+    return counts

@@ -18,10 +18,11 @@ from torchmetrics.functional.classification import (
 from common.hierarchy import Hierarchy
 from common.messages import ModelUpdate
 
+Confusion = list[NDArray[np.int64]]
+"""One (C_l, C_l) array of counts per level, rows the true class."""
 
-def pooled_bag_figures(
-    updates: Sequence[ModelUpdate], hierarchy: Hierarchy
-) -> list[dict[str, Any]] | None:
+
+def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[dict[str, Any]] | None:
     """Mean KL and L1 per level over all held-back bags of all sites that sent theirs.
 
     Returns:
@@ -45,8 +46,8 @@ def selection_score(bags: Sequence[Mapping[str, Any]]) -> float:
     return float(sum(level["kl"] for level in bags))
 
 
-def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> list[NDArray[np.int64]] | None:
-    """A site's confusion counts, one (C_l, C_l) array per level, rows the true class.
+def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> Confusion | None:
+    """A site's confusion counts.
 
     Args:
         decoder: ``argmax`` (each level by itself) or ``path`` (the best root-to-leaf path).
@@ -63,15 +64,20 @@ def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> list[
     return matrices
 
 
-def add_up(matrices: Sequence[Sequence[NDArray[np.int64]]]) -> list[NDArray[np.int64]]:
-    """Sum confusion counts over sites, level by level."""
+def add_up(pairs: Sequence[tuple[Confusion, Confusion]]) -> tuple[Confusion, Confusion]:
+    """Sum the (argmax, path) counts over sites, level by level."""
+    argmax, path = zip(*pairs, strict=True)
+    return _sum(argmax), _sum(path)
+
+
+def _sum(matrices: Sequence[Confusion]) -> Confusion:
     return [np.sum(level, axis=0) for level in zip(*matrices, strict=True)]
 
 
 def level_figures(
     hierarchy: Hierarchy,
-    argmax: Sequence[NDArray[np.int64]],
-    path: Sequence[NDArray[np.int64]],
+    argmax: Confusion,
+    path: Confusion,
 ) -> list[dict[str, Any]]:
     """Accuracy, balanced accuracy and macro-F1 per level, and the accuracy of the consistent path.
 

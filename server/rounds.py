@@ -42,7 +42,13 @@ class Rounds:
     """One run on the server, from its first round or from a checkpoint to the selected model."""
 
     def __init__(
-        self, grid: Grid, config: RunConfig, folder: RunFolder, roster: Roster, model: LHFGLP, state: ServerState
+        self,
+        grid: Grid,
+        config: RunConfig,
+        folder: RunFolder,
+        roster: Roster,
+        model: LHFGLP,
+        state: ServerState,
     ) -> None:
         self.grid, self.config, self.folder, self.roster = grid, config, folder, roster
         self.model = model
@@ -130,9 +136,7 @@ class Rounds:
         """The selected model's confusion counts on each site's labelled images, by site."""
         return {site: update for site, update, _ in self._ask(EVALUATE_TEST, self.state.round)}
 
-    def _ask(
-        self, kind: str, number: int
-    ) -> Iterator[tuple[str, ModelUpdate, PrivacyStatement | None]]:
+    def _ask(self, kind: str, number: int) -> Iterator[tuple[str, ModelUpdate, PrivacyStatement | None]]:
         """Send the model to every site and yield readable replies, in the order of the site names."""
         content = to_records(ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model)))
         by_node = {self.roster.nodes[site]: site for site in self.roster.names()}
@@ -158,6 +162,4 @@ class Rounds:
         federation = self.config.federation
         if federation.strategy is not Strategy.FEDPALS:
             return {}
-        return fedpals_weights(
-            self.roster.releases, federation.pals_target, federation.pals_regularisation
-        )
+        return fedpals_weights(self.roster.releases, federation.pals_target, federation.pals_regularisation)

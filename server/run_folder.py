@@ -1,11 +1,12 @@
 """The folder of one run: what is where, and how it is written so that a reader never sees half a file.
 
-    config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
-    metrics.jsonl       one event a line: enrolled, update, round, left-out, finished
-    checkpoints/        see checkpoint.py
-    model.safetensors   the selected model, with model.json beside it
-    summary.json        the figures of the finished run
-    log.txt             what the server logged
+config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
+metrics.jsonl       one event a line: enrolled, update, round, left-out, finished
+checkpoints/        see checkpoint.py
+model.safetensors   the selected model, with model.json beside it
+summary.json        the figures of the finished run
+confusion.json      pooled test confusion counts per level, for the pictures
+log.txt             what the server logged
 """
 
 import json
@@ -18,6 +19,10 @@ from typing import Any
 
 from common.config import RunConfig
 from common.errors import UserError
+from server.evaluation import Confusion
+
+_MAY_CHANGE = ("run-dir", "sites-dir", "train.device", "federation.sites")
+"""Keys that say where and by whom, not what is computed."""
 
 
 class RunFolder:
@@ -29,22 +34,16 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
+        self.confusion = path / "confusion.json"
         self.log = path / "log.txt"
 
     def open(self, config: RunConfig) -> None:
         """Create the folder for a new run, or check that it is the one to resume.
 
         Raises:
-            UserError: the folder holds a run already, cannot be written, or (to resume) holds none or
-                one of another configuration.
+            UserError: see check; or the folder cannot be written.
         """
-        if config.resume:
-            self._check_same_run(config)
-        elif self.config.exists():
-            raise UserError(
-                f"the run folder exists: {self.path}\n"
-                "Choose another with --out, or go on with that run with --resume."
-            )
+        self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, config.with_changes({"resume": False}).to_toml())
@@ -54,12 +53,26 @@ class RunFolder:
                 "Choose a folder that you may write to, with space left, with --out."
             ) from error
 
+    def check(self, config: RunConfig) -> None:
+        """Check that the folder is free, or holds the run to resume; changes nothing.
+
+        Raises:
+            UserError: it holds a run already, or (to resume) none or one of another configuration.
+        """
+        if config.resume:
+            self._check_same_run(config)
+        elif self.config.exists():
+            raise UserError(
+                f"the run folder exists: {self.path}\n"
+                "Choose another with --out, or go on with that run with --resume."
+            )
+
     def _check_same_run(self, config: RunConfig) -> None:
         if not self.config.exists():
             raise UserError(f"nothing to resume: {self.path} holds no run; leave --resume out")
         before = RunConfig.from_toml(self.config).to_flat()
         now = config.with_changes({"resume": False}).to_flat()
-        changed = [key for key in now if now[key] != before[key] and key not in ("rounds", "run-dir")]
+        changed = [key for key in now if now[key] != before[key] and key not in _MAY_CHANGE]
         if changed:
             lines = "\n".join(f"  {key}: was {before[key]!r}, is {now[key]!r}" for key in changed)
             raise UserError(
@@ -87,6 +100,11 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def write_confusion(self, argmax: Confusion, path: Confusion) -> None:
+        """Write confusion.json."""
+        counts = {"argmax": [m.tolist() for m in argmax], "path": [m.tolist() for m in path]}
+        write_text(self.confusion, json.dumps(counts) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,0 +1,194 @@
+"""Run the apps through Flower's own simulation runtime: a private SuperLink, one run, and nothing left.
+
+What ``flwr run`` needs is set up for the user: a connection in a Flower home of its own (the user's is not
+touched), switches that keep it from installing packages or calling home, a neutral working directory
+(Flower's workers import from theirs before the app), and the true status of the run, which the exit
+status of ``flwr run`` does not tell.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tomli_w
+
+from common.config import RunConfig
+from common.errors import RunError
+
+CONNECTION = "fedbags"
+START_DEADLINE, POLL = 60.0, 3.0
+SWITCHES = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def run_flower(config: RunConfig) -> None:
+    """Submit one run to a SuperLink of our own and wait for its end.
+
+    Args:
+        config: complete, with absolute ``run-dir`` and ``sites-dir``.
+
+    Raises:
+        RunError: Flower could not start, or the run did not complete; carries the end of the log.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedbags-flower-") as folder:
+        work = Path(folder)
+        port = free_port()
+        # Flower starts its other programs by name: those of this environment must be found first.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = os.environ | SWITCHES | {"FLWR_HOME": str(work / "home"), "PATH": path}
+        write_app(work / "app" / "fedbags")
+        write_connection(work / "home", port)
+        (work / "run.toml").write_text(config.to_toml(), encoding="utf-8")
+        with superlink(work, port, environment) as log_file:
+            run_id = submit(work, config.federation.sites, environment)
+            wait_for_end(run_id, work, environment, log_file)
+
+
+def write_app(folder: Path) -> None:
+    """A Flower app that names the installed packages: what ``flwr run`` packs and sends."""
+    folder.mkdir(parents=True)
+    app = {
+        "project": {
+            "name": "fedbags",
+            "version": version("fedbags"),
+            "description": "fedbags",
+            "license": "Apache-2.0",
+            "dependencies": [],
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedbags",
+                    "components": {"serverapp": "server.app:app", "clientapp": "client.app:app"},
+                    "config": RunConfig().model_dump(mode="json", by_alias=True),
+                }
+            }
+        },
+    }
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
+
+
+def write_connection(home: Path, port: int) -> None:
+    """Flower's config.toml with one connection, to our SuperLink."""
+    home.mkdir(parents=True)
+    connection = {"superlink": {CONNECTION: {"address": f"127.0.0.1:{port}", "insecure": True}}}
+    (home / "config.toml").write_text(tomli_w.dumps(connection), encoding="utf-8")
+
+
+@contextmanager
+def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Path]:
+    """A SuperLink in simulation mode, ended with all its children on leaving; yields its log file."""
+    log_file = work / "superlink.log"
+    command = [
+        program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess",
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for_health(process, port, log_file)
+        yield log_file
+    finally:
+        end_group(process)
+
+
+def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+    """Wait until the SuperLink answers, or raise RunError with its log."""
+    end = time.monotonic() + START_DEADLINE
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise RunError(f"Flower's SuperLink did not start on port {port}:\n{tail(log_file)}")
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process and everything it started (Ray's workers outlive a plain terminate)."""
+    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def submit(work: Path, sites: int, environment: dict[str, str]) -> str:
+    """``flwr run``; returns the run id."""
+    result = flwr(
+        "run", str(work / "app" / "fedbags"), CONNECTION, "--format", "json",
+        "--run-config", str(work / "run.toml"),
+        "--federation-config", f"num-supernodes={sites} client-resources-num-cpus=1",
+        cwd=work, environment=environment,
+    )  # fmt: skip
+    return str(result["run-id"])
+
+
+def wait_for_end(run_id: str, work: Path, environment: dict[str, str], log_file: Path) -> None:
+    """Poll until the run has finished; anything but ``finished:completed`` is a RunError."""
+    while True:
+        listed = flwr(
+            "ls", CONNECTION, "--run-id", run_id, "--format", "json", cwd=work, environment=environment
+        )
+        status = str(listed["runs"][0]["status"])
+        if status.startswith("finished"):
+            break
+        time.sleep(POLL)
+    if status != "finished:completed":
+        raise RunError(f"Flower reports the run as {status}; the end of its log:\n{tail(log_file)}")
+
+
+def flwr(*arguments: str, cwd: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """One ``flwr`` command that prints JSON."""
+    result = subprocess.run(
+        [program("flwr"), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    start = result.stdout.find("{")
+    if result.returncode or start < 0:
+        raise RunError(f"`flwr {arguments[0]}` failed:\n{result.stdout}{result.stderr}")
+    answer: dict[str, Any] = json.loads(result.stdout[start:])
+    if not answer.get("success"):
+        raise RunError(f"`flwr {arguments[0]}` failed:\n{result.stdout}{result.stderr}")
+    return answer
+
+
+def program(name: str) -> str:
+    """A program of this environment, whether or not it is activated."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise RunError(f"the program {name} is not installed beside {sys.executable}")
+    return found
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tail(path: Path, lines: int = 30) -> str:
+    """The last lines of a log."""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -1,0 +1,178 @@
+"""``fedbags simulate``: compose the configuration, prepare the sites, run one engine, show the outcome."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.config import RunConfig, Scalar, parse_setting
+from common.errors import UserError
+from deploy.progress import Follower, counted
+from deploy.runs import print_summary, read_summary
+from deploy.tables import console
+
+ROUNDS_ON_FOLDERS = 40
+"""Rounds when site folders are given; the built-in default is sized for the synthetic demo."""
+LARGEST_SIZE = 224
+
+
+def simulate(
+    options: Mapping[str, Scalar],
+    *,
+    settings: Sequence[str] = (),
+    config_file: Path | None = None,
+    out: Path | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    resume: bool = False,
+    figures: bool = True,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run one simulation from its options to its summary.
+
+    Args:
+        options: flat configuration keys given as command options; they win over ``config_file``.
+        settings: ``KEY=VALUE`` texts; they win over both.
+        config_file: a config.toml to start from.
+        out: the run folder; ``runs/NAME-TIME`` when None.
+        engine: ``local`` or ``flower``.
+        workers: worker processes of the local engine; as many as cores when None, 0 for none.
+        resume: go on with the run in ``out``.
+        figures: draw the pictures at the end.
+        quiet: no tables on standard output (progress goes to standard error anyway).
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: faulty options or data; nothing was started.
+        RunError: the run failed.
+    """
+    # Imported here: they bring torch along, which the checks of the options do not need.
+    from client.locate import site_folders
+    from client.sources.synthetic import write_synthetic_sites
+    from server.run_folder import RunFolder
+
+    if resume and out is None:
+        raise UserError("--resume needs the run folder: give it with --out")
+    if resume and config_file is None and out is not None and (out / "config.toml").exists():
+        config_file = out / "config.toml"
+    config = compose(options, settings, config_file)
+    run = (out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    config = config.with_changes({"run-dir": str(run), "resume": resume})
+    folder = RunFolder(run)
+    folder.check(config)
+    synthetic = not config.sites_dir
+    sites_dir = run / "sites" if synthetic else Path(config.sites_dir)
+    if synthetic and not sites_dir.exists():
+        with counted("drawing synthetic hospitals") as progress:
+            write_synthetic_sites(
+                sites_dir,
+                sites=config.federation.sites,
+                seed=config.seed,
+                image_size=config.model.image_size,
+                progress=progress,
+            )
+    sites = site_folders(sites_dir)
+    config = config.with_changes({"sites-dir": str(sites_dir), "federation.sites": len(sites)})
+    images = prepare_sites(sites, config)
+    say(f"{len(sites)} sites, {images} training images, {config.model.image_size} px, {config.rounds} rounds")
+    with Follower(folder.metrics, config.rounds):
+        run_engine(config, engine, default_workers(len(sites)) if workers is None else workers)
+    summary = read_summary(run)
+    if figures:
+        from deploy.figures import draw_figures
+
+        draw_figures([run], None)
+    if not quiet:
+        print_summary(summary)
+        console().print(f"run folder: {run}", soft_wrap=True)
+    return summary
+
+
+def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file: Path | None) -> RunConfig:
+    """Defaults, then the file, then what suits the given sites, then options, then ``--set``."""
+    base = RunConfig.from_toml(config_file) if config_file else RunConfig()
+    given = {**options, **dict(parse_setting(text) for text in settings)}
+    changes = dict(given)
+    sites_dir = given.get("sites-dir")
+    if sites_dir and not config_file:
+        changes = {
+            "rounds": ROUNDS_ON_FOLDERS,
+            "model.image-size": usual_image_size(Path(str(sites_dir))),
+            **given,
+        }
+    return base.with_changes(changes)
+
+
+def usual_image_size(sites_dir: Path) -> int:
+    """The shorter side of the sites' images (the median of a few), at most 224 pixels."""
+    from client.locate import site_folders
+
+    sides = []
+    for site in site_folders(sites_dir):
+        for path in sorted((site / "images").glob("*"))[:20]:
+            try:
+                with Image.open(path) as image:
+                    sides.append(min(image.size))
+            except OSError:
+                continue  # the full check of every image follows, with its row
+    if not sides:
+        return int(RunConfig().model.image_size)
+    return max(8, min(sorted(sides)[len(sides) // 2], LARGEST_SIZE))
+
+
+def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
+    """Check and decode every site's images before anything starts; returns the images in use.
+
+    Raises:
+        DataError: the bad rows of a site (here they may be shown: site and user are the same).
+    """
+    from client.bags import BagStore
+    from client.labelled import LabelledImages
+
+    used = 0
+    for site in sites:
+        with counted(f"reading {site.name}") as progress:
+            store = BagStore.open(site, config.model.image_size, skip_bad=config.skip_bad, progress=progress)
+            LabelledImages.open(site, config.model.image_size, skip_bad=config.skip_bad, progress=progress)
+        summary = store.summary
+        used += summary.used
+        if summary.quarantined or summary.converted:
+            say(
+                f"{site.name}: {summary.used} of {summary.listed} images used, "
+                f"{summary.quarantined} quarantined, {summary.converted} converted to RGB"
+            )
+    return used
+
+
+def run_engine(config: RunConfig, engine: str, workers: int) -> None:
+    """Run ServerApp and ClientApps to the end.
+
+    Raises:
+        RunError: the run failed; what the server said.
+    """
+    if engine == "flower":
+        from deploy.flower_engine import run_flower
+
+        run_flower(config)
+        return
+    from deploy.local_grid import LocalGrid
+    from server.app import app
+
+    flat = config.to_flat()
+    with LocalGrid(config.federation.sites, flat, workers) as grid:
+        app(grid, grid.server_context(flat))
+
+
+def default_workers(sites: int) -> int:
+    """As many processes as cores, but not more than sites."""
+    return max(1, min(os.cpu_count() or 1, sites))
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal, on standard error."""
+    console(stderr=True).print(text)

@@ -1,0 +1,107 @@
+"""``fedbags site check``: what a site holds, and exactly what would leave the building."""
+
+from pathlib import Path
+from typing import Any
+
+from client.bags import BagStore
+from client.labelled import LabelledImages
+from client.release import release_proportions
+from client.site import KNOWN_METRICS
+from deploy.progress import counted
+from deploy.tables import console, table
+
+
+def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[str, Any]:
+    """Open a site as training would and list what is there and what would be sent.
+
+    Raises:
+        UserError: the folder is not a usable site; every bad row is named.
+    """
+    with counted(f"reading {site.name}") as progress:
+        store = BagStore.open(site, image_size, skip_bad=skip_bad, progress=progress)
+        test = LabelledImages.open(site, image_size, skip_bad=skip_bad, progress=progress)
+    release = release_proportions(store)
+    policy = store.config.policy
+    total = release.total()
+    return {
+        "site": store.name,
+        "data_version": store.data_version,
+        "bags": {
+            "used": len(store),
+            "listed": store.summary.bags_listed,
+            "smallest": int(store.bag_sizes.min()),
+            "mean": float(store.bag_sizes.mean()),
+            "largest": int(store.bag_sizes.max()),
+        },
+        "images": {
+            "used": store.summary.used,
+            "listed": store.summary.listed,
+            "converted": store.summary.converted,
+            "resized": store.summary.resized,
+            "quarantined": store.summary.quarantined,
+        },
+        "test_images": len(test.labels) if test is not None else 0,
+        "levels": [
+            {"name": name, "classes": size}
+            for name, size in zip(store.hierarchy.levels, store.hierarchy.sizes, strict=True)
+        ],
+        "leaves": {
+            "proportion_release": release.granularity,
+            "mechanism": release.mechanism,
+            "private": release.is_private,
+            "label_counts": dict(zip(store.hierarchy.classes[-1], total.tolist(), strict=True))
+            if total is not None
+            else None,
+            "class_names": True,
+            "number_of_bags": True,
+            "bag_sizes": release.granularity == "per-bag",
+            "model_update": "every round, without noise",
+            "metrics": [name for name in KNOWN_METRICS if name in policy.metrics],
+        },
+        "withheld": {
+            "metrics": [name for name in KNOWN_METRICS if name not in policy.metrics],
+            "always": ["images", "labels of single images", "file names", "patient ids", "bag ids"],
+        },
+    }
+
+
+def print_check(result: dict[str, Any]) -> None:
+    """The result as two tables."""
+    bags, images, leaves = result["bags"], result["images"], result["leaves"]
+    here = table(f"site {result['site']}: what is here", "what", "figure")
+    here.add_row("bags in use", f"{bags['used']} of {bags['listed']}")
+    here.add_row("images per bag", f"{bags['smallest']} to {bags['largest']}, mean {bags['mean']:.1f}")
+    here.add_row("images in use", f"{images['used']} of {images['listed']}")
+    here.add_row("converted to RGB", str(images["converted"]))
+    here.add_row("resized", str(images["resized"]))
+    here.add_row("quarantined", str(images["quarantined"]))
+    here.add_row("labelled test images", str(result["test_images"]))
+    for level in result["levels"]:
+        here.add_row(f"classes of level {level['name']}", str(level["classes"]))
+    here.add_row("data version", result["data_version"][:16])
+    out = table("what would leave the building", "what", "when", "protection")
+    noise = "noised" if leaves["private"] else "none: exact"
+    counts = {
+        "none": "no label counts",
+        "total": "label counts, site total",
+        "per-bag": "label counts, per bag",
+    }
+    out.add_row(
+        counts[leaves["proportion_release"]],
+        "once per data version",
+        noise if leaves["label_counts"] is not None else "withheld",
+    )
+    out.add_row("class names, number of bags", "once per data version", "none")
+    out.add_row("model update", "every round", "none: no differential privacy in this run")
+    for name in leaves["metrics"]:
+        out.add_row(f"metric {name}", "every round or evaluation", "none")
+    for name in result["withheld"]["metrics"]:
+        out.add_row(f"metric {name}", "never", "withheld by site.toml")
+    for name in result["withheld"]["always"]:
+        out.add_row(name, "never", "no record can carry it")
+    console().print(here, out)
+    if leaves["label_counts"] is not None:
+        exact = table("the label counts as they would be sent", "class", "images")
+        for name, count in leaves["label_counts"].items():
+            exact.add_row(name, f"{count:g}")
+        console().print(exact)
