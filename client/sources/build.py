@@ -20,11 +20,8 @@ from client.image_cache import CHUNK, Progress
 from client.sources.division import column, divide, make_bags
 from client.sources.report import BuildReport, make_report
 from client.sources.site_writer import SitePlan, write_site
-from client.sources.source_table import SourceTable, image_fault
+from client.sources.source_table import TEST_WORDS, TRAIN_WORDS, SourceTable, image_fault
 from common.errors import BadRow, DataError, UserError
-
-TEST_WORDS = {"test", "testing"}
-TRAIN_WORDS = {"train", "training", "trainval", "val", "valid", "validation"}
 
 
 def build_sites(

@@ -1,10 +1,11 @@
 """Finds image files by the names that label tables give them."""
 
+from collections.abc import Collection
 from pathlib import Path, PurePath
 
 from common.errors import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"})
 
 
 class FileIndex:
@@ -14,12 +15,12 @@ class FileIndex:
         UserError: the folder is missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> None:
         if not folder.is_dir():
             raise UserError(f"the image folder is missing: {folder}")
         self._by_name: dict[str, list[Path]] = {}
         for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
+            if path.suffix.lower() in suffixes and path.is_file():
                 relative = path.relative_to(folder)
                 for name in {str(relative), str(relative.with_suffix("")), path.name, path.stem}:
                     self._by_name.setdefault(name, []).append(path)

@@ -20,9 +20,16 @@ from common.hierarchy import Hierarchy
 KEPT_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """Files of these kinds are copied byte by byte, if they are what their name says."""
 
+TEST_WORDS = frozenset({"test", "testing"})
+TRAIN_WORDS = frozenset({"train", "training", "trainval", "val", "valid", "validation"})
+"""What a split column may say, in any case; validation images are trained on."""
+
 
 class SourceImages(Protocol):
     """Images by number."""
+
+    def name(self, index: int) -> str:
+        """How a message to the local user calls image ``index``."""
 
     def read(self, index: int) -> Image.Image:
         """Decode image ``index`` as 8-bit RGB; any exception means that it is unusable."""
@@ -39,6 +46,9 @@ class FileImages:
     """Images that are files already. PNG and JPEG are copied as they are, others become PNG."""
 
     paths: Sequence[Path]
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
 
     def read(self, index: int) -> Image.Image:
         with Image.open(self.paths[index]) as image:
@@ -67,6 +77,9 @@ class ArrayImages:
     """
 
     get: Callable[[int], NDArray[np.uint8]]
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
 
     def read(self, index: int) -> Image.Image:
         return to_rgb(Image.fromarray(self.get(index)))
@@ -119,7 +132,7 @@ def image_fault(images: SourceImages, index: int) -> str:
     try:
         images.read(index)
     except Exception as error:  # damaged files make decoders raise nearly anything
-        return f"the image cannot be decoded ({describe(error)})"
+        return f"{images.name(index)} cannot be decoded ({describe(error)})"
     return ""
 
 

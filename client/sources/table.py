@@ -1,14 +1,14 @@
 """Images listed in a label table: ISIC metadata, HAM10000, or any CSV with a label column."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from client.csv_tables import CsvTable, read_csv
-from client.sources.file_index import FileIndex
-from client.sources.source_table import FileImages, SourceTable
+from client.sources.file_index import IMAGE_SUFFIXES, FileIndex
+from client.sources.source_table import FileImages, SourceImages, SourceTable
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
 
@@ -33,6 +33,8 @@ def table_source(
     labels: Path,
     hierarchy: Path | None = None,
     label_column: str | None = None,
+    reader: Callable[[Sequence[Path]], SourceImages] = FileImages,
+    suffixes: Collection[str] = IMAGE_SUFFIXES,
 ) -> SourceTable:
     """Read a label table.
 
@@ -46,6 +48,8 @@ def table_source(
         labels: the CSV.
         hierarchy: label tree as CSV. Without it the diagnosis columns are the tree.
         label_column: the column of leaf names; needs ``hierarchy``.
+        reader: what reads the files found.
+        suffixes: of the files that are images, lower case.
 
     Returns:
         The table; all other columns are kept for grouping. Rows with an unknown label, a missing
@@ -76,7 +80,7 @@ def table_source(
     if tree is None and label_column is not None:
         raise UserError("--label-column needs --hierarchy: one row per leaf, coarse to fine")
     tree = tree or _tree_from(table, levels, bad)
-    index = FileIndex(images)
+    index = FileIndex(images, suffixes)
     kept: list[int] = []
     paths: list[Path] = []
     leaves: list[int] = []
@@ -96,7 +100,7 @@ def table_source(
     others = [name for name in table.columns if name != image_column]
     return SourceTable(
         file=table.file,
-        images=FileImages(paths),
+        images=reader(paths),
         labels=np.array(leaves, dtype=np.int64),
         hierarchy=tree,
         lines=[table.lines[number] for number in kept],

@@ -1,0 +1,98 @@
+"""The sources by name, and which of the given paths each of them reads."""
+
+from enum import StrEnum
+from pathlib import Path
+
+from client.sources.source_table import SourceTable
+from common.errors import UserError
+
+
+class SourceKind(StrEnum):
+    """What a folder of images looks like."""
+
+    SYNTHETIC = "synthetic"
+    TABLE = "table"
+    FOLDERS = "folders"
+    MEDMNIST = "medmnist"
+    CUB = "cub"
+    AIRCRAFT = "aircraft"
+    CARS = "cars"
+    DICOM = "dicom"
+
+
+def open_source(
+    kind: SourceKind | str,
+    *,
+    images: Path | None = None,
+    labels: Path | None = None,
+    hierarchy: Path | None = None,
+    label_column: str | None = None,
+    sites: int = 5,
+    seed: int = 0,
+    images_per_site: int = 1200,
+    image_size: int = 48,
+) -> SourceTable:
+    """Open a source.
+
+    Args:
+        kind: one of SourceKind.
+        images: folder of images (table, dicom), root folder (folders, cub, aircraft, cars) or .npz file
+            (medmnist).
+        labels: label table (table, dicom).
+        hierarchy: label tree as CSV (table, dicom, medmnist).
+        label_column: column of leaf names (table, dicom).
+        sites, seed, images_per_site, image_size: synthetic only; see synthetic_source.
+
+    Raises:
+        UserError: an unknown kind, a path that is missing or that this source would ignore; and what the
+            source itself raises.
+    """
+    try:
+        kind = SourceKind(kind)
+    except ValueError:
+        raise UserError(f"unknown source {kind!r}; known are: {', '.join(SourceKind)}") from None
+    from_table = kind in (SourceKind.TABLE, SourceKind.DICOM)
+    given = {"--labels": labels, "--label-column": label_column, "--hierarchy": hierarchy}
+    takes = set(given) if from_table else {"--hierarchy"} if kind is SourceKind.MEDMNIST else set()
+    if ignored := [name for name, value in given.items() if value is not None and name not in takes]:
+        raise UserError(f"--source {kind} does not read {', '.join(ignored)}")
+    if kind is SourceKind.SYNTHETIC:
+        from client.sources.synthetic import synthetic_source
+
+        if images is not None:
+            raise UserError("--source synthetic draws its images; it does not read --images")
+        return synthetic_source(sites, seed, images_per_site, image_size, images_per_site // 5)
+    if images is None or (from_table and labels is None):
+        raise UserError(f"--source {kind} needs --images" + (" and --labels" if from_table else ""))
+    return _open(kind, images, labels, hierarchy, label_column)
+
+
+def _open(
+    kind: SourceKind, images: Path, labels: Path | None, hierarchy: Path | None, label_column: str | None
+) -> SourceTable:
+    # Each source is imported only when it is used: some need slow or optional packages.
+    if kind is SourceKind.FOLDERS:
+        from client.sources.folders import folder_source
+
+        return folder_source(images)
+    if kind is SourceKind.MEDMNIST:
+        from client.sources.medmnist import medmnist_source
+
+        return medmnist_source(images, hierarchy)
+    if kind in (SourceKind.CUB, SourceKind.AIRCRAFT, SourceKind.CARS):
+        from client.sources import fine_grained
+
+        readers = {
+            SourceKind.CUB: fine_grained.cub_source,
+            SourceKind.AIRCRAFT: fine_grained.aircraft_source,
+            SourceKind.CARS: fine_grained.cars_source,
+        }
+        return readers[kind](images)
+    assert labels is not None
+    if kind is SourceKind.DICOM:
+        from client.sources.dicom import dicom_source
+
+        return dicom_source(images, labels, hierarchy, label_column)
+    from client.sources.table import table_source
+
+    return table_source(images, labels, hierarchy, label_column)
