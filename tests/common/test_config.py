@@ -1,0 +1,56 @@
+"""The run configuration: flat and back, bounded, unknown keys refused, one set of defaults."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from common.config import Method, RunConfig, flatten, parse_setting
+from common.errors import ConfigError, UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_flat_and_toml_forms_give_the_same_object_back(tmp_path: Path) -> None:
+    config = RunConfig().with_changes({"rounds": 3, "model.method": "dllp", "train.learning-rate": 0.01})
+    assert config.model.method is Method.DLLP
+    assert RunConfig.from_flat(config.to_flat()) == config
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    assert RunConfig.from_toml(path) == config
+
+
+def test_flower_gets_the_same_defaults() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    assert flatten(table) == RunConfig().to_flat()
+
+
+def test_every_fault_is_listed_with_its_key_and_a_hint() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_flat({"train.heldback": 0.2, "rounds": 0, "model.method": "magic"})
+    text = str(caught.value)
+    assert "did you mean 'train.held-back'" in text
+    assert "rounds = 0" in text
+    assert "model.method = 'magic'" in text
+
+
+def test_a_file_that_is_missing_or_no_toml_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        RunConfig.from_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("rounds = = 3")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        RunConfig.from_toml(tmp_path / "bad.toml")
+
+
+def test_settings_are_toml_scalars_or_text() -> None:
+    assert parse_setting("rounds=3") == ("rounds", 3)
+    assert parse_setting("train.augment = false") == ("train.augment", False)
+    assert parse_setting("model.backbone=resnet18") == ("model.backbone", "resnet18")
+    for bad in ("rounds", "=3", "federation.allow=[1,2]"):
+        with pytest.raises(ConfigError, match="--set"):
+            parse_setting(bad)
+
+
+def test_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().rounds = 3  # type: ignore[misc]
