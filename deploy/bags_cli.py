@@ -4,18 +4,25 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from client.image_cache import Progress as ProgressCallback
 from client.sources.catalogue import SourceKind, open_source
-from client.sources.report import BuildReport
 
-app = typer.Typer(help="Turn images with labels into site folders of bags.", no_args_is_help=True)
+if TYPE_CHECKING:  # these import NumPy and torch; the help must not wait for them
+    from client.image_cache import Progress as ProgressCallback
+    from client.sources.report import BuildReport
+
+app = typer.Typer(
+    help="Turn images with labels into site folders of bags.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 @app.callback()
@@ -64,9 +71,11 @@ def build(
 
     Example, from an ISIC-style table:
 
-        fedbags bags build --source table --images PBC/images --labels PBC/metadata.csv
-        --hierarchy PBC/hierarchy.csv --split-column split --bag-size 16 --sites 5
-        --partition dirichlet:0.5 --out SITES
+    \b
+        fedbags bags build --source table --images PBC/images \\
+            --labels PBC/metadata.csv --hierarchy PBC/hierarchy.csv \\
+            --split-column split --bag-size 16 --sites 5 \\
+            --partition dirichlet:0.5 --out SITES
 
     Then look at a site with `fedbags site check SITES/site-1`, and train with
     `fedbags simulate --sites-dir SITES`.
@@ -107,14 +116,14 @@ def build(
 
 
 @contextmanager
-def _progress_bar() -> Iterator[ProgressCallback]:
+def _progress_bar() -> "Iterator[ProgressCallback]":
     columns = (TextColumn("checking and writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("images", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print(report: BuildReport) -> None:
+def _print(report: "BuildReport") -> None:
     table = Table(title=f"{report.out}: {report.used} of {report.listed} images used")
     table.add_column("site")
     for name in ("bags", "images", "images per bag", "test images"):

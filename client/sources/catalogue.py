@@ -2,9 +2,12 @@
 
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from client.sources.source_table import SourceTable
 from common.errors import UserError
+
+if TYPE_CHECKING:  # the command line imports this module to show its help, which must not wait for torch
+    from client.sources.source_table import SourceTable
 
 
 class SourceKind(StrEnum):
@@ -31,7 +34,7 @@ def open_source(
     seed: int = 0,
     images_per_site: int = 1200,
     image_size: int = 48,
-) -> SourceTable:
+) -> "SourceTable":
     """Open a source.
 
     Args:
@@ -69,7 +72,7 @@ def open_source(
 
 def _open(
     kind: SourceKind, images: Path, labels: Path | None, hierarchy: Path | None, label_column: str | None
-) -> SourceTable:
+) -> "SourceTable":
     # Each source is imported only when it is used: some need slow or optional packages.
     if kind is SourceKind.FOLDERS:
         from client.sources.folders import folder_source

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from client.sources.source_table import ArrayImages, SourceTable
 from common.hierarchy import Hierarchy
 
-OUTLINES = ("round", "elongated", "lobed")
+OUTLINES = ("round", "annular", "linear")
 PIGMENTS = ("brown", "blue", "red")
 TEXTURES = ("smooth", "dotted", "striped")
 
@@ -116,23 +116,21 @@ def _draw_block(
     angle = uniform(0, np.pi)
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
 
-    # Outline: an ellipse, nearly round or long, or a round one with five lobes.
-    pick = outline[:, None, None]
-    ratio = np.where(pick == 1, uniform(0.36, 0.5), uniform(0.86, 1.0))
-    radius = np.where(pick == 1, uniform(0.74, 0.86), uniform(0.5, 0.66))
-    squared = u * u + (v / ratio) ** 2
-    distance = np.sqrt(squared)
-    # cos(2 phi), cos(3 phi) and cos(5 phi) as polynomials: no arctangent per pixel.
+    # Outline: a disc, a ring, or a long ellipse, each with an uneven border.
+    kind = outline[:, None, None]
+    ratio = np.where(kind == 2, uniform(0.3, 0.4), uniform(0.88, 1.0))
+    radius = np.where(kind == 2, uniform(0.76, 0.88), uniform(0.6, 0.74))
+    distance = np.sqrt(u * u + (v / ratio) ** 2)
+    # cos and sin of 2 and 3 phi as polynomials: no arctangent per pixel.
     cosine, sine = u / (distance + 1e-6), v / (distance + 1e-6)
     square = cosine * cosine
-    two, two_turned = 2 * square - 1, 2 * sine * cosine
-    three, three_turned = cosine * (4 * square - 3), sine * (4 * square - 1)
-    five = cosine * (16 * square * square - 20 * square + 5)
-    wobble = uniform(-0.07, 0.07) * two + uniform(-0.07, 0.07) * two_turned
-    wobble += uniform(-0.08, 0.08) * three + uniform(-0.08, 0.08) * three_turned
-    wobble += np.where(pick == 2, uniform(0.2, 0.3), uniform(-0.03, 0.03)) * five
-    border = radius * (1 + wobble)
-    mask = np.clip((border - distance) * uniform(3.5, 7) + 0.5, 0, 1)
+    wobble = uniform(-0.07, 0.07) * (2 * square - 1) + uniform(-0.07, 0.07) * (2 * sine * cosine)
+    wobble += uniform(-0.08, 0.08) * cosine * (4 * square - 3)
+    wobble += uniform(-0.08, 0.08) * sine * (4 * square - 1)
+    depth = radius * (1 + wobble) - distance
+    hole = np.where(kind == 1, uniform(0.3, 0.4), 2.0)
+    depth = np.minimum(depth, hole - depth)
+    mask = np.clip(depth * uniform(4, 8) + 0.5, 0, 1)
 
     # Texture: none, dots on a lattice, or stripes, at a random angle.
     turn = uniform(0, np.pi)
@@ -144,12 +142,12 @@ def _draw_block(
         (texture == 2)[:, None, None], 0.9 * wave, np.clip(2.4 * wave * np.sin(t) - 0.6, -0.6, 1)
     )
     pattern = np.where((texture == 0)[:, None, None], 0, pattern)
-    strength = uniform(0.2, 0.32)
+    strength = uniform(0.26, 0.4)
 
     # Colour: skin with uneven light, pigment with a jitter of its own, then the hospital's stain.
     light = uniform(0.92, 1.06) + uniform(-0.07, 0.07) * x + uniform(-0.07, 0.07) * y
     grain = rng.standard_normal((number, size, size), dtype=np.float32) * 0.025
-    shade = np.clip(1.12 - strength * pattern - 0.3 * mask * (border - distance), 0.35, 1.5)
+    shade = np.clip(1.12 - strength * pattern - 0.3 * mask * np.minimum(depth, 0.4), 0.35, 1.5)
     skin = SKIN_RGB * uniform(0.93, 1.05, 3)
     colour = PIGMENT_RGB[pigment] * uniform(0.82, 1.18, 3)
     image = np.empty((number, size, size, 3), dtype=np.uint8)

@@ -1,0 +1,63 @@
+"""site.toml: defaults, round trip, and faults that name file and key."""
+
+from pathlib import Path
+
+import pytest
+
+from client.site import KNOWN_METRICS, PrivacyBudget, ReleaseProportions, SiteConfig, SitePolicy
+from common.errors import ConfigError, UserError
+
+
+def test_defaults_release_the_total_and_all_known_metrics() -> None:
+    policy = SiteConfig(name="x").policy
+    assert policy.minimum_bag_size == 4
+    assert policy.release_proportions is ReleaseProportions.TOTAL
+    assert policy.metrics == KNOWN_METRICS
+    assert policy.budget == PrivacyBudget(epsilon=None, delta=None)
+
+
+def test_save_then_load_gives_the_same_and_leaves_no_other_file(tmp_path: Path) -> None:
+    policy = SitePolicy(
+        minimum_bag_size=8,
+        release_proportions=ReleaseProportions.NONE,
+        metrics=("loss",),
+        budget=PrivacyBudget(epsilon=2.5, delta=1e-6),
+    )
+    config = SiteConfig(name="site.A_1", hierarchy="tree.csv", policy=policy)
+    config.save(tmp_path)
+    assert SiteConfig.load(tmp_path) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["site.toml"]
+    text = (tmp_path / "site.toml").read_text(encoding="utf-8")
+    assert "minimum-bag-size = 8" in text
+    assert 'release-proportions = "none"' in text
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "'name' is missing"),
+        ('name = "two words"', "name"),
+        ('name = "x"\n[policy]\nminimum-bag-size = 0', "policy.minimum-bag-size"),
+        ('name = "x"\n[policy]\nminimum-bagsize = 4', "did you mean 'policy.minimum-bag-size'"),
+        ('name = "x"\n[policy]\nmetrics = ["loss", "labels"]', "'labels'"),
+        ('name = "x"\n[policy]\nrelease-proportions = "all"', "policy.release-proportions"),
+        ('name = "x"\n[policy.budget]\nepsilon = -1.0', "policy.budget.epsilon"),
+        ('name = "x"\n[policy.budget]\nepsilon = inf', "policy.budget.epsilon"),
+        ('name = "x"\nhierarchy = "../tree.csv"', "hierarchy"),
+        ("name = ", "cannot be read as TOML"),
+    ],
+)
+def test_a_faulty_file_is_named_with_its_key(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "site.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        SiteConfig.load(tmp_path)
+    assert named in str(caught.value)
+    assert "site.toml" in str(caught.value)
+
+
+def test_a_file_that_is_not_utf8_and_a_missing_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        SiteConfig.load(tmp_path)
+    (tmp_path / "site.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SiteConfig.load(tmp_path)
