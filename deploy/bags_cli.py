@@ -56,9 +56,11 @@ def build(
     sites: Annotated[int | None, typer.Option(min=1, help="Number of sites; 5 unless a column says.")] = None,
     partition: Annotated[
         str | None,
-        typer.Option(help="iid, dirichlet:ALPHA (small ALPHA: uneven class mixes) or column:NAME."),
+        typer.Option(help="iid (default), dirichlet:ALPHA (small ALPHA: uneven mixes) or column:NAME."),
     ] = None,
-    bags: Annotated[str, typer.Option(help="random, column:NAME or similarity.")] = "random",
+    bags: Annotated[
+        str | None, typer.Option(help="random (default), column:NAME (a bag holds one value), similarity.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the result.")] = 0,
     images_per_site: Annotated[int, typer.Option(min=1, help="Synthetic only.")] = 1200,
     image_size: Annotated[int, typer.Option(min=16, max=1024, help="Synthetic only, pixels.")] = 48,
@@ -92,16 +94,21 @@ def build(
         seed=seed,
         images_per_site=images_per_site,
         image_size=image_size,
+        bag_size=bag_size,
     )
-    by_hospital = source is SourceKind.SYNTHETIC and partition is None
+    usual = ("iid", "random")
+    if source is SourceKind.SYNTHETIC:
+        from client.sources.synthetic import SYNTHETIC_BAGS, SYNTHETIC_PARTITION
+
+        usual = (SYNTHETIC_PARTITION, SYNTHETIC_BAGS)
     with _progress_bar() as progress:
         report = build_sites(
             table,
             out,
             bag_size=bag_size,
             sites=sites,
-            partition="column:hospital" if by_hospital else partition or "iid",
-            bags=bags,
+            partition=partition or usual[0],
+            bags=bags or usual[1],
             group_column=group_column,
             split_column=split_column,
             seed=seed,

@@ -34,6 +34,7 @@ def open_source(
     seed: int = 0,
     images_per_site: int = 1200,
     image_size: int = 48,
+    bag_size: int = 16,
 ) -> "SourceTable":
     """Open a source.
 
@@ -44,7 +45,7 @@ def open_source(
         labels: label table (table, dicom).
         hierarchy: label tree as CSV (table, dicom, medmnist).
         label_column: column of leaf names (table, dicom).
-        sites, seed, images_per_site, image_size: synthetic only; see synthetic_source.
+        sites, seed, images_per_site, image_size, bag_size: synthetic only; see synthetic_source.
 
     Raises:
         UserError: an unknown kind, a path that is missing or that this source would ignore; and what the
@@ -64,7 +65,7 @@ def open_source(
 
         if images is not None:
             raise UserError("--source synthetic draws its images; it does not read --images")
-        return synthetic_source(sites, seed, images_per_site, image_size, images_per_site // 5)
+        return synthetic_source(sites, seed, images_per_site, image_size, images_per_site // 5, bag_size)
     if images is None or (from_table and labels is None):
         raise UserError(f"--source {kind} needs --images" + (" and --labels" if from_table else ""))
     return _open(kind, images, labels, hierarchy, label_column)

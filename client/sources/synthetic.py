@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from client.image_cache import Progress
+from client.sources.build import build_sites
 from client.sources.source_table import ArrayImages, SourceTable
 from common.hierarchy import Hierarchy
 
@@ -19,6 +21,15 @@ TEXTURES = ("smooth", "dotted", "striped")
 
 PIGMENT_RGB = np.array([[118, 72, 40], [78, 84, 128], [178, 58, 64]], dtype=np.float32)
 SKIN_RGB = np.array([226, 180, 158], dtype=np.float32)
+
+HOSPITAL_CONCENTRATION = 2.0
+"""Per class, of the Dirichlet law of a hospital's class mix; smaller makes hospitals more unlike."""
+
+SESSION_CONCENTRATION = 2.7
+"""In all, of the Dirichlet law of a session's mix around its hospital's; smaller makes purer bags."""
+
+SYNTHETIC_PARTITION, SYNTHETIC_BAGS = "column:hospital", "column:session"
+"""How these images are meant to be divided."""
 
 BLOCK = 64
 """Images drawn at once: large enough for NumPy, small enough for the processor's cache."""
@@ -64,30 +75,43 @@ def synthetic_source(
     images_per_site: int = 1200,
     image_size: int = 48,
     test_images_per_site: int = 240,
-    concentration: float = 2.0,
+    session_size: int = 16,
 ) -> SourceTable:
-    """Hospitals of synthetic lesions as one table with the columns ``hospital`` and ``split``.
+    """Hospitals of synthetic lesions as one table with the columns ``hospital``, ``session``, ``split``.
+
+    A hospital's training images come from sessions whose class mixes scatter widely around the
+    hospital's own, as clinic days do: bags made of sessions differ, and differences between bags are all
+    that proportions can teach. Test images are drawn from the hospital's mix.
 
     Args:
         sites: number of hospitals.
         seed: fixes everything.
         images_per_site: training images of each hospital.
         image_size: side of the images, pixels.
-        test_images_per_site: test images of each hospital, drawn from the same class mix.
-        concentration: of the Dirichlet law of each hospital's class mix; smaller is more uneven.
+        test_images_per_site: test images of each hospital.
+        session_size: images per session; the last session of a hospital may be smaller.
     """
     hierarchy = lesion_hierarchy()
-    leaves, images, hospitals, splits = [], [], [], []
-    number = images_per_site + test_images_per_site
+    leaves, images = [], []
+    columns: dict[str, list[str]] = {"hospital": [], "session": [], "split": []}
     for site, child in enumerate(np.random.SeedSequence(seed).spawn(sites), start=1):
         rng = np.random.default_rng(child)
-        mix = rng.dirichlet(np.full(hierarchy.sizes[-1], concentration))
+        mix = rng.dirichlet(np.full(hierarchy.sizes[-1], HOSPITAL_CONCENTRATION))
         stain = rng.uniform(0.86, 1.14, 3).astype(np.float32)
-        drawn = rng.choice(hierarchy.sizes[-1], size=number, p=mix)
+        session = np.arange(images_per_site) // session_size
+        # The small constant keeps the law proper where a class has next to no share.
+        mixes = rng.dirichlet(SESSION_CONCENTRATION * mix + 1e-3, size=int(session[-1]) + 1)
+        drawn = np.concatenate(
+            [
+                *(rng.choice(len(mix), np.sum(session == day), p=own) for day, own in enumerate(mixes)),
+                rng.choice(len(mix), test_images_per_site, p=mix),
+            ]
+        )
         leaves.append(drawn)
         images.append(draw_lesions(drawn, image_size, stain, rng))
-        hospitals += [f"hospital-{site:0{len(str(sites))}d}"] * number
-        splits += ["train"] * images_per_site + ["test"] * test_images_per_site
+        columns["hospital"] += [f"hospital-{site:0{len(str(sites))}d}"] * len(drawn)
+        columns["session"] += [str(day) for day in session] + ["test"] * test_images_per_site
+        columns["split"] += ["train"] * images_per_site + ["test"] * test_images_per_site
     pixels = np.concatenate(images)
     return SourceTable(
         file="synthetic",
@@ -95,8 +119,40 @@ def synthetic_source(
         labels=np.concatenate(leaves).astype(np.int64),
         hierarchy=hierarchy,
         lines=[None] * len(pixels),
-        columns={"hospital": hospitals, "split": splits},
+        columns=columns,
         split_column="split",
+    )
+
+
+def write_synthetic_sites(
+    out: Path,
+    sites: int = 5,
+    seed: int = 0,
+    images_per_site: int = 1200,
+    image_size: int = 48,
+    bag_size: int = 16,
+    test_images_per_site: int = 240,
+    progress: Progress | None = None,
+) -> None:
+    """Write complete site folders ``out/hospital-K`` of synthetic lesions, one bag per session.
+
+    Args:
+        out: folder to make; it must not exist.
+        bag_size: images per bag; for the others see synthetic_source.
+        progress: called with (done, all).
+
+    Raises:
+        UserError: ``out`` exists, or cannot be written.
+    """
+    source = synthetic_source(sites, seed, images_per_site, image_size, test_images_per_site, bag_size)
+    build_sites(
+        source,
+        out,
+        bag_size=bag_size,
+        partition=SYNTHETIC_PARTITION,
+        bags=SYNTHETIC_BAGS,
+        seed=seed,
+        progress=progress,
     )
 
 
@@ -158,27 +214,3 @@ def _draw_block(
         plane *= field * stain[channel]
         image[..., channel] = np.clip(plane, 0, 255)
     return image
-
-
-def write_synthetic_sites(
-    out: Path,
-    sites: int = 5,
-    seed: int = 0,
-    images_per_site: int = 1200,
-    image_size: int = 48,
-    bag_size: int = 16,
-    test_images_per_site: int = 240,
-) -> None:
-    """Write complete site folders ``out/hospital-K`` of synthetic lesions.
-
-    Args:
-        out: folder to make; it must not exist.
-        bag_size: images per bag; for the others see synthetic_source.
-
-    Raises:
-        UserError: ``out`` exists, or cannot be written.
-    """
-    from client.sources.build import build_sites  # here, because build opens sources by name
-
-    source = synthetic_source(sites, seed, images_per_site, image_size, test_images_per_site)
-    build_sites(source, out, bag_size=bag_size, partition="column:hospital", seed=seed)
