@@ -1,0 +1,163 @@
+"""Class-activation maps: where in a test image each run's model finds the leaf that it predicts.
+
+Grad-CAM (Selvaraju et al. 2017) on the last feature map that still has some resolution. Works for every
+backbone that has such a map; a ViT has none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from client.bags import to_tensor
+from common.hierarchy import Hierarchy
+from common.lhfglp import LHFGLP, consistent_prediction, log_probabilities
+from deploy.figures.finished_run import FinishedRun, labels, title
+from deploy.figures.samples import TestSample
+from deploy.figures.style import PALETTE, bare, new_figure, wrapped
+
+MOST_IMAGES = 6
+LEAST_SIDE = 6
+"""Positions across a feature map below which it is too coarse to point at anything."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What one model sees in N images.
+
+    Attributes:
+        maps: shape (N, S, S) in [0, 1], the largest of each image 1 (or all 0).
+        leaves: shape (N,) predicted leaf, the end of the best path.
+        probabilities: shape (N,) the leaf's probability among the leaves.
+    """
+
+    maps: NDArray[np.float32]
+    leaves: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+
+def draw_activation(
+    runs: Sequence[FinishedRun], samples: Sequence[TestSample], activations: Sequence[Activation]
+) -> Figure:
+    """One column per image: the image, then an overlay for every run.
+
+    Args:
+        runs: one row of overlays each.
+        samples: each run's images; the same ones, maybe at different sizes.
+        activations: from ``activate``, one per run.
+    """
+    tree = runs[0].tree
+    number = len(samples[0].labels)
+    what = title("Class-activation maps: where the predicted leaf is seen", runs)
+    figure = new_figure(2.15 * number + 0.6, 2.75 * (1 + len(runs)) + 0.5, what)
+    grid = figure.subplots(1 + len(runs), number, squeeze=False)
+    for axes in grid.flat:
+        bare(axes)
+    for column, leaf in enumerate(samples[0].labels.tolist()):
+        grid[0, column].imshow(samples[0].images[column], interpolation="bicubic")
+        grid[0, column].set_title("true:\n" + wrapped(tree.classes[-1][leaf], 24), fontsize=8)
+    grid[0, 0].set_ylabel("test image")
+    for row, (label, sample, seen) in enumerate(zip(labels(runs), samples, activations, strict=True), 1):
+        grid[row, 0].set_ylabel(wrapped(label, 26))
+        for column, true in enumerate(sample.labels.tolist()):
+            axes, leaf = grid[row, column], int(seen.leaves[column])
+            axes.imshow(overlay(sample.images[column], seen.maps[column]), interpolation="bicubic")
+            name = wrapped(tree.classes[-1][leaf], 24)
+            mark, colour = ("✓", PALETTE[2]) if leaf == true else ("✗", PALETTE[1])
+            axes.set_title(f"{mark} {seen.probabilities[column]:.2f}\n{name}", fontsize=8, color=colour)
+    return figure
+
+
+def choose_images(sample: TestSample, tree: Hierarchy, seed: int) -> TestSample:
+    """Up to MOST_IMAGES images, fixed by ``seed``: one per coarse class in turn, each of another leaf."""
+    rng = np.random.default_rng(seed)
+    coarse = tree.paths[:, 0]
+    queues: dict[int, list[int]] = {}
+    for leaf in rng.permutation(np.unique(sample.labels)).tolist():
+        row = int(rng.choice(np.flatnonzero(sample.labels == leaf)))
+        queues.setdefault(int(coarse[leaf]), []).append(row)
+    chosen: list[int] = []
+    for turn in range(MOST_IMAGES):
+        chosen += [queues[node][turn] for node in sorted(queues) if turn < len(queues[node])]
+    chosen = sorted(chosen[:MOST_IMAGES], key=lambda row: int(sample.labels[row]))
+    return TestSample(sample.images[chosen], sample.labels[chosen], sample.sites[chosen])
+
+
+def activate(model: LHFGLP, images: NDArray[np.uint8]) -> Activation | None:
+    """Predict and explain images (N, S, S, 3); None where the backbone has no feature map."""
+    inputs = to_tensor(images)
+    outputs: list[Tensor] = []
+
+    def remember(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output)
+
+    hooks = [module.register_forward_hook(remember) for module in model.backbone.modules()]
+    try:
+        with torch.enable_grad():
+            output = model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    features = last_feature_map(outputs)
+    if features is None:
+        return None
+    leaves = consistent_prediction(output, model.hierarchy)[:, -1]
+    # Images do not mix in a model without BatchNorm statistics, so one sum gives every image's gradient.
+    (gradient,) = torch.autograd.grad(output.scores[-1].gather(1, leaves[:, None]).sum(), features)
+    gradient, features = _channels_first(gradient), _channels_first(features.detach())
+    # A channel's weight is its mean gradient: position by position, strided convolutions leave their grid.
+    seen = F.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1, keepdim=True))
+    maps = F.interpolate(seen, inputs.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+    probabilities = log_probabilities(output)[-1].exp().gather(1, leaves[:, None])[:, 0]
+    return Activation(maps.numpy(), leaves.numpy(), probabilities.detach().numpy())
+
+
+def last_feature_map(outputs: Sequence[Tensor]) -> Tensor | None:
+    """The last square map of at least LEAST_SIDE positions across; failing that, the finest one left.
+
+    Args:
+        outputs: what the backbone's modules returned, in order. A map is (N, C, H, W) or (N, H, W, C)
+            with H = W > 1. Maps before a sequence of tokens (N, T, C), such as the patches of a ViT, are
+            no feature maps: what was learned is in the tokens.
+    """
+    maps: list[Tensor] = []
+    for output in outputs:
+        if output.ndim == 3:
+            maps.clear()
+        elif output.ndim == 4 and output.requires_grad and _side(output) > 1:
+            maps.append(output)
+    fine = [output for output in maps if _side(output) >= LEAST_SIDE]
+    if fine:
+        return fine[-1]
+    # The last of the finest: max() alone would give the first.
+    return max(reversed(maps), key=_side, default=None)
+
+
+def overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The image (S, S, 3) in grey with the map (S, S) over it, as RGB in [0, 1]."""
+    grey = (image.astype(np.float64) @ [0.299, 0.587, 0.114] / 255)[..., None]
+    heat = colormaps["inferno"](seen)[..., :3]
+    strength = 0.75 * np.clip(seen, 0, 1)[..., None]
+    mixed: NDArray[np.float64] = (1 - strength) * grey + strength * heat
+    return mixed
+
+
+def _side(output: Tensor) -> int:
+    """H of a square map, channels first or last; 0 where the tensor is no square map."""
+    _, a, b, c = output.shape
+    if b == c:
+        return b
+    return a if a == b else 0
+
+
+def _channels_first(features: Tensor) -> Tensor:
+    return features if features.shape[2] == features.shape[3] else features.permute(0, 3, 1, 2)

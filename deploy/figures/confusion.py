@@ -1,0 +1,129 @@
+"""Confusion matrices of the pooled test images, one picture per level, siblings side by side."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
+
+from common.hierarchy import Hierarchy
+from deploy.figures.finished_run import FinishedRun, labels, title
+from deploy.figures.style import GREY, new_figure, wrapped
+
+MOST_NUMBERED = 12
+"""Classes up to which every cell tells its share in figures."""
+MOST_NAMED = 60
+"""Classes up to which each has its name on the axes; above, only their parents have."""
+
+
+def draw_confusion(runs: Sequence[FinishedRun], level: int) -> Figure:
+    """One level: each level's own best class beside the best path; or several runs, best class each.
+
+    Rows are true classes, and each is divided by its sum; the rows of classes without test images stay
+    empty. Classes stand in the order of the tree, with lines between the children of different parents.
+    """
+    tree = runs[0].tree
+    panels: list[tuple[str, NDArray[np.int64]]] = []
+    for run, label in zip(runs, labels(runs), strict=True):
+        assert run.confusion is not None
+        if len(runs) == 1:
+            panels.append(("best class of the level", run.confusion["argmax"][level]))
+            panels.append(("best root-to-leaf path", run.confusion["path"][level]))
+        else:
+            panels.append((label, run.confusion["argmax"][level]))
+    side = float(np.clip(2.6 + 0.2 * tree.sizes[level], 4.2, 8.6))
+    what = f"Confusion of test images at level '{tree.levels[level]}'"
+    figure = new_figure(side * len(panels) + 1, side + 0.9, title(what, runs), "compressed")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    drawn = None
+    for number, (axes, (heading, counts)) in enumerate(zip(grid, panels, strict=True)):
+        drawn = _draw_matrix(axes, tree, level, counts)
+        accuracy = np.trace(counts) / max(1, counts.sum())
+        axes.set_title(f"{heading}: accuracy {accuracy:.3f}")
+        axes.set_xlabel("predicted")
+        if number == 0:
+            axes.set_ylabel("true")
+        else:
+            axes.tick_params(left=False, labelleft=False)
+    assert drawn is not None
+    figure.colorbar(drawn, ax=list(grid), label="share of the true class", fraction=0.03, pad=0.01)
+    return figure
+
+
+def _draw_matrix(axes: Axes, tree: Hierarchy, level: int, counts: NDArray[np.int64]) -> AxesImage:
+    order = tree_order(tree, level)
+    shares = row_shares(counts[np.ix_(order, order)])
+    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
+    number = len(order)
+    if number <= MOST_NUMBERED:
+        for row, column in np.argwhere(np.nan_to_num(shares) >= 0.005):
+            share = shares[row, column]
+            colour = "white" if share > 0.55 else "black"
+            axes.text(column, row, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=7.5)
+    edges = _edges(tree, level, order, above=level - 1)
+    coarse = _edges(tree, level, order, above=0)
+    for edge in edges:
+        width = 1.6 if edge in coarse and level > 1 else 0.6
+        width *= 1.0 if number <= MOST_NAMED else 0.5
+        axes.axhline(edge, color=GREY, linewidth=width)
+        axes.axvline(edge, color=GREY, linewidth=width)
+    places, names = _named_places(tree, level, order, edges)
+    size = 8.0 if number <= 30 else 6.0
+    short = number <= 4
+    shown = [wrapped(name, 14) if short else _shortened(name) for name in names]
+    axes.set_xticks(places, shown, rotation=0 if short else 90, fontsize=size)
+    axes.set_yticks(places, shown, fontsize=size)
+    axes.tick_params(length=2)
+    return drawn
+
+
+def _named_places(
+    tree: Hierarchy, level: int, order: Sequence[int], edges: Sequence[float]
+) -> tuple[list[float], list[str]]:
+    """Where names stand on the axes: one per class, or one per block of siblings, or none."""
+    number = len(order)
+    if number <= MOST_NAMED:
+        return list(range(number)), [tree.classes[level][node] for node in order]
+    if level == 0:
+        return [], []
+    blocks = list(pairwise([-0.5, *edges, number - 0.5]))
+    parents = [tree.classes[level - 1][node] for node in tree_order(tree, level - 1)]
+    # Names of parents with few children would write over one another: those are left out.
+    named = [
+        ((low + high) / 2, name)
+        for (low, high), name in zip(blocks, parents, strict=True)
+        if high - low >= number / MOST_NAMED
+    ]
+    return [place for place, _ in named], [name for _, name in named]
+
+
+def tree_order(tree: Hierarchy, level: int) -> list[int]:
+    """The classes of a level in the order of the tree: children of one parent stand together."""
+    ancestors = sorted({tuple(path[: level + 1]) for path in tree.paths.tolist()})
+    return [path[-1] for path in ancestors]
+
+
+def row_shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each row divided by its sum; NaN, which is drawn white, where the sum is 0."""
+    sums = counts.sum(axis=1, keepdims=True).astype(np.float64)
+    shares = np.full(counts.shape, np.nan)
+    np.divide(counts, sums, out=shares, where=sums > 0)
+    return shares
+
+
+def _edges(tree: Hierarchy, level: int, order: Sequence[int], above: int) -> list[float]:
+    """Where the ancestor at level ``above`` changes, in cells; nowhere for the coarsest classes."""
+    if level == 0:
+        return []
+    ancestor = dict(tree.paths[:, [level, above]].tolist())
+    nodes = [ancestor[node] for node in order]
+    return [place - 0.5 for place in range(1, len(order)) if nodes[place] != nodes[place - 1]]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 28 else name[:27] + "…"

@@ -1,0 +1,126 @@
+"""Training curves: the sites' training loss, and how well held-back bags are met, round by round."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from deploy.figures.finished_run import FinishedRun, labels, title
+from deploy.figures.style import GREY, LINES, PALETTE, bare, new_figure
+
+MOST_SITES_NAMED = 10
+
+
+def draw_curves(runs: Sequence[FinishedRun]) -> Figure:
+    """Three panels: training loss, KL and L1 of held-back bags per level; several runs overlaid."""
+    figure = new_figure(14, 5.4, title("Training curves", runs))
+    figure.set_layout_engine("constrained", w_pad=0.12)
+    loss, kl, l1 = figure.subplots(1, 3)
+    _draw_loss(loss, runs)
+    _draw_bags(kl, runs, "kl", "KL divergence of held-back bags", "nats")
+    _draw_bags(l1, runs, "l1", "L1 distance of held-back bags", "sum of |difference of proportions|")
+    return figure
+
+
+def _draw_loss(axes: Axes, runs: Sequence[FinishedRun]) -> None:
+    axes.set_title("Training loss" if len(runs) == 1 else "Training loss (of each method's own kind)")
+    axes.set_ylabel("loss (nats)")
+    handles: list[Line2D] = []
+    for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
+        colour = "black" if len(runs) == 1 else PALETTE[number % len(PALETTE)]
+        name = "mean of sites" if len(runs) == 1 else label
+        rounds = [event for event in run.of("round") if event["loss"] is not None]
+        for place, site in enumerate(sites := sorted({event["site"] for event in run.of("update")})):
+            of_site = [e for e in run.of("update") if e["site"] == site and e["loss"] is not None]
+            named = len(runs) == 1 and len(sites) <= MOST_SITES_NAMED
+            line = Line2D(
+                [event["round"] for event in of_site],
+                [event["loss"] for event in of_site],
+                color=PALETTE[place % len(PALETTE)] if named else colour,
+                linestyle=LINES[place // len(PALETTE)] if named else "-",
+                linewidth=1.0,
+                alpha=0.8 if named else 0.25,
+                label=site,
+            )
+            axes.add_line(line)
+            handles += [line] if named else []
+        handles += axes.plot(
+            [event["round"] for event in rounds],
+            [event["loss"] for event in rounds],
+            color=colour,
+            linewidth=2.2,
+            marker="o" if len(rounds) == 1 else "",
+            label=name,
+        )
+    axes.autoscale_view()
+    if not any(event["loss"] is not None for run in runs for event in run.of("round")):
+        _say(axes, "the sites sent no training loss")
+        return
+    _count_rounds(axes)
+    _legend_below(axes, handles)
+
+
+def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, unit: str) -> None:
+    axes.set_title(heading)
+    axes.set_ylabel(unit)
+    several = len(runs) > 1
+    handles: list[Line2D] = []
+    for number, run in enumerate(runs):
+        events = run.of("bags")
+        rounds = [event["round"] for event in events]
+        for level, name in enumerate(run.tree.levels):
+            values = [event["levels"][level][key] for event in events]
+            colour = PALETTE[(number if several else level) % len(PALETTE)]
+            line = LINES[level % len(LINES)] if several else "-"
+            (drawn,) = axes.plot(rounds, values, color=colour, linestyle=line, linewidth=1.8, label=name)
+            handles += [] if several else [drawn]
+            if run.selected_round in rounds:
+                kept = values[rounds.index(run.selected_round)]
+                axes.plot(
+                    [run.selected_round],
+                    [kept],
+                    "*",
+                    color=colour,
+                    markersize=12,
+                    markeredgecolor="white",
+                    zorder=3,
+                )
+    if not any(run.of("bags") for run in runs):
+        _say(axes, "no bags were held back")
+        return
+    _count_rounds(axes)
+    axes.set_ylim(bottom=0)
+    if several:
+        handles += [
+            Line2D([], [], color=GREY, linestyle=LINES[level % len(LINES)], label=name)
+            for level, name in enumerate(runs[0].tree.levels)
+        ]
+    handles.append(
+        Line2D([], [], color=GREY, linestyle="", marker="*", markersize=10, label="selected round")
+    )
+    if several:
+        handles += [
+            Line2D([], [], color=PALETTE[number % len(PALETTE)], linewidth=1.8, label=label)
+            for number, label in enumerate(labels(runs))
+        ]
+    _legend_below(axes, handles)
+
+
+def _legend_below(axes: Axes, handles: list[Line2D]) -> None:
+    """Under the panel, where it covers no curve."""
+    columns = 2 if any(len(str(handle.get_label())) > 16 for handle in handles) else 3
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, fontsize=8)
+
+
+def _count_rounds(axes: Axes) -> None:
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _say(axes: Axes, text: str) -> None:
+    """An empty panel that says why it is empty."""
+    bare(axes)
+    axes.set_ylabel("")
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)

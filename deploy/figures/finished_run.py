@@ -1,0 +1,138 @@
+"""A finished run, read from its folder for drawing; and runs that can stand side by side."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import Method, RunConfig
+from common.errors import UserError
+from common.hierarchy import Hierarchy
+from common.lhfglp import LHFGLP
+from common.model_file import load_model
+from server.run_folder import RunFolder, read_events
+
+METHOD_TITLES = {
+    Method.LHFGLP: "LHFGLP",
+    Method.DLLP_HIERARCHICAL: "plain pipeline (dllp-hierarchical)",
+    Method.DLLP: "plain LLP (dllp)",
+}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What the pictures need of one run.
+
+    Attributes:
+        path: the run folder.
+        config: its configuration.
+        summary: its summary.json.
+        events: the lines of its metrics.jsonl.
+        model: the selected model, in evaluation mode.
+        confusion: ``argmax`` and ``path``: per level (C_l, C_l) counts, rows the true class; None when
+            the run had no labelled test images.
+    """
+
+    path: Path
+    config: RunConfig
+    summary: dict[str, Any]
+    events: tuple[dict[str, Any], ...]
+    model: LHFGLP
+    confusion: dict[str, list[NDArray[np.int64]]] | None
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read a run folder.
+
+        Raises:
+            UserError: it is no run folder, the run has not finished, or a file is damaged.
+        """
+        folder = RunFolder(path)
+        if not folder.config.is_file():
+            raise UserError(
+                f"no run in {path}\nGive a run folder, such as the --out of `fedbags simulate`; "
+                "`fedbags runs list` shows them."
+            )
+        if not folder.summary.is_file():
+            raise UserError(
+                f"the run in {path} has not finished: it has no {folder.summary.name}\n"
+                "Wait for its end, or go on with it: `fedbags simulate --resume` with the same options."
+            )
+        model, _ = load_model(path)
+        try:
+            summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+            events = tuple(read_events(folder.metrics))
+            confusion = None
+            if folder.confusion.is_file():
+                counts = json.loads(folder.confusion.read_text(encoding="utf-8"))
+                confusion = {
+                    decoder: [np.asarray(level, dtype=np.int64) for level in counts[decoder]]
+                    for decoder in ("argmax", "path")
+                }
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"the run folder {path} is damaged: {error}\nCopy it again from where the run was made."
+            ) from error
+        return cls(path, RunConfig.from_toml(folder.config), summary, events, model, confusion)
+
+    @property
+    def tree(self) -> Hierarchy:
+        """The label tree."""
+        return self.model.hierarchy
+
+    @property
+    def method(self) -> str:
+        """The method's name as titles write it."""
+        return METHOD_TITLES[self.config.model.method]
+
+    @property
+    def name(self) -> str:
+        """The name of the run folder."""
+        return self.path.resolve().name
+
+    @property
+    def selected_round(self) -> int:
+        """The round whose model was kept."""
+        return int(self.summary["selected_round"])
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind, in order."""
+        return [event for event in self.events if event["event"] == kind]
+
+
+def open_runs(paths: Sequence[Path]) -> list[FinishedRun]:
+    """Read runs that share one label tree.
+
+    Raises:
+        UserError: see FinishedRun.open; or their trees differ, so they cannot stand side by side.
+    """
+    runs = [FinishedRun.open(path) for path in paths]
+    for run in runs[1:]:
+        if run.tree != runs[0].tree:
+            raise UserError(
+                f"{run.path} and {runs[0].path} have different label trees\n"
+                "Draw them one by one: side by side stand only runs on the same classes."
+            )
+    return runs
+
+
+def labels(runs: Sequence[FinishedRun]) -> list[str]:
+    """A short name for each run: its method, and its folder where that does not tell them apart."""
+    methods = [run.method for run in runs]
+    return [
+        method if methods.count(method) == 1 else f"{method}, {run.name}"
+        for method, run in zip(methods, runs, strict=True)
+    ]
+
+
+def title(what: str, runs: Sequence[FinishedRun]) -> str:
+    """The title of a picture: what it shows, and of which runs and rounds (and method, if one run)."""
+    named = [f"run {run.name}, round {run.selected_round} of {run.summary['rounds']}" for run in runs]
+    if len(runs) == 1:
+        return f"{what}\n{runs[0].method}, {named[0]}"
+    lines = [" · ".join(named[start : start + 3]) for start in range(0, len(named), 3)]
+    return "\n".join([what, *lines])

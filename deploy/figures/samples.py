@@ -1,0 +1,105 @@
+"""The labelled test images that t-SNE and activation maps are drawn from.
+
+Only a simulation has them in reach: in a deployment they are at the hospitals, and these pictures are
+left out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.labelled import LabelledImages
+from client.locate import site_folders, synthetic_sites
+from client.site import SiteConfig
+from client.sources.synthetic import lesion_hierarchy
+from common.errors import UserError
+from deploy.figures.finished_run import FinishedRun
+
+
+class NoTestImages(Exception):  # noqa: N818  (a finding, not a fault: the picture is left out)
+    """There is nothing to draw from; the text says why, in one line."""
+
+
+@dataclass(frozen=True)
+class TestSample:
+    """Some test images of a run's sites, pooled in the order of the sites.
+
+    Attributes:
+        images: shape (N, S, S, 3) uint8.
+        labels: shape (N,) leaf indices.
+        sites: shape (N,) index of the site that each image is from.
+    """
+
+    __test__ = False  # pytest: no test class
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    sites: NDArray[np.int64]
+
+
+def find_sites(run: FinishedRun) -> list[Path]:
+    """The folders of the sites that the run was made with.
+
+    Raises:
+        NoTestImages: they are not in reach.
+    """
+    if run.config.sites_dir:
+        try:
+            folders = site_folders(Path(run.config.sites_dir))
+        except UserError as error:
+            raise NoTestImages(f"the sites have moved: {_first_line(error)}") from error
+    elif run.tree == lesion_hierarchy():
+        # Without sites-dir a run is a deployment or one on synthetic hospitals, which have this tree.
+        # They are drawn from the run's seed, so drawing them again gives the same images.
+        folders = synthetic_sites(run.config)
+    else:
+        raise NoTestImages("the run was made at real sites, whose images are not here")
+    took_part = run.summary["per_site"]
+    try:
+        present = [folder for folder in folders if SiteConfig.load(folder).name in took_part]
+    except UserError as error:
+        raise NoTestImages(_first_line(error)) from error
+    if not present:
+        raise NoTestImages("none of the sites found is one of the run's")
+    return present
+
+
+def read_sample(run: FinishedRun, folders: list[Path], image_size: int, most: int) -> TestSample:
+    """Draw up to ``most`` test images by chance, fixed by the run's seed.
+
+    The same run, folders and number give the same images at every ``image_size``.
+
+    Raises:
+        NoTestImages: the sites have no test images that can be read, or another label tree.
+    """
+    opened: list[tuple[int, LabelledImages]] = []
+    for number, folder in enumerate(folders):
+        try:
+            found = LabelledImages.open(folder, image_size, skip_bad=run.config.skip_bad)
+        except UserError as error:
+            raise NoTestImages(_first_line(error)) from error
+        if found is None:
+            continue
+        if found.hierarchy != run.tree:
+            raise NoTestImages(f"the label tree of {folder} is not the run's")
+        opened.append((number, found))
+    if not opened:
+        raise NoTestImages("the sites have no labelled test images (test.csv)")
+    sizes = [len(found.labels) for _, found in opened]
+    total = sum(sizes)
+    chosen = np.arange(total)
+    if total > most:
+        chosen = np.sort(np.random.default_rng(run.config.seed).permutation(total)[:most])
+    images, labels, sites = [], [], []
+    for start, size, (number, found) in zip(np.cumsum([0, *sizes]), sizes, opened, strict=False):
+        rows = chosen[(chosen >= start) & (chosen < start + size)] - start
+        images.append(found.images[rows])
+        labels.append(found.labels[rows])
+        sites.append(np.full(len(rows), number))
+    return TestSample(np.concatenate(images), np.concatenate(labels), np.concatenate(sites))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,136 @@
+"""How every picture looks: palette, fonts, class colours, and how a picture reaches the disk.
+
+Figures are drawn through Figure and FigureCanvasAgg objects: no display, no pyplot, no global figure.
+"""
+
+import io
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from common.errors import UserError
+from common.hierarchy import Hierarchy
+
+DPI = 130
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A")
+"""Okabe & Ito's colours, told apart with every common colour blindness; grey for their black."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+
+GREY = "#555555"
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """matplotlib's settings for our pictures, put back afterwards."""
+    with rc_context(
+        {
+            "font.size": 9.0,
+            "axes.titlesize": 10.0,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": GREY,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E4E4E4",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "figure.titlesize": 12.0,
+            "figure.titleweight": "bold",
+            # Class names are text: a dollar sign in one is no formula.
+            "text.parse_math": False,
+        }
+    ):
+        yield
+
+
+def new_figure(
+    width: float, height: float, title: str, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
+    """An empty figure of this size in inches; ``compressed`` draws panels of fixed shape together."""
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(picture.getvalue())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"the picture {path} cannot be written: {error.strerror or error}\n"
+            "Choose a folder that you may write to, with space left, with --out."
+        ) from error
+    return path
+
+
+def bare(axes: Axes) -> None:
+    """Leave nothing but the content: no ticks, no grid, no frame."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text over several lines; words longer than ``width`` characters are broken."""
+    return "\n".join(textwrap.wrap(text, width)) or text
+
+
+@dataclass(frozen=True)
+class ClassStyle:
+    """How one class is drawn wherever it appears."""
+
+    colour: str
+    marker: str
+
+
+def class_styles(tree: Hierarchy, level: int) -> list[ClassStyle]:
+    """One style per class of ``level``.
+
+    The coarsest classes take the palette in turn, and another marker each time it starts again. A class
+    below keeps the hue of its coarsest ancestor: siblings differ by lightness and marker.
+    """
+    top: list[int] = [0] * tree.sizes[level]
+    for path in tree.paths:
+        top[path[level]] = int(path[0])
+    styles = []
+    for node, ancestor in enumerate(top):
+        relatives = [other for other, its in enumerate(top) if its == ancestor]
+        rank = relatives.index(node)
+        turn = ancestor // len(PALETTE) if level == 0 else rank
+        colour = _shade(PALETTE[ancestor % len(PALETTE)], rank, len(relatives))
+        styles.append(ClassStyle(colour, MARKERS[turn % len(MARKERS)]))
+    return styles
+
+
+def _shade(colour: str, rank: int, number: int) -> str:
+    """The colour mixed with black for the first relative, through itself, to white for the last."""
+    if number == 1:
+        return colour
+    place = 2 * rank / (number - 1) - 1
+    target, amount = (0.0, 0.5 * -place) if place < 0 else (1.0, 0.55 * place)
+    red, green, blue = ((1 - amount) * part + amount * target for part in to_rgb(colour))
+    return to_hex((red, green, blue))
