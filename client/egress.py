@@ -40,7 +40,7 @@ class SiteError(IntEnum):
 
 
 REASONS = {
-    SiteError.EGRESS: "the site's guard refused its reply; the site's log says which key",
+    SiteError.EGRESS: "the site's guard refused to send the reply",
     SiteError.DATA: "the site's data cannot be used; `fedbags site check` at the site lists the rows",
     SiteError.CONFIGURATION: "the run or site configuration is faulty at the site",
     SiteError.TRAINING: "local training failed at the site (diverged or could not go on)",
@@ -67,8 +67,6 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
         code = classify(error)
         # The class alone: even the site's log lines carry no path, patient id or label.
         log.error("%s refused: %s (%s)", kind, REASONS[code], type(error).__name__)
-        if isinstance(error, EgressError):
-            log.error("guard: %s", error)
         return Message(Error(int(code), REASONS[code]), reply_to=message)
     return reply
 

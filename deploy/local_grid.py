@@ -24,6 +24,8 @@ Scalar = bool | int | float | str
 
 RUN_ID, SERVER_NODE = 1, 1
 FIRST_SITE_NODE = 1001
+PATIENCE = 5.0
+"""Seconds that one pull waits for a reply before it says that there is none yet."""
 CLIENT_APP_ERROR = 2
 """Flower's code for a ClientApp that raised or died."""
 
@@ -133,8 +135,9 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages; waits for each."""
-        return [self._result(message_id) for message_id in message_ids]
+        """The replies that are there, each given out once; waits a moment for those that are not."""
+        replies = (self._result(message_id) for message_id in message_ids)
+        return [reply for reply in replies if reply is not None]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -153,18 +156,17 @@ class LocalGrid(Grid):
         payload = message_to_proto(task.message).SerializeToString()
         task.future = self._executor.submit(handle, payload, task.node)
 
-    def _result(self, message_id: str) -> Message:
-        if message_id not in self._running:
-            # Asked for ahead of its turn: start it now, whatever waits before it.
-            task = next(task for task in self._waiting if task.message_id == message_id)
-            self._waiting.remove(task)
-            self._running[message_id] = task
-            self._submit(task)
-        task = self._running[message_id]
+    def _result(self, message_id: str) -> Message | None:
+        task = self._running.get(message_id) or self._start_early(message_id)
+        if task is None:
+            return None
         while True:
             try:
-                reply = message_from_proto(MessageProto.FromString(task.future.result()))
+                payload = task.future.result(timeout=PATIENCE)
+                reply = message_from_proto(MessageProto.FromString(payload))
                 break
+            except TimeoutError:
+                return None
             except BrokenProcessPool:
                 # A dead worker takes the messages of the others along: each is tried again by itself,
                 # so that only the one that kills its worker is blamed.
@@ -179,6 +181,16 @@ class LocalGrid(Grid):
         del self._running[message_id]
         self._start_work()
         return reply
+
+    def _start_early(self, message_id: str) -> "Task | None":
+        """Start a message that was asked for ahead of its turn; None when there is no such message."""
+        for task in self._waiting:
+            if task.message_id == message_id:
+                self._waiting.remove(task)
+                self._running[message_id] = task
+                self._submit(task)
+                return task
+        return None
 
 
 @dataclass

@@ -1,0 +1,56 @@
+"""Small site folders and a grid that answers by itself, for tests of the apps."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client.sources.synthetic import write_synthetic_sites
+from common.config import RunConfig
+
+SIZE = 16
+"""Side of the test images, pixels."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def _no_global_randomness() -> None:
+    np.random.seed(0)  # noqa: NPY002 (what is under test must not depend on it)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sites_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small synthetic hospitals; tests that change a site copy it first."""
+    out = tmp_path_factory.mktemp("data") / "sites"
+    write_synthetic_sites(
+        out, sites=3, seed=1, images_per_site=64, image_size=SIZE, bag_size=8, test_images_per_site=24
+    )
+    return out
+
+
+@pytest.fixture
+def small_config(sites_dir: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Makes the configuration of a run of a second; takes changes by dotted key."""
+
+    def make(changes: dict[str, bool | int | float | str] | None = None) -> RunConfig:
+        base = {
+            "run-dir": str(tmp_path / "run"),
+            "sites-dir": str(sites_dir),
+            "rounds": 2,
+            "model.image-size": SIZE,
+            "model.atoms-per-class": 2,
+            "federation.sites": 3,
+            "federation.deadline": 60.0,
+            "train.held-back": 0.25,
+        }
+        return RunConfig().with_changes(base | (changes or {}))
+
+    return make
