@@ -1,0 +1,31 @@
+"""Writes small images for the layouts that the sources read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client.sources.source_table import SourceTable
+
+Draw = Callable[[Path], None]
+
+
+@pytest.fixture
+def draw() -> Draw:
+    """Write a small image of random pixels, different for every name."""
+
+    def write(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        seed = sum(path.name.encode())
+        pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+    return write
+
+
+@pytest.fixture
+def leaf_names() -> Callable[[SourceTable], list[str]]:
+    """The leaf name of every row of a table."""
+    return lambda table: [table.hierarchy.classes[-1][leaf] for leaf in table.labels]

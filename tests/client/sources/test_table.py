@@ -1,0 +1,131 @@
+"""Label tables: ISIC columns, HAM10000, a label column of one's own; and every bad row."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from client.sources.source_table import SourceTable
+from client.sources.table import table_source
+from common.errors import DataError, UserError
+
+Draw = Callable[[Path], None]
+LeafNames = Callable[[SourceTable], list[str]]
+
+ISIC = """isic_id,diagnosis_1,diagnosis_2,patient_id
+ISIC_1,benign,nevus,p1
+ISIC_2,malignant,melanoma,p2
+ISIC_3,benign,keratosis,p1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, draw: Draw) -> Path:
+    for number in (1, 2, 3):
+        draw(tmp_path / "images" / f"ISIC_{number}.jpg")
+    (tmp_path / "labels.csv").write_text(ISIC)
+    return tmp_path
+
+
+def read(folder: Path, **options: object) -> SourceTable:
+    return table_source(folder / "images", folder / "labels.csv", **options)  # type: ignore[arg-type]
+
+
+def test_isic_columns_are_the_tree(folder: Path, leaf_names: LeafNames) -> None:
+    table = read(folder)
+    assert table.hierarchy.levels == ("diagnosis_1", "diagnosis_2")
+    assert table.hierarchy.classes == (("benign", "malignant"), ("keratosis", "nevus", "melanoma"))
+    assert leaf_names(table) == ["nevus", "melanoma", "keratosis"]
+    assert table.columns["patient_id"] == ["p1", "p2", "p1"]
+    assert table.group_column is None, "a patient column is used only when it is asked for"
+    assert table.lines == [2, 3, 4]
+    assert table.images.read(0).size == (12, 10)
+    assert table.bad == ()
+
+
+def test_row_order_does_not_change_the_tree(folder: Path) -> None:
+    first = read(folder).hierarchy
+    header, *rows = ISIC.splitlines()
+    (folder / "labels.csv").write_text("\n".join([header, *reversed(rows)]))
+    assert read(folder).hierarchy == first
+
+
+def test_a_given_tree_sets_the_order_and_a_wrong_path_is_bad(folder: Path, leaf_names: LeafNames) -> None:
+    (folder / "tree.csv").write_text("a,b\nmalignant,melanoma\nbenign,nevus\nmalignant,keratosis\n")
+    table = read(folder, hierarchy=folder / "tree.csv")
+    assert table.hierarchy.classes[1] == ("melanoma", "nevus", "keratosis")
+    assert leaf_names(table) == ["nevus", "melanoma"]
+    assert [str(row) for row in table.bad] == [
+        "labels.csv, row 4: labels ['benign', 'keratosis'] are no path of the hierarchy; "
+        "it has ['malignant', 'keratosis']"
+    ]
+
+
+def test_ham10000_has_its_tree_built_in(tmp_path: Path, draw: Draw, leaf_names: LeafNames) -> None:
+    draw(tmp_path / "images/HAM10000_images_part_1/ISIC_0027419.jpg")
+    draw(tmp_path / "images/HAM10000_images_part_2/ISIC_0031633.jpg")
+    (tmp_path / "labels.csv").write_text(
+        "lesion_id,image_id,dx,dx_type,age,sex,localization\n"
+        "HAM_0000118,ISIC_0027419,bkl,histo,80.0,male,scalp\n"
+        "HAM_0004234,ISIC_0031633,vasc,consensus,50.0,female,back\n"
+    )
+    table = read(tmp_path)
+    assert leaf_names(table) == ["bkl", "vasc"]
+    assert table.hierarchy.sizes == (2, 3, 7)
+    assert table.group_column == "lesion_id"
+
+
+def test_a_label_column_with_a_tree(folder: Path, leaf_names: LeafNames) -> None:
+    (folder / "labels.csv").write_text("filename,cell\nISIC_1.jpg,x\nISIC_2.jpg,y\n")
+    (folder / "tree.csv").write_text("group,cell\ng,x\ng,y\n")
+    table = read(folder, hierarchy=folder / "tree.csv", label_column="cell")
+    assert leaf_names(table) == ["x", "y"]
+    with pytest.raises(UserError, match="--label-column needs --hierarchy"):
+        read(folder, label_column="cell")
+    with pytest.raises(UserError, match="no column 'dx'; its columns are: filename, cell"):
+        read(folder, label_column="dx")
+    with pytest.raises(UserError, match="name the column of leaf labels"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("ISIC_9,benign,nevus,p1", "row 5: 'ISIC_9': no such image"),
+        ("../ISIC_1,benign,nevus,p1", "row 5: '../ISIC_1' leads out of the image folder"),
+        ("/ISIC_1,benign,nevus,p1", "row 5: '/ISIC_1' leads out of the image folder"),
+        (",benign,nevus,p1", "row 5: the image name is empty"),
+        ("ISIC_1,benign,nevus,p1", "row 5: image 'ISIC_1' stands already in row 2"),
+        ("ISIC_1,benign,nevus", "row 5: 3 cells where the header has 4"),
+        ("ISIC_4,benign,,p1", "row 5: diagnosis_2 is empty"),
+        ("ISIC_4,malignant,nevus,p1", "row 5: diagnosis_2 'nevus' has another parent than in row 2"),
+    ],
+)
+def test_bad_rows_are_kept_apart(folder: Path, draw: Draw, row: str, reason: str) -> None:
+    draw(folder / "images/ISIC_4.jpg")
+    (folder / "labels.csv").write_text(ISIC + row + "\n")
+    table = read(folder)
+    assert len(table) == 3
+    assert any(str(bad).startswith(f"labels.csv, {reason}") for bad in table.bad)
+
+
+def test_a_name_that_two_folders_hold_is_ambiguous(folder: Path, draw: Draw) -> None:
+    draw(folder / "images/more/ISIC_1.jpg")
+    assert "several images of that name" in str(read(folder).bad[0])
+    (folder / "labels.csv").write_text(ISIC.replace("ISIC_1", "more/ISIC_1.jpg"))
+    assert read(folder).bad == ()
+
+
+def test_tables_that_cannot_be_used(folder: Path) -> None:
+    (folder / "labels.csv").write_text("photo,diagnosis_1\nx,y\n")
+    with pytest.raises(UserError, match="has no image column"):
+        read(folder)
+    (folder / "labels.csv").write_bytes(b"image,diagnosis_1\nx,\xff\n")
+    with pytest.raises(DataError, match="row 2: is not UTF-8"):
+        read(folder)
+    (folder / "labels.csv").write_text("image,diagnosis_1\nx,\n")
+    with pytest.raises(DataError, match="holds no usable row"):
+        read(folder)
+    (folder / "labels.csv").write_text(ISIC)
+    with pytest.raises(UserError, match="image folder is missing"):
+        table_source(folder / "pictures", folder / "labels.csv")
