@@ -2,7 +2,7 @@
 
     python benchmarks/bag_reading.py --json
 
-Both sides give the same pixels, ready to become a tensor. The small PNGs are the cache's hardest case:
+Both sides give the same float tensors, bag by bag. The small PNGs are the cache's hardest case:
 their decoding is as cheap as it gets.
 """
 
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from client.bags import BagStore
+from client.bags import BagStore, to_tensor
 from client.image_cache import decode_all
 from client.sources.build import build_sites
 from client.sources.source_table import FileImages, SourceTable
@@ -64,14 +65,17 @@ def measure(name: str, number: int, width: int, height: int, suffix: str, size: 
         store = BagStore.open(site, size)
         paths = sorted((site / "images").iterdir())
 
-        def read_cached() -> list[np.ndarray]:
-            return [np.array(store[index].images) for index in range(len(store))]
+        def read_cached() -> list[Tensor]:
+            return [to_tensor(store[index].images) for index in range(len(store))]
 
-        def decode() -> list[np.ndarray]:
-            return [image.pixels for image in decode_all(paths, size)]
+        def decode() -> list[Tensor]:
+            pixels = np.stack([image.pixels for image in decode_all(paths, size)])
+            return [to_tensor(bag) for bag in np.array_split(pixels, len(store))]
 
-        cached = sorted(image.tobytes() for bag in read_cached() for image in bag)
-        assert cached == sorted(image.tobytes() for image in decode()), "the two ways differ"
+        both = [
+            sorted(image.numpy().tobytes() for bag in way() for image in bag) for way in (read_cached, decode)
+        ]
+        assert both[0] == both[1], "the two ways differ"
         decode_seconds, cached_seconds = best(decode), best(read_cached)
     return {
         "case": name,
