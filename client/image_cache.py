@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common.errors import UserError
 
@@ -163,7 +163,7 @@ def _decode(path: Path, size: int) -> _Decoded:
 
 def describe(error: Exception) -> str:
     """What went wrong with an image, without the path that some of these messages repeat."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image file that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
