@@ -1,5 +1,8 @@
 """The ClientApp of a hospital: what it answers to each question of the server."""
 
+from functools import lru_cache
+from pathlib import Path
+
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -11,7 +14,8 @@ from client.locate import find_site
 from client.release import release_proportions
 from client.training import train_round
 from common.build import rebuild_model
-from common.config import RunConfig
+from common.config import ModelConfig, RunConfig
+from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP
 from common.messages import Metric, ModelUpdate, PrivacyStatement, from_records, to_records
 from common.model_file import load_arrays, trainable_arrays
@@ -74,14 +78,29 @@ def open_site(context: Context) -> tuple[RunConfig, BagStore]:
     config = RunConfig.from_flat(context.run_config)
     if torch.get_num_threads() != config.train.threads:
         torch.set_num_threads(config.train.threads)
-    return config, BagStore.open(find_site(context), config.model.image_size, skip_bad=config.skip_bad)
+    folder = find_site(context)
+    stamps = tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.*")))
+    return config, _open_store(folder, stamps, config.model.image_size, config.skip_bad)
+
+
+@lru_cache(maxsize=64)
+def _open_store(folder: Path, stamps: tuple[int, ...], size: int, skip_bad: bool) -> BagStore:
+    """Opened once per process and version of the site's tables (a deployed site answers one message per
+    process; a simulation answers many)."""
+    return BagStore.open(folder, size, skip_bad=skip_bad)
 
 
 def receive_model(config: RunConfig, store: BagStore, request: ModelUpdate) -> LHFGLP:
     """The model with the arrays that the server sent."""
-    model = rebuild_model(config.model, store.hierarchy)
+    model = _architecture(config.model, store.hierarchy)
     load_arrays(model, request.arrays)
     return model
+
+
+@lru_cache(maxsize=2)
+def _architecture(config: ModelConfig, hierarchy: Hierarchy) -> LHFGLP:
+    """Built once per process: every float of it is overwritten by the next message."""
+    return rebuild_model(config, hierarchy)
 
 
 def answer(

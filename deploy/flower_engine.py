@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +37,15 @@ SWITCHES = {
 }
 
 
-def run_flower(config: RunConfig) -> None:
+APPS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
+
+
+def run_flower(config: RunConfig, apps: Mapping[str, str] = APPS) -> None:
     """Submit one run to a SuperLink of our own and wait for its end.
 
     Args:
         config: complete, with absolute ``run-dir`` and ``sites-dir``.
+        apps: the components, importable in this environment.
 
     Raises:
         RunError: Flower could not start, or the run did not complete; carries the end of the log.
@@ -52,7 +56,7 @@ def run_flower(config: RunConfig) -> None:
         # Flower starts its other programs by name: those of this environment must be found first.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         environment = os.environ | SWITCHES | {"FLWR_HOME": str(work / "home"), "PATH": path}
-        write_app(work / "app" / "fedbags")
+        write_app(work / "app" / "fedbags", apps)
         write_connection(work / "home", port)
         (work / "run.toml").write_text(config.to_toml(), encoding="utf-8")
         with superlink(work, port, environment) as log_file:
@@ -60,7 +64,7 @@ def run_flower(config: RunConfig) -> None:
             wait_for_end(run_id, work, environment, log_file)
 
 
-def write_app(folder: Path) -> None:
+def write_app(folder: Path, apps: Mapping[str, str]) -> None:
     """A Flower app that names the installed packages: what ``flwr run`` packs and sends."""
     folder.mkdir(parents=True)
     app = {
@@ -75,7 +79,7 @@ def write_app(folder: Path) -> None:
             "flwr": {
                 "app": {
                     "publisher": "fedbags",
-                    "components": {"serverapp": "server.app:app", "clientapp": "client.app:app"},
+                    "components": dict(apps),
                     "config": RunConfig().model_dump(mode="json", by_alias=True),
                 }
             }

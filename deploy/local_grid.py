@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.serverapp import Grid
@@ -22,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 Scalar = bool | int | float | str
 
+CLIENT_APP = "client.app:app"
 RUN_ID, SERVER_NODE = 1, 1
 FIRST_SITE_NODE = 1001
 PATIENCE = 5.0
@@ -63,11 +66,18 @@ class LocalGrid(Grid):
         number_of_sites: nodes; node ``i`` has ``partition-id`` i.
         run_config: Flower's flat run configuration, for every node.
         workers: processes that handle messages; 0 handles them in this process.
+        client_app: ``module:attribute`` of the ClientApp.
     """
 
     engine = "local"
 
-    def __init__(self, number_of_sites: int, run_config: dict[str, Scalar], workers: int = 0) -> None:
+    def __init__(
+        self,
+        number_of_sites: int,
+        run_config: dict[str, Scalar],
+        workers: int = 0,
+        client_app: str = CLIENT_APP,
+    ) -> None:
         self._nodes = {
             FIRST_SITE_NODE + number: Node(
                 FIRST_SITE_NODE + number,
@@ -77,8 +87,9 @@ class LocalGrid(Grid):
             for number in range(number_of_sites)
         }
         self._run = Run.create_empty(RUN_ID)
-        self._executor = _executor(workers)
+        self._client_app = client_app
         self._workers = workers
+        self._executor = self._new_executor()
         self._waiting: deque[Task] = deque()
         self._running: dict[str, Task] = {}
         self._sent = 0
@@ -154,7 +165,7 @@ class LocalGrid(Grid):
 
     def _submit(self, task: "Task") -> None:
         payload = message_to_proto(task.message).SerializeToString()
-        task.future = self._executor.submit(handle, payload, task.node)
+        task.future = self._executor.submit(handle, payload, task.node, self._client_app)
 
     def _result(self, message_id: str) -> Message | None:
         task = self._running.get(message_id) or self._start_early(message_id)
@@ -171,7 +182,7 @@ class LocalGrid(Grid):
                 # A dead worker takes the messages of the others along: each is tried again by itself,
                 # so that only the one that kills its worker is blamed.
                 self._executor.shutdown(wait=False)
-                self._executor = _executor(self._workers)
+                self._executor = self._new_executor()
                 if task.retried:
                     fault = Error(CLIENT_APP_ERROR, "the site's worker process died (out of memory?)")
                     reply = Message(fault, reply_to=task.message)
@@ -181,6 +192,15 @@ class LocalGrid(Grid):
         del self._running[message_id]
         self._start_work()
         return reply
+
+    def _new_executor(self) -> Executor:
+        if not self._workers:
+            return InlineExecutor()
+        # Fresh interpreters: forking a process that runs torch's threads can hang. The initialiser
+        # imports the ClientApp while the server is still setting up.
+        return ProcessPoolExecutor(
+            self._workers, get_context("spawn"), initializer=load_app, initargs=(self._client_app,)
+        )
 
     def _start_early(self, message_id: str) -> "Task | None":
         """Start a message that was asked for ahead of its turn; None when there is no such message."""
@@ -204,27 +224,20 @@ class Task:
     future: Future[bytes] = field(default_factory=Future)
 
 
-def _executor(workers: int) -> Executor:
-    if not workers:
-        return InlineExecutor()
-    # Fresh interpreters: forking a process that runs torch's threads can hang.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_warm_up)
-
-
-def _warm_up() -> None:
-    """Import the ClientApp once, while the server is still setting up."""
-    import client.app  # noqa: F401
-
-
-def handle(payload: bytes, node: Node) -> bytes:
+def handle(payload: bytes, node: Node, client_app: str) -> bytes:
     """Handle one serialised message as the node, and serialise the reply (runs in a worker)."""
-    from client.app import app
-
     message = message_from_proto(MessageProto.FromString(payload))
     context = Context(RUN_ID, node.node_id, dict(node.node_config), RecordDict(), dict(node.run_config))
-    reply = app(message, context)
+    reply = load_app(client_app)(message, context)
     reply.metadata.__dict__["_message_id"] = f"reply-{message.metadata.message_id}"
-    return message_to_proto(reply).SerializeToString()
+    return bytes(message_to_proto(reply).SerializeToString())
+
+
+def load_app(client_app: str) -> ClientApp:
+    """The ClientApp named ``module:attribute``; imported once per process."""
+    module, _, attribute = client_app.partition(":")
+    app: ClientApp = getattr(import_module(module), attribute)
+    return app
 
 
 def become_server() -> None:

@@ -67,9 +67,7 @@ def test_no_checkpoint_is_no_error_but_only_damaged_ones_are(tmp_path: Path) -> 
         checkpoint.load_newest(tmp_path)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, state(1), ARRAYS, ARRAYS, {})
 
     def full(tensors: object, filename: Path, metadata: object = None) -> None:

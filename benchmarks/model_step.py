@@ -1,0 +1,140 @@
+"""One LHFGLP training step against the plain pipeline (same backbone, one linear head per level).
+
+    python benchmarks/model_step.py [--json] [--pairs 15] [--threads 1]
+
+ResNet-18 at 64 px, bags of 16 images, one bag a step and four bags a step. A step is forward, hierarchical
+proportion loss, backward, gradient clipping and AdamW. Time: the two models alternate in one process, first
+and second in turn; the ratio is the median over pairs, so a slow spell of the machine hits both. Memory: the
+peak resident size of a child process that takes three steps, above what it had after importing torch and
+running a convolution; the median of three children each.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from common.build import build_model
+from common.config import LossConfig, Method, ModelConfig
+from common.hierarchy import Hierarchy
+from common.losses import hierarchical_proportion_loss, level_weights
+
+BAG = 16
+TREES = {"27 leaves": (3, 9, 27), "200 leaves": (13, 38, 200)}
+"""Levels of the synthetic hospitals, and of CUB-200-2011 (orders, families, species)."""
+
+
+def make_step(method: Method, bags: int, tree: str) -> Callable[[], None]:
+    """A training step of a fresh model on fixed random images."""
+    top, middle, leaves = TREES[tree]
+    rows = [[f"{leaf * top // leaves}", f"{leaf * middle // leaves}", f"{leaf}"] for leaf in range(leaves)]
+    # A middle class that would straddle two tops is made two by its name.
+    rows = [[a, f"{a}-{b}", c] for a, b, c in rows]
+    hierarchy = Hierarchy.from_rows(["top", "middle", "leaf"], rows)
+    model = build_model(ModelConfig(method=method, backbone="resnet18", image_size=64), hierarchy, seed=0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images = torch.randn(bags * BAG, 3, 64, 64)
+    bag_index = torch.arange(bags).repeat_interleave(BAG)
+    leaf_counts = torch.randint(0, 3, (bags, leaves)) + 1
+    counts = [torch.from_numpy(level) for level in hierarchy.roll_up(leaf_counts.numpy())]
+    loss_config = LossConfig()
+    weights = level_weights(loss_config, len(counts), progress=0.0)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        output = model(images)
+        loss = hierarchical_proportion_loss(
+            output, bag_index, counts, weights, loss_config.reconstruction, loss_config.sparsity
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimiser.step()
+
+    return step
+
+
+def time_ratio(bags: int, tree: str, pairs: int) -> dict[str, float]:
+    """Median milliseconds of both, and the median ratio over pairs."""
+    steps = [make_step(method, bags, tree) for method in (Method.LHFGLP, Method.DLLP_HIERARCHICAL)]
+    taken: tuple[list[float], list[float]] = ([], [])
+    for pair in range(pairs + 2):
+        for which in (0, 1) if pair % 2 else (1, 0):
+            start = time.perf_counter()
+            steps[which]()
+            if pair >= 2:  # the first two pairs warm caches and optimiser state
+                taken[which].append(1000 * (time.perf_counter() - start))
+    ratios = [full / plain for full, plain in zip(*taken, strict=True)]
+    return {
+        "lhfglp_ms": round(statistics.median(taken[0]), 2),
+        "plain_ms": round(statistics.median(taken[1]), 2),
+        "time_ratio": round(statistics.median(ratios), 3),
+    }
+
+
+def peak_mib(method: Method, bags: int, tree: str) -> float:
+    """Peak resident size of three steps above the baseline, MiB; run in a process of its own."""
+    torch.nn.functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = make_step(method, bags, tree)
+    for _ in range(3):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) / 1024
+
+
+def memory_ratio(bags: int, tree: str, threads: int) -> dict[str, float]:
+    """Median peaks over three children each, and their ratio."""
+
+    def child(method: Method) -> float:
+        command = [sys.executable, __file__, "--threads", str(threads), "--child", method, str(bags), tree]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    full, plain = (
+        statistics.median(child(method) for _ in range(3))
+        for method in (Method.LHFGLP, Method.DLLP_HIERARCHICAL)
+    )
+    return {
+        "lhfglp_mib": round(full, 1),
+        "plain_mib": round(plain, 1),
+        "memory_ratio": round(full / plain, 3),
+    }
+
+
+def main() -> None:
+    """Print a table, or JSON whose top-level ratios are the largest of all cases."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--child", nargs=3, metavar=("METHOD", "BAGS", "TREE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        method, bags, tree = options.child
+        print(peak_mib(Method(method), int(bags), tree))
+        return
+    cases = [(tree, bags) for tree in TREES for bags in (1, 4)]
+    # Memory first: a child's peak counter starts at its parent's size, still that of torch alone here.
+    memory = [memory_ratio(bags, tree, options.threads) for tree, bags in cases]
+    times = [time_ratio(bags, tree, options.pairs) for tree, bags in cases]
+    rows = [
+        {"tree": tree, "bags_per_step": bags, **of_time, **of_memory}
+        for (tree, bags), of_time, of_memory in zip(cases, times, memory, strict=True)
+    ]
+    worst = {key: max(row[key] for row in rows) for key in ("time_ratio", "memory_ratio")}
+    if options.json:
+        print(json.dumps({**worst, "cases": rows}))
+        return
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
