@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from common.errors import FedbagsError, UserError
 from deploy import bags_cli
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
+\b
 Start here:
-
-  fedbags simulate                         five synthetic hospitals, under two minutes
-  fedbags bags build --help                turn a folder of images into hospitals
-  fedbags simulate --sites-dir SITES       train on them
-  fedbags predict RUN IMAGE...             use the trained model
+  fedbags simulate                      five synthetic hospitals, under two minutes
+  fedbags bags build --help             turn a folder of images into hospitals
+  fedbags simulate --sites-dir SITES    train on them
+  fedbags predict RUN IMAGE...          use the trained model
 """
+
+typer.core.HAS_RICH = False
+"""Plain help: rich would double the time of --help, and typer escapes brackets for it in any case."""
 
 app = typer.Typer(
     help=HELP,

@@ -1,6 +1,7 @@
 """Tables for the terminal: one console, one look."""
 
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel
@@ -40,7 +41,7 @@ def _rows(section: BaseModel, prefix: str) -> Iterator[dict[str, Any]]:
                 for attribute, symbol in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
                 if (limit := getattr(constraint, attribute, None)) is not None
             )
-            choices = " | ".join(map(str, type(value))) if hasattr(type(value), "__members__") else ""
+            choices = " | ".join(type(value).__members__.values()) if isinstance(value, StrEnum) else ""
             yield {
                 "key": key,
                 "default": value,

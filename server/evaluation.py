@@ -111,7 +111,8 @@ def _pairs(confusion: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _balanced_accuracy(predicted: torch.Tensor, true: torch.Tensor, size: int) -> float:
     recall = multiclass_recall(predicted, true, num_classes=max(size, 2), average="none")
-    return float(recall[true.unique()].mean()) if len(true) else 0.0
+    present = torch.bincount(true, minlength=len(recall)) > 0
+    return float(recall[present].mean()) if len(true) else 0.0
 
 
 def _macro_f1(predicted: torch.Tensor, true: torch.Tensor, size: int) -> float:
