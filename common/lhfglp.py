@@ -26,11 +26,11 @@ from common.sparsemax import sparsemax
 
 
 def soft_threshold(z: Tensor, threshold: Tensor) -> Tensor:
-    """sign(z) max(|z| - threshold, 0): the proximal map of the l1 norm, with exact zeros.
+    """sign(z) max(|z| - threshold, 0): the proximal map of the l1 norm, threshold >= 0.
 
-    Written as a difference of two rectifiers: for threshold >= 0 at most one of them is not zero.
+    Written as z minus z clipped: exactly zero inside the threshold, and the backward pass keeps one tensor.
     """
-    return F.relu(z - threshold) - F.relu(-z - threshold)
+    return z - z.clamp(-threshold, threshold)
 
 
 def _full(x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class DictionaryBlock(nn.Module):
         """D, shape (d, K): the atoms scaled to unit norm, whatever the optimiser made of their length."""
         return F.normalize(self.atoms, dim=0, eps=1e-8)
 
-    def steps(self, unit: Tensor, weights: Tensor | None) -> list[Tensor]:
+    def steps(self, unit: Tensor, dictionary: Tensor, weights: Tensor | None) -> list[Tensor]:
         """The code after every unrolled step.
 
         z_{t+1} = soft(z_t - eta_t m D^T (D m z_t - u), tau_t), z_0 = 0. A masked atom (m = 0) gets no
@@ -81,12 +81,12 @@ class DictionaryBlock(nn.Module):
 
         Args:
             unit: u, features at unit length, shape (N, d).
+            dictionary: D, unit-norm columns, shape (d, K).
             weights: m, the atoms' weights in [0, 1], shape (N, K), or None for all 1.
 
         Returns:
             T tensors of shape (N, K).
         """
-        dictionary = self.dictionary()
         eta, tau = self.log_step.exp(), self.log_threshold.exp()
         codes: list[Tensor] = []
         # With z_0 = 0 the first residual is -u; no product is needed for it.
@@ -121,10 +121,11 @@ class DictionaryBlock(nn.Module):
         if parent_probabilities is not None:
             scaled = parent_probabilities / parent_probabilities.amax(dim=1, keepdim=True)
             weights = scaled.repeat_interleave(self.atoms_per_class, dim=1)
-        code = self.steps(unit, weights)[-1]
+        dictionary = self.dictionary()
+        code = self.steps(unit, dictionary, weights)[-1]
         if weights is not None:
             code = code * weights
-        reconstruction = code @ self.dictionary().T
+        reconstruction = code @ dictionary.T
         error = 0.5 * _full(unit - reconstruction).square().sum(dim=1)
         return feature + length * reconstruction, code, error
 

@@ -1,8 +1,9 @@
 """A small GroupNorm ResNet for images of 32 to 96 pixels on CPUs. Knows nothing of heads or label trees.
 
-0.31 M parameters. The sizes were chosen by images per second of a training step on one CPU thread: the
-first convolution halves the image, since at full resolution the same network is four times slower; and
-few wide GroupNorms cost less than the convolutions between them. Measured figures: benchmarks/README.md.
+0.31 M parameters, sized by images per second of a training step on one CPU thread (measured: 3100 at 32 px,
+1700 at 48 px, batches of 64). The first convolution halves the image: at full resolution the same network
+is four times slower. Starting at 32 channels instead of 16 halves the speed; GroupNorm costs a third of the
+step, and channels-last memory gains under 5 %, so plain contiguous tensors stay.
 """
 
 from itertools import pairwise

@@ -87,11 +87,13 @@ def test_unrolled_steps_agree_with_a_float64_reference(masked: bool) -> None:
     u = torch.nn.functional.normalize(torch.randn(7, 12), dim=1)
     m = torch.rand(7, 20) * (torch.rand(7, 20) > 0.4)
     reference = numpy_steps(block, u.double().numpy(), m.double().numpy() if masked else np.ones((7, 20)))
-    for step, expected in zip(block.steps(u, m if masked else None), reference, strict=True):
+    for step, expected in zip(
+        block.steps(u, block.dictionary(), m if masked else None), reference, strict=True
+    ):
         np.testing.assert_allclose(step.detach().numpy(), expected, atol=1e-6)
     block.double()
     for step, expected in zip(
-        block.steps(u.double(), m.double() if masked else None), reference, strict=True
+        block.steps(u.double(), block.dictionary(), m.double() if masked else None), reference, strict=True
     ):
         np.testing.assert_allclose(step.detach().numpy(), expected, atol=1e-14)
 
@@ -101,7 +103,7 @@ def test_masked_atoms_are_exactly_zero_at_every_step_and_get_no_gradient() -> No
     block = DictionaryBlock(n_features=12, n_classes=5, atoms_per_class=4, iterations=6)
     m = torch.rand(9, 20)
     m[:, 8:16] = 0
-    steps = block.steps(torch.randn(9, 12), m)
+    steps = block.steps(torch.randn(9, 12), block.dictionary(), m)
     for step in steps:
         assert torch.equal(step[:, 8:16], torch.zeros(9, 8))
         assert (step[:, :8] != 0).any()
@@ -117,7 +119,7 @@ def test_steps_lower_the_lasso_objective_at_the_initial_step_size() -> None:
     penalty = (block.log_threshold - block.log_step).exp()[0]
     values = [
         0.5 * (u - z @ block.dictionary().T).square().sum(1) + penalty * z.abs().sum(1)
-        for z in block.steps(u, None)
+        for z in block.steps(u, block.dictionary(), None)
     ]
     for before, after in pairwise(values):
         assert (after <= before + 1e-6).all()
