@@ -3,11 +3,12 @@
     python benchmarks/model_step.py [--json] [--pairs 15] [--threads 1]
 
 ResNet-18 at 64 px, bags of 16 images, one bag a step and four bags a step. A step is forward, hierarchical
-proportion loss, backward, gradient clipping and AdamW. Time: the two models alternate in one process, first
-and second in turn, and the ratio is the median over pairs, so a slow spell of the machine hits both; it is CPU
-time, which with one thread is the wall time of an idle machine. Memory: the
-peak resident size of a child process that takes three steps, above what it had after importing torch and
-running a convolution; the median of three children each.
+proportion loss, backward, gradient clipping and AdamW.
+
+Time: the two models alternate in one process, first and second in turn, and the ratio is the median over
+pairs, so a slow spell of the machine hits both; it is CPU time, which with one thread is the wall time of an
+idle machine. Memory: the peak resident size of a child process that takes three steps, above what it had
+after importing torch and running a convolution; the median of three children each.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def memory_ratio(bags: int, tree: str, threads: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a table, or JSON whose top-level ratios are the larger of one and four bags on the 27-leaf tree."""
+    """Print all cases; JSON has on top the larger ratios of one and four bags with 27 leaves."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
