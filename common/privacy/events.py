@@ -1,0 +1,112 @@
+"""What costs privacy: the unit that is protected, the adjacency, and the events that are accounted for.
+
+Events are what is kept (in a ledger, in a statement, in a report); an epsilon is always computed from
+them, by ``common.privacy.accounting``. Nothing here samples, adds noise or computes an epsilon.
+
+Both events are written relative to what one unit can contribute, so that the same events give the same
+epsilon whatever the unit is:
+
+- a Gaussian step's noise multiplier is relative to the clip norm of one bag's gradient;
+- a release's noise scale is relative to the most images that one unit can move between classes: the
+  size of the largest bag when the unit is the bag, 1 when it is the image.
+"""
+
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Unit(StrEnum):
+    """What two neighbouring data sets differ in, and so what a figure protects."""
+
+    BAG = "bag"
+    """One whole bag: all its images and labels. It covers a patient whose images lie in one bag."""
+    IMAGE = "image"
+    """One image and its label, which touches one bag. Weaker: a bag of m images has the m-fold group
+    guarantee only. Clipping is per bag in any case, so a figure for bags holds for images too."""
+
+    @property
+    def explanation(self) -> str:
+        """What a figure for this unit covers, in words for a report."""
+        if self is Unit.BAG:
+            return "bag: one whole bag (all its images and labels) is replaced by another of its size"
+        return "image: one image and its label, touching one bag, are replaced; not a whole bag"
+
+
+class Adjacency(StrEnum):
+    """How two neighbouring data sets differ by one unit."""
+
+    REPLACE_ONE = "replace-one"
+    """One unit is replaced by another: the clipped sum moves by up to twice the clip norm."""
+    ADD_REMOVE = "add-remove"
+    """One unit is added or removed: the clipped sum moves by up to the clip norm. The convention of
+    Opacus's accountants; its epsilon is smaller and protects less."""
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class PoissonGaussian(_Event):
+    """Steps of bag-level DP-SGD: Poisson sampling, clipping per bag, Gaussian noise on the clipped sum.
+
+    A step in which no bag was drawn adds noise and counts like any other.
+    """
+
+    kind: Literal["poisson_gaussian"] = "poisson_gaussian"
+    sample_rate: float = Field(gt=0, le=1, description="q: chance of each bag to be in a step")
+    noise_multiplier: float = Field(
+        ge=0, le=1e6, description="sigma: noise standard deviation / clip norm; 0 bounds nothing"
+    )
+    steps: int = Field(ge=1, le=10**9)
+
+
+class DiscreteLaplace(_Event):
+    """One release of integer counts with discrete Laplace noise, P(z) proportional to exp(-|z| / t).
+
+    ``scale`` is b = t / m: the noise scale t in images, relative to the m images that one unit can move
+    between classes (L1 distance 2 m of the counts: up to m leave some classes, up to m join others).
+    The epsilon of the release alone is 2 / b for replace-one and 1 / b for add/remove.
+    """
+
+    kind: Literal["discrete_laplace"] = "discrete_laplace"
+    scale: float = Field(ge=1e-3, le=1e9, description="noise scale / images per unit")
+
+
+Event = Annotated[PoissonGaussian | DiscreteLaplace, Field(discriminator="kind")]
+
+_EVENT: TypeAdapter[PoissonGaussian | DiscreteLaplace] = TypeAdapter(Event)
+
+
+def event_from_dict(data: Mapping[str, Any]) -> PoissonGaussian | DiscreteLaplace:
+    """Read one event; the inverse of ``event.model_dump()``.
+
+    Raises:
+        pydantic.ValidationError: another kind, a missing or unknown key, or a value out of bounds.
+    """
+    return _EVENT.validate_python(dict(data))
+
+
+def merge(
+    events: Iterable[PoissonGaussian | DiscreteLaplace],
+) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
+    """The same events in one fixed order, the steps of equal Gaussian events added up.
+
+    Composition does not depend on the order, and one entry of 200 steps composes at once where 200
+    entries took 48 s; the fixed order makes equal spending give equal floats.
+    """
+    steps: dict[tuple[float, float], int] = {}
+    releases = []
+    for event in events:
+        if isinstance(event, DiscreteLaplace):
+            releases.append(event)
+        else:
+            key = (event.sample_rate, event.noise_multiplier)
+            steps[key] = steps.get(key, 0) + event.steps
+    gaussians = [
+        PoissonGaussian(sample_rate=rate, noise_multiplier=sigma, steps=number)
+        for (rate, sigma), number in sorted(steps.items())
+    ]
+    return (*sorted(releases, key=lambda event: event.scale), *gaussians)

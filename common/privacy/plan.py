@@ -1,0 +1,199 @@
+"""The privacy plan: sampling, clipping, noise and the accounted event as one frozen object.
+
+They are built together from the same numbers so that they cannot disagree, and nothing else in fedbags
+may create an event of training, a sampler or noise. The plan says what a run costs; what a site has
+spent over all runs is the ledger's to say.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import UserError
+from common.privacy.accounting import calibrate, spent
+from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
+from common.privacy.randomness import Purpose, Randomness
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """How one site trains privately in one run; made by ``build`` only, which checks and calibrates.
+
+    The mechanism of a step: draw each of N bags with chance q; clip the gradient of each drawn bag to
+    norm C; add noise of standard deviation sigma * C to their sum; divide by q * N. The unit is the bag.
+    """
+
+    target_epsilon: float | None
+    """What sigma was calibrated to; None when sigma was given."""
+    noise_multiplier: float
+    """sigma, relative to the clip norm."""
+    delta: float
+    clip_norm: float
+    """C: the most that one bag adds to the sum."""
+    number_of_bags: int
+    """N: the bags that are trained on."""
+    sample_rate: float
+    """q: the chance of each bag to be in a step."""
+    steps_per_round: int
+    rounds: int
+    release: DiscreteLaplace | None
+    """The release of proportions in the same budget, if this run makes one."""
+    adjacency: Adjacency
+    randomness: Randomness
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        delta: float,
+        clip_norm: float,
+        number_of_bags: int,
+        expected_bags_per_step: float,
+        steps_per_round: int,
+        rounds: int,
+        release: DiscreteLaplace | None,
+        adjacency: Adjacency = Adjacency.REPLACE_ONE,
+        randomness: Randomness,
+        force_delta: bool = False,
+    ) -> Self:
+        """Check the settings and, given epsilon, find the noise for ALL rounds and the release together.
+
+        Args:
+            epsilon: the most that the run may spend at ``delta``; or give ``noise_multiplier``.
+            noise_multiplier: sigma relative to the clip norm; 0 means no guarantee (epsilon infinite).
+            delta: chance that the guarantee fails; below 1 / number_of_bags unless forced.
+            clip_norm: norm that each bag's gradient is clipped to.
+            number_of_bags: bags that are trained on.
+            expected_bags_per_step: mean bags per step, in (0, number_of_bags].
+            steps_per_round: optimiser steps of a round, those without a bag included.
+            rounds: rounds of the whole run, not of what is left of it.
+            release: the event of a release that this run makes, else None.
+            adjacency: what epsilon is meant for; sites enforce their budgets on replace-one.
+            randomness: where sampling and noise come from.
+            force_delta: accept a weak delta; ``delta_is_weak`` then marks the plan.
+
+        Raises:
+            UserError: a setting is out of range or contradicts another; all faults are listed.
+        """
+        faults = _faults(epsilon, noise_multiplier, delta, clip_norm, number_of_bags)
+        faults += _more_faults(expected_bags_per_step, number_of_bags, steps_per_round, rounds)
+        if not faults and delta >= 1 / number_of_bags and not force_delta:
+            faults.append(
+                f"delta = {delta:g} is not below 1 / {number_of_bags} bags: one bag could be given away "
+                "entirely; use a smaller delta (or force it, and the report will say so)"
+            )
+        if faults:
+            raise UserError("the privacy plan cannot be made:\n" + "\n".join(f"  {f}" for f in faults))
+        rate = expected_bags_per_step / number_of_bags
+        if noise_multiplier is None:
+            assert epsilon is not None
+            others = () if release is None else (release,)
+            steps = steps_per_round * rounds
+            noise_multiplier = calibrate(epsilon, delta, rate, steps, also=others, adjacency=adjacency)
+        return cls(
+            target_epsilon=epsilon,
+            noise_multiplier=float(noise_multiplier),
+            delta=delta,
+            clip_norm=float(clip_norm),
+            number_of_bags=number_of_bags,
+            sample_rate=rate,
+            steps_per_round=steps_per_round,
+            rounds=rounds,
+            release=release,
+            adjacency=adjacency,
+            randomness=randomness,
+        )
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on each coordinate of the clipped SUM: sigma * C."""
+        return self.noise_multiplier * self.clip_norm
+
+    @property
+    def expected_bags(self) -> float:
+        """q * N, what the noisy sum is divided by: never the number drawn, which is private."""
+        return self.sample_rate * self.number_of_bags
+
+    @property
+    def delta_is_weak(self) -> bool:
+        """Whether delta is 1 / N or more, and was forced."""
+        return self.delta >= 1 / self.number_of_bags
+
+    @property
+    def planned_epsilon(self) -> float:
+        """Epsilon of the whole run at ``delta`` under ``adjacency`` (dp-accounting PLD, upper bound)."""
+        return spent(self.all_events(), self.delta, self.adjacency)
+
+    def round_event(self) -> PoissonGaussian:
+        """What one round costs: all its steps, the empty ones too."""
+        return self._steps(self.steps_per_round)
+
+    def all_events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
+        """What the whole run costs: the release, if there is one, and every step of every round."""
+        training = self._steps(self.steps_per_round * self.rounds)
+        return (training,) if self.release is None else (self.release, training)
+
+    def sampler(self, round: int) -> Iterator[NDArray[np.int64]]:
+        """The bags of each step of a round: ``steps_per_round`` ascending index arrays, some maybe empty.
+
+        An empty one is a step like the others: it adds noise, and its cost is in ``round_event``.
+        """
+        stream = self.randomness.stream(Purpose.SAMPLING, round)
+        for _ in range(self.steps_per_round):
+            yield stream.chosen(self.sample_rate, self.number_of_bags)
+
+    def noise(self, shape: Sequence[int], round: int) -> Tensor:
+        """Fresh normal noise of standard deviation ``noise_std``, float32, on the CPU.
+
+        Every call gives new numbers: call it once for each parameter and step, and add the result to the
+        clipped sum.
+        """
+        stream = self.randomness.stream(Purpose.NOISE, round)
+        return stream.normals(math.prod(shape), self.noise_std).reshape(tuple(shape))
+
+    def _steps(self, steps: int) -> PoissonGaussian:
+        return PoissonGaussian(
+            sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier, steps=steps
+        )
+
+
+def _faults(
+    epsilon: float | None, sigma: float | None, delta: float, clip_norm: float, number_of_bags: int
+) -> list[str]:
+    faults = []
+    if sigma == 0 and epsilon is not None:
+        faults.append(f"no noise (sigma 0) bounds nothing, yet epsilon = {epsilon:g} is claimed")
+    elif (epsilon is None) == (sigma is None):
+        faults.append("give either epsilon or the noise multiplier: each follows from the other")
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        faults.append(f"epsilon = {epsilon:g} must be above 0 and finite")
+    if sigma is not None and not 0 <= sigma < math.inf:
+        faults.append(f"the noise multiplier {sigma:g} must be at least 0 and finite")
+    if not 0 < delta < 1:
+        faults.append(f"delta = {delta:g} must lie between 0 and 1")
+    if not 0 < clip_norm < math.inf:
+        faults.append(f"the clip norm {clip_norm:g} must be above 0 and finite")
+    if number_of_bags < 1:
+        faults.append(f"there are {number_of_bags} bags to train on; at least one is needed")
+    return faults
+
+
+def _more_faults(expected: float, number_of_bags: int, steps_per_round: int, rounds: int) -> list[str]:
+    faults = []
+    if not 0 < expected <= max(number_of_bags, 0):
+        faults.append(
+            f"{expected:g} expected bags per step of {number_of_bags} bags is a sample rate "
+            "outside (0, 1]; draw fewer bags per step"
+        )
+    if steps_per_round < 1:
+        faults.append(f"steps per round must be at least 1, got {steps_per_round}")
+    if rounds < 1:
+        faults.append(f"rounds must be at least 1, got {rounds}")
+    return faults

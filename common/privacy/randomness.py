@@ -1,0 +1,145 @@
+"""Random numbers for sampling and noise: a cryptographic generator, and a seeded one for simulations.
+
+Whoever can predict the noise can subtract it, so a real run must use SecureRandomness. Knows nothing of
+privacy parameters: the plan says how many draws, with which chance or scale.
+
+Limit: normals are computed in float64 and rounded to float32, as in every DP-SGD library. Attacks on the
+lowest bits of floating-point noise (Mironov 2012) are not defended against.
+"""
+
+import hashlib
+import math
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from numpy.typing import NDArray
+from torch import Tensor
+
+CHUNK = 2**16
+"""Normals made at once: the working arrays stay in the processor's cache."""
+
+
+class Purpose(StrEnum):
+    """What numbers are drawn for; every purpose has a stream of its own."""
+
+    SAMPLING = "sampling"
+    NOISE = "noise"
+
+
+class Stream(ABC):
+    """An endless sequence of random bits; nothing is ever drawn twice from it."""
+
+    @abstractmethod
+    def words(self, number: int) -> NDArray[np.uint64]:
+        """The next ``number`` uniform 64-bit words."""
+
+    def chosen(self, chance: float, number: int) -> NDArray[np.int64]:
+        """Indices below ``number``, each included on its own with ``chance`` (Poisson sampling).
+
+        A word below chance * 2**64 includes its index. The product is exact for every float64 chance
+        above 2**-11 and else rounded down, so that nobody is sampled more often than accounted for.
+        """
+        if chance >= 1:
+            return np.arange(number, dtype=np.int64)
+        return np.flatnonzero(self.words(number) < np.uint64(math.floor(chance * 2**64))).astype(np.int64)
+
+    def normals(self, number: int, standard_deviation: float) -> Tensor:
+        """Normal numbers as a float32 tensor of shape (number,), by Box-Muller in float64."""
+        out = torch.empty(number, dtype=torch.float32)
+        for start in range(0, number, CHUNK):
+            part = out[start : start + CHUNK]
+            half = (len(part) + 1) // 2
+            # 53 bits each: the radius from (0, 1], the angle from [0, 2 pi).
+            uniform = torch.from_numpy((self.words(2 * half) >> np.uint64(11)).astype(np.float64))
+            radius = uniform[:half].add_(1).mul_(2.0**-53).log_().mul_(-2).sqrt_().mul_(standard_deviation)
+            angle = uniform[half:].mul_(2 * math.pi * 2.0**-53)
+            part[:half] = angle.cos() * radius
+            part[half:] = (angle.sin_() * radius)[: len(part) - half]
+        return out
+
+
+class Randomness(ABC):
+    """Gives a stream for each purpose and round; the same one again when asked again."""
+
+    secure: ClassVar[bool]
+    """Whether the numbers are unpredictable; a report must say so."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """The generator, in words for a report."""
+
+    @abstractmethod
+    def stream(self, purpose: Purpose, round: int) -> Stream:
+        """The stream of a purpose in a round. Asked again, it goes on where it was: no number returns."""
+
+
+class _AesStream(Stream):
+    def __init__(self) -> None:
+        # A key of its own for every stream: no key, no counter and no number is used twice.
+        cipher = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16)))
+        self._encryptor: CipherContext = cipher.encryptor()
+
+    def words(self, number: int) -> NDArray[np.uint64]:
+        return np.frombuffer(self._encryptor.update(bytes(8 * number)), dtype=np.uint64)
+
+
+class _SeededStream(Stream):
+    def __init__(self, *parts: str) -> None:
+        digest = hashlib.sha256("\0".join(parts).encode()).digest()
+        self._generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+
+    def words(self, number: int) -> NDArray[np.uint64]:
+        return self._generator.integers(0, 2**64, number, dtype=np.uint64)
+
+
+@dataclass(frozen=True)
+class SecureRandomness(Randomness):
+    """AES-256 in counter mode under keys from the operating system. Cannot be repeated."""
+
+    secure: ClassVar[bool] = True
+    _streams: dict[tuple[Purpose, int], Stream] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def description(self) -> str:
+        """The generator, in words for a report."""
+        return "AES-256-CTR, a fresh key from the operating system for every round and purpose"
+
+    def stream(self, purpose: Purpose, round: int) -> Stream:
+        """The stream of a purpose in a round."""
+        key = (purpose, round)
+        if key not in self._streams:
+            self._streams[key] = _AesStream()
+        return self._streams[key]
+
+
+@dataclass(frozen=True)
+class InsecureSeededRandomness(Randomness):
+    """INSECURE: repeatable numbers for simulations. Whoever knows the seed can remove all noise.
+
+    Every site, round and purpose has numbers of its own: noise that repeats between sites or rounds
+    cancels in a difference.
+    """
+
+    seed: int
+    site: str
+    secure: ClassVar[bool] = False
+    _streams: dict[tuple[Purpose, int], Stream] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def description(self) -> str:
+        """The generator, in words for a report."""
+        return "INSECURE: PCG64 seeded with the experiment's seed, for simulations only"
+
+    def stream(self, purpose: Purpose, round: int) -> Stream:
+        """The stream of a purpose in a round."""
+        key = (purpose, round)
+        if key not in self._streams:
+            self._streams[key] = _SeededStream(str(self.seed), self.site, str(round), purpose.value)
+        return self._streams[key]
