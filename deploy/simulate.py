@@ -1,5 +1,6 @@
 """``fedbags simulate``: compose the configuration, prepare the sites, run one engine, show the outcome."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -163,6 +164,8 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
     from deploy.local_grid import LocalGrid
     from server.app import app
 
+    # Flower's strategies report each aggregation, of our one mean reply: noise between progress bars.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     flat = config.to_flat()
     with LocalGrid(config.federation.sites, flat, workers) as grid:
         app(grid, grid.server_context(flat))

@@ -1,0 +1,79 @@
+"""The house rules that a reader relies on: imports point one way, and training never sees labels."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "common": {"common"},
+    "server": {"server", "common"},
+    "client": {"client", "common"},
+    "deploy": {"deploy", "server", "client", "common"},
+}
+
+
+def imported_packages(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names & MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package: str) -> None:
+    paths = list((ROOT / package).rglob("*.py"))
+    assert paths
+    for path in paths:
+        assert imported_packages(path) <= MAY_IMPORT[package], path
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for package in MAY_IMPORT:
+        for path in (ROOT / package).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not text.strip() or ast.get_docstring(ast.parse(text)), path
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_the_client_loads_nothing_that_it_does_not_use() -> None:
+    loaded = modules_after("import client.app")
+    for heavy in ("opacus", "matplotlib", "sklearn", "pydicom", "client.labelled", "client.sources"):
+        assert heavy not in loaded
+
+
+def test_help_loads_no_torch() -> None:
+    loaded = modules_after("import deploy.cli")
+    for heavy in ("torch", "flwr", "matplotlib", "sklearn"):
+        assert heavy not in loaded
+
+
+def test_only_one_module_touches_flowers_task_identity() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for package in MAY_IMPORT
+        for path in (ROOT / package).rglob("*.py")
+        if "task_identity" in path.read_text(encoding="utf-8")
+    }
+    assert users == {"deploy/local_grid.py"}
+
+
+def test_only_messages_builds_flower_records_that_travel() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("client", "server", "common")
+        for path in (ROOT / package).rglob("*.py")
+        if "ConfigRecord" in path.read_text(encoding="utf-8")
+    }
+    assert users == {"common/messages.py"}
