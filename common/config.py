@@ -74,7 +74,7 @@ class ModelConfig(Section):
     backbone: str = Field("resnet-small", description="'resnet-small' or a torchvision model name")
     weights: str = Field("", description="local weights file (.safetensors or .pth), or empty")
     norm: Norm = Norm.GROUP
-    image_size: int = Field(48, ge=8, le=1024, description="side of the square input, pixels")
+    image_size: int = Field(32, ge=8, le=1024, description="side of the square input, pixels")
     atoms_per_class: int = Field(8, ge=1, le=256, description="dictionary atoms per class (k)")
     iterations: int = Field(3, ge=1, le=50, description="unrolled ISTA steps (T)")
     dictionary: bool = Field(True, description="switch for the sparse dictionary blocks")
@@ -97,7 +97,7 @@ class TrainConfig(Section):
     """Local training at a site."""
 
     local_epochs: int = Field(1, ge=1, le=1000, description="passes over the site's bags per round")
-    bags_per_step: int = Field(4, ge=1, le=4096, description="bags per optimiser step")
+    bags_per_step: int = Field(2, ge=1, le=4096, description="bags per optimiser step")
     optimiser: Annotated[str, Field(pattern="^(sgd|adamw)$")] = "adamw"
     learning_rate: float = Field(0.002, gt=0, le=10, description="at round 1; cosine to 5% at the end")
     weight_decay: float = Field(0.0001, ge=0, le=1)
@@ -141,7 +141,7 @@ class RunConfig(Section):
 
     name: str = Field("fedbags", min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = Field(0, ge=0, lt=2**31, description="fixes data order, augmentation and initial weights")
-    rounds: int = Field(10, ge=1, le=100_000)
+    rounds: int = Field(12, ge=1, le=100_000)
     run_dir: str = Field("", description="run folder; empty: ~/.fedbags/runs/NAME-RUN_ID")
     sites_dir: str = Field("", description="folder of site folders (simulation); empty: synthetic hospitals")
     skip_bad: bool = Field(False, description="leave out a site's bad rows (listed in quarantine.csv)")

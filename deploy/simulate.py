@@ -15,8 +15,8 @@ from deploy.progress import Follower, counted
 from deploy.runs import print_summary, read_summary
 from deploy.tables import console
 
-ROUNDS_ON_FOLDERS = 40
-"""Rounds when site folders are given; the built-in default is sized for the synthetic demo."""
+FOLDER_DEFAULTS: Mapping[str, Scalar] = {"rounds": 160, "evaluation.every": 4, "train.bags-per-step": 4}
+"""For given site folders; the built-in defaults are sized for the two-minute synthetic demo."""
 LARGEST_SIZE = 224
 
 
@@ -102,7 +102,7 @@ def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file:
     sites_dir = given.get("sites-dir")
     if sites_dir and not config_file:
         changes = {
-            "rounds": ROUNDS_ON_FOLDERS,
+            **FOLDER_DEFAULTS,
             "model.image-size": usual_image_size(Path(str(sites_dir))),
             **given,
         }

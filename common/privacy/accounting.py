@@ -10,7 +10,7 @@ the dots"), so every figure is an upper bound; the grid is chosen to stay within
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ COARSENING = 8
 """The first, cheap bound uses a grid this much wider."""
 POINTS = 2**22
 """About the most grid points that a composed distribution may take (1 s, 100 MiB)."""
+LEAST_SCALE = 1e-3
+"""A release with less noise (epsilon above 2000) counts as not private at all."""
 LARGEST_SIGMA = 1e6
 
 
@@ -50,8 +52,8 @@ def fits(
 ) -> bool:
     """Whether ``spent`` stays at or under ``epsilon``; cheaper, for a coarser bound mostly suffices."""
     merged = merge(events)
-    if not _is_bounded(merged):
-        return False
+    if not merged or not _is_bounded(merged):
+        return not merged
     coarse = _coarse(merged, adjacency).get_epsilon_for_delta(delta)
     return bool(coarse <= epsilon) or _epsilon(merged, delta, adjacency) <= epsilon
 
@@ -61,7 +63,9 @@ def delta_at(
 ) -> float:
     """The smallest delta that holds at ``epsilon`` (upper bound, dp-accounting PLD)."""
     merged = merge(events)
-    return float(_fine(merged, adjacency).get_delta_for_epsilon(epsilon)) if _is_bounded(merged) else 1.0
+    if not merged or not _is_bounded(merged):
+        return 1.0 if merged else 0.0
+    return float(_fine(merged, adjacency).get_delta_for_epsilon(epsilon))
 
 
 def epsilon_curve(
@@ -182,7 +186,10 @@ def _opacus(accountant: Any, events: Iterable[PoissonGaussian | DiscreteLaplace]
 
 
 def _is_bounded(merged: Events) -> bool:
-    return all(isinstance(event, DiscreteLaplace) or event.noise_multiplier > 0 for event in merged)
+    return all(
+        event.scale >= LEAST_SCALE if isinstance(event, DiscreteLaplace) else event.noise_multiplier > 0
+        for event in merged
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -226,16 +233,13 @@ def _power_of_two(value: float) -> float:
 
 
 def _compose(merged: Events, adjacency: Adjacency, interval: float) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    composed = pld.identity(value_discretization_interval=interval)
-    for event in merged:
-        if isinstance(event, PoissonGaussian):
-            step = _step(event.sample_rate, event.noise_multiplier, adjacency, interval)
-            composed = composed.compose(step.self_compose(event.steps))
-        else:
-            composed = composed.compose(_release(event.scale, adjacency, interval))
-    return composed
+    parts = [
+        _step(event.sample_rate, event.noise_multiplier, adjacency, interval).self_compose(event.steps)
+        if isinstance(event, PoissonGaussian)
+        else _release(event.scale, adjacency, interval)
+        for event in merged
+    ]
+    return reduce(lambda composed, part: composed.compose(part), parts)
 
 
 @lru_cache(maxsize=32)

@@ -72,7 +72,7 @@ class DiscreteLaplace(_Event):
     """
 
     kind: Literal["discrete_laplace"] = "discrete_laplace"
-    scale: float = Field(ge=1e-3, le=1e9, description="noise scale / images per unit")
+    scale: float = Field(gt=0, le=1e9, description="b: noise scale / images per unit")
 
 
 Event = Annotated[PoissonGaussian | DiscreteLaplace, Field(discriminator="kind")]

@@ -30,6 +30,7 @@ class Purpose(StrEnum):
 
     SAMPLING = "sampling"
     NOISE = "noise"
+    PROPORTIONS = "proportions"
 
 
 class Stream(ABC):

@@ -50,7 +50,7 @@ def test_simulate_leaves_a_run_that_the_other_commands_read(finished: Path) -> N
     listed = json.loads(fedbags("runs", "list", finished.parent, "--json", cwd=finished.parent).stdout)
     assert [(row["run"], row["state"]) for row in listed] == [("first", "finished")]
     table = fedbags("runs", "show", finished, cwd=finished.parent).stdout
-    for word in ("outline", "lesion", "hospital-1", "not private"):
+    for word in ("outline", "lesion", "hospital-1", "private"):
         assert word in table
 
 
