@@ -1,0 +1,135 @@
+"""The private release of label counts: discrete Laplace noise on the finest level, once per data version.
+
+Only leaf counts are noised; coarser levels are their sums, so the levels agree and cost nothing more.
+The mechanism: integer counts + independent noise, P(z) proportional to exp(-|z| / t), t = b * m images,
+where m is what one unit can move (events.py): the size of the largest bag when the unit is the bag. The
+guarantee is replace-one and takes the bag sizes, and so m, as public. A whole bag is covered only at the
+price of m-fold noise: fine for a site total, useless for a single bag's counts, which need the weaker
+unit of one image.
+
+Storing a release and charging for it is the ledger's part: noise drawn twice for the same data averages out.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.privacy.events import DiscreteLaplace, Unit
+from common.privacy.randomness import Purpose, Randomness, Stream
+
+
+class Granularity(StrEnum):
+    """What the counts are summed over before they are noised."""
+
+    TOTAL = "total"
+    """All bags of the site: one row."""
+    PER_BAG = "per-bag"
+    """Nothing: one row a bag. One unit touches one bag, so the bags compose in parallel."""
+
+
+class CountRelease(BaseModel):
+    """Noised leaf counts, and what they cost. The counts are unbiased and may be negative."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    granularity: Granularity
+    counts: tuple[tuple[int, ...], ...] = Field(description="shape (1 or bags, C_L), images")
+    unit: Unit = Field(description="the unit that the noise was scaled for")
+    scale: float = Field(gt=0, description="b: noise scale / images that one unit can move")
+    largest_bag: int = Field(ge=1, description="images in the largest bag; public")
+
+    @property
+    def noise_scale(self) -> float:
+        """t in images; the standard deviation of each count's noise is about sqrt(2) * t."""
+        return self.scale * self._images(self.unit)
+
+    def event(self, unit: Unit) -> DiscreteLaplace:
+        """What the release costs when ``unit`` is what is protected: the less moves, the less it costs."""
+        if unit is self.unit:
+            return DiscreteLaplace(scale=self.scale)
+        return DiscreteLaplace(scale=self.noise_scale / self._images(unit))
+
+    def array(self) -> NDArray[np.int64]:
+        """The counts, shape (1 or bags, C_L)."""
+        return np.array(self.counts, dtype=np.int64)
+
+    def _images(self, unit: Unit) -> int:
+        return self.largest_bag if unit is Unit.BAG else 1
+
+
+def release_counts(
+    leaf_counts: NDArray[np.int64],
+    *,
+    scale: float,
+    unit: Unit = Unit.BAG,
+    granularity: Granularity = Granularity.TOTAL,
+    randomness: Randomness,
+) -> CountRelease:
+    """Noise the leaf counts of a site.
+
+    Args:
+        leaf_counts: shape (B, C_L), images of each leaf in each bag.
+        scale: b > 0, relative to the unit; alone it costs epsilon 2 / b for replace-one, delta 0.
+        unit: what the noise must hide.
+        granularity: one row for the site, or one a bag.
+        randomness: with a secure one, OpenDP's exact sampler and its own generator draw the noise; a
+            seeded one gives repeatable noise for simulations (floating point, no guarantee).
+    """
+    if leaf_counts.ndim != 2 or not leaf_counts.size:
+        raise ValueError(f"leaf counts of shape (bags, leaves) expected, got {leaf_counts.shape}")
+    empty = CountRelease(
+        granularity=granularity,
+        counts=(),
+        unit=unit,
+        scale=float(scale),
+        largest_bag=int(leaf_counts.sum(axis=1).max()),
+    )
+    exact = leaf_counts if granularity is Granularity.PER_BAG else leaf_counts.sum(axis=0, keepdims=True)
+    if randomness.secure:
+        noisy = _opendp(exact, empty.noise_scale)
+    else:
+        stream = randomness.stream(Purpose.PROPORTIONS, 0)
+        noisy = exact + seeded_noise(stream, exact.size, empty.noise_scale).reshape(exact.shape)
+    return empty.model_copy(update={"counts": tuple(tuple(row) for row in noisy.tolist())})
+
+
+def displayed_proportions(counts: NDArray[Any]) -> NDArray[np.float64]:
+    """The nearest proportions to noisy counts, row by row, for DISPLAY only.
+
+    Losses and weights take the raw counts: those are unbiased, this is not.
+
+    Args:
+        counts: shape (..., C), may be negative.
+
+    Returns:
+        Same shape, each row >= 0 and summing to 1: the Euclidean projection of the row, divided by its
+        sum, on the simplex (uniform where the sum is not positive).
+    """
+    totals = counts.sum(axis=-1, keepdims=True)
+    uniform = np.full(counts.shape, 1 / counts.shape[-1])
+    shares = np.where(totals > 0, counts / np.where(totals > 0, totals, 1), uniform)
+    ordered = -np.sort(-shares, axis=-1)
+    ranks = np.arange(1, counts.shape[-1] + 1)
+    thresholds = (np.cumsum(ordered, axis=-1) - 1) / ranks
+    last = (ordered > thresholds).sum(axis=-1, keepdims=True) - 1
+    projected = np.maximum(shares - np.take_along_axis(thresholds, last, axis=-1), 0)
+    return np.asarray(projected, dtype=np.float64)
+
+
+def seeded_noise(stream: Stream, number: int, noise_scale: float) -> NDArray[np.int64]:
+    """Discrete Laplace numbers, shape (number,), as differences of two geometric ones."""
+    uniform = ((stream.words(2 * number) >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
+    geometric = np.floor(np.log(uniform) * -noise_scale).astype(np.int64)
+    return np.asarray(geometric[:number] - geometric[number:])
+
+
+def _opendp(exact: NDArray[np.int64], noise_scale: float) -> NDArray[np.int64]:
+    import opendp.prelude as dp
+
+    dp.enable_features("contrib")  # OpenDP's name for all that is not proven line by line
+    space = dp.vector_domain(dp.atom_domain(T="i64")), dp.l1_distance(T="i64")
+    mechanism = dp.m.make_laplace(*space, scale=noise_scale)
+    return np.array(mechanism(exact.ravel().tolist()), dtype=np.int64).reshape(exact.shape)
