@@ -1,0 +1,236 @@
+"""The site's privacy budget: asked before training, recorded durably, enforced against every request.
+
+Reserve -> train -> confirm. A reservation is on the disk before the first gradient, and counts as spent
+for ever: a crash wastes budget and never hides spending. The cap is the site's own (site.toml); nothing
+that a server sends can raise it. One ledger holds for all runs and data versions on the site's disk
+(see ``client.ledger_book``), and several processes may use it at once.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from sqlite3 import Connection
+from typing import Any, Self
+
+from client.ledger_book import Book, Cap
+from client.ledger_check import verify
+from client.ledger_file import Kind, LedgerBusyError, LedgerError, append, create, read_entries, writing
+from common.errors import ConfigError, RunError
+from common.messages import PrivacyStatement
+from common.privacy.accounting import fits, spent
+from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit
+from common.privacy.proportions import CountRelease
+
+__all__ = ["BudgetRefused", "Ledger", "LedgerBusyError", "LedgerError", "Reservation", "verify"]
+
+
+class BudgetRefused(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
+    """The site's cap does not allow an event; nothing was spent. Holds no data but the budget's figures.
+
+    Attributes:
+        site: who refuses.
+        asked: epsilon that the event would add to what is spent.
+        left: epsilon that the cap leaves.
+        cap: the site's cap. All three at the cap's delta, replace-one of the ledger's unit (PLD).
+    """
+
+    def __init__(self, site: str, asked: float, left: float, cap: float) -> None:
+        self.site, self.asked, self.left, self.cap = site, asked, left, cap
+        super().__init__(
+            f"site {site!r} refuses: this would add epsilon {asked:.4g}, and of its budget of {cap:g} "
+            f"{left:.4g} is left"
+        )
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """An event that is on the disk as spent. ``row`` names it in the ledger."""
+
+    row: int
+    event: PoissonGaussian | DiscreteLaplace
+    run_id: str
+    round: int
+
+
+class Ledger:
+    """One site's ledger, opened for use with one data version. Holds no open file between calls."""
+
+    def __init__(self, path: Path, data_version: str, book: Book) -> None:
+        self.path, self.data_version, self._book = path, data_version, book
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        site: str,
+        data_version: str,
+        cap_epsilon: float,
+        cap_delta: float,
+        *,
+        unit: Unit = Unit.BAG,
+    ) -> Self:
+        """Open the ledger, or make it; a new cap or data version is recorded as a row.
+
+        Args:
+            path: the file; its folder must exist.
+            site: the site's name.
+            data_version: ``BagStore.data_version``. Another one than before is no new budget: all that
+                was ever spent keeps counting.
+            cap_epsilon: the most that may ever be spent, replace-one of ``unit``.
+            cap_delta: the delta of the cap and of every figure.
+            unit: what the cap protects; fixed when the ledger is made.
+
+        Raises:
+            ConfigError: the cap is out of range, or below what is spent already.
+            LedgerError: the file belongs to another site or unit, or cannot be trusted.
+            LedgerBusyError: the file cannot be written.
+        """
+        if not (0 < cap_epsilon < float("inf") and 0 < cap_delta < 1):
+            raise ConfigError(
+                f"a privacy budget of epsilon = {cap_epsilon:g} at delta = {cap_delta:g} cannot be kept: "
+                "epsilon must be above 0 and finite, delta between 0 and 1"
+            )
+        opening = {
+            "site": site,
+            "unit": unit.value,
+            "data_version": data_version,
+            "cap_epsilon": float(cap_epsilon),
+            "cap_delta": float(cap_delta),
+        }
+        if not path.exists():
+            create(path, {**opening, "time": _now()})
+        ledger = cls(path, data_version, Book())
+        with ledger._transaction() as db:
+            book = ledger._book
+            if book.site != site or book.unit is not unit:
+                raise LedgerError(
+                    f"the ledger {path} is of site {book.site!r} and unit {book.unit.value!r}, not of site "
+                    f"{site!r} and unit {unit.value!r}; every site keeps its own, for one unit"
+                )
+            if (book.data_version, book.cap) != (data_version, Cap(cap_epsilon, cap_delta)):
+                so_far = spent(book.events, cap_delta, Adjacency.REPLACE_ONE)
+                if so_far > cap_epsilon:
+                    raise ConfigError(
+                        f"site {site!r} has spent epsilon {so_far:.4g} at delta {cap_delta:g} already, more "
+                        f"than a cap of {cap_epsilon:g}: it cannot take part in private training any more"
+                    )
+                ledger._append(db, Kind.OPENED, opening)
+        return ledger
+
+    @property
+    def book(self) -> Book:
+        """What the ledger says, as of the last call."""
+        return self._book
+
+    def reserve(self, event: PoissonGaussian | DiscreteLaplace, run_id: str, round: int) -> Reservation:
+        """Charge an event before it happens. On return it is on the disk.
+
+        Raises:
+            BudgetRefused: with it, the site would have spent more than its cap; nothing is charged.
+            LedgerBusyError: it could not be recorded, so it must not happen.
+        """
+        body = {"event": event.model_dump(), "run_id": run_id, "round": round}
+        return Reservation(self._charge(Kind.RESERVED, event, body), event, run_id, round)
+
+    def confirm(self, reservation: Reservation) -> None:
+        """Record that the round of a reservation was finished. What is spent does not change.
+
+        Raises:
+            RunError: there is no such reservation, or it was confirmed before.
+        """
+        with self._transaction() as db:
+            if reservation.row not in self._book.open_reservations:
+                raise RunError(f"row {reservation.row} of the ledger is no open reservation")
+            self._append(db, Kind.CONFIRMED, {"reservation": reservation.row})
+
+    def release_for(self, data_version: str) -> CountRelease | None:
+        """The noised counts of a data version, if they were released before: send these again."""
+        with self._transaction():
+            return self._book.releases.get(data_version)
+
+    def store_release(self, release: CountRelease, run_id: str) -> CountRelease:
+        """Charge a release and keep its counts, in one row: both are on the disk, or neither.
+
+        If another process released this data version meanwhile, its counts are returned, and the ones
+        given here must be forgotten: two draws of the noise for the same counts would cost twice.
+
+        Raises:
+            BudgetRefused: the cap does not allow it; the counts must be forgotten.
+            LedgerBusyError: it could not be recorded, so it must not be sent.
+        """
+        body = {"release": release.model_dump(mode="json"), "run_id": run_id}
+        self._charge(Kind.RELEASED, release.event(self._book.unit), body)
+        return self._book.releases[self.data_version]
+
+    def statement(self, round: int) -> PrivacyStatement:
+        """What the site tells the server after a round. It speaks of replace-one BAG in any case.
+
+        ``epsilon`` and ``events`` are for the bag, whatever unit the cap protects (PLD, at the cap's
+        delta); ``budget_left`` is what the cap leaves, in the ledger's unit.
+        """
+        with self._transaction():
+            book = self._book
+            events = book.events_for(Unit.BAG)
+            epsilon = spent(events, book.cap.delta, Adjacency.REPLACE_ONE)
+            return PrivacyStatement(
+                site=book.site,
+                round=round,
+                epsilon=epsilon if math.isfinite(epsilon) else None,
+                delta=book.cap.delta,
+                events=tuple(event.model_dump() for event in events),
+                budget_left=max(book.cap.epsilon - book.spent(), 0.0),
+                ledger_head=book.head,
+            )
+
+    def events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
+        """All events so far in the order of their rows, reserved ones included."""
+        with self._transaction():
+            return tuple(self._book.events)
+
+    def export(self) -> dict[str, Any]:
+        """See ``Book.export``."""
+        with self._transaction():
+            return self._book.export()
+
+    def _charge(self, kind: Kind, event: PoissonGaussian | DiscreteLaplace, body: dict[str, Any]) -> int:
+        with self._transaction() as db:
+            book = self._book
+            if kind is Kind.RELEASED and self.data_version in book.releases:
+                return 0
+            asked, cap = (*book.events, event), book.cap
+            if fits(asked, cap.epsilon, cap.delta, Adjacency.REPLACE_ONE):
+                return self._append(db, kind, body)
+        so_far, after = book.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)
+        refusal = BudgetRefused(book.site, after - so_far, max(cap.epsilon - so_far, 0.0), cap.epsilon)
+        asked_for = {"event": event.model_dump(), "run_id": body["run_id"], "round": body.get("round", 0)}
+        # On a full disk the refusal stands all the same.
+        with suppress(LedgerBusyError), self._transaction() as db:
+            self._append(db, Kind.REFUSED, asked_for)
+        raise refusal
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """Alone with the file, and the book brought up to date with what other processes wrote."""
+        known = len(self._book.entries)
+        try:
+            with writing(self.path) as db:
+                for entry in read_entries(db, self.path, self._book.last):
+                    self._book.add(entry)
+                yield db
+        except BaseException:
+            # Rows of a transaction that was undone must not stay in memory.
+            if len(self._book.entries) != known:
+                self._book = Book.of(self._book.entries[:known])
+            raise
+
+    def _append(self, db: Connection, kind: Kind, body: dict[str, Any]) -> int:
+        entry = append(db, self._book.last, kind, {**body, "data_version": self.data_version, "time": _now()})
+        self._book.add(entry)
+        return entry.seq
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,119 @@
+"""Whether a ledger file can be believed: every problem, by row. Changes nothing and trusts nothing.
+
+The chain shows what was edited, deleted in the middle, or reordered. An old copy put back, or a wholly
+rewritten ledger, is consistent in itself: those show only against a head hash from outside, such as the
+one in the newest privacy statement that the server holds.
+"""
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.ledger_book import Book
+from client.ledger_file import NO_ROW, SCHEMA, Entry, LedgerError, check_version, open_file, parse_row
+from common.errors import require_file
+from common.privacy.accounting import fits
+from common.privacy.events import Adjacency
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    row: int | None
+    """1-based row of the ledger; None when it concerns the file as a whole."""
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason if self.row is None else f"row {self.row}: {self.reason}"
+
+
+def verify(path: Path, head: str | None = None, site: str | None = None) -> list[Problem]:
+    """Check a ledger file.
+
+    Args:
+        path: the file.
+        head: the ledger head of a privacy statement that this site once sent, as the server holds it.
+        site: whose ledger it should be.
+
+    Returns:
+        Everything that is wrong, in the order of the rows; empty when the file can be believed.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    require_file(path, "the privacy ledger", "Give the ledger.sqlite of a site.")
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    try:
+        with open_file(path) as db:
+            check_version(db, path)
+            problems += _check_file(db)
+            problems += _check_chain(db, entries)
+    except LedgerError as error:
+        problems.append(Problem(None, str(error)))
+    except sqlite3.DatabaseError as error:
+        where = len(entries) + 1 if entries else None
+        problems.append(Problem(where, f"the file is damaged from here on ({error}): torn or overwritten"))
+    if not problems:
+        problems += _check_meaning(entries)
+    if site is not None and entries and entries[0].body.get("site") != site:
+        problems.append(
+            Problem(1, f"this is the ledger of site {entries[0].body.get('site')!r}, not {site!r}")
+        )
+    if head is not None and head not in {entry.hash for entry in entries}:
+        problems.append(
+            Problem(
+                len(entries) or None,
+                f"no row has the head {head[:12]}... that the server was told: the file is an older copy "
+                "(spending is missing), was rewritten, or is another site's",
+            )
+        )
+    return problems
+
+
+def _check_file(db: sqlite3.Connection) -> list[Problem]:
+    problems = [
+        Problem(None, f"the file is damaged: {text}")
+        for (text,) in db.execute("PRAGMA integrity_check(20)")
+        if text != "ok"
+    ]
+    found = {text for (text,) in db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
+    if found != set(SCHEMA):
+        problems.append(Problem(None, "the table or the triggers that keep it append-only were changed"))
+    (rows,) = db.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()
+    written = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
+    if written is None or written[0] > rows:
+        last = "some" if written is None else str(written[0])
+        problems.append(Problem(rows + 1, f"the newest rows are missing (deleted); {last} were written"))
+    return problems
+
+
+def _check_chain(db: sqlite3.Connection, entries: list[Entry]) -> list[Problem]:
+    """Check every row against the one before; collects the readable ones in ``entries``."""
+    problems = []
+    expected, previous = 1, NO_ROW
+    for row in db.execute("SELECT * FROM entries ORDER BY seq"):
+        entry, problem = parse_row(row, expected, previous)
+        if problem:
+            problems.append(Problem(int(row[0]), problem))
+        if entry is not None:
+            entries.append(entry)
+        # Go on from what stands there, so that one bad row is one problem and not one a row.
+        expected, previous = int(row[0]) + 1, str(row[4])
+    return problems
+
+
+def _check_meaning(entries: list[Entry]) -> list[Problem]:
+    """What the rows say, once the chain holds: known content, and a cap that was kept."""
+    book = Book()
+    for entry in entries:
+        try:
+            book.add(entry)
+        except LedgerError as error:
+            return [Problem(entry.seq, str(error))]
+    if not entries:
+        return [Problem(None, "the ledger holds no row")]
+    if not fits(book.events, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE):
+        return [Problem(entries[-1].seq, f"more than the cap of {book.cap.epsilon:g} was spent")]
+    return []

@@ -1,0 +1,255 @@
+"""The ledger's file: hash-chained rows in SQLite that can only be appended to. Knows no budgets.
+
+Each row holds one JSON object; its hash covers the row before it, so that a change anywhere shows in all
+that follows. The chain is no lock: whoever can write the file can write a whole new chain. That, and an
+old copy put back, show only against a hash that somebody else keeps: the server keeps the head that
+comes with each privacy statement (``client.ledger_check``).
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from common.errors import RunError, UserError
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x66646C67
+"""Tells our file from any other SQLite file ("fdlg")."""
+NO_ROW = "0" * 64
+"""What stands for the hash before the first row."""
+WAIT_SECONDS = 60.0
+"""How long to wait for another process that holds the file."""
+
+SCHEMA = (
+    "CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, body TEXT NOT NULL, "
+    "previous TEXT NOT NULL, hash TEXT NOT NULL)",
+    "CREATE TRIGGER no_update BEFORE UPDATE ON entries "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER no_delete BEFORE DELETE ON entries "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    # Also refuses INSERT OR REPLACE, whose silent deletion fires no other trigger.
+    "CREATE TRIGGER no_replace BEFORE INSERT ON entries "
+    "WHEN NEW.seq <> (SELECT coalesce(max(seq), 0) + 1 FROM entries) "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+)
+PRAGMAS = (
+    # A rollback journal rather than a WAL: what is committed is in this one file, and can be copied.
+    "PRAGMA journal_mode = DELETE",
+    # FULL, and the folder is synced too: a commit that a power cut could undo would hide spending.
+    "PRAGMA synchronous = EXTRA",
+)
+
+
+class Kind(StrEnum):
+    """What a row records."""
+
+    OPENED = "opened"
+    """Site, unit, data version and cap from here on; the first row, and again when one changes."""
+    RESERVED = "reserved"
+    """An event counts as spent from here on, whatever becomes of it."""
+    CONFIRMED = "confirmed"
+    """The round of a reservation was finished. Changes nothing in what is spent."""
+    RELEASED = "released"
+    """Noised counts with their event: drawn, charged and stored in one row."""
+    REFUSED = "refused"
+    """An event that the cap did not allow. Costs nothing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row."""
+
+    seq: int
+    kind: str
+    body: Mapping[str, Any]
+    previous: str
+    hash: str
+
+
+class LedgerError(UserError):
+    """The file is not a ledger that can be trusted, or not the one that was asked for."""
+
+
+class LedgerBusyError(RunError):
+    """The ledger could not be written (disk full, no permission, locked): nothing new was granted."""
+
+
+def canonical(body: Mapping[str, Any]) -> str:
+    """The one JSON text of a row's content."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def chain_hash(previous: str, seq: int, kind: str, body: str) -> str:
+    """SHA-256 over the hash of the row before and this row's canonical JSON."""
+    row = canonical({"seq": seq, "kind": kind, "body": body})
+    return hashlib.sha256(f"{previous}\n{row}".encode()).hexdigest()
+
+
+def create(path: Path, body: Mapping[str, Any]) -> None:
+    """Make a ledger whose first row holds ``body``; if another process was faster, leave its file.
+
+    The file appears complete or not at all: an empty ledger file is never one of ours, so an emptied one
+    cannot pass for a fresh one.
+
+    Raises:
+        UserError: the folder cannot be written to.
+        LedgerBusyError: the disk is full.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    except OSError as error:
+        raise UserError(f"the privacy ledger {path} cannot be made: {error.strerror or error}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with open_file(temporary) as db:
+            db.execute("BEGIN IMMEDIATE")
+            for statement in SCHEMA:
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            append(db, None, Kind.OPENED, body)
+            db.execute("COMMIT")
+        temporary.chmod(0o644)
+        try:
+            os.link(temporary, path)  # unlike a rename, this never replaces a file
+        except FileExistsError:
+            return  # another process was faster; its file is as good
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, sqlite3.Error) as error:
+        raise LedgerBusyError(f"the ledger {path.name} cannot be made: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[sqlite3.Connection]:
+    """One transaction that holds the file alone: durable at the end of the block, undone by an exception.
+
+    Raises:
+        LedgerBusyError: the disk is full, the file is locked or cannot be written.
+        LedgerError: the file is damaged, or no ledger of this version.
+    """
+    try:
+        with open_file(path) as db:
+            db.execute("BEGIN IMMEDIATE")
+            check_version(db, path)
+            yield db
+            db.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        raise LedgerBusyError(f"the ledger {path.name} cannot be written: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise damaged(path, error) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """One consistent look at the file.
+
+    Raises:
+        LedgerError: the file is damaged, or no ledger of this version.
+    """
+    try:
+        with open_file(path) as db:
+            db.execute("BEGIN")
+            check_version(db, path)
+            yield db
+    except sqlite3.DatabaseError as error:
+        raise damaged(path, error) from error
+
+
+def append(db: sqlite3.Connection, last: Entry | None, kind: Kind, body: Mapping[str, Any]) -> Entry:
+    """Add one row after ``last``, the newest row of the file."""
+    seq, previous = (last.seq + 1, last.hash) if last else (1, NO_ROW)
+    text = canonical(body)
+    entry = Entry(seq, kind.value, json.loads(text), previous, chain_hash(previous, seq, kind.value, text))
+    db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (seq, entry.kind, text, previous, entry.hash))
+    return entry
+
+
+def read_entries(db: sqlite3.Connection, path: Path, last: Entry | None = None) -> list[Entry]:
+    """The rows after ``last`` (all of them without), checked against the chain.
+
+    Raises:
+        LedgerError: a row does not continue the chain, or ``last`` is no longer in the file.
+    """
+    seq, previous = (last.seq, last.hash) if last else (0, NO_ROW)
+    if last and db.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)).fetchone() != (previous,):
+        raise LedgerError(
+            f"the ledger {path} lost row {seq}, which it had: an older copy was put in its place"
+        )
+    entries = []
+    for row in db.execute("SELECT * FROM entries WHERE seq > ? ORDER BY seq", (seq,)):
+        entry, problem = parse_row(row, seq + 1, previous)
+        if entry is None or problem:
+            raise LedgerError(
+                f"the ledger {path} cannot be trusted: row {seq + 1}: {problem}\n"
+                f"`fedbags ledger verify {path}` lists every such row."
+            )
+        entries.append(entry)
+        seq, previous = entry.seq, entry.hash
+    return entries
+
+
+def parse_row(row: tuple[Any, ...], seq: int, previous: str) -> tuple[Entry | None, str]:
+    """A row as an entry, and what is wrong with it as row ``seq`` after ``previous`` (or nothing)."""
+    found, kind, text, before, own = row
+    try:
+        body = json.loads(text)
+        entry = Entry(int(found), str(kind), body if isinstance(body, dict) else {}, str(before), str(own))
+        recomputed = chain_hash(before, found, kind, text)
+    except (TypeError, ValueError):
+        return None, "is not a row of the ledger (edited)"
+    if recomputed != own:
+        return entry, "its content does not match its hash (edited)"
+    if found != seq:
+        return entry, f"row {seq} is missing before it (deleted)"
+    if before != previous:
+        return entry, "does not follow the row before it (deleted, reordered or replaced)"
+    return entry, ""
+
+
+def check_version(db: sqlite3.Connection, path: Path) -> None:
+    """Raise LedgerError unless this is a ledger of the schema that this release reads."""
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION_ID:
+        raise LedgerError(f"{path} is not a privacy ledger (it may be empty, torn or another file)")
+    if version != SCHEMA_VERSION:
+        raise LedgerError(
+            f"the ledger {path} has schema {version}; this release reads schema {SCHEMA_VERSION}. "
+            "Use the release that wrote it."
+        )
+
+
+def damaged(path: Path, error: Exception) -> LedgerError:
+    """The error for a file that SQLite itself cannot read."""
+    return LedgerError(
+        f"the ledger {path} is damaged: {error}\nPut back the newest intact copy that agrees with the "
+        "server's statements (`fedbags ledger verify --head HASH`)."
+    )
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[sqlite3.Connection]:
+    """The file, unchecked, closed at the end of the block."""
+    # mode=rw: never creates a file, and can undo what a killed process left half written.
+    db = sqlite3.connect(
+        f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
+    )
+    try:
+        for pragma in PRAGMAS:
+            db.execute(pragma)
+        yield db
+    finally:
+        db.close()

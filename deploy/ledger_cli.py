@@ -1,0 +1,126 @@
+"""`fedbags ledger`: look into a site's privacy ledger, check it, hand it on. Thin: reads and prints."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.errors import UserError
+
+app = typer.Typer(
+    help="A site's privacy ledger: what was spent, under which cap, and whether the file can be believed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="A site's ledger.sqlite.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+@app.command()
+def show(file: File) -> None:
+    """Show what was spent and what is left, and every row.
+
+    Example: fedbags ledger show runs/demo/sites/site-1/ledger.sqlite
+    """
+    from client.ledger_book import Book
+    from common.privacy.events import Adjacency
+    from deploy.tables import console, table
+
+    book = Book.read(file)
+    spent, add_remove, cap = book.spent(), book.spent(Adjacency.ADD_REMOVE), book.cap
+    rows = table(f"ledger of {book.site}", "row", "what", "run", "round", "event", "time (UTC)")
+    for entry in book.entries:
+        body = entry.body
+        unconfirmed = entry.seq in book.open_reservations
+        rows.add_row(
+            str(entry.seq),
+            "reserved, not confirmed" if unconfirmed else entry.kind,
+            str(body.get("run_id", "")),
+            str(body.get("round", "")),
+            _describe(entry.kind, body),
+            str(body.get("time", "")).replace("T", " ").removesuffix("+00:00"),
+        )
+    out = console()
+    out.print(rows)
+    out.print(f"unit: {book.unit.explanation}")
+    out.print(
+        f"spent: epsilon {spent:.4g} of {cap.epsilon:g} (replace-one) at delta {cap.delta:g}; "
+        f"left: {max(cap.epsilon - spent, 0):.4g}; under add/remove: {add_remove:.4g}"
+    )
+    out.print("Upper bounds by dp-accounting's PLD accountant, over all runs and data versions.")
+    out.print(f"head: {book.head}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    file: File,
+    head: Annotated[
+        str | None, typer.Option(help="Ledger head of a statement that the server holds, in hexadecimal.")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Whose ledger it should be.")] = None,
+    json_: Json = False,
+) -> None:
+    """Check that no row was edited, deleted, reordered or rolled back; exit 1 if one was.
+
+    An older copy put back can only be found with --head: its hash is in the site's privacy statements.
+
+    Example: fedbags ledger verify ledger.sqlite --head 3f5a...
+    """
+    from client.ledger_check import verify as check
+    from deploy.tables import console, table
+
+    if head is not None and (len(head) != 64 or set(head.lower()) - set("0123456789abcdef")):
+        raise UserError("--head takes the 64 hexadecimal digits of a ledger head")
+    problems = check(file, head=head and head.lower(), site=site)
+    if json_:
+        found = [{"row": problem.row, "reason": problem.reason} for problem in problems]
+        typer.echo(json.dumps({"intact": not problems, "problems": found}, indent=2))
+    elif problems:
+        rows = table(f"{file}: NOT intact", "row", "problem")
+        for problem in problems:
+            rows.add_row("file" if problem.row is None else str(problem.row), problem.reason)
+        console().print(rows)
+    else:
+        against = "" if head else "; without --head an older copy put back would not show"
+        console().print(f"{file}: intact{against}")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(file: File, json_: Json = False) -> None:
+    """Print cap, events and spending, enough to recompute the epsilons with another accountant.
+
+    Noise multipliers are relative to the clip norm, a release's scale to the images its unit can move.
+
+    Example: fedbags ledger export ledger.sqlite --json
+    """
+    from client.ledger_book import Book
+    from deploy.tables import console, table
+
+    exported = Book.read(file).export()
+    if json_:
+        typer.echo(json.dumps(exported, indent=2))
+        return
+    rows = table(f"ledger of {exported['site']}", "key", "value")
+    for key, value in exported.items():
+        rows.add_row(key, value if isinstance(value, str) else json.dumps(value))
+    console().print(rows)
+
+
+def _describe(kind: str, body: Mapping[str, Any]) -> str:
+    if kind == "opened":
+        return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
+    if kind == "confirmed":
+        return f"row {body['reservation']}"
+    if kind == "released":
+        release = body["release"]
+        return f"{release['granularity']} counts, Laplace scale {release['scale']:g} per {release['unit']}"
+    event = body["event"]
+    if event["kind"] == "discrete_laplace":
+        return f"discrete Laplace, scale {event['scale']:g}"
+    return f"{event['steps']} steps, q {event['sample_rate']:.4g}, sigma {event['noise_multiplier']:.4g}"
