@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.ledger_book import Book
-from client.ledger_file import NO_ROW, SCHEMA, Entry, LedgerError, check_version, open_file, parse_row
+from client.ledger_file import (
+    NO_ROW,
+    SCHEMA,
+    Entry,
+    LedgerError,
+    check_version,
+    newest_written,
+    open_file,
+    parse_row,
+)
 from common.errors import require_file
 from common.privacy.accounting import fits
 from common.privacy.events import Adjacency
@@ -82,10 +91,9 @@ def _check_file(db: sqlite3.Connection) -> list[Problem]:
     if found != set(SCHEMA):
         problems.append(Problem(None, "the table or the triggers that keep it append-only were changed"))
     (rows,) = db.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()
-    written = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
-    if written is None or written[0] > rows:
-        last = "some" if written is None else str(written[0])
-        problems.append(Problem(rows + 1, f"the newest rows are missing (deleted); {last} were written"))
+    written = newest_written(db)
+    if written > rows:
+        problems.append(Problem(rows + 1, f"deleted, with all rows up to {written}"))
     return problems
 
 

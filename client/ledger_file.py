@@ -198,7 +198,15 @@ def read_entries(db: sqlite3.Connection, path: Path, last: Entry | None = None) 
             )
         entries.append(entry)
         seq, previous = entry.seq, entry.hash
+    if newest_written(db) > seq:
+        raise LedgerError(f"the ledger {path} lost its newest rows, from row {seq + 1} on (deleted)")
     return entries
+
+
+def newest_written(db: sqlite3.Connection) -> int:
+    """The highest row number that SQLite ever gave out here; it outlives the row."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
+    return int(row[0]) if row else 0
 
 
 def parse_row(row: tuple[Any, ...], seq: int, previous: str) -> tuple[Entry | None, str]:
@@ -230,6 +238,8 @@ def check_version(db: sqlite3.Connection, path: Path) -> None:
             f"the ledger {path} has schema {version}; this release reads schema {SCHEMA_VERSION}. "
             "Use the release that wrote it."
         )
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
+        raise LedgerError(f"the ledger {path} is damaged: its table is missing")
 
 
 def damaged(path: Path, error: Exception) -> LedgerError:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 
 class Unit(StrEnum):
@@ -49,6 +49,11 @@ class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def _whole(value: object) -> object:
+    """A whole number that JSON, or a record of floats, carried as 30.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class PoissonGaussian(_Event):
     """Steps of bag-level DP-SGD: Poisson sampling, clipping per bag, Gaussian noise on the clipped sum.
 
@@ -60,7 +65,7 @@ class PoissonGaussian(_Event):
     noise_multiplier: float = Field(
         ge=0, le=1e6, description="sigma: noise standard deviation / clip norm; 0 bounds nothing"
     )
-    steps: int = Field(ge=1, le=10**9)
+    steps: Annotated[int, BeforeValidator(_whole)] = Field(ge=1, le=10**9)
 
 
 class DiscreteLaplace(_Event):

@@ -1,0 +1,68 @@
+"""`fedbags ledger`: what it prints, and how it exits."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from client.ledger import Ledger
+from common.errors import UserError
+from common.privacy.events import PoissonGaussian
+from deploy.ledger_cli import app
+
+EVENT = PoissonGaussian(sample_rate=0.05, noise_multiplier=1.0, steps=10)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """A ledger with one confirmed and one open round."""
+    ledger = Ledger.open(tmp_path / "ledger.sqlite", "site-1", "v1", 8.0, 1e-5)
+    ledger.confirm(ledger.reserve(EVENT, "first", 1))
+    ledger.reserve(EVENT, "first", 2)
+    return ledger
+
+
+def test_show_says_what_is_spent_and_every_row(ledger: Ledger) -> None:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(ledger.path)])
+    assert result.exit_code == 0, result.output
+    assert f"epsilon {ledger.book.spent():.4g} of 8" in result.output
+    assert "reserved, not confirmed" in result.output
+    assert "10 steps, q 0.05, sigma 1" in result.output
+    assert ledger.book.head in result.output
+
+
+def test_export_prints_one_json_object(ledger: Ledger) -> None:
+    result = CliRunner().invoke(app, ["export", str(ledger.path), "--json"])
+    assert json.loads(result.output) == ledger.export()
+    assert (
+        ledger.book.head in CliRunner(env={"COLUMNS": "200"}).invoke(app, ["export", str(ledger.path)]).output
+    )
+
+
+def test_verify_exits_1_on_tampering_and_names_the_row(ledger: Ledger) -> None:
+    runner, head = CliRunner(env={"COLUMNS": "200"}), ledger.statement(1).ledger_head
+    assert runner.invoke(app, ["verify", str(ledger.path), "--head", head]).exit_code == 0
+    assert runner.invoke(app, ["verify", str(ledger.path), "--head", "0" * 64]).exit_code == 1
+    db = sqlite3.connect(ledger.path, isolation_level=None)
+    db.execute("DROP TRIGGER no_update")
+    db.execute("UPDATE entries SET body = '{}' WHERE seq = 3")
+    db.close()
+    result = runner.invoke(app, ["verify", str(ledger.path)])
+    assert result.exit_code == 1
+    assert "edited" in result.output
+    found = json.loads(runner.invoke(app, ["verify", str(ledger.path), "--json"]).output)
+    assert 3 in [problem["row"] for problem in found["problems"]]
+
+
+def test_the_users_mistakes_are_told_as_such(ledger: Ledger, tmp_path: Path) -> None:
+    runner = CliRunner()
+    other = tmp_path / "notes.txt"
+    other.write_text("no ledger")
+    for arguments in (
+        ["show", str(tmp_path / "none")],
+        ["export", str(other)],
+        ["verify", str(ledger.path), "--head", "abc"],
+    ):
+        assert isinstance(runner.invoke(app, arguments).exception, UserError)
