@@ -11,14 +11,17 @@ from client import egress
 from client.bags import BagStore
 from client.evaluation import evaluate_bags, evaluate_labelled
 from client.locate import find_site
-from client.release import release_proportions
-from client.training import train_round
+from client.refusal import BudgetRefused
+from client.release import private_release, release_proportions
+from client.site import ReleaseProportions
+from client.training import TrainingResult, train_round
 from common.build import rebuild_model
 from common.config import ModelConfig, RunConfig
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP
 from common.messages import Metric, ModelUpdate, PrivacyStatement, from_records, to_records
 from common.model_file import load_arrays, trainable_arrays
+from common.trainable import trainable_parameters
 
 app = ClientApp(mods=[egress.guard])
 
@@ -26,8 +29,16 @@ app = ClientApp(mods=[egress.guard])
 @app.query("proportions")
 def proportions(message: Message, context: Context) -> Message:
     """Say how many images of each leaf the site has, as far as its policy releases that."""
-    _, store = open_site(context)
-    return Message(to_records(release_proportions(store)), reply_to=message)
+    config, store = open_site(context)
+    if not config.dp.epsilon:
+        refuse_unprotected(store)
+    if not config.dp.epsilon or store.config.policy.release_proportions is ReleaseProportions.NONE:
+        return Message(to_records(release_proportions(store)), reply_to=message)
+    from client.budget import open_budget
+
+    budget = open_budget(context, config, store, find_site(context))
+    noised = budget.release(store, config.dp.release_scale)
+    return Message(to_records(private_release(store, noised)), reply_to=message)
 
 
 @app.train()
@@ -36,19 +47,33 @@ def train(message: Message, context: Context) -> Message:
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
     model = receive_model(config, store, request)
-    result = train_round(model, store, config, request.round)
+    if config.dp.epsilon:
+        result, statement = train_privately(context, config, store, model, request.round)
+    else:
+        refuse_unprotected(store)
+        result = train_round(model, store, config, request.round)
+        statement = PrivacyStatement(site=store.name, round=request.round)
     metrics: dict[str, Metric] = {
         "num-bags": result.bags,
         "num-images": result.images,
         "loss": result.loss,
     }
-    return Message(
-        to_records(
-            answer(store, request, metrics, model),
-            PrivacyStatement(site=store.name, round=request.round),
-        ),
-        reply_to=message,
-    )
+    reply = to_records(answer(config, store, request, metrics, model), statement)
+    return Message(reply, reply_to=message)
+
+
+def train_privately(
+    context: Context, config: RunConfig, store: BagStore, model: LHFGLP, round: int
+) -> tuple[TrainingResult, PrivacyStatement]:
+    """Reserve the round's cost, train, confirm: in this order, so that nothing is ever spent unseen."""
+    # Imported here: Opacus and the accountants take seconds, and a run without privacy needs neither.
+    from client.budget import open_budget
+    from client.private_training import train_round_privately
+
+    budget = open_budget(context, config, store, find_site(context))
+    reservation = budget.reserve(round)
+    result = train_round_privately(model, store, config, round, budget.plan)
+    return result, budget.confirm(reservation, round)
 
 
 @app.evaluate("bags")
@@ -57,7 +82,7 @@ def evaluate_on_bags(message: Message, context: Context) -> Message:
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
     metrics = evaluate_bags(receive_model(config, store, request), store, config)
-    return Message(to_records(answer(store, request, metrics)), reply_to=message)
+    return Message(to_records(answer(config, store, request, metrics)), reply_to=message)
 
 
 @app.evaluate("test")
@@ -70,7 +95,7 @@ def evaluate_on_test(message: Message, context: Context) -> Message:
     request = from_records(message.content, ModelUpdate)
     test = LabelledImages.open(find_site(context), config.model.image_size, skip_bad=config.skip_bad)
     metrics = evaluate_labelled(receive_model(config, store, request), test, config) if test else {}
-    return Message(to_records(answer(store, request, metrics)), reply_to=message)
+    return Message(to_records(answer(config, store, request, metrics)), reply_to=message)
 
 
 def open_site(context: Context) -> tuple[RunConfig, BagStore]:
@@ -93,6 +118,7 @@ def _open_store(folder: Path, stamps: tuple[int, ...], size: int, skip_bad: bool
 def receive_model(config: RunConfig, store: BagStore, request: ModelUpdate) -> LHFGLP:
     """The model with the arrays that the server sent."""
     model = _architecture(config.model, store.hierarchy)
+    trainable_parameters(model, config.trained_part)
     load_arrays(model, request.arrays)
     return model
 
@@ -104,13 +130,28 @@ def _architecture(config: ModelConfig, hierarchy: Hierarchy) -> LHFGLP:
 
 
 def answer(
-    store: BagStore, request: ModelUpdate, metrics: dict[str, Metric], model: LHFGLP | None = None
+    config: RunConfig,
+    store: BagStore,
+    request: ModelUpdate,
+    metrics: dict[str, Metric],
+    model: LHFGLP | None = None,
 ) -> ModelUpdate:
-    """A reply with the metrics that the site's policy allows, and the trained arrays if any."""
-    allowed = set(store.config.policy.metrics)
+    """A reply with the metrics that may leave, and the trained arrays if any."""
+    allowed = egress.allowed_metrics(store.config, private=config.dp.epsilon > 0)
     return ModelUpdate(
         sender=store.name,
         round=request.round,
         arrays=trainable_arrays(model) if model is not None else {},
         metrics={key: value for key, value in metrics.items() if key.partition(".")[0] in allowed},
     )
+
+
+def refuse_unprotected(store: BagStore) -> None:
+    """A site with a budget does not train, or release counts, without privacy.
+
+    Raises:
+        BudgetRefused: it has one.
+    """
+    own = store.config.policy.budget
+    if own.epsilon is not None:
+        raise BudgetRefused(store.name, float("inf"), own.epsilon, own.epsilon)

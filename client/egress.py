@@ -7,12 +7,13 @@ path or a patient id, so it goes to the site's own log at most, never to the ser
 
 import logging
 from collections.abc import Callable
-from enum import IntEnum
 
 from flwr.app import Context, Error, Message, RecordDict
 
 from client.locate import find_site
+from client.refusal import BudgetRefused
 from client.site import SiteConfig
+from common.config import RunConfig
 from common.errors import ConfigError, DataError, EgressError, FedbagsError, RunError, UserError
 from common.messages import (
     MessageError,
@@ -20,6 +21,7 @@ from common.messages import (
     PrivacyStatement,
     ProportionRelease,
     Record,
+    SiteError,
     check_only,
     from_records,
 )
@@ -29,23 +31,18 @@ log = logging.getLogger("fedbags.client")
 Handler = Callable[[Message, Context], Message]
 
 
-class SiteError(IntEnum):
-    """The error codes that a site sends; Flower's own are below 1000."""
-
-    EGRESS = 1001
-    DATA = 1002
-    CONFIGURATION = 1003
-    TRAINING = 1004
-    INTERNAL = 1005
-
-
 REASONS = {
     SiteError.EGRESS: "the site's guard refused to send the reply",
     SiteError.DATA: "the site's data cannot be used; `fedbags site check` at the site lists the rows",
     SiteError.CONFIGURATION: "the run or site configuration is faulty at the site",
     SiteError.TRAINING: "local training failed at the site (diverged or could not go on)",
     SiteError.INTERNAL: "an unexpected error at the site",
+    SiteError.BUDGET: "the site's privacy budget does not allow this; the site leaves the run",
 }
+
+UNCOVERED_BY_DP = {"num-bags", "confusion"}
+"""Metrics that may leave a private run. They are not covered by its epsilon, and the report says so: the
+number of bags, and counts on labelled test images, which are never trained on."""
 
 EXPECTED: dict[str, tuple[type[Record], ...]] = {
     "query.proportions": (ProportionRelease,),
@@ -61,8 +58,9 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
     kind = message.metadata.message_type
     try:
         site = SiteConfig.load(find_site(context))
+        private = RunConfig.from_flat(context.run_config).dp.epsilon > 0
         reply = call_next(message, context)
-        check_reply(kind, message.content, reply.content, site)
+        check_reply(kind, message.content, reply.content, site, private=private)
     except Exception as error:
         code = classify(error)
         # The class alone: even the site's log lines carry no path, patient id or label.
@@ -71,7 +69,16 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
     return reply
 
 
-def check_reply(kind: str, request: RecordDict, reply: RecordDict, site: SiteConfig) -> None:
+def allowed_metrics(site: SiteConfig, *, private: bool) -> set[str]:
+    """The metrics that may leave: those of the policy and, in a private run, only those without training
+    data in them (losses and held-back figures come from private bags, and no noise covers them)."""
+    allowed = set(site.policy.metrics)
+    return allowed & UNCOVERED_BY_DP if private else allowed
+
+
+def check_reply(
+    kind: str, request: RecordDict, reply: RecordDict, site: SiteConfig, *, private: bool = False
+) -> None:
     """Check that a reply holds what this kind of message may carry, and nothing else.
 
     Args:
@@ -79,6 +86,7 @@ def check_reply(kind: str, request: RecordDict, reply: RecordDict, site: SiteCon
         request: what the server sent; an update may only hold arrays that it sent, in their shapes.
         reply: what would leave.
         site: the site's name and policy.
+        private: the run promises differential privacy.
 
     Raises:
         EgressError: anything else than the contract allows; names keys and shapes only.
@@ -90,18 +98,22 @@ def check_reply(kind: str, request: RecordDict, reply: RecordDict, site: SiteCon
             content = from_records(reply, record)
             if isinstance(content, ModelUpdate):
                 sent = from_records(request, ModelUpdate)
-                _check_update(kind, sent, content, site)
+                _check_update(kind, sent, content, site, allowed_metrics(site, private=private))
             elif getattr(content, "site", site.name) != site.name:
                 raise EgressError("the record speaks for another site")
             elif isinstance(content, ProportionRelease):
                 _check_release(content, site)
+                if private and not content.is_private:
+                    raise EgressError("exact counts in a private run")
     except MessageError as error:
         raise EgressError(str(error)) from error
     except KeyError as error:
         raise EgressError(f"no reply is defined for messages of type {error}") from error
 
 
-def _check_update(kind: str, sent: ModelUpdate, reply: ModelUpdate, site: SiteConfig) -> None:
+def _check_update(
+    kind: str, sent: ModelUpdate, reply: ModelUpdate, site: SiteConfig, allowed: set[str]
+) -> None:
     if reply.sender != site.name:
         raise EgressError("the update speaks for another site")
     if kind != "train" and reply.arrays:
@@ -111,7 +123,6 @@ def _check_update(kind: str, sent: ModelUpdate, reply: ModelUpdate, site: SiteCo
             raise EgressError("an array that the server did not send")
         if array.shape != sent.arrays[name].shape:
             raise EgressError(f"array {name!r} has shape {array.shape}")
-    allowed = set(site.policy.metrics)
     for name in reply.metrics:
         if name.partition(".")[0] not in allowed:
             raise EgressError("a metric that the site's policy does not allow")
@@ -130,6 +141,8 @@ def _check_release(release: ProportionRelease, site: SiteConfig) -> None:
 def classify(error: Exception) -> SiteError:
     """The code under which an exception leaves the site."""
     match error:
+        case BudgetRefused():
+            return SiteError.BUDGET
         case EgressError():
             return SiteError.EGRESS
         case DataError():

@@ -18,6 +18,7 @@ from typing import Any, Self
 from client.ledger_book import Book, Cap
 from client.ledger_check import verify
 from client.ledger_file import Kind, LedgerBusyError, LedgerError, append, create, read_entries, writing
+from client.refusal import BudgetRefused
 from common.errors import ConfigError, RunError
 from common.messages import PrivacyStatement
 from common.privacy.accounting import fits, spent
@@ -25,24 +26,6 @@ from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, U
 from common.privacy.proportions import CountRelease
 
 __all__ = ["BudgetRefused", "Ledger", "LedgerBusyError", "LedgerError", "Reservation", "verify"]
-
-
-class BudgetRefused(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
-    """The site's cap does not allow an event; nothing was spent. Holds no data but the budget's figures.
-
-    Attributes:
-        site: who refuses.
-        asked: epsilon that the event would add to what is spent.
-        left: epsilon that the cap leaves.
-        cap: the site's cap. All three at the cap's delta, replace-one of the ledger's unit (PLD).
-    """
-
-    def __init__(self, site: str, asked: float, left: float, cap: float) -> None:
-        self.site, self.asked, self.left, self.cap = site, asked, left, cap
-        super().__init__(
-            f"site {site!r} refuses: this would add epsilon {asked:.4g}, and of its budget of {cap:g} "
-            f"{left:.4g} is left"
-        )
 
 
 @dataclass(frozen=True)

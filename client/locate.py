@@ -38,6 +38,11 @@ def find_site(context: Context) -> Path:
     return sites[number]
 
 
+def is_simulated(context: Context) -> bool:
+    """Whether the node is one of a simulation: it has a number and no data of its own."""
+    return DATA_PATH not in context.node_config and PARTITION in context.node_config
+
+
 def site_folders(sites_dir: Path) -> list[Path]:
     """Every folder below ``sites_dir`` that holds a site.toml, by name.
 

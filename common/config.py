@@ -81,12 +81,27 @@ class ModelConfig(Section):
     masks: bool = Field(True, description="switch for the category-aware masks")
 
 
+class Part(StrEnum):
+    """A part of the model that is trained; the rest keeps its values and is never sent."""
+
+    AUTO = "auto"
+    """``all``; under differential privacy ``norm-head``, since noise grows with what is trained."""
+    ALL = "all"
+    NORM_HEAD = "norm-head"
+    """Heads, dictionary, and the scales and shifts of the backbone's normalisation layers."""
+    HEAD = "head"
+    """Heads and dictionary; the backbone is a fixed map from images to features."""
+
+
 class LossConfig(Section):
     """The hierarchical proportion loss. Weights are relative and >= 0."""
 
     coarse_weight: float = Field(0.3, ge=0, le=100, description="weight of each level above leaf, final")
     anneal_from: float = Field(
-        1.0, ge=0, le=100, description="weight of each level above leaf in round 1; falls linearly to coarse-weight"
+        1.0,
+        ge=0,
+        le=100,
+        description="weight of each level above leaf in round 1; falls linearly to coarse-weight",
     )
     anneal_share: float = Field(0.5, ge=0, le=1, description="share of the rounds the fall takes")
     reconstruction: float = Field(0.01, ge=0, le=100, description="alpha of the reconstruction error")
@@ -104,6 +119,7 @@ class TrainConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     clip_gradient: float = Field(5.0, gt=0, le=1e6, description="norm the step's gradient is clipped to")
     augment: bool = Field(True, description="flips, quarter turns, small shifts, brightness")
+    part: Part = Field(Part.AUTO, description="what is trained; auto: all, and norm-head under dp")
     held_back: float = Field(0.1, ge=0, le=0.9, description="share of bags held back for selection")
     device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
     threads: int = Field(1, ge=1, le=256, description="torch threads per site; 1 is bitwise repeatable")
@@ -130,6 +146,29 @@ class FederationConfig(Section):
     )
 
 
+class DPConfig(Section):
+    """Bag-level differential privacy. What is asked for here; a site's own budget (site.toml) wins."""
+
+    epsilon: float = Field(
+        0.0,
+        ge=0,
+        le=1e4,
+        description="most that one run may spend at each site, replace-one bag; 0: not private",
+    )
+    delta: float = Field(1e-4, gt=0, lt=1, description="must be below 1 / bags of every site")
+    clip_norm: float = Field(
+        0.5, gt=0, le=1e6, description="norm that the gradient of each bag is clipped to"
+    )
+    expected_bags: float = Field(
+        32.0, gt=0, le=1e6, description="mean bags per step (at most all of a site's)"
+    )
+    steps_per_round: int = Field(4, ge=1, le=100_000)
+    release_scale: float = Field(
+        8.0, gt=0, le=1e6, description="noise of released counts / images of the largest bag; costs 2 / scale"
+    )
+    force_delta: bool = Field(False, description="accept delta >= 1 / bags; the report marks it")
+
+
 class EvaluationConfig(Section):
     """When the held-back bags are looked at."""
 
@@ -150,7 +189,15 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
+    dp: DPConfig = DPConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def trained_part(self) -> Part:
+        """What ``train.part`` means in this run."""
+        if self.train.part is not Part.AUTO:
+            return self.train.part
+        return Part.NORM_HEAD if self.dp.epsilon else Part.ALL
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> Self:

@@ -6,6 +6,7 @@ only module that builds or reads Flower records.
 """
 
 from collections.abc import Mapping
+from enum import IntEnum
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -21,6 +22,18 @@ Metric = int | float | tuple[int, ...] | tuple[float, ...]
 
 _JSON = "json"
 _ARRAYS, _METRICS = "arrays", "metrics"
+
+
+class SiteError(IntEnum):
+    """The error codes that a site sends; Flower's own are below 1000."""
+
+    EGRESS = 1001
+    DATA = 1002
+    CONFIGURATION = 1003
+    TRAINING = 1004
+    INTERNAL = 1005
+    BUDGET = 1006
+    """The site's privacy budget does not allow what was asked: it leaves the run."""
 
 
 class MessageError(ValueError):
@@ -150,8 +163,7 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
         head = kind.model_validate_json(str(config[_JSON]))
         arrays = {key: _decode(key, array) for key, array in records.array_records[_ARRAYS].items()}
         metrics = {
-            key: tuple(v) if isinstance(v, list) else v
-            for key, v in records.metric_records[_METRICS].items()
+            key: tuple(v) if isinstance(v, list) else v for key, v in records.metric_records[_METRICS].items()
         }
         return kind.model_validate({**head.model_dump(), "arrays": arrays, "metrics": metrics})
     except KeyError as error:

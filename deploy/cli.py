@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from common.errors import FedbagsError, UserError
-from deploy import bags_cli
+from deploy import bags_cli, ledger_cli
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
@@ -38,6 +38,7 @@ app = typer.Typer(
 site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
 runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
 app.add_typer(bags_cli.app, name="bags")
+app.add_typer(ledger_cli.app, name="ledger")
 app.add_typer(site_app, name="site")
 app.add_typer(runs_app, name="runs")
 
@@ -70,6 +71,12 @@ def simulate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
+    dp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="epsilon=E[,delta=D]", help="Train privately: budget of each site, replace-one bag."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
     ] = None,
@@ -96,8 +103,9 @@ def simulate(
         "seed": seed,
         "skip-bad": skip_bad or None,
     }
+    given = {key: value for key, value in options.items() if value is not None}
     summary = simulation.simulate(
-        {key: value for key, value in options.items() if value is not None},
+        given | simulation.parse_dp(dp),
         settings=set_ or [],
         config_file=config,
         out=out,

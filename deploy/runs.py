@@ -106,7 +106,5 @@ def print_summary(summary: dict[str, Any]) -> None:
         epsilon = "not private" if figures["epsilon"] is None else f"{figures['epsilon']:.2f}"
         sites.add_row(site, str(figures["bags"]), figures["release"], epsilon, *accuracies)
     out.print(sites)
-    for left_out in summary["left_out"]:
-        out.print(
-            f"left out: round {left_out['round']}, {left_out['site']}, {left_out['phase']}: {left_out['reason']}"
-        )
+    for item in summary["left_out"]:
+        out.print(f"left out: round {item['round']}, {item['site']}, {item['phase']}: {item['reason']}")

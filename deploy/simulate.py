@@ -109,6 +109,24 @@ def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file:
     return base.with_changes(changes)
 
 
+def parse_dp(text: str | None) -> dict[str, Scalar]:
+    """``epsilon=8[,delta=1e-4]`` as configuration keys; empty for None.
+
+    Raises:
+        UserError: another key, or no epsilon above 0.
+    """
+    if text is None:
+        return {}
+    keys = dict(parse_setting(part) for part in text.split(","))
+    epsilon = keys.get("epsilon")
+    unknown = keys.keys() - {"epsilon", "delta"}
+    if unknown or not isinstance(epsilon, int | float) or epsilon <= 0:
+        raise UserError(
+            f"--dp {text}: write epsilon=E or epsilon=E,delta=D with E above 0, such as epsilon=8"
+        )
+    return {f"dp.{key}": value for key, value in keys.items()}
+
+
 def usual_image_size(sites_dir: Path) -> int:
     """The shorter side of the sites' images (the median of a few), at most 224 pixels."""
     from client.locate import site_folders
@@ -166,6 +184,7 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
 
     # Flower's strategies report each aggregation, of our one mean reply: noise between progress bars.
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    logging.getLogger("fedbags").propagate = False  # the run folder's log.txt has it
     flat = config.to_flat()
     with LocalGrid(config.federation.sites, flat, workers) as grid:
         app(grid, grid.server_context(flat))

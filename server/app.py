@@ -11,6 +11,7 @@ from common.build import build_model
 from common.config import RunConfig
 from common.errors import RunError
 from common.model_file import ModelCard, load_arrays, save_model
+from common.trainable import trainable_parameters
 from server import checkpoint
 from server.checkpoint import ServerState
 from server.enrolment import Roster, enrol, wait_for_nodes
@@ -71,6 +72,7 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
             f"{len(roster.nodes)} site(s) enrolled, the quorum is {config.federation.quorum}\n{reasons}"
         )
     model = build_model(config.model, roster.hierarchy, config.seed)
+    trainable_parameters(model, config.trained_part)
     state.releases = dict(roster.releases)
     rounds = Rounds(grid, config, folder, roster, model, state)
     if groups is not None:
@@ -120,6 +122,11 @@ def finish(rounds: Rounds) -> None:
                     "levels": per_site.get(site, []),
                 }
                 for site, release in sorted(rounds.roster.releases.items())
+            },
+            "statements": {site: s.model_dump(mode="json") for site, s in sorted(state.statements.items())},
+            "releases": {
+                site: r.model_dump(mode="json", include={"mechanism", "granularity", "bags", "event"})
+                for site, r in sorted(rounds.roster.releases.items())
             },
             "left_out": [left_out.model_dump() for left_out in state.left_out],
         }

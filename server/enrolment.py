@@ -32,6 +32,10 @@ class Roster:
     releases: dict[str, ProportionRelease] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
+    def leave(self, site: str) -> None:
+        """Take a site out for the rest of the run; what it released stays known."""
+        del self.nodes[site]
+
     def names(self) -> list[str]:
         """Site names in the order in which their updates are added up."""
         return sorted(self.nodes)

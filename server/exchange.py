@@ -22,6 +22,8 @@ class Reply:
     node: int
     content: RecordDict | None
     failure: str = ""
+    code: int = 0
+    """The error code of the failure: one of ``SiteError``, or Flower's; 0 where there is none."""
 
 
 def ask(
@@ -53,7 +55,8 @@ def ask(
             yield Reply(node, None, f"no reply within {deadline:g} s")
         elif message.has_error():
             # A lost node's error names no sender, so the node is the one this request went to.
-            yield Reply(node, None, message.error.reason or f"error code {message.error.code}")
+            reason = message.error.reason or f"error code {message.error.code}"
+            yield Reply(node, None, reason, message.error.code)
         else:
             yield Reply(node, message.content)
 

@@ -19,6 +19,7 @@ from common.messages import (
     MessageError,
     ModelUpdate,
     PrivacyStatement,
+    SiteError,
     from_records,
     to_records,
 )
@@ -108,6 +109,14 @@ class Rounds:
             if isinstance(loss, float):
                 losses[site] = loss
             self.folder.event("update", round=number, site=site, bags=bags, loss=loss)
+            self.folder.event(
+                "statement",
+                round=number,
+                site=site,
+                epsilon=statement.epsilon,
+                delta=statement.delta,
+                budget_left=statement.budget_left,
+            )
         if collected.count < self.config.federation.quorum:
             raise RunError(
                 f"round {number}: {collected.count} good update(s), the quorum is "
@@ -120,7 +129,8 @@ class Rounds:
         log.info("round %d: %d updates, mean loss %s", number, collected.count, mean_loss)
 
     def _evaluate_bags(self, number: int) -> None:
-        updates = [update for _, update, _ in self._ask(EVALUATE_BAGS, number)]
+        # Held-back bags are private data that no noise covers: a private run does not ask for them.
+        updates = [] if self.config.dp.epsilon else [u for _, u, _ in self._ask(EVALUATE_BAGS, number)]
         figures = pooled_bag_figures(updates, self.model.hierarchy)
         if figures is None:
             # Without held-back bags there is nothing to select by: the newest model is kept.
@@ -145,6 +155,8 @@ class Rounds:
             site = by_node[reply.node]
             if reply.content is None:
                 self.report(site, kind, reply.failure)
+                if reply.code == SiteError.BUDGET:
+                    self.roster.leave(site)
                 continue
             try:
                 update = from_records(reply.content, ModelUpdate)

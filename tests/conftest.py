@@ -1,6 +1,6 @@
 """Small site folders and a grid that answers by itself, for tests of the apps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,8 @@ SIZE = 16
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> None:
     torch.set_num_threads(1)
-    yield
 
 
 @pytest.fixture(autouse=True)

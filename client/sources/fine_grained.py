@@ -136,7 +136,7 @@ def _numbered(names: list[str], number: int) -> str:
 
 def _mat(path: Path) -> dict[str, Any]:
     """The variables of a MATLAB file, structs as objects and one-element arrays unwrapped."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]  # slow to import, and only needed here
+    from scipy.io import loadmat
 
     require_file(path, "the list", "Give the folder into which the data set was unpacked.")
     try:

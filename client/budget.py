@@ -1,0 +1,124 @@
+"""What a site's privacy budget has to do with a round: the plan, the ledger, and who may ask for what.
+
+The site decides. A site with a budget in site.toml takes part in private runs only, and its ledger lies in
+its own folder; a simulated site without one gets the run's budget, and a ledger under the run. Noise and
+sampling come from a cryptographic generator wherever real patients are; only a simulated node may repeat
+them from a seed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context
+
+from client.bags import BagStore
+from client.ledger import Ledger, Reservation
+from client.locate import is_simulated
+from client.site import PrivacyBudget, ReleaseProportions
+from common.config import RunConfig
+from common.errors import ConfigError
+from common.messages import PrivacyStatement
+from common.privacy.events import DiscreteLaplace
+from common.privacy.plan import PrivacyPlan
+from common.privacy.proportions import CountRelease, Granularity, release_counts
+from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
+
+LEDGER_FILE = "ledger.sqlite"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One site's plan for one run, and the ledger that is asked before each part of it."""
+
+    plan: PrivacyPlan
+    ledger: Ledger
+    run_id: str
+
+    def reserve(self, round: int) -> Reservation:
+        """Charge a round before it is trained.
+
+        Raises:
+            BudgetRefused: the site's cap does not allow it.
+        """
+        return self.ledger.reserve(self.plan.round_event(), self.run_id, round)
+
+    def confirm(self, reservation: Reservation, round: int) -> PrivacyStatement:
+        """Record that the round was finished, and state what is spent."""
+        self.ledger.confirm(reservation)
+        return self.ledger.statement(round)
+
+    def release(self, store: BagStore, scale: float) -> CountRelease:
+        """The noised label counts of this data version: drawn and charged once, then repeated."""
+        stored = self.ledger.release_for(store.data_version)
+        if stored is not None:
+            return stored
+        drawn = release_counts(
+            store.leaf_counts,
+            scale=scale,
+            granularity=Granularity(store.config.policy.release_proportions.value),
+            randomness=self.plan.randomness,
+        )
+        return self.ledger.store_release(drawn, self.run_id)
+
+
+def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Path) -> Budget:
+    """The budget of a private run at this site.
+
+    Args:
+        context: of the node; says whether it is simulated.
+        config: the run; ``dp.epsilon`` > 0.
+        store: the site's bags.
+        folder: the site's folder.
+
+    Raises:
+        ConfigError: a real site without a budget of its own, or settings that make no plan.
+    """
+    own = store.config.policy.budget
+    if own.epsilon is None and not is_simulated(context):
+        raise ConfigError(
+            "this site has no privacy budget: write [policy.budget] epsilon and delta into site.toml"
+        )
+    cap_epsilon = config.dp.epsilon if own.epsilon is None else own.epsilon
+    cap_delta = config.dp.delta if own.delta is None else own.delta
+    path = ledger_path(config, folder, own)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger.open(path, store.name, store.data_version, cap_epsilon, cap_delta)
+    return Budget(make_plan(context, config, store), ledger, run_name(context, config))
+
+
+def make_plan(context: Context, config: RunConfig, store: BagStore) -> PrivacyPlan:
+    """The plan of this site for ALL rounds of the run and its release of counts together."""
+    dp = config.dp
+    training, _ = store.split(config.train.held_back, config.seed)
+    releases = store.config.policy.release_proportions is not ReleaseProportions.NONE
+    return PrivacyPlan.build(
+        epsilon=dp.epsilon,
+        delta=dp.delta,
+        clip_norm=dp.clip_norm,
+        number_of_bags=len(training),
+        expected_bags_per_step=min(dp.expected_bags, len(training)),
+        steps_per_round=dp.steps_per_round,
+        rounds=config.rounds,
+        release=DiscreteLaplace(scale=dp.release_scale) if releases else None,
+        randomness=choose_randomness(context, config, store.name),
+        force_delta=dp.force_delta,
+    )
+
+
+def choose_randomness(context: Context, config: RunConfig, site: str) -> Randomness:
+    """Cryptographic wherever real patients are, whatever the server asks; seeded for simulated nodes."""
+    if is_simulated(context):
+        return InsecureSeededRandomness(config.seed, site)
+    return SecureRandomness()
+
+
+def ledger_path(config: RunConfig, folder: Path, own: PrivacyBudget) -> Path:
+    """Where the ledger lies: with the site's data if the budget is its own, else under the run."""
+    if own.epsilon is not None or not config.run_dir:
+        return folder / LEDGER_FILE
+    return Path(config.run_dir) / "sites" / folder.name / LEDGER_FILE
+
+
+def run_name(context: Context, config: RunConfig) -> str:
+    """How the ledger names the run."""
+    return Path(config.run_dir).name if config.run_dir else f"{config.name}-{context.run_id}"
