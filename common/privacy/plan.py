@@ -74,7 +74,8 @@ class PrivacyPlan:
             expected_bags_per_step: mean bags per step, in (0, number_of_bags].
             steps_per_round: optimiser steps of a round, those without a bag included.
             rounds: rounds of the whole run, not of what is left of it.
-            release: the event of a release that this run makes, else None.
+            release: the event of a release that this run makes, else None. What it was scaled to is what
+                epsilon protects: a bag (``CountRelease.event(Unit.BAG)``), or one image only.
             adjacency: what epsilon is meant for; sites enforce their budgets on replace-one.
             randomness: where sampling and noise come from.
             force_delta: accept a weak delta; ``delta_is_weak`` then marks the plan.

@@ -105,7 +105,7 @@ class SecureRandomness(Randomness):
     """AES-256 in counter mode under keys from the operating system. Cannot be repeated."""
 
     secure: ClassVar[bool] = True
-    _streams: dict[tuple[Purpose, int], Stream] = field(default_factory=dict, repr=False, compare=False)
+    _streams: dict[tuple[Purpose, int, int], Stream] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def description(self) -> str:
@@ -114,7 +114,8 @@ class SecureRandomness(Randomness):
 
     def stream(self, purpose: Purpose, round: int) -> Stream:
         """The stream of a purpose in a round."""
-        key = (purpose, round)
+        # A forked process must not go on with the stream that its parent uses too.
+        key = (purpose, round, os.getpid())
         if key not in self._streams:
             self._streams[key] = _AesStream()
         return self._streams[key]

@@ -183,6 +183,13 @@ def test_a_seeded_round_can_be_repeated_and_a_secure_one_cannot(make_plan: MakeP
     assert "INSECURE" in first.randomness.description
 
 
+def test_a_forked_process_draws_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SecureRandomness()
+    parents = source.stream(randomness.Purpose.NOISE, 1)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert source.stream(randomness.Purpose.NOISE, 1) is not parents
+
+
 def test_shapes_and_figures(make_plan: MakePlan) -> None:
     plan = make_plan(release=DiscreteLaplace(scale=8.0))
     assert plan.noise((2, 3), 1).shape == (2, 3)
