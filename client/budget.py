@@ -83,11 +83,16 @@ def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Pa
     path = ledger_path(config, folder, own)
     path.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger.open(path, store.name, store.data_version, cap_epsilon, cap_delta)
-    return Budget(make_plan(context, config, store), ledger, run_name(context, config))
+    randomness = choose_randomness(context, config, store.name)
+    return Budget(make_plan(config, store, randomness), ledger, run_name(context, config))
 
 
-def make_plan(context: Context, config: RunConfig, store: BagStore) -> PrivacyPlan:
-    """The plan of this site for ALL rounds of the run and its release of counts together."""
+def make_plan(config: RunConfig, store: BagStore, randomness: Randomness) -> PrivacyPlan:
+    """The plan of a site for ALL rounds of the run and its release of counts together.
+
+    Raises:
+        UserError: the settings make no plan for this number of bags; all faults are listed.
+    """
     dp = config.dp
     training, _ = store.split(config.train.held_back, config.seed)
     releases = store.config.policy.release_proportions is not ReleaseProportions.NONE
@@ -100,7 +105,7 @@ def make_plan(context: Context, config: RunConfig, store: BagStore) -> PrivacyPl
         steps_per_round=dp.steps_per_round,
         rounds=config.rounds,
         release=DiscreteLaplace(scale=dp.release_scale) if releases else None,
-        randomness=choose_randomness(context, config, store.name),
+        randomness=randomness,
         force_delta=dp.force_delta,
     )
 

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -14,6 +14,9 @@ from common.errors import UserError
 from deploy.progress import Follower, counted
 from deploy.runs import print_summary, read_summary
 from deploy.tables import console
+
+if TYPE_CHECKING:
+    from client.bags import BagStore
 
 FOLDER_DEFAULTS: Mapping[str, Scalar] = {"rounds": 160, "evaluation.every": 4, "train.bags-per-step": 4}
 """For given site folders; the built-in defaults are sized for the two-minute synthetic demo."""
@@ -158,6 +161,8 @@ def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
         with counted(f"reading {site.name}") as progress:
             store = BagStore.open(site, config.model.image_size, skip_bad=config.skip_bad, progress=progress)
             LabelledImages.open(site, config.model.image_size, skip_bad=config.skip_bad, progress=progress)
+        if config.dp.epsilon:
+            check_plan(config, store)
         summary = store.summary
         used += summary.used
         if summary.quarantined or summary.converted:
@@ -166,6 +171,19 @@ def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
                 f"{summary.quarantined} quarantined, {summary.converted} converted to RGB"
             )
     return used
+
+
+def check_plan(config: RunConfig, store: "BagStore") -> None:
+    """Make a site's privacy plan once before the run: a faulty setting is the user's mistake, told here."""
+    from client.budget import make_plan
+    from common.privacy.randomness import InsecureSeededRandomness
+
+    plan = make_plan(config, store, InsecureSeededRandomness(config.seed, store.name))
+    say(
+        f"{store.name}: {plan.number_of_bags} bags, sample rate {plan.sample_rate:.3f}, noise multiplier "
+        f"{plan.noise_multiplier:.3f} for epsilon {plan.planned_epsilon:.3f} (replace-one bag, delta "
+        f"{plan.delta:g})"
+    )
 
 
 def run_engine(config: RunConfig, engine: str, workers: int) -> None:

@@ -1,0 +1,177 @@
+"""Private runs from end to end: what is spent, who refuses, and that no statement disagrees with a ledger."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+
+from client.ledger import verify
+from client.ledger_book import Book
+from client.site import PrivacyBudget, SiteConfig
+from client.sources.synthetic import write_synthetic_sites
+from common.config import RunConfig
+from common.errors import RunError
+from common.privacy.accounting import opacus_prv, spent
+from common.privacy.events import Adjacency, event_from_dict
+from deploy.local_grid import LocalGrid
+from server.app import app
+from server.run_folder import read_events
+
+Config = Callable[..., RunConfig]
+PRIVATE = {
+    "dp.epsilon": 4.0, "dp.delta": 1e-3, "dp.expected-bags": 3.0, "dp.steps-per-round": 2, "rounds": 2,
+}  # fmt: skip
+
+
+def run(config: RunConfig) -> dict:
+    flat = config.to_flat()
+    with LocalGrid(config.federation.sites, flat) as grid:
+        app(grid, grid.server_context(flat))
+    return json.loads((Path(config.run_dir) / "summary.json").read_text())
+
+
+def ledgers(config: RunConfig) -> dict[str, Book]:
+    found = sorted(Path(config.run_dir).glob("sites/*/ledger.sqlite"))
+    return {path.parent.name: Book.read(path) for path in found}
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """Two hospitals, one with twice the bags of the other."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    for out, images in ((small, 64), (large, 128)):
+        write_synthetic_sites(
+            out, sites=1, seed=images, images_per_site=images, image_size=16, bag_size=8,
+            test_images_per_site=16,
+        )  # fmt: skip
+    both = tmp_path / "both"
+    for name, source in (("small", small), ("large", large)):
+        shutil.copytree(source / "hospital-1", both / name)
+        SiteConfig.load(both / name).model_copy(update={"name": name}).save(both / name)
+    return both
+
+
+def with_budget(sites: Path, epsilon: float, delta: float = 1e-3) -> None:
+    for site in sites.iterdir():
+        config = SiteConfig.load(site)
+        policy = config.policy.model_copy(update={"budget": PrivacyBudget(epsilon=epsilon, delta=delta)})
+        config.model_copy(update={"policy": policy}).save(site)
+
+
+def test_every_site_stays_within_epsilon_with_noise_of_its_own(small_config: Config, uneven: Path) -> None:
+    config = small_config(PRIVATE | {"sites-dir": str(uneven), "federation.sites": 2})
+    summary = run(config)
+    books = ledgers(config)
+    assert set(books) == {"small", "large"}
+    sigmas = set()
+    for site, book in books.items():
+        exported = book.export()
+        events = [event_from_dict(event) for event in exported["events"]]
+        assert {event.kind for event in events} == {"poisson_gaussian", "discrete_laplace"}
+        assert exported["spent"]["replace_one"] <= 4.0
+        assert exported["spent"]["replace_one"] == pytest.approx(
+            spent(events, 1e-3, Adjacency.REPLACE_ONE), rel=1e-9
+        )
+        training = [event for event in events if event.kind == "poisson_gaussian"]
+        assert sum(event.steps for event in training) == 4
+        # Another accountant, on the events that it can hold, in its own adjacency.
+        assert opacus_prv(training, 1e-3) <= exported["spent"]["add_remove"] * 1.01
+        sigmas |= {event.noise_multiplier for event in training}
+        statement = summary["statements"][site]
+        assert statement["epsilon"] == pytest.approx(exported["spent"]["replace_one"])
+        assert statement["ledger_head"] == exported["head"]
+        assert summary["releases"][site]["mechanism"] == "discrete-laplace"
+        assert verify(Path(config.run_dir) / "sites" / site / "ledger.sqlite") == []
+    assert len(sigmas) == 2
+
+
+def test_no_figure_of_private_bags_leaves_a_private_run(small_config: Config) -> None:
+    config = small_config(PRIVATE)
+    summary = run(config)
+    assert summary["bags"] == []
+    events = list(read_events(Path(config.run_dir) / "metrics.jsonl"))
+    assert all(event["loss"] is None for event in events if event["event"] in ("update", "round"))
+    assert not [event for event in events if event["event"] == "bags"]
+
+
+def test_runs_on_the_same_data_compose_and_one_too_many_is_refused(
+    small_config: Config, sites_dir: Path, tmp_path: Path
+) -> None:
+    sites = tmp_path / "capped"
+    shutil.copytree(sites_dir, sites)
+    with_budget(sites, epsilon=8.0)
+    first = small_config(PRIVATE | {"sites-dir": str(sites), "run-dir": str(tmp_path / "one")})
+    run(first)
+    run(first.with_changes({"run-dir": str(tmp_path / "two")}))
+    ledger = sites / "hospital-1" / "ledger.sqlite"
+    after_two = Book.read(ledger)
+    assert 4.0 < after_two.spent() <= 8.0
+    third = first.with_changes({"run-dir": str(tmp_path / "three"), "dp.epsilon": 8.0})
+    with pytest.raises(RunError, match="quorum"):
+        run(third)
+    after_three = Book.read(ledger)
+    assert after_three.spent() <= 8.0
+    assert after_three.refusals >= 1
+    events = list(read_events(tmp_path / "three" / "metrics.jsonl"))
+    refused = [event for event in events if event["event"] == "left-out" and event["phase"] == "train"]
+    assert {event["site"] for event in refused} == {"hospital-1", "hospital-2", "hospital-3"}
+    assert all("privacy budget" in event["reason"] for event in refused)
+    runs = {entry.body.get("run_id") for entry in after_three.entries} - {None}
+    assert runs == {"one", "two", "three"}
+
+
+def test_a_site_whose_budget_is_used_up_leaves_and_the_run_goes_on(
+    small_config: Config, sites_dir: Path, tmp_path: Path
+) -> None:
+    sites = tmp_path / "sites-with-one-poor"
+    shutil.copytree(sites_dir, sites)
+    poor = tmp_path / "poor"
+    poor.mkdir()
+    shutil.move(str(sites / "hospital-2"), str(poor / "hospital-2"))
+    with_budget(poor, epsilon=1.0)
+    shutil.move(str(poor / "hospital-2"), str(sites / "hospital-2"))
+    config = small_config(PRIVATE | {"sites-dir": str(sites), "federation.quorum": 2})
+    summary = run(config)
+    assert summary["sites"] == 2
+    assert [(item["site"], item["phase"]) for item in summary["left_out"]] == [("hospital-2", "train")]
+    assert Book.read(sites / "hospital-2" / "ledger.sqlite").spent() <= 1.0
+
+
+def test_a_site_with_a_budget_takes_no_part_in_a_run_without_privacy(
+    small_config: Config, sites_dir: Path, tmp_path: Path
+) -> None:
+    sites = tmp_path / "capped"
+    shutil.copytree(sites_dir, sites)
+    with_budget(sites, epsilon=8.0)
+    config = small_config({"sites-dir": str(sites)})
+    with pytest.raises(RunError, match="privacy budget"):
+        run(config)
+
+
+class Dying(LocalGrid):
+    """Dies when the last site has trained its second round."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        if any(r.metadata.group_id == "2" and r.metadata.src_node_id == 1003 for r in replies):
+            raise KeyboardInterrupt
+        return replies
+
+
+def test_a_round_that_is_done_again_is_paid_again(small_config: Config) -> None:
+    config = small_config(PRIVATE | {"rounds": 3})
+    flat = config.to_flat()
+    with Dying(3, flat) as grid, pytest.raises(KeyboardInterrupt):
+        app(grid, grid.server_context(flat))
+    # The budget was made for three rounds; round 2 is trained a second time, so the last one is refused.
+    with pytest.raises(RunError, match="round 3: 0 good update"):
+        run(config.with_changes({"resume": True}))
+    for book in ledgers(config).values():
+        trained = [entry for entry in book.entries if entry.kind == "confirmed"]
+        steps = sum(event.steps for event in book.events if event.kind == "poisson_gaussian")
+        assert (len(trained), steps) == (3, 6)
+        assert book.spent() <= 4.0
+        assert book.refusals == 1
