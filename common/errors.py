@@ -1,11 +1,11 @@
 """The errors that fedbags raises on purpose, and the exit status each becomes.
 
-    FedbagsError
-    ├── UserError          exit 2: the user can mend it; says what, where, and what to do
-    │   ├── ConfigError    a key of the run or site configuration
-    │   └── DataError      rows of a site folder or of a source; all bad rows are listed together
-    ├── RunError           exit 1: the run could not go on (quorum, deadline, lost site)
-    └── EgressError        a site refused to send something (its text carries no data)
+FedbagsError
+├── UserError          exit 2: the user can mend it; says what, where, and what to do
+│   ├── ConfigError    a key of the run or site configuration
+│   └── DataError      rows of a site folder or of a source; all bad rows are listed together
+├── RunError           exit 1: the run could not go on (quorum, deadline, lost site)
+└── EgressError        a site refused to send something (its text carries no data)
 """
 
 from collections.abc import Sequence

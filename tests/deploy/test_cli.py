@@ -65,9 +65,7 @@ def test_the_run_can_be_repeated_from_its_configuration(finished: Path, tmp_path
 
 
 def test_synthetic_hospitals_are_drawn_into_the_run(tmp_path: Path) -> None:
-    result = fedbags(
-        "simulate", "--sites", 2, "--rounds", 1, "--out", "run", "--json", *SMALL, cwd=tmp_path
-    )
+    result = fedbags("simulate", "--sites", 2, "--rounds", 1, "--out", "run", "--json", *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["sites"] == 2
     assert len(list((tmp_path / "run" / "sites").glob("*/site.toml"))) == 2
