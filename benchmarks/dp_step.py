@@ -1,0 +1,296 @@
+"""One private step (one backward pass per bag) against the non-private step on the same four bags.
+
+    python benchmarks/dp_step.py [--json] [--repeats 7]
+
+ResNet-18 at 64 px with one linear head per level (the plain pipeline: stock Opacus has no per-sample rule for
+the dictionary), 4 bags of 8, 16 and 32 images, AdamW, one thread. Three ways of one optimiser step:
+
+    non-private  forward and backward of all bags at once, gradient clipping, AdamW
+    private      forward and backward bag by bag, clipping each, noise, AdamW (client.private_training)
+    stock        Opacus's per-sample hooks over the images of the bags (GradSampleModule, DPOptimizer); the
+                 usual way, shown for its cost: it clips per image, which bounds nothing here
+
+``ratio`` and ``stock_ratio`` are medians over repetitions of time against the non-private step; the ways take
+turns. Time is the processor's, of the one thread: what the clock says where nothing else runs, and fair
+where something does. Both private ways draw noise with torch.normal here, which is NOT what a real run
+does: what a step costs with the plan's AES-256 generator is measured too and printed beside (with --json to
+standard error). Noise is drawn once per step and parameter, so its share falls with the work of a step, and
+it is next to nothing where few parameters are trained.
+
+``peak_ratio`` compares the most memory that a step adds to the model: gradients, sums, optimiser state,
+activations and scratch. Each way runs in a child process whose allocator gives freed memory back at once;
+the kernel's high-water mark is reset after a warm-up, so the mark follows live memory. Median of three.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from client.private_training import BagDPOptimizer
+from common.build import build_model
+from common.config import LossConfig, Method, ModelConfig
+from common.hierarchy import Hierarchy
+from common.losses import hierarchical_proportion_loss, level_weights
+from common.privacy.plan import PrivacyPlan
+from common.privacy.randomness import Purpose, Randomness, SecureRandomness, Stream
+
+BAGS = 4
+SIZES = (8, 16, 32)
+CLIP_NORM, NOISE_MULTIPLIER = 1.0, 1.0
+WAYS = ("non-private", "private", "secure", "stock")
+CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+# Opacus hooks modules whose input needs no gradient, on purpose; torch says so once per module.
+warnings.filterwarnings("ignore", message="Full backward hook is firing")
+warnings.filterwarnings("ignore", message="Secure RNG turned off")
+
+Step = Callable[[], None]
+
+
+class _TorchStream(Stream):
+    def words(self, number: int) -> object:  # type: ignore[override]
+        raise NotImplementedError("only noise is drawn here")
+
+    def normals(self, number: int, standard_deviation: float) -> Tensor:
+        return torch.normal(0.0, standard_deviation, (number,))
+
+
+@dataclass(frozen=True)
+class TorchRandomness(Randomness):
+    """torch.normal: fast, predictable, for this measurement only."""
+
+    secure: ClassVar[bool] = False
+    description = "torch.normal"
+
+    def stream(self, purpose: Purpose, round: int) -> Stream:
+        """The same global generator for everything."""
+        return _TorchStream()
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Four bags of random images with random counts."""
+
+    images: Tensor
+    index: Tensor
+    counts: list[Tensor]
+    weights: tuple[float, ...]
+    hierarchy: Hierarchy
+
+    @classmethod
+    def draw(cls, size: int) -> "Bags":
+        """Bags of ``size`` images of 64 px; 3, 9 and 27 classes, as the synthetic hospitals have."""
+        rows = [[f"{leaf // 9}", f"{leaf // 3}-", f"{leaf}+"] for leaf in range(27)]
+        hierarchy = Hierarchy.from_rows(["top", "middle", "leaf"], rows)
+        levels = hierarchy.roll_up((torch.randint(0, 3, (BAGS, 27)) + 1).numpy())
+        return cls(
+            images=torch.randn(BAGS * size, 3, 64, 64),
+            index=torch.arange(BAGS).repeat_interleave(size),
+            counts=[torch.from_numpy(level) for level in levels],
+            weights=level_weights(LossConfig(), 3, progress=0.0),
+            hierarchy=hierarchy,
+        )
+
+    def loss(self, model: nn.Module, bag: int | None = None) -> Tensor:
+        """The mean loss of all bags, or the loss of one."""
+        if bag is None:
+            return hierarchical_proportion_loss(
+                model(self.images), self.index, self.counts, self.weights, 0.0, 0.0
+            )
+        chosen = self.index == bag
+        counts = [level[bag : bag + 1] for level in self.counts]
+        index = torch.zeros(int(chosen.sum()), dtype=torch.int64)
+        return hierarchical_proportion_loss(model(self.images[chosen]), index, counts, self.weights, 0.0, 0.0)
+
+
+def make_model(bags: Bags) -> nn.Module:
+    """ResNet-18 with GroupNorm and a linear head per level."""
+    config = ModelConfig(method=Method.DLLP_HIERARCHICAL, backbone="resnet18", image_size=64)
+    return build_model(config, bags.hierarchy, seed=0).train()
+
+
+def make_step(way: str, model: nn.Module, bags: Bags) -> Step:
+    """One optimiser step of a way, on a model of its own."""
+    if way == "non-private":
+        return non_private_step(model, bags)
+    if way == "stock":
+        return stock_step(model, bags)
+    return private_step(model, bags, SecureRandomness() if way == "secure" else TorchRandomness())
+
+
+def non_private_step(model: nn.Module, bags: Bags) -> Step:
+    """As in client.training."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        loss = bags.loss(model)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimiser.step()
+
+    return step
+
+
+def private_step(model: nn.Module, bags: Bags, randomness: Randomness) -> Step:
+    """As in client.private_training, with all four bags drawn."""
+    plan = PrivacyPlan.build(
+        noise_multiplier=NOISE_MULTIPLIER,
+        delta=1e-3,
+        clip_norm=CLIP_NORM,
+        number_of_bags=BAGS,
+        expected_bags_per_step=BAGS,
+        steps_per_round=1,
+        rounds=1,
+        release=None,
+        randomness=randomness,
+    )
+    optimiser = BagDPOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-4), plan, round=1)
+
+    def step() -> None:
+        for bag in range(BAGS):
+            optimiser.add_bag(bags.loss(model, bag))
+        optimiser.step()
+
+    return step
+
+
+def stock_step(model: nn.Module, bags: Bags) -> Step:
+    """Opacus as its tutorials use it, on the images of the bags."""
+    for module in model.modules():
+        if isinstance(module, BasicBlock):
+            # Opacus's hooks refuse torchvision's in-place residual sum.
+            module.forward = partial(residual_block, module)
+    hooked = GradSampleModule(model)
+    optimiser = DPOptimizer(
+        torch.optim.AdamW(hooked.parameters(), lr=1e-4),
+        noise_multiplier=NOISE_MULTIPLIER,
+        max_grad_norm=CLIP_NORM,
+        expected_batch_size=len(bags.images),
+    )
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        bags.loss(hooked).backward()
+        optimiser.step()
+
+    return step
+
+
+def residual_block(block: BasicBlock, x: Tensor) -> Tensor:
+    """torchvision's BasicBlock with the sum out of place; the same numbers."""
+    y = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
+    return block.relu(y + (x if block.downsample is None else block.downsample(x)))
+
+
+def times(size: int, repeats: int) -> dict[str, float]:
+    """Median processor milliseconds of a step of each way; the ways take turns."""
+    bags = Bags.draw(size)
+    steps = {way: make_step(way, make_model(bags), bags) for way in WAYS}
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    for repeat in range(-1, repeats):
+        for way in WAYS if repeat % 2 else reversed(WAYS):
+            if way == "stock" and repeat > 2:
+                continue  # ten times the time of the others, and far from any limit
+            start = time.process_time()
+            steps[way]()
+            if repeat >= 0:  # the first one warms caches and makes the optimiser's state
+                taken[way].append(1000 * (time.process_time() - start))
+    return {way: statistics.median(values) for way, values in taken.items()}
+
+
+def added_memory(way: str, size: int) -> float:
+    """MiB that two steps add to the model at their highest; run in a process of its own."""
+    bags = Bags.draw(size)
+    model = make_model(bags)
+    make_step(way, model, bags)()
+    model.zero_grad(set_to_none=True)
+    for parameter in model.parameters():
+        parameter.__dict__.clear()
+    gc.collect()
+    step = make_step(way, model, bags)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (proc(5))
+    step()
+    step()
+    return (status("VmHWM") - before) / 1024
+
+
+def status(field: str) -> int:
+    """A field of this process's status, KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def child(way: str, size: int) -> float:
+    """added_memory in a fresh process."""
+    command = [sys.executable, __file__, "--child", way, str(size)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **CHILD_ENVIRONMENT}
+    )
+    return float(done.stdout)
+
+
+def measure(size: int, repeats: int) -> tuple[dict[str, float], str]:
+    """The ratios for one size of bags, and the figures behind them in words."""
+    peaks = {way: statistics.median(child(way, size) for _ in range(3)) for way in ("non-private", "private")}
+    taken = times(size, repeats)
+    base = taken["non-private"]
+    row = {
+        "ratio": round(taken["private"] / base, 3),
+        "stock_ratio": round(taken["stock"] / base, 2),
+        "peak_ratio": round(peaks["private"] / peaks["non-private"], 3),
+    }
+    words = ", ".join(f"{way} {taken[way]:.0f}" for way in WAYS)
+    return row, (
+        f"bag {size}: ms per step: {words} (secure: private with AES noise, ratio "
+        f"{taken['secure'] / base:.2f}); MiB added: non-private {peaks['non-private']:.0f}, "
+        f"private {peaks['private']:.0f}"
+    )
+
+
+def main() -> None:
+    """Print the ratios of every size, as a table or as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--child", nargs=2, metavar=("WAY", "SIZE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if options.child:
+        way, size = options.child
+        print(added_memory(way, int(size)))
+        return
+    rows = {}
+    for size in SIZES:
+        rows[f"bag_{size}"], words = measure(size, options.repeats)
+        print(words, file=sys.stderr if options.json else sys.stdout, flush=True)
+    if options.json:
+        print(json.dumps(rows))
+        return
+    for name, row in rows.items():
+        print(name, "  ".join(f"{key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
