@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.config import RunConfig, Scalar, parse_setting
 from common.errors import UserError
+from common.hierarchy import Hierarchy
 from deploy.progress import Follower, counted
 from deploy.runs import print_summary, read_summary
 from deploy.tables import console
@@ -69,6 +70,7 @@ def simulate(
     config = config.with_changes({"run-dir": str(run), "resume": resume})
     folder = RunFolder(run)
     folder.check(config)
+    check_model(config)
     synthetic = not config.sites_dir
     sites_dir = run / "sites" if synthetic else Path(config.sites_dir)
     if synthetic and not sites_dir.exists():
@@ -171,6 +173,17 @@ def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
                 f"{summary.quarantined} quarantined, {summary.converted} converted to RGB"
             )
     return used
+
+
+def check_model(config: RunConfig) -> None:
+    """Build the model once, so that an unknown backbone or unusable weights stop nothing half-way.
+
+    Raises:
+        UserError: see build_model.
+    """
+    from common.build import build_model
+
+    build_model(config.model, Hierarchy.from_rows(["leaf"], [["a"], ["b"]]), config.seed)
 
 
 def check_plan(config: RunConfig, store: "BagStore") -> None:
