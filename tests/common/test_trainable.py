@@ -1,0 +1,33 @@
+"""Which parameters are trained: heads and dictionary, with normalisation, or all; and changing that."""
+
+import pytest
+
+from common.build import build_model
+from common.config import Method, ModelConfig
+from common.hierarchy import Hierarchy
+from common.model_file import trainable_arrays
+from common.trainable import Part, trainable_parameters
+
+
+@pytest.mark.parametrize("backbone", ["resnet-small", "resnet18", "convnext_tiny"])
+def test_parts_nest_and_only_what_is_trained_is_sent(tree: Hierarchy, backbone: str) -> None:
+    config = ModelConfig(backbone=backbone, image_size=32, atoms_per_class=2)
+    model = build_model(config, tree, seed=0)
+    sent = {}
+    for part in (Part.HEAD, Part.ALL, Part.NORM_HEAD):
+        parameters = trainable_parameters(model, part)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert len(parameters) == len(names) > 0
+        sent[part] = set(trainable_arrays(model))
+        assert sent[part] == set(names)
+    assert sent[Part.HEAD] < sent[Part.NORM_HEAD] < sent[Part.ALL]
+    assert {name.split(".")[0] for name in sent[Part.HEAD]} == {"heads", "blocks"}
+    extra = sent[Part.NORM_HEAD] - sent[Part.HEAD]
+    assert {name.split(".")[-1] for name in extra} == {"weight", "bias"}
+    assert all(model.get_parameter(name).dim() == 1 for name in extra)
+
+
+def test_a_model_without_a_dictionary_has_heads_alone(tree: Hierarchy) -> None:
+    model = build_model(ModelConfig(method=Method.DLLP, image_size=32), tree, seed=0)
+    trainable_parameters(model, Part.HEAD)
+    assert set(trainable_arrays(model)) == {"heads.0.weight", "heads.0.bias"}
