@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import ConfigError, require_file
 
@@ -169,6 +169,13 @@ class DPConfig(Section):
     force_delta: bool = Field(False, description="accept delta >= 1 / bags; the report marks it")
 
 
+class CentralDPConfig(Section):
+    """Noise added by the server (Flower's fixed clipping); its unit is the site. See docs/privacy.md."""
+
+    noise_multiplier: float = Field(0.0, ge=0, le=1e4, description="noise / clip norm of the mean; 0: off")
+    clip_norm: float = Field(1.0, gt=0, le=1e6, description="norm that each site's update is clipped to")
+
+
 class EvaluationConfig(Section):
     """When the held-back bags are looked at."""
 
@@ -190,7 +197,23 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     dp: DPConfig = DPConfig()
+    central_dp: CentralDPConfig = CentralDPConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _central_noise_is_tied_to_its_clip_norm(self) -> Self:
+        if self.central_dp.noise_multiplier:
+            if self.federation.strategy is not Strategy.FEDAVG:
+                raise ValueError(
+                    "central-dp needs federation.strategy = 'fedavg': Flower adds the noise after the "
+                    "strategy's step, and only the plain mean of clipped updates moves by clip-norm / sites"
+                )
+            if self.federation.quorum != self.federation.sites:
+                raise ValueError(
+                    "central-dp needs federation.quorum = federation.sites: the noise is made for the mean "
+                    "of that many updates, and a mean of fewer moves by more"
+                )
+        return self
 
     @property
     def trained_part(self) -> Part:
@@ -228,7 +251,7 @@ class RunConfig(Section):
         except ValidationError as error:
             for fault in error.errors():
                 key = ".".join(str(part) for part in fault["loc"])
-                problems.append(f"{key} = {fault['input']!r}: {fault['msg']}")
+                problems.append(f"{key} = {fault['input']!r}: {fault['msg']}" if key else fault["msg"])
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
             raise ConfigError(

@@ -16,12 +16,14 @@ from flwr.app.metadata import Metadata
 from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
-from common.config import FederationConfig, Strategy
+from common.config import CentralDPConfig, FederationConfig, Strategy
 from common.messages import FloatArray, ModelUpdate
 
 _WEIGHT = "weight"
 _STATE = ("current_arrays", "momentum_vector", "m_t", "v_t")
 _ROBUST = {Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM}
+
+_NO_CENTRAL_DP = CentralDPConfig()
 
 Arrays = Mapping[str, FloatArray]
 
@@ -86,15 +88,16 @@ class StreamingMean:
 
 
 class Collected:
-    """Holds every update, for strategies that compare them."""
+    """Holds every update, for strategies that compare or clip them."""
 
-    def __init__(self) -> None:
+    def __init__(self, equal_weights: bool = False) -> None:
         self.count = 0
+        self._equal_weights = equal_weights
         self._replies: list[Message] = []
 
     def add(self, update: ModelUpdate, weight: float) -> None:
         """Keep the update."""
-        self._replies.append(_reply(update.arrays, weight))
+        self._replies.append(_reply(update.arrays, 1.0 if self._equal_weights else weight))
         self.count += 1
 
     def replies(self) -> list[Message]:
@@ -105,13 +108,21 @@ class Collected:
 class ServerOptimiser:
     """Flower's strategy object with its state in reach, so that a checkpoint can hold it."""
 
-    def __init__(self, config: FederationConfig) -> None:
-        self._config = config
-        self._strategy = _flower_strategy(config)
+    def __init__(self, config: FederationConfig, central: CentralDPConfig = _NO_CENTRAL_DP) -> None:
+        self._strategy: flower.Strategy = _flower_strategy(config)
+        self._compares = config.strategy in _ROBUST
+        self._equal_weights = False
+        if central.noise_multiplier:
+            # The wrapper clips each update itself; a site's weight must not exceed another's, or its
+            # clipped update would move the mean by more than the noise is made for.
+            self._strategy = flower.DifferentialPrivacyServerSideFixedClipping(
+                self._strategy, central.noise_multiplier, central.clip_norm, config.sites
+            )
+            self._compares = self._equal_weights = True
 
     def aggregator(self) -> Aggregator:
         """A fresh collector for one round."""
-        return Collected() if self._config.strategy in _ROBUST else StreamingMean()
+        return Collected(self._equal_weights) if self._compares else StreamingMean()
 
     def step(self, current: Arrays, collected: Aggregator, round: int) -> dict[str, FloatArray]:
         """The next model from the current one and the round's updates (at least one).
@@ -119,11 +130,12 @@ class ServerOptimiser:
         Returns:
             float32 arrays under the names of ``current``.
         """
-        if hasattr(self._strategy, "current_arrays"):
-            # Flower sets this in configure_train, which also picks nodes: that is our job.
-            self._strategy.current_arrays = (
-                _record(current) if isinstance(self._strategy, flower.FedAvgM) else dict(current)
-            )
+        # Flower sets this in configure_train, which also picks nodes: that is our job.
+        match self._strategy:
+            case flower.FedAvgM() | flower.DifferentialPrivacyServerSideFixedClipping():
+                self._strategy.current_arrays = _record(current)
+            case flower.FedAdam() | flower.FedYogi():
+                self._strategy.current_arrays = dict(current)
         arrays, _ = self._strategy.aggregate_train(round, collected.replies())
         if arrays is None:
             raise ValueError("the strategy returned no model")

@@ -13,6 +13,7 @@ from common.errors import RunError
 from common.model_file import ModelCard, load_arrays, save_model
 from common.trainable import trainable_parameters
 from server import checkpoint
+from server.central_dp import central_statement
 from server.checkpoint import ServerState
 from server.enrolment import Roster, enrol, wait_for_nodes
 from server.evaluation import Confusion, add_up, confusions, level_figures
@@ -128,6 +129,7 @@ def finish(rounds: Rounds) -> None:
                 site: r.model_dump(mode="json", include={"mechanism", "granularity", "bags", "event"})
                 for site, r in sorted(rounds.roster.releases.items())
             },
+            "central_dp": central_statement(config, state.round),
             "left_out": [left_out.model_dump() for left_out in state.left_out],
         }
     )

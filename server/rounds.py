@@ -54,7 +54,7 @@ class Rounds:
         self.grid, self.config, self.folder, self.roster = grid, config, folder, roster
         self.model = model
         self.state = state
-        self.optimiser = ServerOptimiser(config.federation)
+        self.optimiser = ServerOptimiser(config.federation, config.central_dp)
         self.best: dict[str, FloatArray] = dict(trainable_arrays(model))
 
     def restore(self, groups: dict[str, dict[str, Any]]) -> None:
