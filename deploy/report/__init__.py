@@ -1,0 +1,1 @@
+"""The privacy-budget report: sources -> evidence -> figures -> report.json -> one self-contained page."""

@@ -1,0 +1,244 @@
+"""Evidence -> the sites of the report: which figures each one gets, and which of its records disagree.
+
+Asks ``accounts`` for all epsilons at once and computes none itself.
+"""
+
+import math
+from collections.abc import Iterable
+
+from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
+from deploy.report.accounts import ACCOUNTANT, Answer, Events, Question, answer_all
+from deploy.report.collect import Collected, Evidence, RunEvidence, Statement
+from deploy.report.model import (
+    CurvePoint,
+    LedgerState,
+    Problem,
+    Release,
+    Site,
+    Spending,
+    Stated,
+    Status,
+    Training,
+    WhatIf,
+    Worst,
+)
+from deploy.report.rows import Charge, charges, events_up_to, refusals_of, releases_of, rows_of, training_of
+
+POINTS, LEAST_POINTS, ALL_POINTS = 24, 4, 120
+"""Rounds at which a site's spending is computed: many for one site, few each for many sites."""
+TOLERANCE = 1e-3
+"""How far, relatively, a stated figure may be from the one computed from its own events."""
+
+
+def assemble(found: Collected) -> tuple[dict[str, Site], list[Problem]]:
+    """Every site with its figures, in the order of the names, and all that is wrong."""
+    run = found.runs[0] if len(found.runs) == 1 else None
+    every = [found.sites[name] for name in sorted(found.sites)]
+    points = max(LEAST_POINTS, min(POINTS, ALL_POINTS // max(len(every), 1)))
+    rounds = {item.name: _rounds_shown(item, points) for item in every}
+    questions = {item.name: _question(item, run, rounds[item.name]) for item in every}
+    answers = answer_all([question for question in questions.values() if question is not None])
+    sites: dict[str, Site] = {}
+    problems: list[Problem] = []
+    for item in every:
+        question = questions[item.name]
+        answer = answers[question] if question else None
+        problems += item.problems + _disagreements(item, answer)
+        sites[item.name] = _site(item, question, answer, list(rounds[item.name]))
+    return sites, problems
+
+
+def worst_of(sites: Iterable[Site]) -> Worst | None:
+    """The site that spent most; None unless every site is bounded."""
+    every = list(sites)
+    if not every or any(site.status is not Status.BOUNDED for site in every):
+        return None
+    site = max(every, key=lambda site: (site.epsilon or 0.0, site.delta or 0.0))
+    return Worst.model_validate(site.model_dump(include=set(Worst.model_fields)) | {"site": site.name})
+
+
+def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
+    """Rounds of training, counted over the ledger's life, with the events up to each."""
+    if item.book is None or item.problems or (item.stated and not item.named and _of_one_run(item)):
+        return {}
+    events = [charge.event for charge in charges(item.book)]
+    ends = [number for number, event in enumerate(events, 1) if isinstance(event, PoissonGaussian)]
+    shown = {0: merge(events[: ends[0] - 1] if ends else events)}
+    for place in range(1, points + 1):
+        round = math.ceil(len(ends) * place / points)
+        if round:
+            shown[round] = merge(events[: ends[round - 1]])
+    return shown
+
+
+def _of_one_run(item: Evidence) -> bool:
+    return item.book is not None and len({charge.run for charge in charges(item.book)}) <= 1
+
+
+def _question(item: Evidence, run: RunEvidence | None, rounds: dict[int, Events]) -> Question | None:
+    """What to ask for a site; None where no figure could be believed."""
+    statement, release = item.statement, item.release
+    stated = merge(statement.events) if statement else ()
+    if item.has_ledger and (item.book is None or item.problems):
+        return None
+    if item.book is not None:
+        spent = charges(item.book)
+        training = [charge.event for charge in spent if isinstance(charge.event, PoissonGaussian)]
+        return Question(
+            events=merge(charge.event for charge in spent),
+            confirmed=merge(charge.event for charge in spent if charge.confirmed),
+            delta=item.book.cap.delta,
+            next_round=training[-1] if training else None,
+            prefixes=tuple(rounds.values()),
+            stated=stated,
+        )
+    if statement is not None:
+        if statement.epsilon is None or statement.delta is None:
+            return None
+        return Question(stated, stated, statement.delta, _usual_round(stated, run), (), stated)
+    if run is None or run.settings.delta is None or release is None or release.mechanism == "exact":
+        return None
+    # It enrolled and never trained: the release, if there was one, is all that it sent.
+    events = () if release.event is None else (release.event,)
+    return Question(events, events, run.settings.delta, None, ())
+
+
+def _usual_round(events: Events, run: RunEvidence | None) -> PoissonGaussian | None:
+    """One more round, where only merged events are known: as many steps as the run's rounds have."""
+    steps = run.settings.steps_per_round if run else None
+    training = [event for event in events if isinstance(event, PoissonGaussian)]
+    return training[-1].model_copy(update={"steps": steps}) if training and steps else None
+
+
+def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
+    """Where the statement contradicts itself, or the ledger."""
+    statement = item.statement
+    if statement is None or statement.epsilon is None or answer is None:
+        return []
+    where = f"the statement of round {statement.round}"
+    reasons = []
+    same_delta = item.book is None or item.book.cap.delta == statement.delta
+    if same_delta and not math.isclose(statement.epsilon, answer.stated, rel_tol=TOLERANCE, abs_tol=1e-9):
+        reasons.append(f"{where} says epsilon {statement.epsilon:.4g}; its events cost {answer.stated:.4g}")
+    if item.book is not None:
+        then = events_up_to(item.book, statement.ledger_head, Unit.BAG)
+        if then is None:
+            reasons.append(f"{where} names no row of the site's ledger: the statement or the ledger is false")
+        elif tuple(then) != merge(statement.events):
+            reasons.append(f"{where} tells other events than the ledger held then")
+    return [Problem(site=item.name, row=None, reason=reason) for reason in reasons]
+
+
+def _site(item: Evidence, question: Question | None, answer: Answer | None, rounds: list[int]) -> Site:
+    book, run_bags = item.book, item.release.bags if item.release else None
+    bags = item.training_bags or run_bags
+    status, why = _status(item, answer)
+    bounded = answer if status is Status.BOUNDED else None
+    spent = charges(book) if book else []
+    cap = book.cap.epsilon if book else _stated_cap(item.statement)
+    training = training_of(spent) if book else _stated_training(item)
+    epsilon = bounded.epsilon if bounded else None
+    if bounded and not bounded.prefixes:
+        spending = [Spending(round=r, epsilon=e) for r, e in sorted(item.stated.items())]
+    else:
+        pairs = zip(rounds, bounded.prefixes, strict=True) if bounded else ()
+        spending = [Spending(round=r, epsilon=e) for r, e in pairs]
+    return Site(
+        name=item.name,
+        status=status,
+        why=why,
+        unit=(book.unit if book else Unit.BAG).value,
+        adjacency=Adjacency.REPLACE_ONE.value,
+        accountant=ACCOUNTANT,
+        delta=question.delta if question and bounded else None,
+        epsilon=epsilon,
+        confirmed=bounded.confirmed if bounded else None,
+        cap=cap,
+        left=max(cap - epsilon, 0.0) if cap is not None and epsilon is not None else None,
+        guess_right=_guess_right(epsilon, question.delta) if question and epsilon is not None else None,
+        add_remove=bounded.add_remove if bounded else None,
+        opacus_rdp=bounded.opacus_rdp if bounded else None,
+        without_amplification=bounded.without_amplification if bounded else None,
+        bags=bags,
+        delta_limit=1 / bags if bags else None,
+        steps=sum(part.steps for part in training),
+        rounds=sum(part.rounds or 0 for part in training) if book else len(item.stated) or None,
+        training=training,
+        releases=releases_of(book) if book else _stated_release(item),
+        spending=tuple(spending),
+        curve=tuple(CurvePoint(delta=d, epsilon=e) for d, e in bounded.curve) if bounded else (),
+        what_if=tuple(
+            WhatIf(rounds=n, epsilon=e, fits=cap is None or e <= cap) for n, e in bounded.more_rounds
+        )
+        if bounded
+        else (),
+        refusals=refusals_of(book) if book else (),
+        data_versions=tuple(dict.fromkeys(c.data_version for c in spent if c.data_version)),
+        stated=_stated(item.statement),
+        ledger=_ledger_state(item),
+        rows=rows_of(book) if book and item.named else (),
+    )
+
+
+def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
+    if item.has_ledger and (item.book is None or item.problems):
+        return Status.UNKNOWN, "Its ledger was changed, or is not the one that its statements speak of."
+    if item.statement is not None and item.statement.epsilon is None:
+        return Status.NOT_PRIVATE, "It trained without noise: its model updates bound nothing."
+    if item.release is not None and item.release.mechanism == "exact":
+        return Status.NOT_PRIVATE, "It released its label counts without noise."
+    if answer is None:
+        return Status.NOT_PRIVATE, "It took part in a run without privacy, and no statement bounds it."
+    if not math.isfinite(answer.epsilon):
+        return Status.NOT_PRIVATE, "Some of what it sent carried no noise that bounds anything."
+    return Status.BOUNDED, ""
+
+
+def _guess_right(epsilon: float, delta: float) -> float:
+    """The best balanced accuracy of telling two neighbouring data sets apart (Kairouz et al. 2015)."""
+    return min((1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon)), 1.0)
+
+
+def _stated_cap(statement: Statement | None) -> float | None:
+    if statement is None or statement.budget_left is None or statement.epsilon is None:
+        return None
+    return statement.epsilon + statement.budget_left
+
+
+def _stated_training(item: Evidence) -> tuple[Training, ...]:
+    events = merge(item.statement.events) if item.statement else ()
+    parts = training_of(Charge(event, run="", data_version="", confirmed=True) for event in events)
+    return tuple(part.model_copy(update={"rounds": None}) for part in parts)
+
+
+def _stated_release(item: Evidence) -> tuple[Release, ...]:
+    if item.release is None or item.release.mechanism == "none":
+        return ()
+    event = item.release.event
+    scale = event.scale if isinstance(event, DiscreteLaplace) else None
+    return (
+        Release(
+            data_version="",
+            mechanism=item.release.mechanism.replace("-", " "),
+            granularity=item.release.granularity,
+            unit=Unit.BAG.value,
+            scale=scale,
+            noise_scale=None,
+            epsilon_alone=2 / scale if scale else None,
+        ),
+    )
+
+
+def _stated(statement: Statement | None) -> Stated | None:
+    if statement is None:
+        return None
+    return Stated.model_validate(statement.model_dump(exclude={"site", "events"}))
+
+
+def _ledger_state(item: Evidence) -> LedgerState | None:
+    if not item.has_ledger:
+        return None
+    book = item.book
+    return LedgerState(
+        head=book.head if book else "", rows=len(book.entries) if book else 0, intact=not item.problems
+    )

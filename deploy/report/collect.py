@@ -1,0 +1,279 @@
+"""Sources -> evidence: what ledgers and run folders say, read once, checked, not interpreted.
+
+A ledger is believed as far as ``client.ledger_check`` finds it intact; a run folder only repeats what its
+sites stated, so a statement is compared with the site's ledger wherever that is at hand. Knows no
+accountant and no page.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from client.ledger_book import Book
+from client.ledger_check import verify
+from client.ledger_file import LedgerError, reading
+from common.errors import RunError, UserError
+from common.privacy.events import Event
+from deploy.report.model import Audit, LeftOut, Problem, Settings
+
+LEDGER = "ledger.sqlite"
+
+
+class Statement(BaseModel):
+    """What a site told the server; the fields of ``common.messages.PrivacyStatement``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    site: str
+    round: int
+    unit: str
+    adjacency: str
+    epsilon: float | None = Field(ge=0)
+    delta: float | None = Field(gt=0, lt=1)
+    events: tuple[Event, ...]
+    budget_left: float | None
+    ledger_head: str
+
+
+class ReleaseStatement(BaseModel):
+    """What the server holds of a site's release, without the counts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mechanism: str
+    granularity: str
+    bags: int
+    event: Event | None
+
+
+@dataclass
+class Evidence:
+    """What is known of one site."""
+
+    name: str
+    book: Book | None = None
+    has_ledger: bool = False
+    """Whether there is a ledger; without a ``book`` it cannot be believed."""
+    named: bool = False
+    """Whether its ledger is itself a source, so that every row is shown."""
+    statement: Statement | None = None
+    release: ReleaseStatement | None = None
+    stated: dict[int, float] = field(default_factory=dict)
+    """Stated epsilon by round of the run."""
+    training_bags: int | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass
+class RunEvidence:
+    """What is known of one run."""
+
+    name: str
+    finished: bool
+    rounds: int
+    settings: Settings
+    config_sha256: str
+    audit: Audit | None
+
+
+@dataclass
+class Collected:
+    """All sources together."""
+
+    sites: dict[str, Evidence] = field(default_factory=dict)
+    runs: list[RunEvidence] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def collect(sources: Sequence[Path]) -> Collected:
+    """Read every source.
+
+    Raises:
+        UserError: a source is missing, is neither a run nor a ledger, has an unknown schema, or two
+            sources speak of one site.
+    """
+    found = Collected()
+    # Runs first: a ledger that is named beside a run completes the run's site.
+    for path in sorted(sources, key=lambda path: not (path / "config.toml").is_file()):
+        if (path / "config.toml").is_file():
+            _read_run(path, found)
+        elif path.is_file() or (path / LEDGER).is_file():
+            _read_named_ledger(path if path.is_file() else path / LEDGER, found)
+        else:
+            raise UserError(
+                f"neither a run folder nor a ledger: {path}\n"
+                "Give a run folder (with config.toml), or a site's ledger.sqlite."
+            )
+    return found
+
+
+def _read_named_ledger(path: Path, found: Collected) -> None:
+    book = _read_book(path)
+    name = _name_of(path, book)
+    evidence = found.sites.setdefault(name, Evidence(name))
+    if evidence.book is not None and (book is None or evidence.book.head != book.head):
+        raise UserError(
+            f"site {name!r} is in two sources, with different ledgers: {path}\n"
+            "A site's ledger holds all its runs: give the newest one alone."
+        )
+    if evidence.book is None:
+        _add_ledger(evidence, path, book)
+    evidence.named = True
+
+
+def _read_book(path: Path) -> Book | None:
+    """The ledger's content; None where it is damaged or was tampered with."""
+    # A file that is no ledger, or one of another release, is the user's mistake and no sign of tampering.
+    with reading(path):
+        pass
+    try:
+        return Book.read(path)
+    except LedgerError:
+        return None
+
+
+def _name_of(path: Path, book: Book | None) -> str:
+    """Whose ledger it is; one that cannot be read names no site, but its folder may."""
+    return book.site if book else path.resolve().parent.name or path.name
+
+
+def _add_ledger(evidence: Evidence, path: Path, book: Book | None) -> None:
+    head = evidence.statement.ledger_head if evidence.statement else ""
+    evidence.book, evidence.has_ledger = book, True
+    for problem in verify(path, head=head or None):
+        evidence.problems.append(Problem(site=evidence.name, row=problem.row, reason=problem.reason))
+
+
+def _read_run(path: Path, found: Collected) -> None:
+    text = (path / "config.toml").read_bytes()
+    try:
+        config = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / 'config.toml'} is not valid TOML: {error}") from error
+    state, finished = _state(path)
+    events = _events(path / "metrics.jsonl")
+    try:
+        statements = {site: Statement.model_validate(s) for site, s in state["statements"].items()}
+        releases = {site: _release(release) for site, release in state["releases"].items()}
+        found.left_out += [LeftOut.model_validate(item) for item in state["left_out"]]
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the statements of the run {path} are not of a form that this release reads: {error}"
+        ) from error
+    for name in sorted({*statements, *releases, *state.get("per_site", {})}):
+        if name in found.sites:
+            raise UserError(
+                f"site {name!r} is in two of the runs: what it spent in both is only in its ledger.\n"
+                "Give one run, or the site's ledger.sqlite."
+            )
+        found.sites[name] = Evidence(name, statement=statements.get(name), release=releases.get(name))
+    for event in events:
+        evidence = found.sites.get(str(event.get("site")))
+        if evidence and event["event"] == "statement" and event.get("epsilon") is not None:
+            evidence.stated[int(event["round"])] = float(event["epsilon"])
+        elif evidence and event["event"] == "update":
+            evidence.training_bags = int(event["bags"])
+    _read_run_ledgers(path, found)
+    found.runs.append(
+        RunEvidence(
+            name=path.resolve().name,
+            finished=finished,
+            rounds=int(state["rounds"]),
+            settings=_settings(config.get("dp", {})),
+            config_sha256=hashlib.sha256(text).hexdigest(),
+            audit=_audit(path / "audit.json"),
+        )
+    )
+
+
+def _read_run_ledgers(path: Path, found: Collected) -> None:
+    """The ledgers that simulated sites keep under the run."""
+    for file in sorted((path / "sites").glob(f"*/{LEDGER}")):
+        book = _read_book(file)
+        name = _name_of(file, book)
+        _add_ledger(found.sites.setdefault(name, Evidence(name)), file, book)
+
+
+def _state(path: Path) -> tuple[Mapping[str, Any], bool]:
+    """Statements, releases and what was left out: of the finished run, or of its newest checkpoint."""
+    summary = path / "summary.json"
+    if summary.is_file():
+        state = _json(summary)
+        if "statements" in state and "releases" in state:
+            return state, True
+    from server import checkpoint
+
+    try:
+        newest = checkpoint.load_newest(path / "checkpoints")
+    except RunError as error:
+        raise UserError(str(error)) from error
+    if newest is None:
+        raise UserError(
+            f"the run has no finished round, so no site has stated anything yet: {path}\n"
+            f"Go on with it: fedbags simulate --out {path} --resume"
+        )
+    state = newest[0].model_dump(mode="json")
+    return {**state, "rounds": state["round"]}, summary.is_file()
+
+
+def _release(data: Mapping[str, Any]) -> ReleaseStatement:
+    kept = {key: data[key] for key in ("mechanism", "granularity", "bags")}
+    return ReleaseStatement.model_validate({**kept, "event": data["event"] or None})
+
+
+def _settings(dp: Mapping[str, Any]) -> Settings:
+    epsilon = dp.get("epsilon") or None
+    return Settings(
+        target_epsilon=epsilon,
+        delta=dp.get("delta") if epsilon else None,
+        clip_norm=dp.get("clip-norm") if epsilon else None,
+        expected_bags=dp.get("expected-bags") if epsilon else None,
+        steps_per_round=dp.get("steps-per-round") if epsilon else None,
+        release_scale=dp.get("release-scale") if epsilon else None,
+        randomness=dp.get("randomness"),
+        forced_delta=bool(dp.get("force-delta", False)),
+    )
+
+
+def _audit(path: Path) -> Audit | None:
+    if not path.is_file():
+        return None
+    data = _json(path)
+    try:
+        return Audit(
+            lower_bound=data.pop("lower_bound"),
+            confidence=data.pop("confidence"),
+            details={
+                str(key): value if isinstance(value, str) else json.dumps(value)
+                for key, value in data.items()
+            },
+        )
+    except (KeyError, ValidationError) as error:
+        raise UserError(f"{path} is no audit result: lower_bound and confidence are expected") from error
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    """The run's events; a torn last line (a killed run) is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is damaged: a JSON object is expected")
+    return data

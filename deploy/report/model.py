@@ -1,0 +1,253 @@
+"""The report as data: what report.json holds, and the only thing that the page is made from.
+
+Knows no source, no accountant and no HTML. Every figure stands with what it means: epsilons are for the
+``unit`` and ``adjacency`` beside them, at ``delta``, upper bounds by ``accountant``. None means unknown
+where a field says so, and "no bound" for an epsilon.
+"""
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Part(BaseModel):
+    """Base of the report's parts: frozen, no unknown field, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Status(StrEnum):
+    """What can be said of a site."""
+
+    BOUNDED = "bounded"
+    """Epsilon bounds what was sent."""
+    NOT_PRIVATE = "not-private"
+    """Something was sent without noise: no guarantee at all."""
+    UNKNOWN = "unknown"
+    """The records cannot be trusted, so no figure is given."""
+
+
+class Problem(Part):
+    """Something that is wrong with the records."""
+
+    site: str
+    row: int | None = Field(description="row of the site's ledger; null when it concerns all of it")
+    reason: str
+
+
+class Training(Part):
+    """Equal training steps of one run on one data version."""
+
+    run: str = Field(description="empty when only the server's statement is known")
+    data_version: str
+    sample_rate: float = Field(description="q: chance of each bag to be in a step")
+    noise_multiplier: float = Field(description="sigma: noise standard deviation / clip norm")
+    steps: int
+    rounds: int | None
+    unconfirmed_rounds: int = Field(description="reserved, and never confirmed; they count")
+
+
+class Release(Part):
+    """One release of label counts."""
+
+    data_version: str
+    mechanism: str
+    granularity: str = Field(description="total: one row a site; per-bag: one row a bag")
+    unit: str = Field(description="what the noise was scaled for")
+    scale: float | None = Field(description="b: noise scale / images of the unit")
+    noise_scale: float | None = Field(description="t, images; each count's noise has about sqrt(2) t")
+    epsilon_alone: float | None = Field(description="2 / b: replace-one, delta 0, of this release alone")
+
+
+class Refusal(Part):
+    """An event that the site's cap did not allow; it cost nothing."""
+
+    row: int
+    run: str
+    round: int
+    time: str
+    asked: str
+
+
+class LeftOut(Part):
+    """Something of a site that the server did not use."""
+
+    site: str
+    round: int
+    phase: str
+    reason: str
+
+
+class Spending(Part):
+    """Epsilon of everything up to and including a round."""
+
+    round: int = Field(description="rounds of training counted over the ledger's life, or of the run")
+    epsilon: float
+
+
+class CurvePoint(Part):
+    """The same spending read at another delta."""
+
+    delta: float
+    epsilon: float
+
+
+class WhatIf(Part):
+    """What the whole spending would be after more rounds like the last one."""
+
+    rounds: int
+    epsilon: float
+    fits: bool = Field(description="whether the site's cap would allow it")
+
+
+class Row(Part):
+    """One row of a ledger."""
+
+    row: int
+    kind: str
+    run: str
+    round: int | None
+    time: str
+    what: str
+
+
+class LedgerState(Part):
+    """The ledger file that was read, and whether it can be believed."""
+
+    head: str
+    rows: int
+    intact: bool
+
+
+class Stated(Part):
+    """What the site told the server last."""
+
+    round: int
+    unit: str
+    adjacency: str
+    epsilon: float | None
+    delta: float | None
+    budget_left: float | None
+    ledger_head: str
+
+
+class Site(Part):
+    """Everything about one site."""
+
+    name: str
+    status: Status
+    why: str = Field(description="why there is no figure; empty for a bounded site")
+    unit: str
+    adjacency: str
+    accountant: str
+    delta: float | None
+    epsilon: float | None = Field(description="all events, reserved ones included")
+    confirmed: float | None = Field(description="epsilon of the events whose round was finished")
+    cap: float | None
+    left: float | None
+    guess_right: float | None = Field(
+        description="most that a coin-toss guess at which of two units was used can be right, 0.5 to 1"
+    )
+    add_remove: float | None = Field(description="the same events for add/remove; protects less")
+    opacus_rdp: float | None = Field(
+        description="training steps alone, add/remove, by Opacus's Renyi accountant"
+    )
+    without_amplification: float | None = Field(description="had every bag been in every step")
+    bags: int | None = Field(description="N: the bags that are trained on; not protected")
+    delta_limit: float | None = Field(description="1 / N; delta must stay below")
+    steps: int
+    rounds: int | None
+    training: tuple[Training, ...]
+    releases: tuple[Release, ...]
+    spending: tuple[Spending, ...]
+    curve: tuple[CurvePoint, ...]
+    what_if: tuple[WhatIf, ...]
+    refusals: tuple[Refusal, ...]
+    data_versions: tuple[str, ...]
+    stated: Stated | None
+    ledger: LedgerState | None
+    rows: tuple[Row, ...] = Field(description="of ledgers that were named as a source")
+
+
+class Settings(Part):
+    """What the run asked for; null where it was not recorded."""
+
+    target_epsilon: float | None
+    delta: float | None
+    clip_norm: float | None = Field(description="C: norm that each bag's gradient is clipped to")
+    expected_bags: float | None = Field(description="q N: what the noisy sum is divided by")
+    steps_per_round: int | None
+    release_scale: float | None
+    randomness: str | None
+    forced_delta: bool
+
+
+class Audit(Part):
+    """An empirical attack on the guarantee: epsilon is at least ``lower_bound`` with this confidence."""
+
+    lower_bound: float
+    confidence: float
+    details: dict[str, str] = Field(description="whatever else the audit wrote down")
+
+
+class Worst(Part):
+    """The federation's figure: that of its worst site, never a mean."""
+
+    site: str
+    epsilon: float
+    delta: float
+    unit: str
+    adjacency: str
+    accountant: str
+    cap: float | None
+    left: float | None
+    guess_right: float
+
+
+class Provenance(Part):
+    """From what, with what and when the report was made."""
+
+    created: str
+    packages: dict[str, str] = Field(description="of the machine that wrote the report")
+    config_sha256: str | None
+    sources: tuple[str, ...] = Field(description="names of the files and folders, without their folder")
+
+
+class Disclosure(Part):
+    """One of the seventeen things that a report must say."""
+
+    key: str
+    title: str
+    text: tuple[str, ...]
+
+
+class Report(Part):
+    """report.json."""
+
+    schema_version: Literal[1] = 1
+    title: str
+    scope: Literal["site", "federation"]
+    run: str | None
+    finished: bool | None = Field(description="null when no run was among the sources")
+    rounds: int | None
+    status: Status = Field(description="the worst of the sites'")
+    headline: str
+    summary: tuple[str, ...] = Field(description="the plain paragraphs")
+    not_covered: tuple[str, ...]
+    worst: Worst | None = Field(description="null unless every site is bounded")
+    problems: tuple[Problem, ...] = Field(description="the records are not to be trusted while any is left")
+    cautions: tuple[str, ...] = Field(
+        description="true figures that a reader could take for more than they are"
+    )
+    settings: Settings | None
+    sites: dict[str, Site]
+    left_out: tuple[LeftOut, ...]
+    audit: Audit | None
+    disclosures: tuple[Disclosure, ...] = Field(min_length=17, max_length=17)
+    provenance: Provenance
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of report.json; written beside it as report.schema.json."""
+    return Report.model_json_schema()

@@ -1,0 +1,92 @@
+"""report.json -> one self-contained HTML page. Takes every figure from the report; computes none.
+
+Each figure stands in an element whose ``data-field`` is its path in the JSON and whose ``data-value`` is
+its exact value, so that anybody can compare the page with the data.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from deploy.report.model import Report, Site
+from deploy.report.plots import curve_plot, spending_plot
+
+MOST_ROWS = 2000
+"""Ledger rows that the page shows; the JSON file holds all."""
+
+
+def render(report: Report) -> str:
+    """The page."""
+    data = report.model_dump(mode="json")
+    rows = sum(len(site.rows) for site in report.sites.values())
+    return (
+        _environment()
+        .get_template("template.html.j2")
+        .render(
+            r=data,
+            value=functools.partial(_value, data),
+            path=field_path,
+            plots={name: _plots(site) for name, site in report.sites.items()},
+            show_rows=rows <= MOST_ROWS,
+        )
+    )
+
+
+def field_path(*keys: str | int) -> str:
+    """The path of a figure; a dot within a name is written %2E."""
+    return ".".join(str(key).replace("%", "%25").replace(".", "%2E") for key in keys)
+
+
+def shown(value: Any) -> str:
+    """A figure as the page shows it: four digits, and no exponent where a few zeros do."""
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:.4g}"
+    if "e-" in text and value >= 1e-7:
+        decimals = int(text.partition("e-")[2]) + len(text.partition("e")[0].replace(".", "")) - 1
+        return f"{value:.{decimals}f}"
+    return text
+
+
+def _value(data: Any, *keys: str | int, absent: str = "not recorded") -> Markup:
+    """The figure at a path of the JSON, with that path."""
+    for key in keys:
+        data = data[key]
+    if data is None:
+        return Markup('<span class="absent" data-field="{}" data-value="null">{}</span>').format(
+            field_path(*keys), absent
+        )
+    exact = repr(data) if isinstance(data, float) else str(data)
+    return Markup('<span data-field="{}" data-value="{}">{}</span>').format(
+        field_path(*keys), exact, shown(data)
+    )
+
+
+def _plots(site: Site) -> dict[str, Markup]:
+    plots = {}
+    if len(site.spending) > 1:
+        points = [(float(point.round), point.epsilon) for point in site.spending]
+        plots["spending"] = Markup(spending_plot(points, site.cap, site.confirmed))  # numbers only
+    if site.curve and site.delta is not None:
+        curve = [(point.delta, point.epsilon) for point in site.curve]
+        plots["curve"] = Markup(curve_plot(curve, site.delta))  # numbers only
+    return plots
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["anchor"] = lambda name: "".join(
+        c if c.isascii() and c.isalnum() else f"-{ord(c):x}-" for c in str(name)
+    )
+    environment.filters["day"] = lambda text: escape(str(text).replace("T", " ").removesuffix("+00:00"))
+    return environment

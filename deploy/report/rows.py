@@ -1,0 +1,135 @@
+"""What a ledger's rows say, in the report's terms. Reads a book; computes no epsilon."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from client.ledger_book import Book
+from client.ledger_file import Entry, Kind
+from common.privacy.events import DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
+from deploy.report.model import Refusal, Release, Row, Training
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One row that spent something."""
+
+    event: PoissonGaussian | DiscreteLaplace
+    run: str
+    data_version: str
+    confirmed: bool
+
+
+def charges(book: Book) -> list[Charge]:
+    """Everything that was spent, in the order of the rows; the events are those of ``book.events``."""
+    rows = [entry for entry in book.entries if entry.kind in (Kind.RESERVED, Kind.RELEASED)]
+    return [
+        Charge(
+            event=event,
+            run=str(entry.body.get("run_id", "")),
+            data_version=str(entry.body.get("data_version", "")),
+            confirmed=entry.seq not in book.open_reservations,
+        )
+        for entry, event in zip(rows, book.events, strict=True)
+    ]
+
+
+def training_of(spent: Iterable[Charge]) -> tuple[Training, ...]:
+    """The training steps, equal ones of one run and data version together."""
+    groups: dict[tuple[str, str, float, float], list[Charge]] = {}
+    for charge in spent:
+        if isinstance(charge.event, PoissonGaussian):
+            rate, sigma = charge.event.sample_rate, charge.event.noise_multiplier
+            groups.setdefault((charge.run, charge.data_version, rate, sigma), []).append(charge)
+    return tuple(
+        Training(
+            run=run,
+            data_version=version,
+            sample_rate=rate,
+            noise_multiplier=sigma,
+            steps=sum(c.event.steps for c in group if isinstance(c.event, PoissonGaussian)),
+            rounds=len(group),
+            unconfirmed_rounds=sum(not c.confirmed for c in group),
+        )
+        for (run, version, rate, sigma), group in groups.items()
+    )
+
+
+def releases_of(book: Book) -> tuple[Release, ...]:
+    """Every release, without its counts."""
+    return tuple(
+        Release(
+            data_version=version,
+            mechanism="discrete Laplace",
+            granularity=release.granularity.value,
+            unit=release.unit.value,
+            scale=release.scale,
+            noise_scale=release.noise_scale,
+            epsilon_alone=2 / release.event(book.unit).scale,
+        )
+        for version, release in book.releases.items()
+    )
+
+
+def refusals_of(book: Book) -> tuple[Refusal, ...]:
+    """What the cap did not allow."""
+    return tuple(
+        Refusal(
+            row=entry.seq,
+            run=str(entry.body.get("run_id", "")),
+            round=int(entry.body.get("round", 0)),
+            time=str(entry.body.get("time", "")),
+            asked=name_event(entry.body["event"]),
+        )
+        for entry in book.entries
+        if entry.kind == Kind.REFUSED
+    )
+
+
+def rows_of(book: Book) -> tuple[Row, ...]:
+    """Every row."""
+    return tuple(_row(entry, book) for entry in book.entries)
+
+
+def name_event(data: Mapping[str, Any]) -> str:
+    """An event in words."""
+    event = event_from_dict(data)
+    if isinstance(event, DiscreteLaplace):
+        return f"release of counts, discrete Laplace, scale {event.scale:g}"
+    return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
+
+
+def events_up_to(book: Book, head: str, unit: Unit) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
+    """The merged events when ``head`` was the newest row; None where no row has it."""
+    for number, entry in enumerate(book.entries, start=1):
+        if entry.hash == head:
+            then = book if number == len(book.entries) else Book.of(book.entries[:number])
+            return then.events_for(unit)
+    return None
+
+
+def _row(entry: Entry, book: Book) -> Row:
+    body = entry.body
+    open_ = entry.seq in book.open_reservations
+    return Row(
+        row=entry.seq,
+        kind="reserved, not confirmed" if open_ else entry.kind,
+        run=str(body.get("run_id", "")),
+        round=body.get("round"),
+        time=str(body.get("time", "")),
+        what=_what(entry.kind, body),
+    )
+
+
+def _what(kind: str, body: Mapping[str, Any]) -> str:
+    match Kind(kind):
+        case Kind.OPENED:
+            return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
+        case Kind.CONFIRMED:
+            return f"round of row {body['reservation']} finished"
+        case Kind.RELEASED:
+            release = body["release"]
+            scale = f"scale {release['scale']:g} per {release['unit']}"
+            return f"{release['granularity']} counts, discrete Laplace, {scale}"
+        case Kind.RESERVED | Kind.REFUSED:
+            return name_event(body["event"])
