@@ -1,0 +1,105 @@
+"""How well can labels be guessed: from the released proportions, and from the model without and with DP?
+
+The attacker has the images of a bag and guesses one leaf for all of them. The share of images that this
+gets right follows from the bag's counts, so no instance label is opened. Two figures to hold it against:
+the site's most frequent leaf, which the public marginals give away in any case; and, for a model, the
+same guess on bags that it was not trained on, since naming the class of any image is what it is for.
+Simple attacks: a low figure is no proof of privacy. Unit: an image's label; no confidence is claimed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client.bags import BagStore
+from client.training import choose_device, chunks, make_batch
+from common.config import RunConfig
+from common.lhfglp import LHFGLP
+from common.losses import bag_mean_probabilities
+from common.privacy.proportions import Granularity, release_counts
+from common.privacy.randomness import Randomness
+
+BAGS_AT_ONCE = 8
+
+
+def hit_rate(guesses: NDArray[np.int64], leaf_counts: NDArray[np.int64]) -> float:
+    """The share of images that have the leaf guessed for their bag.
+
+    Args:
+        guesses: shape (B,), a leaf per bag.
+        leaf_counts: shape (B, C_L).
+    """
+    return float(leaf_counts[np.arange(len(guesses)), guesses].sum() / leaf_counts.sum())
+
+
+def most_frequent(leaf_counts: NDArray[np.int64]) -> float:
+    """The share of images of the site's most frequent leaf: what the marginals alone give."""
+    return float(leaf_counts.sum(axis=0).max() / leaf_counts.sum())
+
+
+def attack_proportions(store: BagStore, scale: float, randomness: Randomness) -> dict[str, Any]:
+    """Guess each bag's most frequent leaf from counts, exact and noised, of the site and of every bag.
+
+    Args:
+        store: the site's bags.
+        scale: b of the noise, relative to the largest bag (see ``common.privacy.proportions``).
+        randomness: of the noise. The noised counts are drawn for this attack and never leave it.
+    """
+    counts, bags = store.leaf_counts, len(store)
+
+    def noised(granularity: Granularity) -> NDArray[np.int64]:
+        return release_counts(counts, scale=scale, granularity=granularity, randomness=randomness).array()
+
+    known = {
+        "site_exact": counts.sum(axis=0, keepdims=True),
+        "site_noised": noised(Granularity.TOTAL),
+        "bags_exact": counts,
+        "bags_noised": noised(Granularity.PER_BAG),
+    }
+    prior = most_frequent(counts)
+    result: dict[str, Any] = {
+        "prior": prior,
+        "released": str(store.config.policy.release_proportions),
+        "noise_scale": scale,
+    }
+    for name, rows in known.items():
+        rate = hit_rate(np.broadcast_to(rows.argmax(axis=1), bags), counts)
+        result[name] = {"accuracy": rate, "advantage": rate - prior}
+    return result
+
+
+def attack_model(
+    model: LHFGLP, store: BagStore, config: RunConfig, groups: Sequence[NDArray[np.int64]]
+) -> dict[str, float]:
+    """Guess the leaf with the highest mean probability in each bag.
+
+    Args:
+        model: trained on the first group of bags, not on the second.
+        groups: bag indices, trained on and not.
+
+    Returns:
+        ``trained`` and ``not_trained``, the accuracies; ``advantage`` of the first over the prior of its
+        bags; ``memorised``, the first less the second: what training on a bag tells about its labels.
+    """
+    trained, other = (_model_hit_rate(model, store, config, bags) for bags in groups)
+    return {
+        "trained": trained,
+        "not_trained": other,
+        "advantage": trained - most_frequent(store.leaf_counts[groups[0]]),
+        "memorised": trained - other,
+    }
+
+
+@torch.no_grad()
+def _model_hit_rate(model: LHFGLP, store: BagStore, config: RunConfig, bags: NDArray[np.int64]) -> float:
+    device = choose_device(config.train.device)
+    model.to(device).eval()
+    guesses = []
+    for some in chunks(bags, BAGS_AT_ONCE):
+        batch = make_batch(store, some, None).to(device)
+        predicted = bag_mean_probabilities(model(batch.images).scores[-1], batch.bag_index, len(some))
+        guesses.append(predicted.argmax(dim=1).cpu().numpy())
+    return hit_rate(np.concatenate(guesses), store.leaf_counts[bags])
