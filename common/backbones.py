@@ -1,4 +1,4 @@
-"""Backbones: torchvision classification models, or our small ResNet, as maps from images to features.
+"""Backbones: torchvision classification models, our small ResNet or fixed colours, as maps to features.
 
 The classifier is removed, BatchNorm replaced, in-place activations made out of place. A named model keeps
 its official stem at every image size: a name means the published architecture, with or without its
@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from common.colour_histogram import ColourHistogram
 from common.config import Norm
 from common.errors import ConfigError, UserError, require_file
 from common.small_resnet import SmallResNet
 
 SMALL = "resnet-small"
+COLOURS = "colour-histogram"
+"""Nothing to train: for private runs, see common/colour_histogram.py."""
 MAX_GROUPS = 32
 
 
@@ -47,14 +50,15 @@ class Backbone(nn.Module):
 
 def backbone_names() -> list[str]:
     """Every name that build_backbone knows."""
-    return [SMALL, *torchvision.models.list_models(module=torchvision.models)]
+    return [SMALL, COLOURS, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def build_backbone(name: str, norm: Norm, weights: Path | None, image_size: int) -> Backbone:
     """Build a backbone; random weights come from torch's global generator.
 
     Args:
-        name: 'resnet-small' or a torchvision classification model (see backbone_names).
+        name: 'resnet-small', 'colour-histogram' or a torchvision classification model (see
+            backbone_names).
         norm: what replaces BatchNorm. FROZEN_BATCH without weights freezes mean 0 and variance 1, a
             placeholder for statistics that are loaded later; build_model refuses it.
         weights: state dict of the named model in torchvision's own names (.safetensors, or .pth read
@@ -70,6 +74,10 @@ def build_backbone(name: str, norm: Norm, weights: Path | None, image_size: int)
         if weights is not None:
             _load_weights(body, weights, classifier="")
         return Backbone(body, SmallResNet.n_features)
+    if name == COLOURS:
+        if weights is not None:
+            raise ConfigError(f"model.backbone = {COLOURS!r} has no weights: leave model.weights empty")
+        return Backbone(ColourHistogram(image_size), ColourHistogram.n_features)
     body = _torchvision_model(name, image_size)
     path, classifier = _last_linear(name, body)
     ignored = _load_weights(body, weights, classifier=path) if weights is not None else ()

@@ -71,7 +71,7 @@ class ModelConfig(Section):
     """The classifier. Sizes are pixels, counts or plain numbers."""
 
     method: Method = Method.LHFGLP
-    backbone: str = Field("resnet-small", description="'resnet-small' or a torchvision model name")
+    backbone: str = Field("resnet-small", description="resnet-small, colour-histogram or a torchvision model")
     weights: str = Field("", description="local weights file (.safetensors or .pth), or empty")
     norm: Norm = Norm.GROUP
     image_size: int = Field(32, ge=8, le=1024, description="side of the square input, pixels")

@@ -21,6 +21,23 @@ if TYPE_CHECKING:
 
 FOLDER_DEFAULTS: Mapping[str, Scalar] = {"rounds": 160, "evaluation.every": 4, "train.bags-per-step": 4}
 """For given site folders; the built-in defaults are sized for the two-minute synthetic demo."""
+PRIVATE_DEFAULTS: Mapping[str, Scalar] = {
+    "rounds": 20,
+    "model.backbone": "colour-histogram",
+    "model.method": "dllp-hierarchical",
+    "train.part": "head",
+    "train.optimiser": "sgd",
+    "train.learning-rate": 0.375,
+    "train.augment": False,
+    "train.held-back": 0.0,
+    "loss.coarse-weight": 3.0,
+    "loss.anneal-from": 3.0,
+    "dp.clip-norm": 1.0,
+    "dp.expected-bags": 40.0,
+    "dp.steps-per-round": 20,
+}
+"""Under --dp: few trained parameters on fixed features, for noise grows with what is trained (docs/privacy.md
+has the figures that these were chosen by). No bag is held back, since no figure of one may leave."""
 LARGEST_SIZE = 224
 
 
@@ -100,18 +117,16 @@ def simulate(
 
 
 def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file: Path | None) -> RunConfig:
-    """Defaults, then the file, then what suits the given sites, then options, then ``--set``."""
+    """Defaults or the file; without a file what suits the sites and ``--dp``; then options and ``--set``."""
     base = RunConfig.from_toml(config_file) if config_file else RunConfig()
     given = {**options, **dict(parse_setting(text) for text in settings)}
-    changes = dict(given)
-    sites_dir = given.get("sites-dir")
-    if sites_dir and not config_file:
-        changes = {
-            **FOLDER_DEFAULTS,
-            "model.image-size": usual_image_size(Path(str(sites_dir))),
-            **given,
-        }
-    return base.with_changes(changes)
+    suited: dict[str, Scalar] = {}
+    if not config_file:
+        if sites_dir := given.get("sites-dir"):
+            suited |= {**FOLDER_DEFAULTS, "model.image-size": usual_image_size(Path(str(sites_dir)))}
+        if given.get("dp.epsilon"):
+            suited |= PRIVATE_DEFAULTS
+    return base.with_changes({**suited, **given})
 
 
 def parse_dp(text: str | None) -> dict[str, Scalar]:
