@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from common.errors import FedbagsError, UserError
-from deploy import bags_cli, ledger_cli
+from deploy import audit_cli, bags_cli, ledger_cli, report_cli
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
@@ -41,6 +41,9 @@ app.add_typer(bags_cli.app, name="bags")
 app.add_typer(ledger_cli.app, name="ledger")
 app.add_typer(site_app, name="site")
 app.add_typer(runs_app, name="runs")
+
+app.command("report")(report_cli.report_command)
+app.command("audit")(audit_cli.audit_command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]

@@ -63,7 +63,7 @@ def simulate(
         engine: ``local`` or ``flower``.
         workers: worker processes of the local engine; as many as cores when None, 0 for none.
         resume: go on with the run in ``out``.
-        figures: draw the pictures at the end.
+        figures: draw the pictures at the end, and write the privacy-budget report of a private run.
         quiet: no tables on standard output (progress goes to standard error anyway).
 
     Returns:
@@ -110,6 +110,10 @@ def simulate(
         from deploy.figures import draw_figures
 
         draw_figures([run], None)
+    if figures and config.dp.epsilon:
+        from deploy.report_cli import report
+
+        report([run], run / "report")
     if not quiet:
         print_summary(summary)
         console().print(f"run folder: {run}", soft_wrap=True)
