@@ -6,7 +6,7 @@ share no figure, so many compositions go to worker processes: half of a report's
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -17,11 +17,10 @@ from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
 Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
 
 ACCOUNTANT = "PLD (dp-accounting)"
-DELTAS = tuple(10.0**-exponent for exponent in range(2, 11))
+DELTAS = tuple(10.0**-exponent for exponent in range(2, 11, 2))
 """Where the epsilon-over-delta curve is read, beside the site's own delta."""
-MORE_ROUNDS = (1, 10, 100)
 FEW = 6
-"""Compositions that are not worth a worker's start."""
+"""Questions that are not worth a worker's start."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class Question:
     delta: float
     next_round: PoissonGaussian | None
     """What one more round would cost."""
+    more_rounds: tuple[int, ...]
+    """How many of them to ask for."""
     prefixes: tuple[Events, ...]
     """The events up to some rounds, for the plot over rounds."""
     stated: Events = ()
@@ -55,16 +56,18 @@ class Answer:
     """Of the training steps alone; None where there are none."""
 
 
-def answer_all(questions: Sequence[Question]) -> dict[Question, Answer]:
-    """The answer to each distinct question."""
+def answer_all(questions: Sequence[Question], meanwhile: Callable[[], None]) -> dict[Question, Answer]:
+    """The answer to each distinct question; ``meanwhile`` is done while workers are at it."""
     distinct = list(dict.fromkeys(questions))
     workers = min(os.cpu_count() or 1, 8)
     if len(distinct) <= FEW or workers == 1:
+        meanwhile()
         return {question: replace(answer(question), opacus_rdp=_opacus(question)) for question in distinct}
     # Fresh interpreters: forking a process that runs torch's threads can hang. Opacus takes longer to
     # import than to ask, so this process does that part alone while the workers do the others.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         answers = pool.map(answer, distinct, chunksize=2)
+        meanwhile()
         seconds = [_opacus(question) for question in distinct]
         return {
             question: replace(found, opacus_rdp=second)
@@ -79,15 +82,14 @@ def answer(question: Question) -> Answer:
     # In this order, for the accountant keeps the few newest distributions: the curve reads the last one.
     deltas = sorted({delta, *DELTAS}, reverse=True) if events and math.isfinite(whole) else []
     curve = epsilon_curve(events, Adjacency.REPLACE_ONE, deltas)
-    more = [] if question.next_round is None or not math.isfinite(whole) else MORE_ROUNDS
     return Answer(
         epsilon=whole,
         curve=curve,
         confirmed=spent(question.confirmed, delta, Adjacency.REPLACE_ONE),
         more_rounds=tuple(
             (rounds, spent((*events, *[question.next_round] * rounds), delta, Adjacency.REPLACE_ONE))
-            for rounds in more
-            if question.next_round is not None
+            for rounds in question.more_rounds
+            if question.next_round is not None and math.isfinite(whole)
         ),
         prefixes=tuple(spent(prefix, delta, Adjacency.REPLACE_ONE) for prefix in question.prefixes),
         stated=spent(question.stated, delta, Adjacency.REPLACE_ONE),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
 from deploy.report.accounts import ACCOUNTANT, Answer, Events, Question, answer_all
-from deploy.report.collect import Collected, Evidence, RunEvidence, Statement
+from deploy.report.collect import Collected, Evidence, RunEvidence, Statement, check_ledgers
 from deploy.report.model import (
     CurvePoint,
     LedgerState,
@@ -26,6 +26,8 @@ from deploy.report.rows import Charge, charges, events_up_to, refusals_of, relea
 
 POINTS, LEAST_POINTS, ALL_POINTS = 24, 4, 120
 """Rounds at which a site's spending is computed: many for one site, few each for many sites."""
+MORE_ROUNDS, ONE_FOR_ALL, MANY = (1, 10, 100), (10,), 20
+"""More rounds to ask the price of, for each of a few sites and of many."""
 TOLERANCE = 1e-3
 """How far, relatively, a stated figure may be from the one computed from its own events."""
 
@@ -36,8 +38,10 @@ def assemble(found: Collected) -> tuple[dict[str, Site], list[Problem]]:
     every = [found.sites[name] for name in sorted(found.sites)]
     points = max(LEAST_POINTS, min(POINTS, ALL_POINTS // max(len(every), 1)))
     rounds = {item.name: _rounds_shown(item, points) for item in every}
-    questions = {item.name: _question(item, run, rounds[item.name]) for item in every}
-    answers = answer_all([question for question in questions.values() if question is not None])
+    more = MORE_ROUNDS if len(every) <= MANY else ONE_FOR_ALL
+    questions = {item.name: _question(item, run, rounds[item.name], more) for item in every}
+    asked = [question for question in questions.values() if question is not None]
+    answers = answer_all(asked, meanwhile=lambda: check_ledgers(found))
     sites: dict[str, Site] = {}
     problems: list[Problem] = []
     for item in every:
@@ -59,7 +63,7 @@ def worst_of(sites: Iterable[Site]) -> Worst | None:
 
 def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
     """Rounds of training, counted over the ledger's life, with the events up to each."""
-    if item.book is None or item.problems or (item.stated and not item.named and _of_one_run(item)):
+    if item.book is None or (item.stated and not item.named and _of_one_run(item)):
         return {}
     events = [charge.event for charge in charges(item.book)]
     ends = [number for number, event in enumerate(events, 1) if isinstance(event, PoissonGaussian)]
@@ -75,11 +79,13 @@ def _of_one_run(item: Evidence) -> bool:
     return item.book is not None and len({charge.run for charge in charges(item.book)}) <= 1
 
 
-def _question(item: Evidence, run: RunEvidence | None, rounds: dict[int, Events]) -> Question | None:
+def _question(
+    item: Evidence, run: RunEvidence | None, rounds: dict[int, Events], more: tuple[int, ...]
+) -> Question | None:
     """What to ask for a site; None where no figure could be believed."""
     statement, release = item.statement, item.release
     stated = merge(statement.events) if statement else ()
-    if item.has_ledger and (item.book is None or item.problems):
+    if item.book is None and item.ledger is not None:
         return None
     if item.book is not None:
         spent = charges(item.book)
@@ -89,18 +95,19 @@ def _question(item: Evidence, run: RunEvidence | None, rounds: dict[int, Events]
             confirmed=merge(charge.event for charge in spent if charge.confirmed),
             delta=item.book.cap.delta,
             next_round=training[-1] if training else None,
+            more_rounds=more,
             prefixes=tuple(rounds.values()),
             stated=stated,
         )
     if statement is not None:
         if statement.epsilon is None or statement.delta is None:
             return None
-        return Question(stated, stated, statement.delta, _usual_round(stated, run), (), stated)
+        return Question(stated, stated, statement.delta, _usual_round(stated, run), more, (), stated)
     if run is None or run.settings.delta is None or release is None or release.mechanism == "exact":
         return None
     # It enrolled and never trained: the release, if there was one, is all that it sent.
     events = () if release.event is None else (release.event,)
-    return Question(events, events, run.settings.delta, None, ())
+    return Question(events, events, run.settings.delta, None, (), ())
 
 
 def _usual_round(events: Events, run: RunEvidence | None) -> PoissonGaussian | None:
@@ -181,7 +188,7 @@ def _site(item: Evidence, question: Question | None, answer: Answer | None, roun
 
 
 def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
-    if item.has_ledger and (item.book is None or item.problems):
+    if item.ledger is not None and (item.book is None or item.problems):
         return Status.UNKNOWN, "Its ledger was changed, or is not the one that its statements speak of."
     if item.statement is not None and item.statement.epsilon is None:
         return Status.NOT_PRIVATE, "It trained without noise: its model updates bound nothing."
@@ -236,7 +243,7 @@ def _stated(statement: Statement | None) -> Stated | None:
 
 
 def _ledger_state(item: Evidence) -> LedgerState | None:
-    if not item.has_ledger:
+    if item.ledger is None:
         return None
     book = item.book
     return LedgerState(

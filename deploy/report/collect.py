@@ -1,4 +1,4 @@
-"""Sources -> evidence: what ledgers and run folders say, read once, checked, not interpreted.
+"""Sources -> evidence: what ledgers and run folders say, read, checked, not interpreted.
 
 A ledger is believed as far as ``client.ledger_check`` finds it intact; a run folder only repeats what its
 sites stated, so a statement is compared with the site's ledger wherever that is at hand. Knows no
@@ -58,8 +58,8 @@ class Evidence:
 
     name: str
     book: Book | None = None
-    has_ledger: bool = False
-    """Whether there is a ledger; without a ``book`` it cannot be believed."""
+    ledger: Path | None = None
+    """The ledger's file; without a ``book`` it cannot be believed."""
     named: bool = False
     """Whether its ledger is itself a source, so that every row is shown."""
     statement: Statement | None = None
@@ -113,6 +113,16 @@ def collect(sources: Sequence[Path]) -> Collected:
     return found
 
 
+def check_ledgers(found: Collected) -> None:
+    """Note everything that is wrong with the ledgers, by themselves and against what the sites stated."""
+    for evidence in found.sites.values():
+        if evidence.ledger is None:
+            continue
+        head = evidence.statement.ledger_head if evidence.statement else ""
+        for problem in verify(evidence.ledger, head=head or None):
+            evidence.problems.append(Problem(site=evidence.name, row=problem.row, reason=problem.reason))
+
+
 def _read_named_ledger(path: Path, found: Collected) -> None:
     book = _read_book(path)
     name = _name_of(path, book)
@@ -123,7 +133,7 @@ def _read_named_ledger(path: Path, found: Collected) -> None:
             "A site's ledger holds all its runs: give the newest one alone."
         )
     if evidence.book is None:
-        _add_ledger(evidence, path, book)
+        evidence.book, evidence.ledger = book, path
     evidence.named = True
 
 
@@ -141,13 +151,6 @@ def _read_book(path: Path) -> Book | None:
 def _name_of(path: Path, book: Book | None) -> str:
     """Whose ledger it is; one that cannot be read names no site, but its folder may."""
     return book.site if book else path.resolve().parent.name or path.name
-
-
-def _add_ledger(evidence: Evidence, path: Path, book: Book | None) -> None:
-    head = evidence.statement.ledger_head if evidence.statement else ""
-    evidence.book, evidence.has_ledger = book, True
-    for problem in verify(path, head=head or None):
-        evidence.problems.append(Problem(site=evidence.name, row=problem.row, reason=problem.reason))
 
 
 def _read_run(path: Path, found: Collected) -> None:
@@ -197,7 +200,8 @@ def _read_run_ledgers(path: Path, found: Collected) -> None:
     for file in sorted((path / "sites").glob(f"*/{LEDGER}")):
         book = _read_book(file)
         name = _name_of(file, book)
-        _add_ledger(found.sites.setdefault(name, Evidence(name)), file, book)
+        evidence = found.sites.setdefault(name, Evidence(name))
+        evidence.book, evidence.ledger = book, file
 
 
 def _state(path: Path) -> tuple[Mapping[str, Any], bool]:

@@ -1,0 +1,116 @@
+"""The privacy report of a federation: 50 sites of different sizes, 200 rounds each, with their ledgers.
+
+    python benchmarks/report.py --json
+
+No two sites share an epsilon, which is the worst case: every figure has to be computed. The time is that of
+`deploy.report_cli.report` in a fresh process, from the first import of the accountants to the last file.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from client.ledger_book import Book
+from client.ledger_file import Kind, append, create, read_entries, writing
+from common.privacy.events import PoissonGaussian
+
+SITES, ROUNDS, STEPS, DELTA = 50, 200, 4, 1e-4
+EXPECTED_BAGS = 32
+TIMED = """
+import json, sys, time
+from pathlib import Path
+from deploy.report_cli import report
+
+if __name__ == "__main__":  # the report's worker processes read this file too
+    started = time.perf_counter()
+    written = report([Path(sys.argv[1])], Path(sys.argv[2]))
+    print(json.dumps({"seconds": round(time.perf_counter() - started, 2), "problems": written["problems"]}))
+"""
+
+
+def write_run(run: Path) -> None:
+    """A run folder as the server leaves it, with the simulated sites' ledgers."""
+    (run / "sites").mkdir(parents=True)
+    statements, releases, events = {}, {}, []
+    for number in range(SITES):
+        site, bags = f"site-{number + 1:02d}", 60 + 37 * number
+        rate = EXPECTED_BAGS / bags
+        event = PoissonGaussian(sample_rate=rate, noise_multiplier=0.9 + 14 * rate, steps=STEPS)
+        book = write_ledger(run / "sites" / site, site, event)
+        epsilon = book.spent()
+        statements[site] = {
+            "site": site,
+            "round": ROUNDS,
+            "unit": "bag",
+            "adjacency": "replace-one",
+            "epsilon": epsilon,
+            "delta": DELTA,
+            "events": [merged.model_dump() for merged in book.events_for(book.unit)],
+            "budget_left": book.cap.epsilon - epsilon,
+            "ledger_head": book.head,
+        }
+        releases[site] = {"mechanism": "none", "granularity": "none", "bags": bags, "event": {}}
+        events += [
+            {"event": "statement", "round": r, "site": site, "epsilon": epsilon * (r / ROUNDS) ** 0.5}
+            for r in range(1, ROUNDS + 1)
+        ]
+    summary = {"rounds": ROUNDS, "statements": statements, "releases": releases, "left_out": []}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / "config.toml").write_text(
+        f'name = "benchmark"\n[dp]\nepsilon = 50.0\ndelta = {DELTA}\nsteps-per-round = {STEPS}\n'
+    )
+
+
+def write_ledger(folder: Path, site: str, event: PoissonGaussian) -> Book:
+    """A site's ledger, all rows in one transaction: a sync a row would take minutes."""
+    folder.mkdir()
+    path, common = folder / "ledger.sqlite", {"data_version": "v1", "time": "2026-01-01T00:00:00+00:00"}
+    create(path, {**common, "site": site, "unit": "bag", "cap_epsilon": 50.0, "cap_delta": DELTA})
+    with writing(path) as db:
+        last = read_entries(db, path)[-1]
+        for number in range(1, ROUNDS + 1):
+            body = {**common, "event": event.model_dump(), "run_id": "benchmark", "round": number}
+            last = append(db, last, Kind.RESERVED, body)
+            last = append(db, last, Kind.CONFIRMED, {**common, "reservation": last.seq})
+    return Book.read(path)
+
+
+def measure() -> dict[str, object]:
+    """Seconds of the report, and how large it is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_run(folder / "run")
+        (folder / "timed.py").write_text(TIMED)
+        command = [sys.executable, str(folder / "timed.py"), str(folder / "run"), str(folder / "out")]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(
+            command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=True
+        )
+        timed = json.loads(done.stdout)
+        if timed["problems"]:
+            raise SystemExit(f"the report found problems: {timed['problems'][:3]}")
+        page = (folder / "out" / "report.html").stat().st_size
+    return {"seconds": timed["seconds"], "sites": SITES, "rounds": ROUNDS, "page_kb": page // 1000}
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    as_json = parser.parse_args().json
+    figures = measure()
+    if as_json:
+        print(json.dumps(figures, indent=2))
+    else:
+        print(
+            f"report of {SITES} sites x {ROUNDS} rounds: {figures['seconds']} s, a page of "
+            f"{figures['page_kb']} kB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""The privacy-budget report: every number on the page is the JSON's, and the JSON's is the ledger's."""
+
+import json
+import math
+import re
+import shutil
+import sqlite3
+import subprocess
+from contextlib import suppress
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from jsonschema import Draft202012Validator
+from PIL import Image
+from typer.testing import CliRunner
+
+from client.ledger import BudgetRefused, Ledger
+from client.ledger_book import Book
+from common.errors import UserError
+from common.privacy.accounting import opacus_rdp, spent, without_amplification
+from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict
+from common.privacy.proportions import release_counts
+from common.privacy.randomness import InsecureSeededRandomness
+from deploy.report.accounts import Question, answer_all
+from deploy.report.model import Report
+from deploy.report.prose import listed
+from deploy.report.render import field_path
+from deploy.report_cli import find_browser, report, report_command
+
+DELTA = 1e-4
+HOSTILE = '<script>alert("x")</script> & co.'
+SIGMAS = {"north": 1.6, "south": 3.2}
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(report_command)
+
+
+def fill(folder: Path, site: str, sigma: float, rounds: int = 3, cap: float = 20.0) -> Ledger:
+    """A ledger with a release, ``rounds`` confirmed rounds and one that broke off."""
+    folder.mkdir(parents=True)
+    ledger = Ledger.open(folder / "ledger.sqlite", site, "v1", cap, DELTA)
+    counts = release_counts(
+        np.array([[3, 5], [4, 2]]), scale=8.0, randomness=InsecureSeededRandomness(0, site)
+    )
+    ledger.store_release(counts, "demo")
+    event = PoissonGaussian(sample_rate=0.3, noise_multiplier=sigma, steps=4)
+    for number in range(1, rounds + 1):
+        ledger.confirm(ledger.reserve(event, "demo", number))
+    ledger.reserve(event, "demo", rounds + 1)
+    return ledger
+
+
+def refuse(ledger: Ledger) -> None:
+    """One request that the cap does not allow."""
+    with suppress(BudgetRefused):
+        ledger.reserve(PoissonGaussian(sample_rate=1.0, noise_multiplier=0.2, steps=99), "demo", 5)
+
+
+def write_run(run: Path, ledgers: dict[str, Ledger], randomness: str = "secure") -> Path:
+    """What the server leaves of a finished run."""
+    statements = {site: ledger.statement(3).model_dump(mode="json") for site, ledger in ledgers.items()}
+    release = {"mechanism": "discrete-laplace", "granularity": "total", "bags": 75}
+    event = {"kind": "discrete_laplace", "scale": 8.0}
+    summary = {
+        "rounds": 3,
+        "per_site": {site: {} for site in statements},
+        "statements": statements,
+        "releases": {site: {**release, "event": event} for site in statements},
+        "left_out": [{"round": 2, "site": "south", "phase": "train", "reason": "too late"}],
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    events: list[dict[str, Any]] = [{"event": "update", "round": 1, "site": "north", "bags": 67}]
+    for site, statement in statements.items():
+        for number in (1, 2, 3):
+            share = statement["epsilon"] * math.sqrt(number / 3)
+            events.append({"event": "statement", "round": number, "site": site, "epsilon": share})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"torn')
+    dp = f"epsilon = 20.0\ndelta = {DELTA}\nclip-norm = 0.5\nsteps-per-round = 4\n"
+    dp += f'randomness = "{randomness}"\n'
+    (run / "config.toml").write_text(f'name = "demo"\nrounds = 3\n[dp]\n{dp}')
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of two sites with different noise, one refusal, and a round each that broke off."""
+    folder = tmp_path / "demo"
+    ledgers = {site: fill(folder / "sites" / site, site, sigma) for site, sigma in SIGMAS.items()}
+    refuse(ledgers["south"])
+    return write_run(folder, ledgers)
+
+
+class Fields(HTMLParser):
+    """Every element with a data-field: path, exact value, and the text that is shown."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str, str]] = []
+        self._open: list[str | None] | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        if "data-value" in given:
+            self._open = [given["data-field"], given["data-value"], ""]
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None:
+            assert self._open[2] is not None
+            self._open[2] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._open is not None:
+            path, value, text = self._open
+            self.found.append((path or "", value or "", text or ""))
+            self._open = None
+
+
+def at(data: Any, path: str) -> Any:
+    """The value at a path of the JSON."""
+    for key in path.split("."):
+        name = key.replace("%2E", ".").replace("%25", "%")
+        data = data[int(name)] if isinstance(data, list) else data[name]
+    return data
+
+
+def read(out: Path) -> tuple[dict[str, Any], str]:
+    """The JSON, checked against its schema, and the page, whose every figure is checked against the JSON."""
+    data = json.loads((out / "report.json").read_text())
+    schema = json.loads((out / "report.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(data)
+    Report.model_validate(data)
+    page = (out / "report.html").read_text()
+    fields = Fields(page).found
+    assert fields
+    for path, value, text in fields:
+        exact = at(data, path)
+        if exact is None:
+            assert value == "null", path
+        elif isinstance(exact, float):
+            assert float(value) == exact, path
+            assert float(text) == pytest.approx(exact, rel=1e-3), path
+        else:
+            assert value == str(exact) == text, path
+    return data, page
+
+
+def test_every_figure_on_the_page_is_the_json_which_is_the_ledger(run: Path, tmp_path: Path) -> None:
+    written = report([run], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    assert written["problems"] == []
+    shown = {path for path, _, _ in Fields(page).found}
+    for site in SIGMAS:
+        book = Book.read(run / "sites" / site / "ledger.sqlite")
+        figures = data["sites"][site]
+        assert figures["epsilon"] == book.spent()
+        assert figures["add_remove"] == book.spent(Adjacency.ADD_REMOVE)
+        assert (figures["cap"], figures["delta"]) == (book.cap.epsilon, book.cap.delta)
+        assert figures["left"] == book.cap.epsilon - book.spent()
+        assert figures["confirmed"] < figures["epsilon"]
+        assert figures["opacus_rdp"] == opacus_rdp(book.events[1:], DELTA)
+        assert figures["ledger"] == {"head": book.head, "rows": len(book.entries), "intact": True}
+        assert figures["training"][0]["unconfirmed_rounds"] == 1
+        assert figures["releases"][0]["epsilon_alone"] == 0.25
+        assert [item["rounds"] for item in figures["what_if"]] == [1, 10, 100]
+        again = spent([*book.events, *[book.events[-1]] * 10], DELTA, Adjacency.REPLACE_ONE)
+        assert figures["what_if"][1]["epsilon"] == again
+        for key in ("epsilon", "delta", "cap", "left", "add_remove", "opacus_rdp", "without_amplification"):
+            assert f"sites.{site}.{key}" in shown
+    assert data["worst"]["site"] == "north"
+    assert data["worst"]["epsilon"] == max(figures["epsilon"] for figures in data["sites"].values())
+    assert len(data["sites"]["south"]["refusals"]) == 1
+    assert data["sites"]["north"]["delta_limit"] == 1 / 67
+    assert data["left_out"][0]["reason"] == "too late"
+    assert len(data["disclosures"]) == len({item["key"] for item in data["disclosures"]}) == 17
+    for item in data["disclosures"]:
+        assert f'<article id="{item["key"]}">' in page
+
+
+def test_a_ledger_alone_tells_every_row(run: Path, tmp_path: Path) -> None:
+    ledger = run / "sites" / "south" / "ledger.sqlite"
+    report([ledger], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    book = Book.read(ledger)
+    figures = data["sites"]["south"]
+    assert data["scope"] == "site"
+    assert [row["row"] for row in figures["rows"]] == [entry.seq for entry in book.entries]
+    assert "reserved, not confirmed" in {row["kind"] for row in figures["rows"]}
+    assert figures["spending"][-1] == {"round": 4, "epsilon": book.spent()}
+    assert figures["stated"] is None
+
+
+def test_two_runs_on_the_same_data_are_one_spending(run: Path, tmp_path: Path) -> None:
+    path = run / "sites" / "north" / "ledger.sqlite"
+    ledger = Ledger.open(path, "north", "v1", 20.0, DELTA)
+    ledger.confirm(
+        ledger.reserve(PoissonGaussian(sample_rate=0.3, noise_multiplier=1.6, steps=4), "again", 1)
+    )
+    report([run, path], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    assert [part["run"] for part in data["sites"]["north"]["training"]] == ["demo", "again"]
+    assert (
+        data["sites"]["north"]["epsilon"]
+        == Book.read(path).spent()
+        > data["sites"]["north"]["stated"]["epsilon"]
+    )
+    assert data["problems"] == []
+
+
+def test_without_ledgers_the_statements_are_reported(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "sites")
+    report([run], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    for figures in data["sites"].values():
+        assert figures["epsilon"] == pytest.approx(figures["stated"]["epsilon"])
+        assert figures["ledger"] is None
+        assert [point["round"] for point in figures["spending"]] == [1, 2, 3]
+
+
+def edit_summary(run: Path, change: Any) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    change(summary)
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_one_site_without_noise_takes_the_guarantee_from_all(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "sites" / "north")
+    edit_summary(run, lambda summary: summary["statements"]["north"].update(epsilon=None, events=[]))
+    report([run], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    assert data["status"] == "not-private"
+    assert data["worst"] is None
+    assert data["headline"].startswith("No privacy guarantee: north")
+    assert '<section class="banner bad">' in page
+    assert data["sites"]["south"]["epsilon"] is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"epsilon": 0.5}, "says epsilon 0.5"),
+        ({"ledger_head": "0" * 64}, "no row"),
+        ({"events": [{"kind": "discrete_laplace", "scale": 8.0}], "epsilon": 0.25}, "other events"),
+    ],
+)
+def test_a_statement_that_disagrees_is_a_problem(
+    run: Path, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    edit_summary(run, lambda summary: summary["statements"]["north"].update(change))
+    result = CliRunner().invoke(app, [str(run), "--out", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 1, result.output
+    assert any(reason in problem["reason"] for problem in json.loads(result.output)["problems"])
+    data, page = read(tmp_path / "out")
+    assert {problem["site"] for problem in data["problems"]} == {"north"}
+    assert "The records do not hold up" in page
+
+
+def test_a_tampered_ledger_is_flagged_on_top_and_gives_no_figure(run: Path, tmp_path: Path) -> None:
+    path = run / "sites" / "south" / "ledger.sqlite"
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("DROP TRIGGER no_update")
+    db.execute("""UPDATE entries SET body = replace(body, '"steps":4', '"steps":1') WHERE seq = 3""")
+    db.close()
+    for sources in ([run], [path]):
+        arguments = [*map(str, sources), "--out", str(tmp_path / "out"), "--json"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1, result.output
+        data, page = read(tmp_path / "out")
+        assert 3 in [problem["row"] for problem in data["problems"]]
+        assert data["sites"]["south"]["epsilon"] is None
+        assert data["worst"] is None
+        assert page.index("The records do not hold up") < page.index("In plain words")
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    ledger = fill(tmp_path / "site", HOSTILE, 2.0)
+    report([ledger.path], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    assert list(data["sites"]) == [HOSTILE]
+    assert "<script" not in page
+    assert at({"sites": {"a.b%": 1}}, field_path("sites", "a.b%")) == 1
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_has_both_schemes(run: Path, tmp_path: Path) -> None:
+    report([run], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert not re.findall(r"https?://|//[a-z]+\.|@import|url\(|src=|<script|<link", page)
+    assert "@media (prefers-color-scheme: dark)" in page
+    assert "@media print" in page
+    assert page.count("<svg") == 4
+
+
+def test_no_epsilon_stands_without_its_terms(run: Path, tmp_path: Path) -> None:
+    report([run], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    for text in (*data["summary"], *data["cautions"]):
+        if "epsilon is" in text:
+            assert all(word in text for word in ("delta", "bag", "replace-one", "PLD"))
+    for site in re.findall(r'<section class="site".*?</section>', page, flags=re.DOTALL):
+        assert all(word in site for word in ("replace-one", "at delta", "PLD (dp-accounting)", "bag"))
+
+
+def test_cautions_and_audit(run: Path, tmp_path: Path) -> None:
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('"secure"', '"insecure-seeded"'))
+    (run / "audit.json").write_text(json.dumps({"lower_bound": 1.5, "confidence": 0.95, "canaries": 30}))
+    edit_summary(run, lambda summary: summary["releases"]["south"].update(bags=10**4))
+    report([run], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    assert data["audit"] == {"lower_bound": 1.5, "confidence": 0.95, "details": {"canaries": "30"}}
+    assert any("simulation" in text for text in data["cautions"])
+    assert any("south: delta" in text for text in data["cautions"])
+    (run / "audit.json").write_text(json.dumps({"lower_bound": 99.0, "confidence": 0.95}))
+    assert "the audit shows" in report([run], tmp_path / "out")["problems"][0]["reason"]
+
+
+def test_mistakes_are_told_as_such_and_leave_nothing(run: Path, tmp_path: Path) -> None:
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    (empty / "config.toml").write_text('name = "x"\n')
+    shutil.copytree(run, broken)
+    edit_summary(broken, lambda summary: summary["statements"]["north"].update(new="field"))
+    other = tmp_path / "other.sqlite"
+    shutil.copy(run / "sites" / "north" / "ledger.sqlite", other)
+    db = sqlite3.connect(other)
+    db.execute("PRAGMA user_version = 7")
+    db.close()
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no ledger")
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for sources, word in (
+        ([tmp_path / "none"], "neither a run folder nor a ledger"),
+        ([empty], "no finished round"),
+        ([broken], "not of a form"),
+        ([other], "schema 7"),
+        ([notes], "ledger"),
+        ([run, copy], "two of the runs"),
+    ):
+        with pytest.raises(UserError, match=word):
+            report(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        report([run], tmp_path / "file" / "out")
+
+
+def test_an_unfinished_run_is_reported_from_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    from server import checkpoint
+
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    state = checkpoint.ServerState(round=2)
+    statements = {
+        site: Ledger.open(run / "sites" / site / "ledger.sqlite", site, "v1", 20.0, DELTA) for site in SIGMAS
+    }
+    state.statements = {site: ledger.statement(2) for site, ledger in statements.items()}
+    checkpoint.save(run / "checkpoints", state, {"w": np.zeros(1, np.float32)}, {}, {})
+    report([run], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    assert (data["finished"], data["rounds"]) == (False, 2)
+    assert any("has not finished" in text for text in data["cautions"])
+    assert set(data["sites"]) == set(summary["statements"])
+
+
+def test_figures_are_the_same_from_workers_and_without() -> None:
+    questions = []
+    for number in range(8):
+        event = PoissonGaussian(sample_rate=0.1, noise_multiplier=2.0 + number, steps=20)
+        questions.append(Question((event,), (event,), DELTA, event, (10,), ()))
+    done: list[str] = []
+    many = answer_all(questions, meanwhile=lambda: done.append("many"))
+    for question in questions[:2]:
+        assert answer_all([question], meanwhile=lambda: done.append("one"))[question] == many[question]
+    assert done == ["many", "one", "one"]
+
+
+def test_without_amplification_agrees_with_the_accountant() -> None:
+    steps = PoissonGaussian(sample_rate=0.1, noise_multiplier=10.0, steps=80)
+    for events in ((steps,), (DiscreteLaplace(scale=8.0), steps)):
+        question = Question(events, events, DELTA, None, (), ())
+        ours = answer_all([question], meanwhile=lambda: None)[question].without_amplification
+        reference = without_amplification(events, DELTA, Adjacency.REPLACE_ONE)
+        assert ours == pytest.approx(reference, rel=1e-3) if len(events) == 1 else ours >= reference
+
+
+def test_long_lists_are_counted() -> None:
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
+
+
+def screenshot(browser: str, page: Path, picture: Path, width: int) -> np.ndarray[Any, Any]:
+    """The page at a width; a frame, for no window is as narrow as a phone."""
+    frame = picture.with_suffix(".html")
+    style = f"width:{width}px;height:1600px;border:0"
+    frame.write_text(
+        f'<body style="margin:0"><iframe src="{page.resolve().as_uri()}" style="{style}"></iframe>'
+    )
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        f"--user-data-dir={picture.with_suffix('')}", f"--window-size={max(width, 500)},1600",
+        f"--screenshot={picture}", frame.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return np.asarray(Image.open(picture).convert("L"))[:, :width]
+
+
+@pytest.fixture
+def browser() -> str:
+    found = find_browser()
+    if found is None:
+        pytest.skip("no Chromium on the PATH")
+    return found
+
+
+def test_the_page_is_drawn_on_a_desktop_a_phone_and_paper(browser: str, run: Path, tmp_path: Path) -> None:
+    written = report([run], tmp_path / "out", pdf=True)
+    assert Path(written["pdf"]).read_bytes().startswith(b"%PDF")
+    for width in (1280, 390):
+        pixels = screenshot(browser, Path(written["html"]), tmp_path / f"{width}.png", width)
+        assert pixels.shape[1] == width
+        assert len(np.unique(pixels)) > 50
+        # The outer margin is empty: nothing runs over the edge.
+        assert len(np.unique(pixels[200:, -6:])) <= 2
+
+
+def test_a_pdf_without_a_browser_is_a_mistake(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs Chromium"):
+        report([run], tmp_path / "out", pdf=True)
+
+
+def test_events_in_the_json_are_enough_to_recompute(run: Path, tmp_path: Path) -> None:
+    """Somebody with another accountant needs only the training and release rows of the report."""
+    report([run], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    for figures in data["sites"].values():
+        events = [
+            *({"kind": "discrete_laplace", "scale": part["scale"]} for part in figures["releases"]),
+            *(
+                {
+                    "kind": "poisson_gaussian",
+                    **{k: part[k] for k in ("sample_rate", "noise_multiplier", "steps")},
+                }
+                for part in figures["training"]
+            ),
+        ]
+        assert figures["epsilon"] == spent(map(event_from_dict, events), DELTA, Adjacency.REPLACE_ONE)
