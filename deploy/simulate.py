@@ -19,7 +19,7 @@ from deploy.tables import console
 if TYPE_CHECKING:
     from client.bags import BagStore
 
-FOLDER_DEFAULTS: Mapping[str, Scalar] = {"rounds": 160, "evaluation.every": 4, "train.bags-per-step": 4}
+FOLDER_DEFAULTS: Mapping[str, Scalar] = {"rounds": 120, "evaluation.every": 4, "train.bags-per-step": 4}
 """For given site folders; the built-in defaults are sized for the two-minute synthetic demo."""
 PRIVATE_DEFAULTS: Mapping[str, Scalar] = {
     "rounds": 20,
