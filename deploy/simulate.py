@@ -24,7 +24,7 @@ FOLDER_DEFAULTS: Mapping[str, Scalar] = {"rounds": 120, "evaluation.every": 4, "
 PRIVATE_DEFAULTS: Mapping[str, Scalar] = {
     "rounds": 20,
     "model.backbone": "colour-histogram",
-    "model.method": "dllp-hierarchical",
+    "model.atoms-per-class": 1,
     "train.part": "head",
     "train.optimiser": "sgd",
     "train.learning-rate": 0.375,
