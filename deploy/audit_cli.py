@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from common.config import RunConfig
 
 AUDIT_FILE = "audit.json"
-EPSILON, ROUNDS = 8.0, 12
+EPSILON, ROUNDS = 8.0, 8
 
 
 def audit_command(

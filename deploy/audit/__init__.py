@@ -33,10 +33,11 @@ NOTE = (
     "A lower bound under the claim does not prove the claim; one above it refutes it. Covers the steps of "
     "training, not the release of counts. Computed from private data without noise: share it only on purpose."
 )
-LOOKS = (0.25, 1.0)
-"""Shares of the canaries that are guessed: sure ones (best for small leaks), and all (best for large)."""
-SPARE, FEWEST, MOST = 1.25, 100, 400
-"""Canaries by default: those that could refute the claim, and a quarter more for wrong guesses."""
+LOOKS = (0.25, 0.8)
+"""Shares of the canaries that are guessed: the surest (best for small leaks), and nearly all (for large).
+Not all: half of them are guessed to be there, but the coins seldom fall half and half."""
+SPARE, FEWEST, MOST = 2.0, 100, 400
+"""Canaries by default: twice those that could refute the claim, for wrong guesses and abstentions."""
 CONTROL = 0.5
 """Share of the bags that the attacked models are not trained on."""
 
@@ -97,7 +98,7 @@ def audit_site(
     slots = CanaryStore.insert(store, number, rng)
     plan = _plan_for(planned, planned.number_of_bags + number)
     scores = score_canaries(slots, config, plan, rng, advance)
-    guesses = [max(1, round(share * number)) for share in LOOKS]
+    guesses = [round(share * number) for share in LOOKS]
     looks = [(some, count_right(scores, slots.included, some)) for some in guesses]
     bound = best_bound(number, looks, delta, confidence)
     each = 1 - (1 - confidence) / len(LOOKS)
@@ -112,7 +113,7 @@ def audit_site(
         "confidence": confidence,
         "delta": delta,
         "lower_bound": bound.lower_bound,
-        "largest_possible_bound": lower_bound(number, number, number, delta, each),
+        "largest_possible_bound": lower_bound(number, max(guesses), max(guesses), delta, each),
         "reported_epsilon": {
             "replace_one": epsilon[Adjacency.REPLACE_ONE],
             "add_remove": epsilon[Adjacency.ADD_REMOVE],
