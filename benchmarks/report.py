@@ -62,6 +62,7 @@ def write_run(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (run / "config.toml").write_text(
         f'name = "benchmark"\n[dp]\nepsilon = 50.0\ndelta = {DELTA}\nsteps-per-round = {STEPS}\n'
+        f"[federation]\nsites = {SITES}\n"
     )
 
 

@@ -4,23 +4,32 @@ Only asks ``common.privacy.accounting``; knows no ledger, run or page. Fifty sit
 share no figure, so many compositions go to worker processes: half of a report's time is this module.
 """
 
+import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Self
 
-from common.privacy.accounting import epsilon_curve, opacus_rdp, spent
+import numpy as np
+
+from common.privacy.accounting import epsilon_curve, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
 
 Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
 
 ACCOUNTANT = "PLD (dp-accounting)"
-DELTAS = tuple(10.0**-exponent for exponent in range(2, 11, 2))
-"""Where the epsilon-over-delta curve is read, beside the site's own delta."""
 FEW = 6
 """Questions that are not worth a worker's start."""
+MOST_WORKERS = 8
+ORDERS = (*(1 + tenths / 10 for tenths in range(1, 100)), *range(12, 64))
+"""The Renyi orders of Opacus's accountant."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Question:
     """How many of them to ask for."""
     prefixes: tuple[Events, ...]
     """The events up to some rounds, for the plot over rounds."""
+    deltas: tuple[float, ...]
+    """Where the epsilon-over-delta curve is read, beside ``delta``."""
     stated: Events = ()
     """The events that the site told the server."""
 
@@ -56,23 +67,43 @@ class Answer:
     """Of the training steps alone; None where there are none."""
 
 
-def answer_all(questions: Sequence[Question], meanwhile: Callable[[], None]) -> dict[Question, Answer]:
-    """The answer to each distinct question; ``meanwhile`` is done while workers are at it."""
-    distinct = list(dict.fromkeys(questions))
-    workers = min(os.cpu_count() or 1, 8)
-    if len(distinct) <= FEW or workers == 1:
-        meanwhile()
-        return {question: replace(answer(question), opacus_rdp=_opacus(question)) for question in distinct}
-    # Fresh interpreters: forking a process that runs torch's threads can hang. Opacus takes longer to
-    # import than to ask, so this process does that part alone while the workers do the others.
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        answers = pool.map(answer, distinct, chunksize=2)
-        meanwhile()
-        seconds = [_opacus(question) for question in distinct]
-        return {
-            question: replace(found, opacus_rdp=second)
-            for question, found, second in zip(distinct, answers, seconds, strict=True)
-        }
+class Accountants:
+    """Answers questions; a context. Its worker processes start at once where many questions are expected."""
+
+    def __init__(self, expected: int) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        workers = min(os.cpu_count() or 1, MOST_WORKERS)
+        if expected > FEW and workers > 1:
+            # Fresh interpreters: forking a process that runs torch's threads can hang.
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
+            for _ in range(workers):
+                self._pool.submit(_load)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def answer_all(
+        self, questions: Sequence[Question], meanwhile: Callable[[], None]
+    ) -> dict[Question, Answer]:
+        """The answer to each distinct question; ``meanwhile`` is done while workers are at it."""
+        distinct = list(dict.fromkeys(questions))
+        if self._pool is not None:
+            answers = self._pool.map(answer, distinct)
+            meanwhile()
+        else:
+            meanwhile()
+            answers = map(answer, distinct)
+        second = [_second_opinion(question) for question in distinct]
+        return {q: replace(a, opacus_rdp=rdp) for q, a, rdp in zip(distinct, answers, second, strict=True)}
+
+
+def _load() -> None:
+    """Import what a worker will need."""
+    spent((PoissonGaussian(sample_rate=1.0, noise_multiplier=9.0, steps=1),), 0.5, Adjacency.ADD_REMOVE)
 
 
 def answer(question: Question) -> Answer:
@@ -80,7 +111,7 @@ def answer(question: Question) -> Answer:
     events, delta = question.events, question.delta
     whole = spent(events, delta, Adjacency.REPLACE_ONE)
     # In this order, for the accountant keeps the few newest distributions: the curve reads the last one.
-    deltas = sorted({delta, *DELTAS}, reverse=True) if events and math.isfinite(whole) else []
+    deltas = sorted({delta, *question.deltas}, reverse=True) if events and math.isfinite(whole) else []
     curve = epsilon_curve(events, Adjacency.REPLACE_ONE, deltas)
     return Answer(
         epsilon=whole,
@@ -98,9 +129,40 @@ def answer(question: Question) -> Answer:
     )
 
 
-def _opacus(question: Question) -> float | None:
+def _second_opinion(question: Question) -> float | None:
+    """What ``accounting.opacus_rdp`` says of the training steps.
+
+    Opacus's function is taken out of its file: importing the package takes torch, and longer than all the
+    figures of fifty sites. A test holds the two equal.
+    """
     steps = [event for event in question.events if isinstance(event, PoissonGaussian)]
-    return opacus_rdp(steps, question.delta) if steps else None
+    if not steps or any(event.noise_multiplier == 0 for event in steps):
+        return None
+    rdp = _opacus_analysis()
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        # Its fixed orders are too few for some settings; the bound is loose then, not wrong.
+        warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
+        losses = sum(
+            rdp.compute_rdp(
+                q=e.sample_rate, noise_multiplier=e.noise_multiplier, steps=e.steps, orders=ORDERS
+            )
+            for e in steps
+        )
+        return float(rdp.get_privacy_spent(orders=ORDERS, rdp=losses, delta=question.delta)[0])
+
+
+@functools.cache
+def _opacus_analysis() -> ModuleType:
+    package = find_spec("opacus")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "accountants" / "analysis" / "rdp.py"
+    spec = spec_from_file_location("fedbags_opacus_rdp", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _without_amplification(events: Events, delta: float) -> float:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
-from deploy.report.accounts import ACCOUNTANT, Answer, Events, Question, answer_all
+from deploy.report.accounts import ACCOUNTANT, Accountants, Answer, Events, Question
 from deploy.report.collect import Collected, Evidence, RunEvidence, Statement, check_ledgers
 from deploy.report.model import (
     CurvePoint,
@@ -26,22 +26,26 @@ from deploy.report.rows import Charge, charges, events_up_to, refusals_of, relea
 
 POINTS, LEAST_POINTS, ALL_POINTS = 24, 4, 120
 """Rounds at which a site's spending is computed: many for one site, few each for many sites."""
-MORE_ROUNDS, ONE_FOR_ALL, MANY = (1, 10, 100), (10,), 20
-"""More rounds to ask the price of, for each of a few sites and of many."""
+MANY = 20
+"""Sites from which on each gets fewer figures, so that the report takes seconds."""
+MORE_ROUNDS, FEW_MORE_ROUNDS = (1, 10, 100), (10,)
+"""More rounds to ask the price of."""
+DELTAS, FEW_DELTAS = tuple(10.0**-n for n in range(2, 11)), (1e-2, 1e-6, 1e-10)
+"""Where the curves are read, beside the site's own delta."""
 TOLERANCE = 1e-3
 """How far, relatively, a stated figure may be from the one computed from its own events."""
 
 
-def assemble(found: Collected) -> tuple[dict[str, Site], list[Problem]]:
+def assemble(found: Collected, accountants: Accountants) -> tuple[dict[str, Site], list[Problem]]:
     """Every site with its figures, in the order of the names, and all that is wrong."""
     run = found.runs[0] if len(found.runs) == 1 else None
     every = [found.sites[name] for name in sorted(found.sites)]
     points = max(LEAST_POINTS, min(POINTS, ALL_POINTS // max(len(every), 1)))
     rounds = {item.name: _rounds_shown(item, points) for item in every}
-    more = MORE_ROUNDS if len(every) <= MANY else ONE_FOR_ALL
-    questions = {item.name: _question(item, run, rounds[item.name], more) for item in every}
+    extent = (MORE_ROUNDS, DELTAS) if len(every) < MANY else (FEW_MORE_ROUNDS, FEW_DELTAS)
+    questions = {item.name: _question(item, run, rounds[item.name], *extent) for item in every}
     asked = [question for question in questions.values() if question is not None]
-    answers = answer_all(asked, meanwhile=lambda: check_ledgers(found))
+    answers = accountants.answer_all(asked, meanwhile=lambda: check_ledgers(found))
     sites: dict[str, Site] = {}
     problems: list[Problem] = []
     for item in every:
@@ -80,7 +84,11 @@ def _of_one_run(item: Evidence) -> bool:
 
 
 def _question(
-    item: Evidence, run: RunEvidence | None, rounds: dict[int, Events], more: tuple[int, ...]
+    item: Evidence,
+    run: RunEvidence | None,
+    rounds: dict[int, Events],
+    more: tuple[int, ...],
+    deltas: tuple[float, ...],
 ) -> Question | None:
     """What to ask for a site; None where no figure could be believed."""
     statement, release = item.statement, item.release
@@ -97,17 +105,18 @@ def _question(
             next_round=training[-1] if training else None,
             more_rounds=more,
             prefixes=tuple(rounds.values()),
+            deltas=deltas,
             stated=stated,
         )
     if statement is not None:
         if statement.epsilon is None or statement.delta is None:
             return None
-        return Question(stated, stated, statement.delta, _usual_round(stated, run), more, (), stated)
+        return Question(stated, stated, statement.delta, _usual_round(stated, run), more, (), deltas, stated)
     if run is None or run.settings.delta is None or release is None or release.mechanism == "exact":
         return None
     # It enrolled and never trained: the release, if there was one, is all that it sent.
     events = () if release.event is None else (release.event,)
-    return Question(events, events, run.settings.delta, None, (), ())
+    return Question(events, events, run.settings.delta, None, (), (), deltas)
 
 
 def _usual_round(events: Events, run: RunEvidence | None) -> PoissonGaussian | None:
@@ -149,7 +158,7 @@ def _site(item: Evidence, question: Question | None, answer: Answer | None, roun
         spending = [Spending(round=r, epsilon=e) for r, e in sorted(item.stated.items())]
     else:
         pairs = zip(rounds, bounded.prefixes, strict=True) if bounded else ()
-        spending = [Spending(round=r, epsilon=e) for r, e in pairs]
+        spending = [Spending(round=r, epsilon=e) for r, e in pairs if math.isfinite(e)]
     return Site(
         name=item.name,
         status=status,
@@ -163,9 +172,9 @@ def _site(item: Evidence, question: Question | None, answer: Answer | None, roun
         cap=cap,
         left=max(cap - epsilon, 0.0) if cap is not None and epsilon is not None else None,
         guess_right=_guess_right(epsilon, question.delta) if question and epsilon is not None else None,
-        add_remove=bounded.add_remove if bounded else None,
-        opacus_rdp=bounded.opacus_rdp if bounded else None,
-        without_amplification=bounded.without_amplification if bounded else None,
+        add_remove=_finite(bounded.add_remove) if bounded else None,
+        opacus_rdp=_finite(bounded.opacus_rdp) if bounded else None,
+        without_amplification=_finite(bounded.without_amplification) if bounded else None,
         bags=bags,
         delta_limit=1 / bags if bags else None,
         steps=sum(part.steps for part in training),
@@ -173,9 +182,13 @@ def _site(item: Evidence, question: Question | None, answer: Answer | None, roun
         training=training,
         releases=releases_of(book) if book else _stated_release(item),
         spending=tuple(spending),
-        curve=tuple(CurvePoint(delta=d, epsilon=e) for d, e in bounded.curve) if bounded else (),
+        curve=tuple(CurvePoint(delta=d, epsilon=e) for d, e in bounded.curve if math.isfinite(e))
+        if bounded
+        else (),
         what_if=tuple(
-            WhatIf(rounds=n, epsilon=e, fits=cap is None or e <= cap) for n, e in bounded.more_rounds
+            WhatIf(rounds=n, epsilon=e, fits=cap is None or e <= cap)
+            for n, e in bounded.more_rounds
+            if math.isfinite(e)
         )
         if bounded
         else (),
@@ -199,6 +212,10 @@ def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
     if not math.isfinite(answer.epsilon):
         return Status.NOT_PRIVATE, "Some of what it sent carried no noise that bounds anything."
     return Status.BOUNDED, ""
+
+
+def _finite(epsilon: float | None) -> float | None:
+    return epsilon if epsilon is not None and math.isfinite(epsilon) else None
 
 
 def _guess_right(epsilon: float, delta: float) -> float:

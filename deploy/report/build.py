@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deploy.report.accounts import Accountants
 from deploy.report.assemble import assemble, worst_of
-from deploy.report.collect import collect
+from deploy.report.collect import collect, expected_sites
 from deploy.report.model import Problem, Provenance, Report
 from deploy.report.prose import NOT_COVERED, Told, cautions, disclosures, headline, status_of, summary
 
@@ -20,8 +21,9 @@ def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) ->
     Raises:
         UserError: see ``collect``.
     """
-    found = collect(sources)
-    sites, problems = assemble(found)
+    with Accountants(expected_sites(sources)) as accountants:
+        found = collect(sources)
+        sites, problems = assemble(found, accountants)
     run = found.runs[0] if len(found.runs) == 1 else None
     worst = worst_of(sites.values())
     if run and run.audit and worst and run.audit.lower_bound > worst.epsilon:

@@ -9,18 +9,20 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from client.ledger_book import Book
-from client.ledger_check import verify
 from client.ledger_file import LedgerError, reading
 from common.errors import RunError, UserError
 from common.privacy.events import Event
 from deploy.report.model import Audit, LeftOut, Problem, Settings
+
+if TYPE_CHECKING:  # loads torch, which a report from statements alone does not need
+    from client.ledger_book import Book
 
 LEDGER = "ledger.sqlite"
 
@@ -57,7 +59,7 @@ class Evidence:
     """What is known of one site."""
 
     name: str
-    book: Book | None = None
+    book: "Book | None" = None
     ledger: Path | None = None
     """The ledger's file; without a ``book`` it cannot be believed."""
     named: bool = False
@@ -113,11 +115,23 @@ def collect(sources: Sequence[Path]) -> Collected:
     return found
 
 
+def expected_sites(sources: Sequence[Path]) -> int:
+    """About how many sites the sources speak of; read in no time, and trusted by nobody."""
+    number = 0
+    for path in sources:
+        number += 1
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            number += int(tomllib.loads((path / "config.toml").read_text())["federation"]["sites"])
+    return number
+
+
 def check_ledgers(found: Collected) -> None:
     """Note everything that is wrong with the ledgers, by themselves and against what the sites stated."""
     for evidence in found.sites.values():
         if evidence.ledger is None:
             continue
+        from client.ledger_check import verify
+
         head = evidence.statement.ledger_head if evidence.statement else ""
         for problem in verify(evidence.ledger, head=head or None):
             evidence.problems.append(Problem(site=evidence.name, row=problem.row, reason=problem.reason))
@@ -137,8 +151,10 @@ def _read_named_ledger(path: Path, found: Collected) -> None:
     evidence.named = True
 
 
-def _read_book(path: Path) -> Book | None:
+def _read_book(path: Path) -> "Book | None":
     """The ledger's content; None where it is damaged or was tampered with."""
+    from client.ledger_book import Book
+
     # A file that is no ledger, or one of another release, is the user's mistake and no sign of tampering.
     with reading(path):
         pass
@@ -148,7 +164,7 @@ def _read_book(path: Path) -> Book | None:
         return None
 
 
-def _name_of(path: Path, book: Book | None) -> str:
+def _name_of(path: Path, book: "Book | None") -> str:
     """Whose ledger it is; one that cannot be read names no site, but its folder may."""
     return book.site if book else path.resolve().parent.name or path.name
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from client.ledger_book import Book
 from client.ledger_file import Entry, Kind
 from common.privacy.events import DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
 from deploy.report.model import Refusal, Release, Row, Training
+
+if TYPE_CHECKING:  # see collect.py
+    from client.ledger_book import Book
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Charge:
     confirmed: bool
 
 
-def charges(book: Book) -> list[Charge]:
+def charges(book: "Book") -> list[Charge]:
     """Everything that was spent, in the order of the rows; the events are those of ``book.events``."""
     rows = [entry for entry in book.entries if entry.kind in (Kind.RESERVED, Kind.RELEASED)]
     return [
@@ -55,7 +57,7 @@ def training_of(spent: Iterable[Charge]) -> tuple[Training, ...]:
     )
 
 
-def releases_of(book: Book) -> tuple[Release, ...]:
+def releases_of(book: "Book") -> tuple[Release, ...]:
     """Every release, without its counts."""
     return tuple(
         Release(
@@ -71,7 +73,7 @@ def releases_of(book: Book) -> tuple[Release, ...]:
     )
 
 
-def refusals_of(book: Book) -> tuple[Refusal, ...]:
+def refusals_of(book: "Book") -> tuple[Refusal, ...]:
     """What the cap did not allow."""
     return tuple(
         Refusal(
@@ -86,7 +88,7 @@ def refusals_of(book: Book) -> tuple[Refusal, ...]:
     )
 
 
-def rows_of(book: Book) -> tuple[Row, ...]:
+def rows_of(book: "Book") -> tuple[Row, ...]:
     """Every row."""
     return tuple(_row(entry, book) for entry in book.entries)
 
@@ -99,16 +101,16 @@ def name_event(data: Mapping[str, Any]) -> str:
     return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
 
 
-def events_up_to(book: Book, head: str, unit: Unit) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
+def events_up_to(book: "Book", head: str, unit: Unit) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
     """The merged events when ``head`` was the newest row; None where no row has it."""
     for number, entry in enumerate(book.entries, start=1):
         if entry.hash == head:
-            then = book if number == len(book.entries) else Book.of(book.entries[:number])
+            then = book if number == len(book.entries) else type(book).of(book.entries[:number])
             return then.events_for(unit)
     return None
 
 
-def _row(entry: Entry, book: Book) -> Row:
+def _row(entry: Entry, book: "Book") -> Row:
     body = entry.body
     open_ = entry.seq in book.open_reservations
     return Row(
