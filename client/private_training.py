@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from client.bags import BagStore
-from client.training import TrainingResult, build_optimiser, choose_device, make_batch
+from client.training import TrainingResult, batch_loss, build_optimiser, choose_device, make_batch
 from common.config import Method, RunConfig, Strategy
 from common.errors import ConfigError, RunError
 from common.lhfglp import LHFGLP
-from common.losses import hierarchical_proportion_loss, level_weights
+from common.losses import level_weights
 from common.privacy.plan import PrivacyPlan
 
 log = logging.getLogger("fedbags.client")
@@ -204,14 +204,7 @@ def bag_loss(
     torch.manual_seed(seed)  # dropout and stochastic depth of the backbone
     generator = torch.Generator().manual_seed(seed) if config.train.augment else None
     batch = make_batch(store, np.array([bag]), generator).to(next(model.parameters()).device)
-    return hierarchical_proportion_loss(
-        model(batch.images),
-        batch.bag_index,
-        batch.level_counts,
-        weights,
-        config.loss.reconstruction,
-        config.loss.sparsity,
-    )
+    return batch_loss(model, batch, config, weights)
 
 
 def bag_seed(seed: int, site: str, round: int, step: int, bag: int) -> int:

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,14 +84,7 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
         for _ in range(config.train.local_epochs):
             for bags in chunks(order.permutation(training), config.train.bags_per_step):
                 batch = make_batch(store, bags, generator if config.train.augment else None).to(device)
-                loss = hierarchical_proportion_loss(
-                    model(batch.images),
-                    batch.bag_index,
-                    batch.level_counts,
-                    weights,
-                    config.loss.reconstruction,
-                    config.loss.sparsity,
-                )
+                loss = batch_loss(model, batch, config, weights)
                 if anchors:
                     loss = loss + proximal_term(parameters, anchors, config.federation.proximal_mu)
                 optimiser.zero_grad(set_to_none=True)
@@ -118,6 +111,18 @@ def make_batch(store: BagStore, bags: NDArray[np.int64], generator: torch.Genera
         torch.cat(tensors),
         torch.repeat_interleave(torch.arange(len(chosen)), sizes),
         [torch.from_numpy(level).float() for level in counts],
+    )
+
+
+def batch_loss(model: LHFGLP, batch: Batch, config: RunConfig, weights: Sequence[float]) -> Tensor:
+    """The hierarchical proportion loss of a batch, a scalar; ``weights`` are of the levels."""
+    return hierarchical_proportion_loss(
+        model(batch.images),
+        batch.bag_index,
+        batch.level_counts,
+        weights,
+        config.loss.reconstruction,
+        config.loss.sparsity,
     )
 
 
