@@ -5,6 +5,7 @@ Asks ``accounts`` for all epsilons at once and computes none itself.
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
 from deploy.report.accounts import ACCOUNTANT, Accountants, Answer, Events, Question
@@ -24,35 +25,54 @@ from deploy.report.model import (
 )
 from deploy.report.rows import Charge, charges, events_up_to, refusals_of, releases_of, rows_of, training_of
 
-POINTS, LEAST_POINTS, ALL_POINTS = 24, 4, 120
-"""Rounds at which a site's spending is computed: many for one site, few each for many sites."""
+ALL_POINTS = 120
+"""Rounds at which spending is computed, all sites together: many for one site, few each for several."""
 MANY = 20
-"""Sites from which on each gets fewer figures, so that the report takes seconds."""
-MORE_ROUNDS, FEW_MORE_ROUNDS = (1, 10, 100), (10,)
-"""More rounds to ask the price of."""
-DELTAS, FEW_DELTAS = tuple(10.0**-n for n in range(2, 11)), (1e-2, 1e-6, 1e-10)
-"""Where the curves are read, beside the site's own delta."""
+"""Sites from which on only the worst gets every figure, so that the report takes seconds."""
 TOLERANCE = 1e-3
 """How far, relatively, a stated figure may be from the one computed from its own events."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is asked about a site."""
+
+    points: int
+    """Rounds at which its spending is computed."""
+    more_rounds: tuple[int, ...]
+    """More rounds to ask the price of."""
+    deltas: tuple[float, ...]
+    """Where the curve is read, beside the site's own delta."""
+
+
+FULL = Extent(24, (1, 10, 100), tuple(10.0**-exponent for exponent in range(2, 11)))
+BRIEF = Extent(4, (), (1e-2, 1e-6, 1e-10))
 
 
 def assemble(found: Collected, accountants: Accountants) -> tuple[dict[str, Site], list[Problem]]:
     """Every site with its figures, in the order of the names, and all that is wrong."""
     run = found.runs[0] if len(found.runs) == 1 else None
     every = [found.sites[name] for name in sorted(found.sites)]
-    points = max(LEAST_POINTS, min(POINTS, ALL_POINTS // max(len(every), 1)))
-    rounds = {item.name: _rounds_shown(item, points) for item in every}
-    extent = (MORE_ROUNDS, DELTAS) if len(every) < MANY else (FEW_MORE_ROUNDS, FEW_DELTAS)
-    questions = {item.name: _question(item, run, rounds[item.name], *extent) for item in every}
-    asked = [question for question in questions.values() if question is not None]
-    answers = accountants.answer_all(asked, meanwhile=lambda: check_ledgers(found))
+    extent = BRIEF
+    if len(every) < MANY:
+        extent = replace(FULL, points=min(FULL.points, ALL_POINTS // max(len(every), 1)))
+    asked = {item.name: _ask(item, run, extent) for item in every}
+    questions = [inquiry.question for inquiry in asked.values() if inquiry.question is not None]
+    answers = accountants.answer_all(questions, meanwhile=lambda: check_ledgers(found))
+    problems = [problem for item in every for problem in item.problems]
     sites: dict[str, Site] = {}
-    problems: list[Problem] = []
     for item in every:
-        question = questions[item.name]
-        answer = answers[question] if question else None
-        problems += item.problems + _disagreements(item, answer)
-        sites[item.name] = _site(item, question, answer, list(rounds[item.name]))
+        inquiry = asked[item.name]
+        answer = answers[inquiry.question] if inquiry.question else None
+        problems += _disagreements(item, answer)
+        sites[item.name] = _site(item, inquiry, answer)
+    worst = worst_of(sites.values())
+    if worst is not None and extent is BRIEF:
+        item = found.sites[worst.site]
+        inquiry = _ask(item, run, FULL)
+        assert inquiry.question is not None
+        answers = accountants.answer_all([inquiry.question], meanwhile=lambda: None)
+        sites[item.name] = _site(item, inquiry, answers[inquiry.question])
     return sites, problems
 
 
@@ -83,40 +103,45 @@ def _of_one_run(item: Evidence) -> bool:
     return item.book is not None and len({charge.run for charge in charges(item.book)}) <= 1
 
 
-def _question(
-    item: Evidence,
-    run: RunEvidence | None,
-    rounds: dict[int, Events],
-    more: tuple[int, ...],
-    deltas: tuple[float, ...],
-) -> Question | None:
-    """What to ask for a site; None where no figure could be believed."""
+@dataclass(frozen=True)
+class Inquiry:
+    """What is asked about a site; no question where no figure could be believed."""
+
+    question: Question | None
+    rounds: tuple[int, ...] = ()
+    """What the question's prefixes are of."""
+
+
+def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
     statement, release = item.statement, item.release
     stated = merge(statement.events) if statement else ()
-    if item.book is None and item.ledger is not None:
-        return None
     if item.book is not None:
         spent = charges(item.book)
+        rounds = _rounds_shown(item, extent.points)
         training = [charge.event for charge in spent if isinstance(charge.event, PoissonGaussian)]
-        return Question(
+        question = Question(
             events=merge(charge.event for charge in spent),
             confirmed=merge(charge.event for charge in spent if charge.confirmed),
             delta=item.book.cap.delta,
             next_round=training[-1] if training else None,
-            more_rounds=more,
+            more_rounds=extent.more_rounds,
             prefixes=tuple(rounds.values()),
-            deltas=deltas,
+            deltas=extent.deltas,
             stated=stated,
         )
+        return Inquiry(question, tuple(rounds))
+    if item.ledger is not None:
+        return Inquiry(None)
     if statement is not None:
         if statement.epsilon is None or statement.delta is None:
-            return None
-        return Question(stated, stated, statement.delta, _usual_round(stated, run), more, (), deltas, stated)
+            return Inquiry(None)
+        more = _usual_round(stated, run), extent.more_rounds
+        return Inquiry(Question(stated, stated, statement.delta, *more, (), extent.deltas, stated))
     if run is None or run.settings.delta is None or release is None or release.mechanism == "exact":
-        return None
+        return Inquiry(None)
     # It enrolled and never trained: the release, if there was one, is all that it sent.
     events = () if release.event is None else (release.event,)
-    return Question(events, events, run.settings.delta, None, (), (), deltas)
+    return Inquiry(Question(events, events, run.settings.delta, None, (), (), extent.deltas))
 
 
 def _usual_round(events: Events, run: RunEvidence | None) -> PoissonGaussian | None:
@@ -145,7 +170,8 @@ def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
     return [Problem(site=item.name, row=None, reason=reason) for reason in reasons]
 
 
-def _site(item: Evidence, question: Question | None, answer: Answer | None, rounds: list[int]) -> Site:
+def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
+    question = inquiry.question
     book, run_bags = item.book, item.release.bags if item.release else None
     bags = item.training_bags or run_bags
     status, why = _status(item, answer)
@@ -157,7 +183,7 @@ def _site(item: Evidence, question: Question | None, answer: Answer | None, roun
     if bounded and not bounded.prefixes:
         spending = [Spending(round=r, epsilon=e) for r, e in sorted(item.stated.items())]
     else:
-        pairs = zip(rounds, bounded.prefixes, strict=True) if bounded else ()
+        pairs = zip(inquiry.rounds, bounded.prefixes, strict=True) if bounded else ()
         spending = [Spending(round=r, epsilon=e) for r, e in pairs if math.isfinite(e)]
     return Site(
         name=item.name,

@@ -1,4 +1,4 @@
-"""Sources -> the report, whole: figures from ``assemble``, words from ``prose``."""
+"""Sources -> the report, whole: figures from ``assemble``, words from ``prose`` and ``disclosures``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 from deploy.report.accounts import Accountants
 from deploy.report.assemble import assemble, worst_of
 from deploy.report.collect import collect, expected_sites
+from deploy.report.disclosures import disclosures
 from deploy.report.model import Problem, Provenance, Report
-from deploy.report.prose import NOT_COVERED, Told, cautions, disclosures, headline, status_of, summary
+from deploy.report.prose import NOT_COVERED, Told, cautions, headline, status_of, summary
 
 
 def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) -> Report:
