@@ -87,7 +87,7 @@ def worst_of(sites: Iterable[Site]) -> Worst | None:
 
 def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
     """Rounds of training, counted over the ledger's life, with the events up to each."""
-    if item.book is None or (item.stated and not item.named and _of_one_run(item)):
+    if item.book is None or _told_by_statements(item):
         return {}
     events = [charge.event for charge in charges(item.book)]
     ends = [number for number, event in enumerate(events, 1) if isinstance(event, PoissonGaussian)]
@@ -99,8 +99,11 @@ def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
     return shown
 
 
-def _of_one_run(item: Evidence) -> bool:
-    return item.book is not None and len({charge.run for charge in charges(item.book)}) <= 1
+def _told_by_statements(item: Evidence) -> bool:
+    """Whether the run's statements tell the ledger's whole story; they speak of the bag in any case."""
+    if item.book is None or item.named or not item.stated or item.book.unit is not Unit.BAG:
+        return False
+    return len({charge.run for charge in charges(item.book)}) <= 1
 
 
 @dataclass(frozen=True)
