@@ -6,6 +6,7 @@ touched), switches that keep it from installing packages or calling home, a neut
 status of ``flwr run`` does not tell.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -111,7 +112,7 @@ def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Pa
         wait_for_health(process, port, log_file)
         yield log_file
     finally:
-        end_group(process)
+        end_group(process, work)
 
 
 def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
@@ -126,17 +127,33 @@ def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path)
     raise RunError(f"Flower's SuperLink did not start on port {port}:\n{tail(log_file)}")
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and everything it started (Ray's workers outlive a plain terminate)."""
-    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+def end_group(process: subprocess.Popen[bytes], work: Path) -> None:
+    """End the SuperLink and everything that came of it.
+
+    Flower detaches its helpers and Ray its workers, so they are known by what they inherited: a Flower
+    home inside ``work``.
+    """
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10.0)
+    for sign, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        end = time.monotonic() + patience
+        for pid in descendants(work):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sign)
+        while descendants(work) and time.monotonic() < end:
+            time.sleep(0.1)
+    process.wait()
+
+
+def descendants(work: Path) -> list[int]:
+    """Processes whose environment names ``work`` (Linux; elsewhere none are found)."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            if f"FLWR_HOME={work}/".encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+    return found
 
 
 def submit(work: Path, sites: int, environment: dict[str, str]) -> str:
