@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from common.errors import BadRow, DataError
+
+if TYPE_CHECKING:  # the tree is read where no model is
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Hierarchy:
             rolled.append(out)
         return rolled
 
-    def decode(self, log_probabilities: Sequence[Tensor]) -> Tensor:
+    def decode(self, log_probabilities: "Sequence[Tensor]") -> "Tensor":
         """The best root-to-leaf path: the leaf whose path has the largest summed log-probability.
 
         Args:
@@ -184,9 +185,11 @@ class Hierarchy:
         Returns:
             Shape (N, L), int64: consistent class indices, coarse to fine.
         """
+        import torch
+
         paths = torch.as_tensor(self.paths, device=log_probabilities[0].device)
         score = sum(
             level_scores.float()[:, paths[:, level]] for level, level_scores in enumerate(log_probabilities)
         )
-        assert isinstance(score, Tensor)
+        assert isinstance(score, torch.Tensor)
         return paths[score.argmax(dim=1)]

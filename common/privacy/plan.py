@@ -8,16 +8,18 @@ spent over all runs is the ledger's to say.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from common.errors import UserError
 from common.privacy.accounting import calibrate, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
 from common.privacy.randomness import Purpose, Randomness
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class PrivacyPlan:
         for _ in range(self.steps_per_round):
             yield stream.chosen(self.sample_rate, self.number_of_bags)
 
-    def noise(self, shape: Sequence[int], round: int) -> Tensor:
+    def noise(self, shape: Sequence[int], round: int) -> "Tensor":
         """Fresh normal noise of standard deviation ``noise_std``, float32, on the CPU.
 
         Every call gives new numbers: call it once for each parameter and step, and add the result to the

@@ -13,13 +13,14 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # reading a ledger needs no torch
+    from torch import Tensor
 
 CHUNK = 2**16
 """Normals made at once: the working arrays stay in the processor's cache."""
@@ -50,8 +51,10 @@ class Stream(ABC):
             return np.arange(number, dtype=np.int64)
         return np.flatnonzero(self.words(number) < np.uint64(math.floor(chance * 2**64))).astype(np.int64)
 
-    def normals(self, number: int, standard_deviation: float) -> Tensor:
+    def normals(self, number: int, standard_deviation: float) -> "Tensor":
         """Normal numbers as a float32 tensor of shape (number,), by Box-Muller in float64."""
+        import torch
+
         out = torch.empty(number, dtype=torch.float32)
         for start in range(0, number, CHUNK):
             part = out[start : start + CHUNK]
