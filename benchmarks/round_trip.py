@@ -8,6 +8,7 @@ The ClientApp returns the small model that it was sent; the ServerApp times each
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -41,6 +42,7 @@ def main() -> None:
         result["local_seconds"] = statistics.median(json.loads(rounds_file.read_text()))
         if not options.no_flower:
             rounds_file.unlink()
+            os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Flower's processes load the apps too
             started = time.perf_counter()
             run_flower(config, APPS)
             seconds = json.loads(rounds_file.read_text())
