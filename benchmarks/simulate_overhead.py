@@ -4,8 +4,8 @@
 
 Both train the same model on the same synthetic bags (cached), with the same augmentation, loss, optimiser,
 held-back evaluation and final test; the bare loop has no messages, records, guard, checkpoints or logs.
-They alternate in one process and thread; the ratio is of the medians of processor time (what the clock says on
-a machine where nothing else runs, and fair on one where something does).
+They alternate in one process and thread; the ratio is of the medians of processor time (what the clock says
+where nothing else runs, and fair where something does).
 """
 
 import argparse
