@@ -30,10 +30,13 @@ def sparsemax(scores: Tensor) -> Tensor:
         descending = z.sort(dim=-1, descending=True).values
         rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
         kept = 1 + rank * descending > descending.cumsum(dim=-1)
-        size = kept.sum(dim=-1, keepdim=True)
+        # A row with NaN keeps nothing; it gives NaN, as softmax does, rather than an error that would tell
+        # of it (in private training a gradient that is not finite counts as zero).
+        size = kept.sum(dim=-1, keepdim=True).clamp_min(1)
         # Ties share one value, so they are inside the support together or outside it together.
         support = z >= descending.gather(-1, size - 1)
     inside = support.to(z.dtype)
     # The top score is always kept, so no support is empty.
     tau = ((inside * z).sum(dim=-1, keepdim=True) - 1) / inside.sum(dim=-1, keepdim=True)
-    return torch.where(support, z - tau, torch.zeros_like(z)).clamp(min=0)
+    projected = torch.where(support, z - tau, torch.zeros_like(z)).clamp(min=0)
+    return torch.where(z.isnan().any(dim=-1, keepdim=True), torch.full_like(z, torch.nan), projected)

@@ -88,3 +88,10 @@ def test_under_autocast() -> None:
     z = torch.tensor([[0.5, 0.25, -0.25]], dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(sparsemax(z), sparsemax(z.float()))
+
+
+def test_a_row_with_nan_gives_nan_and_leaves_the_others_alone() -> None:
+    scores = torch.tensor([[torch.nan, 1.0, 2.0], [0.0, 0.0, 5.0]])
+    result = sparsemax(scores)
+    assert result[0].isnan().all()
+    assert result[1].tolist() == [0.0, 0.0, 1.0]
