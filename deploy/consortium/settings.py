@@ -1,0 +1,172 @@
+"""consortium.toml: who takes part, and at which addresses. The coordinator writes it by hand.
+
+Nothing here reads a key or a certificate, or starts a process; the folders that are made from these settings
+are ``kit``'s. There is no key that switches TLS or node keys off.
+"""
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from common.config import Section
+from common.errors import require_file
+from deploy.consortium.toml_file import read_toml, validated
+
+LOOPBACK = "127.0.0.1"
+NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
+def valid_name(name: str) -> str:
+    """A consortium's or site's name: it becomes a folder, a certificate's CN and a part of a unit's name."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            "a name has 1 to 63 letters, digits, '-' or '_' and begins and ends with a letter or digit"
+        )
+    return name
+
+
+def valid_host(host: str) -> str:
+    """A DNS name or an IP address, as it will stand in the server's certificate."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        labels = host.split(".")
+        if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdecimal():
+            raise ValueError("a host is a DNS name or an IP address, without port or https://") from None
+        return host.lower()
+
+
+def valid_address(address: str) -> str:
+    """An IP address that a process binds to."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        raise ValueError("give an IP address of this machine, such as 127.0.0.1") from None
+    return str(parsed)
+
+
+Name = Annotated[str, AfterValidator(valid_name)]
+Host = Annotated[str, AfterValidator(valid_host)]
+Address = Annotated[str, AfterValidator(valid_address)]
+Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Days = Annotated[int, Field(ge=1, le=7300, strict=True)]
+
+
+class ServerSettings(Section):
+    """The coordinator's addresses. Only ``port`` is for sites."""
+
+    hosts: tuple[Host, ...] = Field(
+        min_length=1,
+        description="names and addresses in the server's certificate; sites connect to the first",
+    )
+    port: Port = Field(8443, description="nginx with TLS: the sites' Fleet API and nothing else")
+    admin_address: Address = Field(
+        LOOPBACK, description="address of the SuperLink itself (Control and Runtime API): never a public one"
+    )
+    admin_port: Port = Field(9091, description="the SuperLink's own port on admin-address")
+    metrics_port: Port = Field(9092, description="Prometheus /metrics on admin-address")
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        if ipaddress.ip_address(self.admin_address).is_unspecified:
+            raise ValueError(
+                f"admin-address = {self.admin_address!r} would open the Control API, which has no login, to "
+                "everyone: give 127.0.0.1 or the address of a network that only administrators reach"
+            )
+        distinct_ports(self, "port", "admin_port", "metrics_port")
+        return self
+
+    @property
+    def host(self) -> str:
+        """What sites connect to."""
+        return self.hosts[0]
+
+    @property
+    def public_address(self) -> str:
+        """HOST:PORT of nginx, for ``flower-supernode --superlink``."""
+        return join_address(self.host, self.port)
+
+    @property
+    def superlink_address(self) -> str:
+        """HOST:PORT of the SuperLink itself, for nginx, SuperExec and ``flwr``."""
+        return join_address(self.admin_address, self.admin_port)
+
+    @property
+    def certificate_hosts(self) -> tuple[str, ...]:
+        """What the server's certificate must carry: ``hosts``, and where it is administered from."""
+        return tuple(dict.fromkeys((*self.hosts, self.admin_address, LOOPBACK, "localhost")))
+
+
+class SitePorts(Section):
+    """Ports that a site's processes open on its own loopback; no port of a site is reached from outside."""
+
+    runtime_port: Port = Field(9094, description="the SuperNode's Runtime API, on 127.0.0.1")
+    metrics_port: Port = Field(9095, description="Prometheus /metrics, on metrics-address")
+    metrics_address: Address = Field(LOOPBACK, description="address that /metrics is served on")
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        distinct_ports(self, "runtime_port", "metrics_port")
+        return self
+
+
+class SiteSettings(SitePorts):
+    """One site of consortium.toml."""
+
+    public_key: str = Field(
+        "", description="the site's node.pub, relative to consortium.toml; empty: add it later"
+    )
+
+
+class ValiditySettings(Section):
+    """How long certificates hold, days."""
+
+    authority_days: Days = 3650
+    certificate_days: Days = 398
+
+
+class ConsortiumSettings(Section):
+    """consortium.toml: what the coordinator writes by hand."""
+
+    name: Name = Field(description="the consortium's name")
+    server: ServerSettings
+    sites: dict[Name, SiteSettings] = Field(default_factory=dict)
+    validity: ValiditySettings = ValiditySettings()
+
+    @model_validator(mode="after")
+    def _tell_sites_apart(self) -> Self:
+        first: dict[str, str] = {}
+        for name in self.sites:
+            if (other := first.setdefault(name.lower(), name)) != name:
+                raise ValueError(f"sites {other!r} and {name!r} differ only in capitals: name one otherwise")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read ``consortium.toml``.
+
+        Raises:
+            UserError: the file is missing.
+            ConfigError: not TOML (a site named twice, say), or faulty keys; every one is named.
+        """
+        require_file(path, "the consortium's settings", "docs/quickstart.md shows one to begin with.")
+        return validated(cls, read_toml(path), path)
+
+
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def distinct_ports(section: Section, *fields: str) -> None:
+    """Raise a ValueError where two of the named fields hold one port."""
+    first: dict[int, str] = {}
+    for field in fields:
+        port, name = getattr(section, field), field.replace("_", "-")
+        if (other := first.setdefault(port, name)) != name:
+            raise ValueError(f"{other} and {name} are both {port}: every port needs its own number")
