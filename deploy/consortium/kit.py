@@ -183,6 +183,7 @@ class SiteKit(Kit):
         "",
         description="FILL IN: the folder with site.toml and the data; relative to this folder, or absolute",
     )
+    ports: SitePorts = SitePorts()
 
     @property
     def server_address(self) -> str:
@@ -242,7 +243,8 @@ def _check_version(version: Any, path: Path) -> None:
     if isinstance(version, int) and version < KIT_VERSION:
         raise UserError(
             f"{path} has kit-version {version}, and this fedbags runs version {KIT_VERSION}: "
-            "the kit is older. Ask the coordinator for a new kit (`fedbags provision` writes it) and move node.key into it."
+            "the kit is older. Ask the coordinator for a new kit (`fedbags provision` writes it) and move "
+            "node.key into it."
         )
     if isinstance(version, int):
         raise UserError(

@@ -61,8 +61,7 @@ class ServerSettings(Section):
     """The coordinator's addresses. Only ``port`` is for sites."""
 
     hosts: tuple[Host, ...] = Field(
-        min_length=1,
-        description="names and addresses in the server's certificate; sites connect to the first",
+        description="names and addresses in the server's certificate; sites connect to the first"
     )
     port: Port = Field(8443, description="nginx with TLS: the sites' Fleet API and nothing else")
     admin_address: Address = Field(
@@ -73,6 +72,8 @@ class ServerSettings(Section):
 
     @model_validator(mode="after")
     def _closed(self) -> Self:
+        if not self.hosts:
+            raise ValueError('hosts is empty: name the machine that sites connect to, as ["fl.example.org"]')
         if ipaddress.ip_address(self.admin_address).is_unspecified:
             raise ValueError(
                 f"admin-address = {self.admin_address!r} would open the Control API, which has no login, to "
