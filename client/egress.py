@@ -16,6 +16,7 @@ from client.site import SiteConfig
 from common.config import RunConfig
 from common.errors import ConfigError, DataError, EgressError, FedbagsError, RunError, UserError
 from common.messages import (
+    SITE_ERRORS,
     MessageError,
     ModelUpdate,
     PrivacyStatement,
@@ -30,15 +31,6 @@ log = logging.getLogger("fedbags.client")
 
 Handler = Callable[[Message, Context], Message]
 
-
-REASONS = {
-    SiteError.EGRESS: "the site's guard refused to send the reply",
-    SiteError.DATA: "the site's data cannot be used; `fedbags site check` at the site lists the rows",
-    SiteError.CONFIGURATION: "the run or site configuration is faulty at the site",
-    SiteError.TRAINING: "local training failed at the site (diverged or could not go on)",
-    SiteError.INTERNAL: "an unexpected error at the site",
-    SiteError.BUDGET: "the site's privacy budget does not allow this; the site leaves the run",
-}
 
 UNCOVERED_BY_DP = {"num-bags", "confusion"}
 """Metrics that may leave a private run. They are not covered by its epsilon, and the report says so: the
@@ -64,8 +56,11 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
     except Exception as error:
         code = classify(error)
         # The class alone: even the site's log lines carry no path, patient id or label.
-        log.error("%s refused: %s (%s)", kind, REASONS[code], type(error).__name__)
-        return Message(Error(int(code), REASONS[code]), reply_to=message)
+        log.error(
+            "%(phase)s refused: %(reason)s (%(error)s)",
+            {"phase": kind, "reason": SITE_ERRORS[code], "error": type(error).__name__},
+        )
+        return Message(Error(int(code), SITE_ERRORS[code]), reply_to=message)
     return reply
 
 

@@ -181,7 +181,10 @@ def train_round_privately(
     if buffers != {name: buffer._version for name, buffer in model.named_buffers()}:
         raise RunError("training changed a buffer of the model, which no noise covers; use another backbone")
     if optimiser.discarded:
-        log.warning("%s: %d bag gradients were not finite", store.name, optimiser.discarded)
+        log.warning(
+            "%(site)s: %(bags)d bag gradients were not finite",
+            {"site": store.name, "bags": optimiser.discarded},
+        )
     return TrainingResult(WITHHELD, optimiser.steps, len(training), 0)
 
 

@@ -36,6 +36,18 @@ class SiteError(IntEnum):
     """The site's privacy budget does not allow what was asked: it leaves the run."""
 
 
+SITE_ERRORS: Mapping[SiteError, str] = {
+    SiteError.EGRESS: "the site's guard refused to send the reply",
+    SiteError.DATA: "the site's data cannot be used; `fedbags site check` at the site lists the rows",
+    SiteError.CONFIGURATION: "the run or site configuration is faulty at the site",
+    SiteError.TRAINING: "local training failed at the site (diverged or could not go on)",
+    SiteError.INTERNAL: "an unexpected error at the site",
+    SiteError.BUDGET: "the site's privacy budget does not allow this; the site leaves the run",
+}
+"""What each code means. A site sends this text and no other, and a server writes down this text whatever
+came with the code: the text of an exception can carry a path or a patient id."""
+
+
 class MessageError(ValueError):
     """A Flower record is not one of ours. The text names records, keys, dtypes and shapes only."""
 
@@ -131,6 +143,11 @@ _RECORD_NAMES: Mapping[type[Record], str] = {
 
 
 def to_records(*messages: Record) -> RecordDict:
+def size(records: RecordDict) -> int:
+    """Bytes that the records hold, before the transport's own framing."""
+    return sum(record.count_bytes() for record in records.values())
+
+
     """Translate records into one Flower RecordDict; from_records gives them back unchanged."""
     records = RecordDict()
     for message in messages:

@@ -234,7 +234,7 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
 
     # Flower's strategies report each aggregation, of our one mean reply: noise between progress bars.
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    logging.getLogger("fedbags").propagate = False  # the run folder's log.txt has it
+    logging.getLogger("fedbags").propagate = False  # the run folder's log.jsonl has it
     flat = config.to_flat()
     with LocalGrid(config.federation.sites, flat, workers) as grid:
         app(grid, grid.server_context(flat))

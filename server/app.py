@@ -66,7 +66,9 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     roster = Roster()
     refused: list[tuple[str, str, str]] = []
     wait_for_nodes(grid, config.federation)
-    enrol(grid, roster, config.federation, state.round, lambda *fault: refused.append(fault))
+    enrol(
+        grid, roster, config.federation, state.round, lambda *fault: refused.append(fault), folder.exchanged
+    )
     if roster.hierarchy is None or len(roster.nodes) < config.federation.quorum:
         reasons = "\n".join(f"  {site}: {reason}" for site, _, reason in refused)
         raise RunError(

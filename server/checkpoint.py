@@ -100,7 +100,10 @@ def load_newest(folder: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[
         try:
             return _load(path)
         except (OSError, ValueError, SafetensorError) as error:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", path.name, error)
+            log.warning(
+                "checkpoint %(file)s is damaged (%(error)s); trying the one before it",
+                {"file": path.name, "error": type(error).__name__},
+            )
     if paths:
         raise RunError(f"no intact checkpoint among {[path.name for path in paths]} in {folder}")
     return None

@@ -13,7 +13,7 @@ from common.config import FederationConfig
 from common.errors import RunError
 from common.hierarchy import Hierarchy
 from common.messages import MessageError, ProportionRelease, check_only, from_records
-from server.exchange import ask
+from server.exchange import Note, ask
 
 log = logging.getLogger("fedbags.server")
 
@@ -62,7 +62,14 @@ def wait_for_nodes(grid: Grid, config: FederationConfig) -> list[int]:
     return nodes
 
 
-def enrol(grid: Grid, roster: Roster, config: FederationConfig, round: int, report: Report) -> list[str]:
+def enrol(
+    grid: Grid,
+    roster: Roster,
+    config: FederationConfig,
+    round: int,
+    report: Report,
+    note: Note | None = None,
+) -> list[str]:
     """Ask every node not seen before for its release and add the accepted ones to the roster.
 
     A site is left out (and reported) when it does not answer, is not on the allow-list, takes the name
@@ -76,7 +83,7 @@ def enrol(grid: Grid, roster: Roster, config: FederationConfig, round: int, repo
     allowed = {name.strip() for name in config.allow.split(",") if name.strip()}
     offered: dict[str, tuple[int, ProportionRelease]] = {}
     requests = {node: RecordDict() for node in fresh}
-    for reply in ask(grid, requests, PROPORTIONS, round=round, deadline=config.enrol_deadline):
+    for reply in ask(grid, requests, PROPORTIONS, round=round, deadline=config.enrol_deadline, note=note):
         label = f"node {reply.node}"
         if reply.content is None:
             report(label, "enrol", reply.failure)

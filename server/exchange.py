@@ -6,11 +6,25 @@ reply at a time (the others wait in the SuperLink). Knows node ids and messages,
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+
+from common.messages import SITE_ERRORS, SiteError, size
+
+FLOWER_ERRORS = {
+    1: "the site could not load the app",
+    2: "the app ended with an error at the site",
+    3: "the message was no longer there for the site",
+    4: "the reply was lost",
+    5: "the site is not connected",
+    6: "the site was not ready for the message",
+    7: "the site holds another app",
+    8: "the app died at the site (killed, or out of memory)",
+}
+"""Flower's error codes in words (``flwr.common.constant.ErrorCode``)."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 
@@ -26,8 +40,34 @@ class Reply:
     """The error code of the failure: one of ``SiteError``, or Flower's; 0 where there is none."""
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """One question to all sites and what came back, in figures."""
+
+    phase: str
+    """The message type."""
+    round: int
+    seconds: float
+    """From sending the first request until the last reply was taken in."""
+    asked: int
+    replies: int
+    """Without errors."""
+    bytes_sent: int
+    bytes_received: int
+
+
+Note = Callable[[Exchange], None]
+"""Called once all replies of an exchange are in."""
+
+
 def ask(
-    grid: Grid, requests: Mapping[int, RecordDict], message_type: str, *, round: int, deadline: float
+    grid: Grid,
+    requests: Mapping[int, RecordDict],
+    message_type: str,
+    *,
+    round: int,
+    deadline: float,
+    note: Note | None = None,
 ) -> Iterator[Reply]:
     """Send one request to each node and yield one reply per node, in the order of ``requests``.
 
@@ -37,8 +77,11 @@ def ask(
         message_type: Flower message type, such as ``train`` or ``query.proportions``.
         round: travels as the message's group.
         deadline: seconds from now; a node without a reply by then yields a failure.
+        note: is told the seconds and bytes of the exchange at its end, if anybody was asked.
     """
-    end = time.monotonic() + deadline
+    started = time.monotonic()
+    end = started + deadline
+    replies = sent = received = 0
     nodes = list(requests)
     ids = grid.push_messages(
         [
@@ -50,15 +93,27 @@ def ask(
         if message_id is None:
             yield Reply(node, None, "the message could not be sent to the site")
             continue
+        sent += size(requests[node])
         message = _wait(grid, message_id, end)
         if message is None:
             yield Reply(node, None, f"no reply within {deadline:g} s")
         elif message.has_error():
             # A lost node's error names no sender, so the node is the one this request went to.
-            reason = message.error.reason or f"error code {message.error.code}"
-            yield Reply(node, None, reason, message.error.code)
+            yield Reply(node, None, error_text(message.error.code), message.error.code)
         else:
+            replies += 1
+            received += size(message.content)
             yield Reply(node, message.content)
+    if note is not None and nodes:
+        seconds = time.monotonic() - started
+        note(Exchange(message_type, round, seconds, len(nodes), replies, sent, received))
+
+
+def error_text(code: int) -> str:
+    """An error's code in our own words; the text that came with it could carry a path or a patient id."""
+    if code in SITE_ERRORS:
+        return SITE_ERRORS[SiteError(code)]
+    return FLOWER_ERRORS.get(code, f"error code {code}")
 
 
 def _pair(nodes: Sequence[int], ids: Sequence[str | None]) -> Iterator[tuple[int, str | None]]:

@@ -68,7 +68,7 @@ class Rounds:
         while self.state.round < self.config.rounds:
             started = time.monotonic()
             number = self.state.round + 1
-            enrol(self.grid, self.roster, self.config.federation, number, self.report)
+            enrol(self.grid, self.roster, self.config.federation, number, self.report, self.folder.exchanged)
             self._train(number)
             if number % self.config.evaluation.every == 0 or number == self.config.rounds:
                 self._evaluate_bags(number)
@@ -87,7 +87,7 @@ class Rounds:
         left_out = LeftOut(round=self.state.round + 1, site=site, phase=phase, reason=reason)
         self.state.left_out.append(left_out)
         self.folder.event("left-out", **left_out.model_dump())
-        log.warning("round %d: %s left out of %s: %s", left_out.round, site, phase, reason)
+        log.warning("round %(round)d: %(site)s left out of %(phase)s: %(reason)s", left_out.model_dump())
 
     def _train(self, number: int) -> None:
         reference = trainable_arrays(self.model)
@@ -151,7 +151,8 @@ class Rounds:
         content = to_records(ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model)))
         by_node = {self.roster.nodes[site]: site for site in self.roster.names()}
         requests = dict.fromkeys(by_node, content)
-        for reply in ask(self.grid, requests, kind, round=number, deadline=self.config.federation.deadline):
+        deadline, note = self.config.federation.deadline, self.folder.exchanged
+        for reply in ask(self.grid, requests, kind, round=number, deadline=deadline, note=note):
             site = by_node[reply.node]
             if reply.content is None:
                 self.report(site, kind, reply.failure)

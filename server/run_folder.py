@@ -1,12 +1,12 @@
 """The folder of one run: what is where, and how it is written so that a reader never sees half a file.
 
 config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
-metrics.jsonl       one event a line: enrolled, update, round, left-out, finished
+metrics.jsonl       one event a line: enrolled, phase, update, statement, round, left-out, finished
 checkpoints/        see checkpoint.py
 model.safetensors   the selected model, with model.json beside it
 summary.json        the figures of the finished run
 confusion.json      pooled test confusion counts per level, for the pictures
-log.txt             what the server logged
+log.jsonl           what the server logged
 """
 
 import json
@@ -14,12 +14,15 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig
 from common.errors import UserError
+from common.logs import JsonLines
 from server.evaluation import Confusion
+from server.exchange import Exchange
 
 _MAY_CHANGE = ("run-dir", "sites-dir", "train.device", "federation.sites")
 """Keys that say where and by whom, not what is computed."""
@@ -35,7 +38,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
         self.confusion = path / "confusion.json"
-        self.log = path / "log.txt"
+        self.log = path / "log.jsonl"
 
     def open(self, config: RunConfig) -> None:
         """Create the folder for a new run, or check that it is the one to resume.
@@ -86,15 +89,19 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
+    def exchanged(self, exchange: Exchange) -> None:
+        """Append what a question to the sites took: an event of kind ``phase``."""
+        self.event("phase", **{**asdict(exchange), "seconds": round(exchange.seconds, 3)})
+
     def forget_events_after(self, last_round: int) -> None:
         """Drop the events of rounds that a resumed run will do again."""
         kept = [e for e in read_events(self.metrics) if e.get("round", 0) <= last_round]
         write_text(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
     def log_handler(self) -> logging.Handler:
-        """A handler that appends to log.txt; the caller adds and removes it."""
+        """A handler that appends to log.jsonl; the caller adds and removes it."""
         handler = logging.FileHandler(self.log, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(JsonLines())
         return handler
 
     def write_summary(self, summary: dict[str, Any]) -> None:

@@ -16,7 +16,14 @@ from common.build import build_model
 from common.config import RunConfig
 from common.errors import ConfigError, DataError, EgressError, RunError, UserError
 from common.hierarchy import Hierarchy
-from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, from_records, to_records
+from common.messages import (
+    SITE_ERRORS,
+    ModelUpdate,
+    PrivacyStatement,
+    ProportionRelease,
+    from_records,
+    to_records,
+)
 from common.model_file import all_arrays
 from deploy.local_grid import become_server
 
@@ -129,7 +136,7 @@ def test_every_error_leaves_as_a_fixed_text(
     with caplog.at_level(logging.DEBUG):
         reply = egress.guard(message, context, fail)
     assert reply.error.code == code
-    assert reply.error.reason == egress.REASONS[code]
+    assert reply.error.reason == SITE_ERRORS[code]
     for canary in CANARIES:
         assert canary not in str(reply.error.reason)
         assert canary not in caplog.text

@@ -58,7 +58,7 @@ def test_a_run_leaves_a_complete_folder(small_config: Config) -> None:
     config = small_config()
     summary = run(config)
     folder = Path(config.run_dir)
-    assert {"config.toml", "model.safetensors", "model.json", "metrics.jsonl", "log.txt"} <= {
+    assert {"config.toml", "model.safetensors", "model.json", "metrics.jsonl", "log.jsonl"} <= {
         path.name for path in folder.iterdir()
     }
     assert summary["rounds"] == 2
@@ -138,7 +138,7 @@ def reshaped(arrays: dict) -> dict:
     ("fault", "reason"),
     [
         (lambda reply: None, "no reply within"),
-        (lambda reply: Message(Error(2, "boom"), reply_to=reply), "boom"),
+        (lambda reply: Message(Error(2, "boom"), reply_to=reply), "ended with an error"),
         (lambda reply: spoiled_update(reply, nan), "NaN"),
         (lambda reply: spoiled_update(reply, reshaped), "shape"),
         (lambda reply: replaced(reply, RecordDict()), "unreadable reply"),

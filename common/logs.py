@@ -1,0 +1,86 @@
+"""Log lines as JSON, without identifiers: one formatter for the server's log and for a site's.
+
+What a line may say is decided here, not at each call. The template of a log call is a constant (a test
+holds every call to that); what is put into it is a number, or a text under one of the names below, or it
+is withheld. Knows nothing of what is logged, and of no file.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+SPOKEN = frozenset({"code", "error", "file", "phase", "reason", "site", "sites", "state"})
+"""The names under which a text may be logged: ``log.info("%(site)s came back", {"site": name})``. Each
+holds the name of a site, a word of ours, or the bare name of a file of ours."""
+WITHHELD = "[withheld]"
+PATH = "[path]"
+
+_PACKAGES = ("common", "server", "client", "deploy")
+_PATH = re.compile(r"\S*[/\\]\S*")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and the named values by themselves.
+
+    An exception appears as its class and the place in our own code where it was raised; its text, which
+    can carry a path or a patient id, does not.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        message, named = _fill(record)
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": message,
+            **named,
+        }
+        if record.exc_info and record.exc_info[0] is not None:
+            kind, _, trace = record.exc_info
+            line |= {"exception": kind.__name__, "at": _place(trace)}
+        return json.dumps(line)
+
+
+def _fill(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
+    """The message with its values put in as far as they may be said, and the named ones."""
+    if not isinstance(record.msg, str):
+        return type(record.msg).__name__, {}
+    named: dict[str, Any] = {}
+    values: Any
+    if isinstance(record.args, Mapping):
+        named = {name: _named(name, value) for name, value in record.args.items()}
+        values = named
+    else:
+        values = tuple(_number(value) for value in record.args or ())
+    try:
+        return (record.msg % values if values else record.msg), named
+    except (TypeError, ValueError, KeyError):  # a text was withheld where a number was to be written
+        return record.msg, named
+
+
+def _number(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float) else WITHHELD
+
+
+def _named(name: str, value: Any) -> Any:
+    if name in SPOKEN and isinstance(value, str):
+        return _PATH.sub(PATH, value)
+    if name in SPOKEN and isinstance(value, list | tuple):
+        return [_named(name, part) for part in value]
+    return _number(value)
+
+
+def _place(trace: TracebackType | None) -> str:
+    """``module:line`` of the innermost frame that is ours; empty where there is none."""
+    place = ""
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] in _PACKAGES:
+            place = f"{module}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
