@@ -67,6 +67,14 @@ class Strategy(StrEnum):
     KRUM = "krum"
 
 
+class Transport(StrEnum):
+    """How the arrays of a ModelUpdate travel; both sides compute in 32 bits or more."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    """Rounded to IEEE half precision: half the bytes, a relative error of at most 2**-11."""
+
+
 class ModelConfig(Section):
     """The classifier. Sizes are pixels, counts or plain numbers."""
 
@@ -133,8 +141,15 @@ class FederationConfig(Section):
     quorum: int = Field(1, ge=1, le=100_000, description="fewest good updates that make a round")
     deadline: float = Field(3600.0, gt=0, le=1e7, description="seconds to wait for replies in a round")
     enrol_deadline: float = Field(600.0, gt=0, le=1e7, description="seconds to wait for sites to appear")
+    patience: float = Field(
+        3600.0, ge=0, le=1e7, description="seconds below the quorum before the run gives up"
+    )
     allow: str = Field("", description="comma-separated site names that may take part; empty: all")
     max_update_mb: float = Field(1024.0, gt=0, le=1e6, description="largest update accepted, MiB")
+    max_change: float = Field(
+        1000.0, gt=0, le=1e30, description="largest change accepted: L2 norm / (1 + norm of the model)"
+    )
+    transport: Transport = Transport.FLOAT32
     proximal_mu: float = Field(0.01, ge=0, le=100, description="FedProx: weight of the proximal term")
     server_learning_rate: float = Field(1.0, gt=0, le=100, description="fedavgm, fedadam, fedyogi")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm momentum; fedadam/fedyogi beta 1")
