@@ -20,7 +20,7 @@ from common.errors import ConfigError
 from common.messages import PrivacyStatement
 from common.privacy.events import DiscreteLaplace
 from common.privacy.plan import PrivacyPlan
-from common.privacy.proportions import CountRelease, Granularity, release_counts
+from common.privacy.proportions import CountRelease, Granularity, noise_generator, release_counts
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
 
 LEDGER_FILE = "ledger.sqlite"
@@ -40,7 +40,9 @@ class Budget:
         Raises:
             BudgetRefused: the site's cap does not allow it.
         """
-        return self.ledger.reserve(self.plan.round_event(), self.run_id, round)
+        return self.ledger.reserve(
+            self.plan.round_event(), self.run_id, round, generator=self.plan.randomness.description
+        )
 
     def confirm(self, reservation: Reservation, round: int) -> PrivacyStatement:
         """Record that the round was finished, and state what is spent."""
@@ -58,7 +60,8 @@ class Budget:
             granularity=Granularity(store.config.policy.release_proportions.value),
             randomness=self.plan.randomness,
         )
-        return self.ledger.store_release(drawn, self.run_id)
+        generator = noise_generator(self.plan.randomness)
+        return self.ledger.store_release(drawn, self.run_id, generator=generator)
 
 
 def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Path) -> Budget:

@@ -24,6 +24,7 @@ from common.messages import PrivacyStatement
 from common.privacy.accounting import fits, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit
 from common.privacy.proportions import CountRelease
+from common.privacy.randomness import Generator
 
 __all__ = ["BudgetRefused", "Ledger", "LedgerBusyError", "LedgerError", "Reservation", "verify"]
 
@@ -108,14 +109,32 @@ class Ledger:
         """What the ledger says, as of the last call."""
         return self._book
 
-    def reserve(self, event: PoissonGaussian | DiscreteLaplace, run_id: str, round: int) -> Reservation:
+    def reserve(
+        self,
+        event: PoissonGaussian | DiscreteLaplace,
+        run_id: str,
+        round: int,
+        *,
+        generator: Generator = Generator.UNKNOWN,
+    ) -> Reservation:
         """Charge an event before it happens. On return it is on the disk.
+
+        Args:
+            event: what will happen.
+            run_id: the run that it is for.
+            round: the round of the run.
+            generator: what its sampling and noise will be drawn from.
 
         Raises:
             BudgetRefused: with it, the site would have spent more than its cap; nothing is charged.
             LedgerBusyError: it could not be recorded, so it must not happen.
         """
-        body = {"event": event.model_dump(), "run_id": run_id, "round": round}
+        body = {
+            "event": event.model_dump(),
+            "run_id": run_id,
+            "round": round,
+            "generator": generator.value,
+        }
         return Reservation(self._charge(Kind.RESERVED, event, body), event, run_id, round)
 
     def confirm(self, reservation: Reservation) -> None:
@@ -134,7 +153,9 @@ class Ledger:
         with self._transaction():
             return self._book.releases.get(data_version)
 
-    def store_release(self, release: CountRelease, run_id: str) -> CountRelease:
+    def store_release(
+        self, release: CountRelease, run_id: str, *, generator: Generator = Generator.UNKNOWN
+    ) -> CountRelease:
         """Charge a release and keep its counts, in one row: both are on the disk, or neither.
 
         If another process released this data version meanwhile, its counts are returned, and the ones
@@ -144,7 +165,11 @@ class Ledger:
             BudgetRefused: the cap does not allow it; the counts must be forgotten.
             LedgerBusyError: it could not be recorded, so it must not be sent.
         """
-        body = {"release": release.model_dump(mode="json"), "run_id": run_id}
+        body = {
+            "release": release.model_dump(mode="json"),
+            "run_id": run_id,
+            "generator": generator.value,
+        }
         self._charge(Kind.RELEASED, release.event(self._book.unit), body)
         return self._book.releases[self.data_version]
 
@@ -166,6 +191,7 @@ class Ledger:
                 events=tuple(event.model_dump() for event in events),
                 budget_left=max(book.cap.epsilon - book.spent(), 0.0),
                 ledger_head=book.head,
+                generator="; ".join(book.generators),
             )
 
     def events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:

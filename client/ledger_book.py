@@ -7,7 +7,7 @@ made, confirmed or not.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from common.errors import require_file
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict, merge
 from common.privacy.proportions import CountRelease
+from common.privacy.randomness import Generator
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Book:
     """By data version."""
     open_reservations: set[int] = field(default_factory=set)
     """Rows that were reserved and never confirmed; they count."""
+    generators: tuple[Generator, ...] = ()
+    """Every generator that the charged events drew from, in the order of first use."""
     refusals: int = 0
 
     @classmethod
@@ -100,6 +103,7 @@ class Book:
                 self.cap = Cap(float(body["cap_epsilon"]), float(body["cap_delta"]))
             case Kind.RESERVED:
                 self.events.append(event_from_dict(body["event"]))
+                self._drew_from(body)
                 self.open_reservations.add(entry.seq)
             case Kind.CONFIRMED:
                 self.open_reservations.remove(int(body["reservation"]))
@@ -107,8 +111,14 @@ class Book:
                 release = CountRelease.model_validate_json(json.dumps(body["release"]))
                 self.events.append(release.event(self.unit))
                 self.releases[str(body["data_version"])] = release
+                self._drew_from(body)
             case Kind.REFUSED:
                 self.refusals += 1
+
+    def _drew_from(self, body: Mapping[str, Any]) -> None:
+        generator = Generator.read(str(body.get("generator", "")))
+        if generator not in self.generators:
+            self.generators = (*self.generators, generator)
 
     def spent(self, adjacency: Adjacency = Adjacency.REPLACE_ONE) -> float:
         """Epsilon of all events for the ledger's unit at the cap's delta (dp-accounting PLD)."""

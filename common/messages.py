@@ -133,6 +133,7 @@ class PrivacyStatement(Record):
     events: tuple[dict[str, float | str], ...] = ()
     budget_left: float | None = Field(None, ge=0, description="epsilon left under the site's cap")
     ledger_head: str = ""
+    generator: str = Field("", description="every generator of sampling and noise so far, joined by '; '")
 
 
 _RECORD_NAMES: Mapping[type[Record], str] = {
@@ -142,12 +143,12 @@ _RECORD_NAMES: Mapping[type[Record], str] = {
 }
 
 
-def to_records(*messages: Record) -> RecordDict:
 def size(records: RecordDict) -> int:
     """Bytes that the records hold, before the transport's own framing."""
     return sum(record.count_bytes() for record in records.values())
 
 
+def to_records(*messages: Record) -> RecordDict:
     """Translate records into one Flower RecordDict; from_records gives them back unchanged."""
     records = RecordDict()
     for message in messages:

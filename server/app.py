@@ -17,6 +17,7 @@ from server.central_dp import central_statement
 from server.checkpoint import ServerState
 from server.enrolment import Roster, enrol, wait_for_nodes
 from server.evaluation import Confusion, add_up, confusions, level_figures
+from server.provenance import code_version
 from server.rounds import Rounds
 from server.run_folder import RunFolder
 
@@ -114,6 +115,7 @@ def finish(rounds: Rounds) -> None:
             "selected_round": state.best_round,
             "sites": len(rounds.roster.nodes),
             "seconds": round(state.seconds, 3),
+            "code": code_version(),
             "engine": getattr(rounds.grid, "engine", "flower"),  # our own grid names itself
             "levels": level_figures(tree, *pooled) if pooled else [],
             "bags": state.bags,
@@ -128,7 +130,9 @@ def finish(rounds: Rounds) -> None:
             },
             "statements": {site: s.model_dump(mode="json") for site, s in sorted(state.statements.items())},
             "releases": {
-                site: r.model_dump(mode="json", include={"mechanism", "granularity", "bags", "event"})
+                site: r.model_dump(
+                    mode="json", include={"data_version", "mechanism", "granularity", "bags", "event"}
+                )
                 for site, r in sorted(rounds.roster.releases.items())
             },
             "central_dp": central_statement(config, state.round),

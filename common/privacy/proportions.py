@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.privacy.events import DiscreteLaplace, Unit
-from common.privacy.randomness import Purpose, Randomness, Stream
+from common.privacy.randomness import Generator, Purpose, Randomness, Stream
 
 
 class Granularity(StrEnum):
@@ -94,6 +94,11 @@ def release_counts(
         stream = randomness.stream(Purpose.PROPORTIONS, 0)
         noisy = exact + seeded_noise(stream, exact.size, empty.noise_scale).reshape(exact.shape)
     return empty.model_copy(update={"counts": tuple(tuple(row) for row in noisy.tolist())})
+
+
+def noise_generator(randomness: Randomness) -> Generator:
+    """What draws the discrete Laplace noise under this randomness: OpenDP has a generator of its own."""
+    return Generator.OPENDP if randomness.secure else randomness.description
 
 
 def displayed_proportions(counts: NDArray[Any]) -> NDArray[np.float64]:

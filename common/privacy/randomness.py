@@ -34,6 +34,26 @@ class Purpose(StrEnum):
     PROPORTIONS = "proportions"
 
 
+class Generator(StrEnum):
+    """The generators behind sampling and noise, as ledgers, statements and reports name them."""
+
+    AES = "AES-256-CTR, a fresh key from the operating system for every round and purpose"
+    OPENDP = "OpenDP's exact sampler on its own cryptographic generator"
+    SEEDED = "INSECURE: PCG64 seeded with the experiment's seed, for simulations only"
+    UNKNOWN = "unknown: not in these records"
+    """Nothing may be promised on it."""
+
+    @classmethod
+    def read(cls, text: str) -> "Generator":
+        """The generator that a record names; UNKNOWN for any text that names none."""
+        return cls(text) if text in set(cls) else cls.UNKNOWN
+
+    @property
+    def secure(self) -> bool:
+        """Whether its numbers cannot be predicted."""
+        return self in (Generator.AES, Generator.OPENDP)
+
+
 class Stream(ABC):
     """An endless sequence of random bits; nothing is ever drawn twice from it."""
 
@@ -84,7 +104,7 @@ class Randomness(ABC):
 
     @property
     @abstractmethod
-    def description(self) -> str:
+    def description(self) -> Generator:
         """The generator, in words for a report."""
 
     @abstractmethod
@@ -122,9 +142,9 @@ class SecureRandomness(Randomness):
     _streams: dict[tuple[Purpose, int, int], Stream] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def description(self) -> str:
+    def description(self) -> Generator:
         """The generator, in words for a report."""
-        return "AES-256-CTR, a fresh key from the operating system for every round and purpose"
+        return Generator.AES
 
     def stream(self, purpose: Purpose, round: int) -> Stream:
         """The stream of a purpose in a round."""
@@ -149,9 +169,9 @@ class InsecureSeededRandomness(Randomness):
     _streams: dict[tuple[Purpose, int], Stream] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def description(self) -> str:
+    def description(self) -> Generator:
         """The generator, in words for a report."""
-        return "INSECURE: PCG64 seeded with the experiment's seed, for simulations only"
+        return Generator.SEEDED
 
     def stream(self, purpose: Purpose, round: int) -> Stream:
         """The stream of a purpose in a round."""

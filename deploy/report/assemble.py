@@ -4,14 +4,16 @@ Asks ``accounts`` for all epsilons at once and computes none itself.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
+from common.privacy.randomness import Generator
 from deploy.report.accounts import ACCOUNTANT, Accountants, Answer, Events, Question
 from deploy.report.collect import Collected, Evidence, RunEvidence, Statement, check_ledgers
 from deploy.report.model import (
     CurvePoint,
+    GeneratorKind,
     LedgerState,
     Problem,
     Release,
@@ -177,6 +179,7 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
     question = inquiry.question
     book, run_bags = item.book, item.release.bags if item.release else None
     bags = item.training_bags or run_bags
+    generators = _generators(item)
     status, why = _status(item, answer)
     bounded = answer if status is Status.BOUNDED else None
     spent = charges(book) if book else []
@@ -222,7 +225,9 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
         if bounded
         else (),
         refusals=refusals_of(book) if book else (),
-        data_versions=tuple(dict.fromkeys(c.data_version for c in spent if c.data_version)),
+        data_versions=_data_versions(item, spent),
+        generator=_kind_of(generators),
+        generators=tuple(generators),
         stated=_stated(item.statement),
         ledger=_ledger_state(item),
         rows=rows_of(book) if book and item.named else (),
@@ -241,6 +246,32 @@ def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
     if not math.isfinite(answer.epsilon):
         return Status.NOT_PRIVATE, "Some of what it sent carried no noise that bounds anything."
     return Status.BOUNDED, ""
+
+
+def _data_versions(item: Evidence, spent: Sequence[Charge]) -> tuple[str, ...]:
+    """Every data version that something was spent on; without a ledger, that of the run."""
+    versions = [charge.data_version for charge in spent]
+    if not versions and item.release is not None:
+        versions = [item.release.data_version]
+    return tuple(dict.fromkeys(version for version in versions if version))
+
+
+def _generators(item: Evidence) -> tuple[Generator, ...]:
+    """What the site's records say; UNKNOWN where they should say and do not."""
+    if item.book is not None:
+        return item.book.generators
+    if item.statement is not None and item.statement.events:
+        return tuple(dict.fromkeys(map(Generator.read, item.statement.generator.split("; "))))
+    drew = item.release is not None and item.release.event is not None
+    return (Generator.UNKNOWN,) if drew or item.ledger is not None else ()
+
+
+def _kind_of(generators: Sequence[Generator]) -> GeneratorKind:
+    if Generator.SEEDED in generators:
+        return GeneratorKind.INSECURE
+    if not all(generator.secure for generator in generators):
+        return GeneratorKind.UNKNOWN
+    return GeneratorKind.SECURE if generators else GeneratorKind.NONE
 
 
 def _finite(epsilon: float | None) -> float | None:

@@ -45,6 +45,8 @@ def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) ->
         provenance=Provenance(
             created=created,
             packages=dict(packages),
+            code_version=run.code.get("version") if run else None,
+            code_commit=run.code.get("commit") if run else None,
             config_sha256=run.config_sha256 if run else None,
             sources=tuple(_name(path) for path in sources),
         ),
@@ -65,6 +67,7 @@ def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) ->
         settings=told.settings,
         sites=sites,
         left_out=tuple(found.left_out),
+        central=run.central if run else None,
         audit=told.audit,
         disclosures=disclosures(told),
         provenance=told.provenance,

@@ -7,6 +7,7 @@ accountant and no page.
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client.ledger_file import LedgerError, reading
 from common.errors import RunError, UserError
 from common.privacy.events import Event
-from deploy.report.model import Audit, LeftOut, Problem, Settings
+from deploy.report.model import Audit, CentralNoise, LeftOut, Problem, Settings
 
 if TYPE_CHECKING:  # loads torch, which a report from statements alone does not need
     from client.ledger_book import Book
@@ -41,6 +42,7 @@ class Statement(BaseModel):
     events: tuple[Event, ...]
     budget_left: float | None
     ledger_head: str
+    generator: str = ""
 
 
 class ReleaseStatement(BaseModel):
@@ -52,6 +54,7 @@ class ReleaseStatement(BaseModel):
     granularity: str
     bags: int
     event: Event | None
+    data_version: str = ""
 
 
 @dataclass
@@ -81,6 +84,8 @@ class RunEvidence:
     rounds: int
     settings: Settings
     config_sha256: str
+    code: Mapping[str, str | None]
+    central: CentralNoise | None
     audit: Audit | None
 
 
@@ -181,6 +186,7 @@ def _read_run(path: Path, found: Collected) -> None:
         statements = {site: Statement.model_validate(s) for site, s in state["statements"].items()}
         releases = {site: _release(release) for site, release in state["releases"].items()}
         found.left_out += [LeftOut.model_validate(item) for item in state["left_out"]]
+        central = _central(state.get("central_dp"))
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the statements of the run {path} are not of a form that this release reads: {error}"
@@ -206,6 +212,8 @@ def _read_run(path: Path, found: Collected) -> None:
             rounds=int(state["rounds"]),
             settings=_settings(config.get("dp", {})),
             config_sha256=hashlib.sha256(text).hexdigest(),
+            code=state.get("code") or {},
+            central=central,
             audit=_audit(path / "audit.json"),
         )
     )
@@ -244,7 +252,17 @@ def _state(path: Path) -> tuple[Mapping[str, Any], bool]:
 
 def _release(data: Mapping[str, Any]) -> ReleaseStatement:
     kept = {key: data[key] for key in ("mechanism", "granularity", "bags")}
-    return ReleaseStatement.model_validate({**kept, "event": data["event"] or None})
+    version = data.get("data_version", "")
+    return ReleaseStatement.model_validate({**kept, "event": data["event"] or None, "data_version": version})
+
+
+def _central(data: Mapping[str, Any] | None) -> CentralNoise | None:
+    """What ``server.central_dp`` stated, if the server added noise."""
+    if data is None:
+        return None
+    epsilons = {key: value if math.isfinite(value) else None for key, value in data["epsilon"].items()}
+    figures = {key: value for key, value in data.items() if key != "epsilon"}
+    return CentralNoise(**figures, replace_one=epsilons["replace-one"], add_remove=epsilons["add-remove"])
 
 
 def _settings(dp: Mapping[str, Any]) -> Settings:
@@ -256,7 +274,6 @@ def _settings(dp: Mapping[str, Any]) -> Settings:
         expected_bags=dp.get("expected-bags") if epsilon else None,
         steps_per_round=dp.get("steps-per-round") if epsilon else None,
         release_scale=dp.get("release-scale") if epsilon else None,
-        randomness=dp.get("randomness"),
         forced_delta=bool(dp.get("force-delta", False)),
     )
 

@@ -108,15 +108,13 @@ def _not_covered(told: Told) -> list[str]:
 
 
 def _generator(told: Told) -> list[str]:
-    used = told.settings.randomness if told.settings else None
-    if used is None:
-        return ["Which generator drew the noise is not in these records."]
-    if "insecure" in used:
-        return [
-            f"{used}: repeatable numbers of a seed, for simulations only. Whoever has the seed can "
-            "remove all noise."
-        ]
-    return [f"{used}: AES-256 in counter mode, with fresh keys from the operating system for every round."]
+    names = list(dict.fromkeys(name for site in told.sites for name in site.generators))
+    if not names:
+        return ["No noise was drawn, so no generator was used."]
+    return [
+        "What sampling and noise were drawn from, as each site recorded it with every charge in its ledger.",
+        *(f"{name} ({listed([s.name for s in told.sites if name in s.generators])})." for name in names),
+    ]
 
 
 def _delta(told: Told) -> list[str]:
@@ -150,7 +148,10 @@ def _per_site(told: Told) -> list[str]:
 
 
 def _provenance(told: Told) -> list[str]:
-    return ["Versions are those of the machine that wrote this report."]
+    return [
+        "The code is what the run's server recorded when the run ended. A data version is a hash over a "
+        "site's manifest, bags and images. The packages are those of the machine that wrote this report."
+    ]
 
 
 def _audit(told: Told) -> list[str]:

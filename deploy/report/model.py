@@ -36,6 +36,18 @@ class Problem(Part):
     reason: str
 
 
+class GeneratorKind(StrEnum):
+    """What can be said of the generators that a site's sampling and noise came from, the worst of them."""
+
+    NONE = "none"
+    """Nothing was drawn."""
+    SECURE = "secure"
+    UNKNOWN = "unknown"
+    """The records do not say, so nothing may be promised on it."""
+    INSECURE = "insecure"
+    """Seeded: whoever knows the seed can remove all noise."""
+
+
 class Training(Part):
     """Equal training steps of one run on one data version."""
 
@@ -130,6 +142,7 @@ class Stated(Part):
     delta: float | None
     budget_left: float | None
     ledger_head: str
+    generator: str
 
 
 class Site(Part):
@@ -164,7 +177,9 @@ class Site(Part):
     curve: tuple[CurvePoint, ...]
     what_if: tuple[WhatIf, ...]
     refusals: tuple[Refusal, ...]
-    data_versions: tuple[str, ...]
+    data_versions: tuple[str, ...] = Field(description="hashes of the site's manifest, bags and images")
+    generator: GeneratorKind
+    generators: tuple[str, ...] = Field(description="by name, as the ledger or the statement records them")
     stated: Stated | None
     ledger: LedgerState | None
     rows: tuple[Row, ...] = Field(description="of ledgers that were named as a source")
@@ -179,7 +194,6 @@ class Settings(Part):
     expected_bags: float | None = Field(description="q N: what the noisy sum is divided by")
     steps_per_round: int | None
     release_scale: float | None
-    randomness: str | None
     forced_delta: bool
 
 
@@ -189,6 +203,21 @@ class Audit(Part):
     lower_bound: float
     confidence: float
     details: dict[str, str] = Field(description="whatever else the audit wrote down")
+
+
+class CentralNoise(Part):
+    """Noise that the server added: another guarantee than the sites', for another unit."""
+
+    unit: str
+    trust: str
+    noise_multiplier: float = Field(description="noise standard deviation / clip norm of a site's update")
+    clip_norm: float
+    rounds: int
+    delta: float
+    replace_one: float | None = Field(description="epsilon; null: no bound")
+    add_remove: float | None = Field(description="epsilon; null: no bound")
+    accountant: str
+    limits: tuple[str, ...]
 
 
 class Worst(Part):
@@ -210,6 +239,8 @@ class Provenance(Part):
 
     created: str
     packages: dict[str, str] = Field(description="of the machine that wrote the report")
+    code_version: str | None = Field(description="of the package that the run's server ran")
+    code_commit: str | None = Field(description="of its git checkout; -dirty: with changes")
     config_sha256: str | None
     sources: tuple[str, ...] = Field(description="names of the files and folders, without their folder")
 
@@ -225,7 +256,7 @@ class Disclosure(Part):
 class Report(Part):
     """report.json."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     title: str
     scope: Literal["site", "federation"]
     run: str | None
@@ -243,6 +274,7 @@ class Report(Part):
     settings: Settings | None
     sites: dict[str, Site]
     left_out: tuple[LeftOut, ...]
+    central: CentralNoise | None
     audit: Audit | None
     disclosures: tuple[Disclosure, ...] = Field(min_length=17, max_length=17)
     provenance: Provenance

@@ -7,7 +7,7 @@ Privacy's compute_dp_sgd_privacy_statement: what is protected, then the figure, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.report.model import Audit, Problem, Provenance, Settings, Site, Status, Worst
+from deploy.report.model import Audit, GeneratorKind, Problem, Provenance, Settings, Site, Status, Worst
 
 UNITS = {
     "bag": "one bag of images (all images and labels of the bag)",
@@ -21,6 +21,8 @@ NOT_COVERED = (
     "a patient whose images lie in k bags: the guarantee for that person is k times weaker",
     "data that a site gave away by other ways than this software",
 )
+
+NOT_SECURE = (GeneratorKind.INSECURE, GeneratorKind.UNKNOWN)
 
 WEAK = 10.0
 """Above this, an epsilon is commonly held to promise little."""
@@ -80,10 +82,17 @@ def summary(told: Told) -> tuple[str, ...]:
 def cautions(told: Told) -> tuple[str, ...]:
     """True figures that a reader could take for more than they are."""
     found = []
-    if told.settings and told.settings.randomness and "insecure" in told.settings.randomness:
+    seeded, untold = ([s.name for s in told.sites if s.generator is kind] for kind in NOT_SECURE)
+    if seeded:
         found.append(
-            "This was a simulation: its noise came from a seeded generator, which whoever knows the seed can "
-            "repeat and subtract. The figures hold for the method, and protect nobody's data."
+            f"INSECURE random generator at {listed(seeded)}: this was a simulation, and its noise came from "
+            "a seed. Whoever knows the seed can repeat the noise and subtract it. The figures hold for the "
+            "method, and protect nobody's data."
+        )
+    if untold:
+        found.append(
+            f"The records of {listed(untold)} do not say which generator drew the noise. Whoever can predict "
+            "noise can subtract it, so the figures promise nothing until that is known."
         )
     if told.worst is not None and told.worst.epsilon > WEAK:
         found.append(

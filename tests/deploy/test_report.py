@@ -1,5 +1,6 @@
 """The privacy-budget report: every number on the page is the JSON's, and the JSON's is the ledger's."""
 
+import hashlib
 import json
 import math
 import re
@@ -15,42 +16,48 @@ import numpy as np
 import pytest
 import typer
 from jsonschema import Draft202012Validator
+from markupsafe import escape
 from PIL import Image
 from typer.testing import CliRunner
 
 from client.ledger import BudgetRefused, Ledger
 from client.ledger_book import Book
+from common.config import RunConfig
 from common.errors import UserError
 from common.privacy.accounting import opacus_rdp, spent, without_amplification
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
 from common.privacy.proportions import release_counts
-from common.privacy.randomness import InsecureSeededRandomness
+from common.privacy.randomness import Generator, InsecureSeededRandomness
 from deploy.report.accounts import Accountants, Answer, Question
 from deploy.report.model import Report
 from deploy.report.prose import listed
 from deploy.report.render import field_path
 from deploy.report_cli import find_browser, report, report_command
+from server.central_dp import central_statement
 
 DELTA = 1e-4
 HOSTILE = '<script>alert("x")</script> & co.'
+COMMIT = 40 * "c"
 SIGMAS = {"north": 1.6, "south": 3.2}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(report_command)
 
 
-def fill(folder: Path, site: str, sigma: float, rounds: int = 3, cap: float = 20.0) -> Ledger:
-    """A ledger with a release, ``rounds`` confirmed rounds and one that broke off."""
+def fill(
+    folder: Path, site: str, sigma: float, cap: float = 20.0, generator: Generator = Generator.AES
+) -> Ledger:
+    """A ledger with a release, three confirmed rounds and one that broke off."""
     folder.mkdir(parents=True)
     ledger = Ledger.open(folder / "ledger.sqlite", site, "v1", cap, DELTA)
     counts = release_counts(
         np.array([[3, 5], [4, 2]]), scale=8.0, randomness=InsecureSeededRandomness(0, site)
     )
-    ledger.store_release(counts, "demo")
+    ledger.store_release(counts, "demo", generator=generator)
     event = PoissonGaussian(sample_rate=0.3, noise_multiplier=sigma, steps=4)
-    for number in range(1, rounds + 1):
-        ledger.confirm(ledger.reserve(event, "demo", number))
-    ledger.reserve(event, "demo", rounds + 1)
+    for number in range(1, 4):
+        ledger.confirm(ledger.reserve(event, "demo", number, generator=generator))
+    ledger.reserve(event, "demo", 4, generator=generator)
     return ledger
 
 
@@ -60,13 +67,15 @@ def refuse(ledger: Ledger) -> None:
         ledger.reserve(PoissonGaussian(sample_rate=1.0, noise_multiplier=0.2, steps=99), "demo", 5)
 
 
-def write_run(run: Path, ledgers: dict[str, Ledger], randomness: str = "secure") -> Path:
+def write_run(run: Path, ledgers: dict[str, Ledger]) -> Path:
     """What the server leaves of a finished run."""
     statements = {site: ledger.statement(3).model_dump(mode="json") for site, ledger in ledgers.items()}
-    release = {"mechanism": "discrete-laplace", "granularity": "total", "bags": 75}
+    release = {"mechanism": "discrete-laplace", "granularity": "total", "bags": 75, "data_version": "v1"}
     event = {"kind": "discrete_laplace", "scale": 8.0}
     summary = {
         "rounds": 3,
+        "code": {"version": "0.1.0", "commit": COMMIT},
+        "central_dp": None,
         "per_site": {site: {} for site in statements},
         "statements": statements,
         "releases": {site: {**release, "event": event} for site in statements},
@@ -80,7 +89,6 @@ def write_run(run: Path, ledgers: dict[str, Ledger], randomness: str = "secure")
             events.append({"event": "statement", "round": number, "site": site, "epsilon": share})
     (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"torn')
     dp = f"epsilon = 20.0\ndelta = {DELTA}\nclip-norm = 0.5\nsteps-per-round = 4\n"
-    dp += f'randomness = "{randomness}"\n'
     (run / "config.toml").write_text(f'name = "demo"\nrounds = 3\n[dp]\n{dp}')
     return run
 
@@ -305,15 +313,93 @@ def test_no_epsilon_stands_without_its_terms(run: Path, tmp_path: Path) -> None:
         assert all(word in site for word in ("replace-one", "at delta", "PLD (dp-accounting)", "bag"))
 
 
+@pytest.mark.parametrize(
+    ("generator", "kind", "caution"),
+    [
+        (Generator.AES, "secure", ""),
+        (Generator.SEEDED, "insecure", "INSECURE random generator at south: this was a simulation"),
+        (Generator.UNKNOWN, "unknown", "The records of south do not say which generator"),
+    ],
+)
+def test_the_generator_is_what_the_site_recorded(
+    generator: Generator, kind: str, caution: str, tmp_path: Path
+) -> None:
+    """From a ledger, from the federation's ledgers, and from statements alone."""
+    folder = tmp_path / "demo"
+    ledgers = {
+        "north": fill(folder / "sites" / "north", "north", 2.0),
+        "south": fill(folder / "sites" / "south", "south", 2.0, generator=generator),
+    }
+    write_run(folder, ledgers)
+    for sources in ([folder / "sites" / "south"], [folder], [folder]):
+        report(sources, tmp_path / "out")
+        data, page = read(tmp_path / "out")
+        south = data["sites"]["south"]
+        assert (south["generator"], south["generators"]) == (kind, [generator.value])
+        assert [text for text in data["cautions"] if "generator" in text] == (
+            [text for text in data["cautions"] if text.startswith(caution)] if caution else []
+        )
+        assert ("INSECURE" in page) == (generator is Generator.SEEDED)
+        told = next(item["text"] for item in data["disclosures"] if item["key"] == "generator")
+        assert any(generator.value in text for text in told)
+        if sources == [folder]:
+            assert data["sites"]["north"]["generator"] == "secure"
+            shutil.rmtree(folder / "sites", ignore_errors=True)
+
+
+def test_a_ledger_that_mixes_generators_is_as_good_as_the_worst(tmp_path: Path) -> None:
+    ledger = fill(tmp_path / "site", "north", 2.0)
+    event = PoissonGaussian(sample_rate=0.3, noise_multiplier=2.0, steps=4)
+    for generator, kind in ((Generator.UNKNOWN, "unknown"), (Generator.SEEDED, "insecure")):
+        ledger.reserve(event, "demo", 9, generator=generator)
+        assert generator in ledger.statement(9).generator
+        report([ledger.path], tmp_path / "out")
+        assert read(tmp_path / "out")[0]["sites"]["north"]["generator"] == kind
+
+
+def test_noise_of_the_server_stands_in_a_section_of_its_own(run: Path, tmp_path: Path) -> None:
+    keys = {"central-dp.noise-multiplier": 2.0, "federation.quorum": 2, "federation.sites": 2}
+    statement = central_statement(RunConfig().with_changes(keys), 3)
+    assert statement is not None
+    report([run], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    assert data["central"] is None
+    assert "Noise added by the server" not in page
+    edit_summary(run, lambda summary: summary.update(central_dp=json.loads(json.dumps(statement))))
+    report([run], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    assert data["central"]["replace_one"] == statement["epsilon"]["replace-one"]
+    assert data["central"]["limits"] == statement["limits"]
+    section = page.partition('<section id="central">')[2].partition("</section>")[0]
+    for text in statement["limits"]:
+        assert str(escape(text)) in section
+    shown = {path for path, _, _ in Fields(section).found}
+    assert {f"central.{key}" for key in ("delta", "replace_one", "add_remove", "clip_norm")} <= shown
+
+
+def test_the_code_configuration_and_data_of_the_run_are_named(run: Path, tmp_path: Path) -> None:
+    report([run], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    origin = data["provenance"]
+    assert (origin["code_version"], origin["code_commit"]) == ("0.1.0", COMMIT)
+    assert origin["config_sha256"] == hashlib.sha256((run / "config.toml").read_bytes()).hexdigest()
+    assert COMMIT in page
+    assert origin["config_sha256"] in page
+    shutil.rmtree(run / "sites")
+    edit_summary(run, lambda summary: summary.pop("code"))
+    report([run], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    assert data["provenance"]["code_commit"] is None
+    assert 'data-field="provenance.code_commit" data-value="null">not recorded' in page
+    assert data["sites"]["north"]["data_versions"] == ["v1"]
+
+
 def test_cautions_and_audit(run: Path, tmp_path: Path) -> None:
-    config = run / "config.toml"
-    config.write_text(config.read_text().replace('"secure"', '"insecure-seeded"'))
     (run / "audit.json").write_text(json.dumps({"lower_bound": 1.5, "confidence": 0.95, "canaries": 30}))
     edit_summary(run, lambda summary: summary["releases"]["south"].update(bags=10**4))
     report([run], tmp_path / "out")
     data, _ = read(tmp_path / "out")
     assert data["audit"] == {"lower_bound": 1.5, "confidence": 0.95, "details": {"canaries": "30"}}
-    assert any("simulation" in text for text in data["cautions"])
     assert any("south: delta" in text for text in data["cautions"])
     (run / "audit.json").write_text(json.dumps({"lower_bound": 99.0, "confidence": 0.95}))
     assert "the audit shows" in report([run], tmp_path / "out")["problems"][0]["reason"]
