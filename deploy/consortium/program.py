@@ -1,0 +1,63 @@
+"""A program to keep running: what it is started with, when it is ready, and what its end means.
+
+Nothing here starts anything, or knows Flower's programs and nginx.
+"""
+
+import contextlib
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+LONGEST_PAUSE = 30.0
+"""The longest wait between two starts, seconds."""
+
+Probe = Callable[[str], bool]
+"""Whether a program is ready, given what it has logged since it was started."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What an end means, and whether starting again can help."""
+
+    meaning: str
+    patience: float = 0.0
+    """Seconds of failing alike before ``meaning`` holds; until then ``meanwhile`` does."""
+    meanwhile: str = ""
+    pause: float = LONGEST_PAUSE
+    """Seconds between two tries while patience lasts; afterwards the longest pause."""
+    hopeless: bool = False
+    """Nothing is started again: the supervisor ends everything and says why."""
+
+
+Explain = Callable[[int | None, str], Remedy | None]
+"""From the exit code that a program printed (None without one) and its last lines to what that means."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program to keep running."""
+
+    name: str
+    command: tuple[str, ...]
+    ready: Probe = lambda _: True
+    after: tuple[str, ...] = ()
+    explain: Explain = lambda _code, _tail: None
+    sweep: bool = False
+    """End what is left of its process group before it is started again."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def answers(host: str, port: int) -> Probe:
+    """Ready when a TCP port answers."""
+
+    def probe(_: str) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=0.5):
+            return True
+        return False
+
+    return probe
+
+
+def says(text: str) -> Probe:
+    """Ready when the program has logged this text."""
+    return lambda logged: text in logged
