@@ -5,43 +5,30 @@ The supervisor starts it in place of ``flower-superexec``::
     python -P -m deploy.consortium.executor --kit KIT --runtime-api-address 127.0.0.1:9094 \
         --superexec-auth-secret-file KIT/superexec.secret
 
-Exit status 2: a mistake to mend (no kit, no secret, another Flower), which a restart does not mend. SIGTERM ends
-it and its tasks. ``-P`` is required: without it the folder it is started in could stand in for a library.
+Exit status 2: a mistake to mend (no kit, no secret, another Flower), which a restart does not mend. SIGTERM
+ends it and its tasks. ``-P`` is required: without it a file in the folder that it is started in could stand
+in for a library.
 
-Flower's own SuperExec asks for tasks, and Flower's own ClientApp process answers them; this module puts itself
-into three places of the two and touches nothing else (``GATED``):
-
-- SuperExec's ``get_executor`` gives ``ForkingExecutor``. It forks each task from a process (the standard library's
-  fork server) that has the large libraries loaded and none of our packages, so that a task starts in a tenth
-  of a second and the code that runs is the approved app's.
-- The ClientApp process's ``install_from_fab`` asks ``admission`` first and then unpacks into a fresh private
-  folder, so that nothing that lies in an apps folder is ever run. A refusal goes back as an error reply.
-- The ClientApp process's ``get_load_client_app_fn`` loads from that folder, whatever id and version the server
-  states, and lets no text of an exception out.
-
-All private parts of Flower that the gate relies on are here. ``check_flower`` compares their source with what the
-gate was tested against, and the executor does not start with anything else.
+Each task is forked from a process (the standard library's fork server) that has loaded the large libraries
+and none of our packages: a task starts at once, and the code that runs is the approved app's. What is run,
+and whether, is ``gate``'s.
 """
 
-import hashlib
-import importlib
-import inspect
 import ipaddress
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from multiprocessing import connection, forkserver, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.errors import RunError, UserError
-from deploy.consortium import admission
+from common.errors import UserError, require_file
+from deploy.consortium import gate
 from deploy.consortium.kit import SiteKit
 
 if TYPE_CHECKING:
@@ -49,21 +36,6 @@ if TYPE_CHECKING:
     from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
 log = logging.getLogger("fedbags.executor")
-
-GATED = {
-    "flwr.supercore.superexec.run_superexec:run_superexec": ("d11f4e7fbc8f0b12", "91e7a33c5b898f33"),
-    "flwr.supernode.runtime.run_clientapp:run_clientapp": ("6ce09559f3a2f5dc",),
-    "flwr.clientapp.utils:get_load_client_app_fn": ("f7790dd641bafaff",),
-    "flwr.supercore.object_ref:load_app": ("ef4c226d0c4f2c4a",),
-    "flwr.cli.install:install_from_fab": ("481bd04cde582322",),
-    "flwr.cli.install:validate_and_install": ("628b69fb852ae858",),
-}
-"""What the gate relies on, and the start of the SHA-256 of its source in Flower 1.41.0 and 1.42.0.
-
-Before adding a hash: read the change, then run tests/deploy/consortium/test_executor.py with that Flower."""
-
-OWN_PACKAGES = frozenset({"common", "client", "server", "deploy"})
-"""Taken out of a task's process before the app is loaded: the app brings its own."""
 
 PRELOADED = (
     "flwr.supernode.runtime.run_clientapp",
@@ -87,27 +59,144 @@ GRACE_SECONDS = 3.0
 """How long a task may take to end when the executor ends."""
 
 
-class AppFailed(RunError):
-    """The approved app could not be loaded, or raised. The text is fixed: it is sent to the server."""
+class ForkingExecutor:
+    """Flower's Executor protocol: each task in a process forked from one that has loaded the libraries.
 
-    def __init__(self) -> None:
-        super().__init__("the approved app failed at this site; the site's log says why")
+    Args:
+        kit: the site's kit folder. Its kit.toml is read before each task, so an approval needs no restart.
+    """
+
+    def __init__(self, kit: Path) -> None:
+        self._kit = kit
+        self._tasks: dict[BaseProcess, Path] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="fedbags-site-", ignore_cleanup_errors=True)
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload(list(PRELOADED))
+        forkserver.ensure_running()
+
+    def get_eligible_capacity(
+        self,
+        supported_task_types: "set[TaskType]",
+        *,
+        insecure: bool = False,
+        root_certificates_path: str | None = None,
+    ) -> "tuple[set[TaskType], set[str]]":
+        """ClientApps, and AgentApps in order to refuse them at once; nothing else is taken."""
+        from flwr.supercore.constant import TaskType
+
+        return supported_task_types & {TaskType.CLIENT_APP, TaskType.AGENT_APP}, set()
+
+    def wait_for_capacity(
+        self,
+        task_type: "TaskType | None" = None,
+        *,
+        fab_hash: str | None = None,
+        insecure: bool = False,
+        root_certificates_path: str | None = None,
+    ) -> None:
+        """Wait until fewer than MAX_TASKS run."""
+        while len(self._tasks) >= MAX_TASKS:
+            connection.wait([process.sentinel for process in self._tasks])
+            self._reap()
+
+    def launch(self, spec: "ExecutionSpec") -> "LaunchResult":
+        """Start a task. One that cannot be started is answered by the SuperNode when its token expires."""
+        from flwr.supercore.constant import TaskType
+        from flwr.supercore.superexec.executor import LaunchResult
+
+        if spec.task_type not in (TaskType.CLIENT_APP, TaskType.AGENT_APP):
+            return LaunchResult.failed("a site runs ClientApps only")
+        approved = self._approved() if spec.task_type is TaskType.CLIENT_APP else ""
+        try:
+            folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+            process = self._context.Process(
+                target=gate.run_task, args=(spec, approved, str(folder), str(self._kit / "state"))
+            )
+            process.start()
+        except (OSError, EOFError) as error:
+            return LaunchResult.failed(f"no process could be started ({type(error).__name__})")
+        self._tasks[process] = folder
+        return LaunchResult.accepted()
+
+    def reconcile(self) -> None:
+        """Between two polls: clear up after finished tasks, and wait while too many run."""
+        self._reap()
+        self.wait_for_capacity()
+
+    def close(self) -> None:
+        """End all tasks and leave nothing behind."""
+        for process in self._tasks:
+            process.terminate()
+        for process in self._tasks:
+            process.join(GRACE_SECONDS)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        self._reap()
+        self._folder.cleanup()
+
+    def _approved(self) -> str:
+        try:
+            return SiteKit.load(self._kit).app_hash
+        except UserError:
+            log.error("every app is refused, because the kit cannot be read", exc_info=True)
+            return ""
+
+    def _reap(self) -> None:
+        for process in [process for process in self._tasks if process.exitcode is not None]:
+            if process.exitcode:
+                log.warning("a task ended with status %d", process.exitcode)
+            # What cannot be removed now goes with the executor's own folder.
+            shutil.rmtree(self._tasks.pop(process), ignore_errors=True)
+            process.close()
 
 
-def check_flower() -> None:
-    """Refuse a Flower that the gate was not tested with.
+def run_executor(kit: Path, runtime_api_address: str, secret: bytes) -> None:
+    """Take tasks until a signal comes.
+
+    Args:
+        kit: the site's kit folder.
+        runtime_api_address: HOST:PORT of the SuperNode's Runtime API, on this machine.
+        secret: SuperExec's, as the SuperNode has it.
 
     Raises:
-        UserError: names the part that differs.
+        UserError: another Flower, or an address that is not on this machine.
+        SystemExit: a signal came.
     """
-    for reference, known in GATED.items():
-        module, _, name = reference.partition(":")
-        try:
-            source = inspect.getsource(getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError, OSError, TypeError):
-            source = ""
-        if hashlib.sha256(source.encode()).hexdigest()[:16] not in known:
-            raise UserError(
-                f"the gate was not tested with this version of Flower: {reference} is not what it was.\n"
-                "Nothing was started. Install the versions of constraints.txt (flwr 1.41.0)."
-            )
+    host = runtime_api_address.rpartition(":")[0].strip("[]")
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise UserError(
+            f"--runtime-api-address {runtime_api_address}: give 127.0.0.1:PORT. The SuperNode and its "
+            "executor run on one machine, and what they say to each other is not encrypted."
+        )
+    gate.run_superexec(lambda: ForkingExecutor(kit), runtime_api_address, secret)
+
+
+def main(
+    kit: Annotated[Path, typer.Option(help="The site's kit folder.")],
+    runtime_api_address: Annotated[str, typer.Option(help="127.0.0.1:PORT of the SuperNode's Runtime API.")],
+    superexec_auth_secret_file: Annotated[Path, typer.Option(help="The secret that the SuperNode has too.")],
+) -> None:
+    """Run the apps that this site has approved, each task in a process of its own."""
+    if not sys.flags.safe_path:
+        raise UserError("start it with `python -P -m deploy.consortium.executor`: -P keeps this folder out")
+    advice = "`fedbags site up` makes it."
+    secret = require_file(superexec_auth_secret_file, "the SuperExec secret", advice).read_bytes()
+    if not secret:
+        raise UserError(f"the SuperExec secret is empty: {superexec_auth_secret_file}\n{advice}")
+    SiteKit.load(kit)
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", POLL_SECONDS)
+    run_executor(kit.absolute(), runtime_api_address, secret)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
