@@ -216,6 +216,15 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
+    def _quorum_can_be_reached(self) -> Self:
+        if self.federation.quorum > self.federation.sites:
+            raise ValueError(
+                f"federation.quorum = {self.federation.quorum} is above federation.sites = "
+                f"{self.federation.sites}: no round could ever be made"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _central_noise_is_tied_to_its_clip_norm(self) -> Self:
         if self.central_dp.noise_multiplier:
             if self.federation.strategy is not Strategy.FEDAVG:

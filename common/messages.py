@@ -14,6 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from common.config import Transport
+from common.errors import RunError
 from common.hierarchy import Hierarchy
 
 FloatArray = NDArray[np.float32]
@@ -22,6 +24,8 @@ Metric = int | float | tuple[int, ...] | tuple[float, ...]
 
 _JSON = "json"
 _ARRAYS, _METRICS = "arrays", "metrics"
+_TRANSPORTED = frozenset(transport.value for transport in Transport)
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 class SiteError(IntEnum):
@@ -38,7 +42,8 @@ class SiteError(IntEnum):
 
 SITE_ERRORS: Mapping[SiteError, str] = {
     SiteError.EGRESS: "the site's guard refused to send the reply",
-    SiteError.DATA: "the site's data cannot be used; `fedbags site check` at the site lists the rows",
+    SiteError.DATA: "the site's data cannot be used: `fedbags site check` at the site lists bad rows; a data "
+    "version that its privacy ledger does not know is accepted with `fedbags ledger accept-version`",
     SiteError.CONFIGURATION: "the run or site configuration is faulty at the site",
     SiteError.TRAINING: "local training failed at the site (diverged or could not go on)",
     SiteError.INTERNAL: "an unexpected error at the site",
@@ -148,13 +153,23 @@ def size(records: RecordDict) -> int:
     return sum(record.count_bytes() for record in records.values())
 
 
-def to_records(*messages: Record) -> RecordDict:
-    """Translate records into one Flower RecordDict; from_records gives them back unchanged."""
+def to_records(*messages: Record, transport: Transport = Transport.FLOAT32) -> RecordDict:
+    """Translate records into one Flower RecordDict; from_records gives them back.
+
+    Args:
+        messages: at most one of each kind.
+        transport: how the arrays travel; ``float16`` rounds them, everything else comes back unchanged.
+
+    Raises:
+        RunError: an array has a value that the transport cannot hold.
+    """
     records = RecordDict()
     for message in messages:
         name = _RECORD_NAMES[type(message)]
         if isinstance(message, ModelUpdate):
-            records[_ARRAYS] = ArrayRecord({key: Array(array) for key, array in message.arrays.items()})
+            records[_ARRAYS] = ArrayRecord(
+                {key: Array(_encode(key, array, transport)) for key, array in message.arrays.items()}
+            )
             records[_METRICS] = MetricRecord(
                 {key: list(v) if isinstance(v, tuple) else v for key, v in message.metrics.items()}
             )
@@ -200,7 +215,29 @@ def check_only(records: RecordDict, *kinds: type[Record]) -> None:
         raise MessageError(f"records {sorted(expected)} expected, got {sorted(records)}")
 
 
+def _encode(name: str, array: FloatArray, transport: Transport) -> NDArray[Any]:
+    if transport is Transport.FLOAT32:
+        return array
+    # IEEE half precision rather than bfloat16: weights lie far inside its range, and its 11 bits keep the
+    # small change of one round, which the 8 bits of bfloat16 would round away.
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if np.isinf(half).any() and not np.isinf(array).any():
+        raise RunError(
+            f"array {name!r} has a value beyond {_LARGEST_HALF:g}, the largest that 16 bits hold: "
+            "use federation.transport = 'float32' for this model"
+        )
+    return half
+
+
 def _decode(name: str, array: Array) -> FloatArray:
-    if array.dtype != "float32" or array.stype != "numpy.ndarray":
-        raise MessageError(f"array {name!r} has dtype {array.dtype}, float32 expected")
-    return array.numpy()
+    """The array in 32 bits, whichever transport it came by."""
+    if array.dtype not in _TRANSPORTED or array.stype != "numpy.ndarray":
+        raise MessageError(f"array {name!r} has dtype {array.dtype}, float32 or float16 expected")
+    try:
+        values = array.numpy()
+    except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
+        raise MessageError(f"array {name!r} cannot be read ({type(error).__name__})") from None
+    if values.dtype != array.dtype or values.shape != tuple(array.shape):
+        raise MessageError(f"array {name!r} is not of the dtype and shape that it says")
+    return values if values.dtype == np.float32 else values.astype(np.float32)

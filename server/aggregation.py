@@ -1,4 +1,4 @@
-"""From the sites' models to the next one: checks, streaming mean, and Flower's strategies behind one door.
+"""From the sites' models to the next one: streaming mean, and Flower's strategies behind one door.
 
 Mean-type strategies (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedPALS) see one update at a time: the
 weighted mean is accumulated in float64 and Flower's strategy receives it as a single reply, so its server
@@ -26,30 +26,6 @@ _ROBUST = {Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM}
 _NO_CENTRAL_DP = CentralDPConfig()
 
 Arrays = Mapping[str, FloatArray]
-
-
-def fault_of(update: ModelUpdate, reference: Arrays, max_megabytes: float) -> str:
-    """Why an update cannot be used, or an empty text.
-
-    Args:
-        update: what a site sent.
-        reference: the trainable arrays of the current model; names and shapes must match.
-        max_megabytes: largest total size accepted, MiB.
-    """
-    if update.megabytes > max_megabytes:
-        return f"oversized update: {update.megabytes:.1f} MiB, at most {max_megabytes:g} allowed"
-    if update.arrays.keys() != reference.keys():
-        odd = sorted(update.arrays.keys() ^ reference.keys())
-        return f"array names differ from the model's: {odd[:5]}"
-    for name, array in update.arrays.items():
-        if array.shape != reference[name].shape:
-            return f"array {name!r} has shape {array.shape}, {reference[name].shape} expected"
-        if not np.isfinite(array).all():
-            return f"array {name!r} holds NaN or infinity"
-    weight = update.metrics.get("num-bags")
-    if not isinstance(weight, int) or weight < 1:
-        return "metric 'num-bags' must be a positive integer"
-    return ""
 
 
 class Aggregator(Protocol):

@@ -1,5 +1,6 @@
 """The ServerApp: enrol the sites, run the rounds, finish with the selected model and its figures."""
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -9,13 +10,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.build import build_model
 from common.config import RunConfig
-from common.errors import RunError
+from common.errors import RunError, UserError
 from common.model_file import ModelCard, load_arrays, save_model
 from common.trainable import trainable_parameters
 from server import checkpoint
+from server.attendance import Attendance, Turn
 from server.central_dp import central_statement
 from server.checkpoint import ServerState
-from server.enrolment import Roster, enrol, wait_for_nodes
 from server.evaluation import Confusion, add_up, confusions, level_figures
 from server.provenance import code_version
 from server.rounds import Rounds
@@ -41,7 +42,9 @@ def main(grid: Grid, context: Context) -> None:
         rounds.run()
         finish(rounds)
     except RunError as error:
-        folder.event("failed", reason=str(error))
+        # The disk may be what failed: then this event fails too, and the first error is the one to tell.
+        with contextlib.suppress(RunError):
+            folder.event("failed", reason=str(error))
         raise
     finally:
         logger.removeHandler(handler)
@@ -59,36 +62,33 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     """Enrol the sites and build the model, or take both up where the newest checkpoint left them.
 
     Raises:
-        RunError: fewer accepted sites than the quorum.
+        RunError: fewer accepted sites than the quorum, or no intact checkpoint.
     """
-    found = checkpoint.load_newest(folder.checkpoints) if config.resume else None
+    damaged: list[dict[str, str]] = []
+    found = None
+    if config.resume:
+        found = checkpoint.load_newest(
+            folder.checkpoints, lambda file, reason: damaged.append({"file": file, "reason": reason})
+        )
     state, groups = found if found is not None else (ServerState(), None)
     folder.forget_events_after(state.round)
-    roster = Roster()
-    refused: list[tuple[str, str, str]] = []
-    wait_for_nodes(grid, config.federation)
-    enrol(
-        grid, roster, config.federation, state.round, lambda *fault: refused.append(fault), folder.exchanged
-    )
-    if roster.hierarchy is None or len(roster.nodes) < config.federation.quorum:
-        reasons = "\n".join(f"  {site}: {reason}" for site, _, reason in refused)
-        raise RunError(
-            f"{len(roster.nodes)} site(s) enrolled, the quorum is {config.federation.quorum}\n{reasons}"
-        )
-    model = build_model(config.model, roster.hierarchy, config.seed)
+    for checkpoint_file in damaged:
+        folder.event("checkpoint-damaged", round=state.round, **checkpoint_file)
+    attendance = Attendance(grid, config.federation, folder, state)
+    attendance.wait_for_all()
+    Turn(attendance, state.round + 1).sites()
+    assert attendance.roster.hierarchy is not None  # the quorum is at least one site
+    model = build_model(config.model, attendance.roster.hierarchy, config.seed)
     trainable_parameters(model, config.trained_part)
-    state.releases = dict(roster.releases)
-    rounds = Rounds(grid, config, folder, roster, model, state)
+    rounds = Rounds(grid, config, folder, attendance, model, state)
     if groups is not None:
         rounds.restore(groups)
     folder.event(
         "resumed" if groups is not None else "enrolled",
         round=state.round,
         rounds=config.rounds,
-        sites=roster.names(),
+        sites=attendance.roster.names(),
     )
-    for fault in refused:
-        rounds.report(*fault)
     return rounds
 
 
@@ -97,9 +97,11 @@ def finish(rounds: Rounds) -> None:
     started = time.monotonic()
     state, folder, config = rounds.state, rounds.folder, rounds.config
     load_arrays(rounds.model, rounds.best)
-    save_model(
-        folder.path, rounds.model, ModelCard.describe(config.model, rounds.model.hierarchy, state.best_round)
-    )
+    card = ModelCard.describe(config.model, rounds.model.hierarchy, state.best_round)
+    try:
+        save_model(folder.path, rounds.model, card)
+    except UserError as error:
+        raise RunError(f"{error}\nThe last checkpoint is intact: go on with --resume.") from error
     counts = test_counts(rounds)
     tree = rounds.model.hierarchy
     per_site = {site: level_figures(tree, *pair) for site, pair in counts.items()}

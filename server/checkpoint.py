@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class ServerState(BaseModel):
     releases: dict[str, ProportionRelease] = {}
     statements: dict[str, PrivacyStatement] = {}
     left_out: list[LeftOut] = []
+    digests: dict[str, list[str]] = {}
+    """Of the updates that each site sent, so that none is taken twice."""
     bags: list[dict[str, Any]] = []
 
 
@@ -81,13 +83,20 @@ def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimise
             f"the checkpoint of round {state.round} could not be written to {folder}: {error}\n"
             "The one before it is intact: free some space and go on with --resume."
         ) from error
-    for old in sorted(folder.glob("round-*.safetensors"))[:-_KEPT]:
+    older = [path for path in folder.glob("round-*.safetensors") if path.name <= target.name]
+    for old in sorted(older)[:-_KEPT]:
         old.unlink()
     return target
 
 
-def load_newest(folder: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]] | None:
+def load_newest(
+    folder: Path, damaged: Callable[[str, str], None] = lambda file, reason: None
+) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]] | None:
     """The newest intact checkpoint, or None where there is none.
+
+    Args:
+        folder: where save put them.
+        damaged: told the name of every newer checkpoint that is passed over, and what is wrong with it.
 
     Returns:
         The state, and the arrays of ``model``, ``best`` and ``optimiser`` by name.
@@ -100,12 +109,16 @@ def load_newest(folder: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[
         try:
             return _load(path)
         except (OSError, ValueError, SafetensorError) as error:
+            damaged(path.name, str(error))
             log.warning(
                 "checkpoint %(file)s is damaged (%(error)s); trying the one before it",
                 {"file": path.name, "error": type(error).__name__},
             )
     if paths:
-        raise RunError(f"no intact checkpoint among {[path.name for path in paths]} in {folder}")
+        raise RunError(
+            f"no intact checkpoint among {[path.name for path in paths]} in {folder}\n"
+            "Put back a copy of that folder from a backup, or start a new run in another folder."
+        )
     return None
 
 

@@ -1,23 +1,23 @@
-"""Who takes part: connected nodes become named sites once their proportion release is accepted."""
+"""Who takes part: connected nodes become named sites once their proportion release is accepted.
 
-import logging
-import time
+Knows what a node said when it was asked, and nothing of rounds or of time (see attendance.py).
+"""
+
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
-from common.errors import RunError
 from common.hierarchy import Hierarchy
-from common.messages import MessageError, ProportionRelease, check_only, from_records
-from server.exchange import Note, ask
-
-log = logging.getLogger("fedbags.server")
+from common.messages import MessageError, ProportionRelease, SiteError, check_only, from_records
+from server.exchange import Note, Reply, ask
 
 PROPORTIONS = "query.proportions"
+ATTEMPTS = 3
+"""Times that a silent node is asked the same thing. Each may cost privacy budget at the site."""
 
 Report = Callable[[str, str, str], None]
 """Called with (site, phase, reason) for everything that is left out."""
@@ -25,52 +25,61 @@ Report = Callable[[str, str, str], None]
 
 @dataclass
 class Roster:
-    """The sites of a run, by name, with the node that speaks for each."""
+    """The sites of a run, by name, with the node that speaks for each; and the nodes that are no site."""
 
     hierarchy: Hierarchy | None = None
     nodes: dict[str, int] = field(default_factory=dict)
     releases: dict[str, ProportionRelease] = field(default_factory=dict)
-    seen: set[int] = field(default_factory=set)
-
-    def leave(self, site: str) -> None:
-        """Take a site out for the rest of the run; what it released stays known."""
-        del self.nodes[site]
+    """Of every site that ever took part, those that left included."""
+    refused: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Nodes that answered, but not so that they can take part: the site (or node), and why."""
+    strangers: set[int] = field(default_factory=set)
+    """Nodes whose name is not on the allow-list."""
+    rivals: dict[int, str] = field(default_factory=dict)
+    """Nodes that gave the name of a site that is there, with that name."""
+    silent: Counter[int] = field(default_factory=Counter)
+    """How often a node gave no answer."""
 
     def names(self) -> list[str]:
         """Site names in the order in which their updates are added up."""
         return sorted(self.nodes)
 
+    def leave(self, site: str, reason: str) -> None:
+        """Take a site out, for as long as its node stays connected; what it released stays known."""
+        self.refused[self.nodes.pop(site)] = (site, reason)
 
-def wait_for_nodes(grid: Grid, config: FederationConfig) -> list[int]:
-    """Wait until ``federation.sites`` nodes are connected, or the enrolment deadline.
+    def drop_disconnected(self, connected: Collection[int]) -> list[str]:
+        """Forget the nodes that are gone: if one comes back, under this id or another, it is asked afresh.
 
-    Raises:
-        RunError: fewer nodes than the quorum by then.
-    """
-    end = time.monotonic() + config.enrol_deadline
-    announced = -1
-    while len(nodes := sorted(grid.get_node_ids())) < config.sites and time.monotonic() < end:
-        if len(nodes) != announced:
-            log.info("waiting for sites: %d of %d connected", len(nodes), config.sites)
-            announced = len(nodes)
-        time.sleep(0.5)
-    if len(nodes) < min(config.quorum, config.sites):
-        raise RunError(
-            f"only {len(nodes)} site(s) connected within {config.enrol_deadline:g} s, "
-            f"the quorum is {config.quorum}; start the missing sites or lower federation.quorum"
-        )
-    return nodes
+        Returns:
+            The names of the sites that left with their nodes.
+        """
+        gone = [site for site in self.names() if self.nodes[site] not in connected]
+        for site in gone:
+            del self.nodes[site]
+        self.refused = {node: why for node, why in self.refused.items() if node in connected}
+        self.strangers &= set(connected)
+        # A rival whose name became free may ask for it again: a site that came back under another node id.
+        self.rivals = {n: site for n, site in self.rivals.items() if n in connected and site in self.nodes}
+        self.silent = Counter({node: times for node, times in self.silent.items() if node in connected})
+        return gone
+
+    def newcomers(self, connected: Collection[int]) -> list[int]:
+        """The connected nodes that are still to be asked who they are."""
+        known = {*self.nodes.values(), *self.refused, *self.strangers, *self.rivals}
+        return sorted(n for n in connected if n not in known and self.silent[n] < ATTEMPTS)
 
 
 def enrol(
     grid: Grid,
     roster: Roster,
+    nodes: Collection[int],
     config: FederationConfig,
     round: int,
     report: Report,
     note: Note | None = None,
 ) -> list[str]:
-    """Ask every node not seen before for its release and add the accepted ones to the roster.
+    """Ask the nodes for their releases and add the accepted ones to the roster.
 
     A site is left out (and reported) when it does not answer, is not on the allow-list, takes the name
     of another node, or has another label tree than most sites.
@@ -78,35 +87,34 @@ def enrol(
     Returns:
         The names added.
     """
-    fresh = [node for node in sorted(grid.get_node_ids()) if node not in roster.seen]
-    roster.seen.update(fresh)
-    allowed = {name.strip() for name in config.allow.split(",") if name.strip()}
+    allowed = allowed_names(config)
     offered: dict[str, tuple[int, ProportionRelease]] = {}
-    requests = {node: RecordDict() for node in fresh}
+    requests = {node: RecordDict() for node in nodes}
     for reply in ask(grid, requests, PROPORTIONS, round=round, deadline=config.enrol_deadline, note=note):
         label = f"node {reply.node}"
-        if reply.content is None:
-            report(label, "enrol", reply.failure)
-            continue
-        try:
-            check_only(reply.content, ProportionRelease)
-            release = from_records(reply.content, ProportionRelease)
-            release.tree()
-        except (MessageError, ValueError, KeyError) as error:
-            report(label, "enrol", f"unreadable release: {error}")
-            continue
-        if allowed and release.site not in allowed:
+        release, fault = _read(reply)
+        if reply.content is None and not is_answer(reply.code):
+            roster.silent[reply.node] += 1
+            report(label, "enrol", fault)
+        elif release is None:
+            roster.refused[reply.node] = (label, fault)
+            report(label, "enrol", fault)
+        elif allowed and release.site not in allowed:
+            roster.strangers.add(reply.node)
             report(release.site, "enrol", "not on the allow-list (federation.allow)")
         elif release.site in roster.nodes or release.site in offered:
+            roster.rivals[reply.node] = release.site
             report(release.site, "enrol", f"{label} uses the name of another site")
         else:
             offered[release.site] = (reply.node, release)
     if roster.hierarchy is None and offered:
-        roster.hierarchy = _majority_tree([release for _, release in offered.values()])
+        roster.hierarchy = majority_tree([release for _, release in offered.values()])
     added = []
     for site, (node, release) in sorted(offered.items()):
         if release.tree() != roster.hierarchy:
-            report(site, "enrol", "its label tree differs from the federation's")
+            reason = "its label tree differs from the federation's"
+            roster.refused[node] = (site, reason)
+            report(site, "enrol", reason)
             continue
         roster.nodes[site] = node
         roster.releases[site] = release
@@ -114,7 +122,33 @@ def enrol(
     return added
 
 
-def _majority_tree(releases: list[ProportionRelease]) -> Hierarchy:
+def is_answer(code: int) -> bool:
+    """Whether an error came from the site itself: asked again, it would say the same.
+
+    Everything else (no reply in time, a lost node, a killed process) may mend by itself.
+    """
+    return code >= min(SiteError)
+
+
+def allowed_names(config: FederationConfig) -> set[str]:
+    """The names of ``federation.allow``; empty: everybody may take part."""
+    return {name.strip() for name in config.allow.split(",") if name.strip()}
+
+
+def majority_tree(releases: list[ProportionRelease]) -> Hierarchy:
     """The label tree of most sites; ties go to the first by site name."""
     trees = [release.tree() for release in sorted(releases, key=lambda release: release.site)]
     return Counter(trees).most_common(1)[0][0]
+
+
+def _read(reply: Reply) -> tuple[ProportionRelease | None, str]:
+    """A node's release, or why there is none."""
+    if reply.content is None:
+        return None, reply.failure
+    try:
+        check_only(reply.content, ProportionRelease)
+        release = from_records(reply.content, ProportionRelease)
+        release.tree()
+    except (MessageError, ValueError, KeyError) as error:
+        return None, f"unreadable release: {error}"
+    return release, ""

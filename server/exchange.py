@@ -117,8 +117,10 @@ def error_text(code: int) -> str:
 
 
 def _pair(nodes: Sequence[int], ids: Sequence[str | None]) -> Iterator[tuple[int, str | None]]:
-    # An oversized request makes Flower's grid return fewer ids: then nothing was sent.
-    return zip(nodes, ids if len(ids) == len(nodes) else [None] * len(nodes), strict=True)
+    # An oversized request makes Flower's grid return fewer ids: then nothing was sent. A node that was
+    # removed since it was listed (a revoked site) gets no message and an empty id.
+    sent = [message_id or None for message_id in ids]
+    return zip(nodes, sent if len(sent) == len(nodes) else [None] * len(nodes), strict=True)
 
 
 def _wait(grid: Grid, message_id: str, end: float) -> Message | None:

@@ -6,13 +6,12 @@ the state that a checkpoint keeps) and nothing that cannot be restored from a ch
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flwr.serverapp import Grid
 
 from common.config import RunConfig, Strategy
-from common.errors import RunError
 from common.lhfglp import LHFGLP
 from common.messages import (
     FloatArray,
@@ -20,14 +19,15 @@ from common.messages import (
     ModelUpdate,
     PrivacyStatement,
     SiteError,
-    from_records,
     to_records,
 )
 from common.model_file import all_arrays, load_arrays, trainable_arrays
 from server import checkpoint
-from server.aggregation import ServerOptimiser, fault_of
-from server.checkpoint import LeftOut, ServerState
-from server.enrolment import Roster, enrol
+from server.acceptance import fault_of, is_replay, read_update
+from server.aggregation import ServerOptimiser
+from server.attendance import Attendance, Turn
+from server.checkpoint import ServerState
+from server.enrolment import is_answer
 from server.evaluation import pooled_bag_figures, selection_score
 from server.exchange import ask
 from server.run_folder import RunFolder
@@ -47,11 +47,12 @@ class Rounds:
         grid: Grid,
         config: RunConfig,
         folder: RunFolder,
-        roster: Roster,
+        attendance: Attendance,
         model: LHFGLP,
         state: ServerState,
     ) -> None:
-        self.grid, self.config, self.folder, self.roster = grid, config, folder, roster
+        self.grid, self.config, self.folder = grid, config, folder
+        self.attendance, self.roster = attendance, attendance.roster
         self.model = model
         self.state = state
         self.optimiser = ServerOptimiser(config.federation, config.central_dp)
@@ -68,7 +69,6 @@ class Rounds:
         while self.state.round < self.config.rounds:
             started = time.monotonic()
             number = self.state.round + 1
-            enrol(self.grid, self.roster, self.config.federation, number, self.report, self.folder.exchanged)
             self._train(number)
             if number % self.config.evaluation.every == 0 or number == self.config.rounds:
                 self._evaluate_bags(number)
@@ -82,47 +82,32 @@ class Rounds:
                 self.optimiser.state(),
             )
 
-    def report(self, site: str, phase: str, reason: str) -> None:
-        """Write down that something of a site was not used."""
-        left_out = LeftOut(round=self.state.round + 1, site=site, phase=phase, reason=reason)
-        self.state.left_out.append(left_out)
-        self.folder.event("left-out", **left_out.model_dump())
-        log.warning("round %(round)d: %(site)s left out of %(phase)s: %(reason)s", left_out.model_dump())
-
     def _train(self, number: int) -> None:
+        """One round: ask, and ask those that are missing again, until there are enough good updates."""
         reference = trainable_arrays(self.model)
-        weights = self._weights()
         collected = self.optimiser.aggregator()
         losses: dict[str, float] = {}
-        for site, update, statement in self._ask(TRAIN, number):
-            fault = fault_of(update, reference, self.config.federation.max_update_mb)
-            if not fault and statement is None:
-                fault = "no privacy statement came with the update"
-            if fault or statement is None:
-                self.report(site, TRAIN, fault)
-                continue
-            bags = update.metrics["num-bags"]
-            assert isinstance(bags, int)  # fault_of checked it
-            collected.add(update, weights.get(site, 0.0) if weights else float(bags))
-            self.state.statements[site] = statement
-            loss = update.metrics.get("loss")
-            if isinstance(loss, float):
-                losses[site] = loss
-            self.folder.event("update", round=number, site=site, bags=bags, loss=loss)
-            self.folder.event(
-                "statement",
-                round=number,
-                site=site,
-                epsilon=statement.epsilon,
-                delta=statement.delta,
-                budget_left=statement.budget_left,
-            )
-        if collected.count < self.config.federation.quorum:
-            raise RunError(
-                f"round {number}: {collected.count} good update(s), the quorum is "
-                f"{self.config.federation.quorum}. What was left out and why is in {self.folder.metrics}.\n"
-                "The last checkpoint is intact: go on with --resume when the sites are back."
-            )
+        turn = Turn(self.attendance, number)
+        while collected.count < self.config.federation.quorum:
+            sites = turn.sites()
+            weights = self._weights()
+            for site, update, statement in self._ask(TRAIN, number, sites, turn):
+                if statement is not None:
+                    self._note_statement(statement)  # the budget is spent, whatever becomes of the update
+                fault = fault_of(update, reference, self.config.federation)
+                if not fault and is_replay(update, self.state.digests):
+                    fault = "the very same arrays as in an earlier round (replayed)"
+                if fault:
+                    self._left_out(site, TRAIN, fault, turn)
+                    continue
+                bags = update.metrics["num-bags"]
+                assert isinstance(bags, int)  # fault_of checked it
+                collected.add(update, weights.get(site, 0.0) if weights else float(bags))
+                turn.done.add(site)
+                loss = update.metrics.get("loss")
+                if isinstance(loss, float):
+                    losses[site] = loss
+                self.folder.event("update", round=number, site=site, bags=bags, loss=loss)
         load_arrays(self.model, self.optimiser.step(reference, collected, number))
         mean_loss = sum(losses.values()) / len(losses) if losses else None
         self.folder.event("round", round=number, updates=collected.count, loss=mean_loss)
@@ -130,8 +115,8 @@ class Rounds:
 
     def _evaluate_bags(self, number: int) -> None:
         # Held-back bags are private data that no noise covers: a private run does not ask for them.
-        updates = [] if self.config.dp.epsilon else [u for _, u, _ in self._ask(EVALUATE_BAGS, number)]
-        figures = pooled_bag_figures(updates, self.model.hierarchy)
+        updates = {} if self.config.dp.epsilon else self._evaluations(EVALUATE_BAGS, number)
+        figures = pooled_bag_figures(list(updates.values()), self.model.hierarchy)
         if figures is None:
             # Without held-back bags there is nothing to select by: the newest model is kept.
             self.best, self.state.best_round = dict(trainable_arrays(self.model)), number
@@ -144,31 +129,44 @@ class Rounds:
 
     def test_updates(self) -> dict[str, ModelUpdate]:
         """The selected model's confusion counts on each site's labelled images, by site."""
-        return {site: update for site, update, _ in self._ask(EVALUATE_TEST, self.state.round)}
+        return self._evaluations(EVALUATE_TEST, self.state.round)
 
-    def _ask(self, kind: str, number: int) -> Iterator[tuple[str, ModelUpdate, PrivacyStatement | None]]:
-        """Send the model to every site and yield readable replies, in the order of the site names."""
-        content = to_records(ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model)))
-        by_node = {self.roster.nodes[site]: site for site in self.roster.names()}
+    def _evaluations(self, kind: str, number: int) -> dict[str, ModelUpdate]:
+        sites = self.roster.names()
+        return {site: update for site, update, _ in self._ask(kind, number, sites)}
+
+    def _ask(
+        self, kind: str, number: int, sites: Sequence[str], turn: Turn | None = None
+    ) -> Iterator[tuple[str, ModelUpdate, PrivacyStatement | None]]:
+        """Send the model to the sites and yield readable replies, in the order of the site names."""
+        update = ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model))
+        content = to_records(update, transport=self.config.federation.transport)
+        by_node = {self.roster.nodes[site]: site for site in sites}
         requests = dict.fromkeys(by_node, content)
         deadline, note = self.config.federation.deadline, self.folder.exchanged
         for reply in ask(self.grid, requests, kind, round=number, deadline=deadline, note=note):
             site = by_node[reply.node]
             if reply.content is None:
-                self.report(site, kind, reply.failure)
+                self._left_out(site, kind, reply.failure, turn, final=is_answer(reply.code))
                 if reply.code == SiteError.BUDGET:
-                    self.roster.leave(site)
+                    self.roster.leave(site, reply.failure)
                 continue
             try:
-                update = from_records(reply.content, ModelUpdate)
-                statement = from_records(reply.content, PrivacyStatement) if kind == TRAIN else None
+                update, statement = read_update(reply.content, site, number, private=kind == TRAIN)
             except MessageError as error:
-                self.report(site, kind, f"unreadable reply: {error}")
-                continue
-            if update.sender != site or update.round != number:
-                self.report(site, kind, f"reply of {update.sender!r} for round {update.round}")
+                self._left_out(site, kind, str(error), turn)
                 continue
             yield site, update, statement
+
+    def _left_out(self, site: str, kind: str, reason: str, turn: Turn | None, *, final: bool = True) -> None:
+        self.attendance.report(site, kind, reason)
+        if turn is not None:
+            turn.failed(site, reason, final=final)
+
+    def _note_statement(self, statement: PrivacyStatement) -> None:
+        self.state.statements[statement.site] = statement
+        figures = statement.model_dump(include={"site", "epsilon", "delta", "budget_left"})
+        self.folder.event("statement", round=statement.round, **figures)
 
     def _weights(self) -> dict[str, float]:
         """Site weights of the label-marginal aware strategy; empty where bag counts are the weights."""

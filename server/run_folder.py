@@ -1,7 +1,8 @@
 """The folder of one run: what is where, and how it is written so that a reader never sees half a file.
 
 config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
-metrics.jsonl       one event a line: enrolled, phase, update, statement, round, left-out, finished
+metrics.jsonl       one event a line: joined, waiting, enrolled, phase, update, statement, round, left-out,
+                    left, checkpoint-damaged, resumed, failed, finished
 checkpoints/        see checkpoint.py
 model.safetensors   the selected model, with model.json beside it
 summary.json        the figures of the finished run
@@ -9,23 +10,30 @@ confusion.json      pooled test confusion counts per level, for the pictures
 log.jsonl           what the server logged
 """
 
+import errno
 import json
 import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import RunConfig
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.logs import JsonLines
-from server.evaluation import Confusion
-from server.exchange import Exchange
 
-_MAY_CHANGE = ("run-dir", "sites-dir", "train.device", "federation.sites")
-"""Keys that say where and by whom, not what is computed."""
+if TYPE_CHECKING:  # torch and Flower come with these, and whoever watches a run needs neither
+    from server.evaluation import Confusion
+    from server.exchange import Exchange
+
+_MAY_CHANGE = (
+    "run-dir", "sites-dir", "train.device", "federation.sites",
+    "federation.deadline", "federation.enrol-deadline", "federation.patience",
+)  # fmt: skip
+"""Keys that say where, by whom and how patiently, not what is computed."""
 
 
 class RunFolder:
@@ -84,34 +92,87 @@ class RunFolder:
             )
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one event to metrics.jsonl."""
-        line = json.dumps({"event": kind, "time": round(time.time(), 3), **fields})
-        with self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        """Append one event to metrics.jsonl.
 
-    def exchanged(self, exchange: Exchange) -> None:
+        Raises:
+            RunError: the disk is full or not writable; the file is as it was.
+        """
+        append_line(self.metrics, json.dumps({"event": kind, "time": round(time.time(), 3), **fields}))
+
+    def exchanged(self, exchange: "Exchange") -> None:
         """Append what a question to the sites took: an event of kind ``phase``."""
         self.event("phase", **{**asdict(exchange), "seconds": round(exchange.seconds, 3)})
 
     def forget_events_after(self, last_round: int) -> None:
         """Drop the events of rounds that a resumed run will do again."""
         kept = [e for e in read_events(self.metrics) if e.get("round", 0) <= last_round]
-        write_text(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
+        with written(self.metrics):
+            write_text(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
     def log_handler(self) -> logging.Handler:
         """A handler that appends to log.jsonl; the caller adds and removes it."""
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler = _Lines(self.log)
         handler.setFormatter(JsonLines())
         return handler
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json."""
-        write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+        """Write summary.json.
 
-    def write_confusion(self, argmax: Confusion, path: Confusion) -> None:
-        """Write confusion.json."""
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        with written(self.summary):
+            write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def write_confusion(self, argmax: "Confusion", path: "Confusion") -> None:
+        """Write confusion.json.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
         counts = {"argmax": [m.tolist() for m in argmax], "path": [m.tolist() for m in path]}
-        write_text(self.confusion, json.dumps(counts) + "\n")
+        with written(self.confusion):
+            write_text(self.confusion, json.dumps(counts) + "\n")
+
+
+class _Lines(logging.Handler):
+    """Appends each log record to a file, whole or not at all; a full disk ends the run, as elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        append_line(self._path, self.format(record))
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing ``path`` into the one RunError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written: {error.strerror or error}\n"
+            "The last checkpoint is intact: free some space and go on with --resume."
+        ) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line whole or not at all.
+
+    Raises:
+        RunError: the disk is full or not writable; the file is as it was.
+    """
+    data = (line + "\n").encode()
+    with written(path), path.open("ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            if (count := stream.write(data)) != len(data):  # a disk that is nearly full takes a part
+                raise OSError(errno.ENOSPC, f"only {count} of {len(data)} bytes were written")
+        except OSError:
+            stream.truncate(before)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

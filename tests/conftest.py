@@ -48,6 +48,7 @@ def small_config(sites_dir: Path, tmp_path: Path) -> Callable[..., RunConfig]:
             "model.atoms-per-class": 2,
             "federation.sites": 3,
             "federation.deadline": 60.0,
+            "federation.patience": 0.0,
             "train.held-back": 0.25,
         }
         return RunConfig().with_changes(base | (changes or {}))

@@ -1,0 +1,186 @@
+"""Which sites are there, and what to do when they are too few: wait, say for whom, and give up in the end.
+
+A site that is silent (no reply in time, a lost node, a killed process) may come back, so it is waited for.
+A site that answered, if only with a refusal, would answer the same again: when those alone keep the run
+below its quorum it ends at once. Knows no model and no update.
+"""
+
+import logging
+import time
+from collections import Counter
+
+from flwr.serverapp import Grid
+
+from common.config import FederationConfig
+from common.errors import RunError
+from server.checkpoint import LeftOut, ServerState
+from server.enrolment import ATTEMPTS, Roster, allowed_names, enrol, majority_tree
+from server.run_folder import RunFolder
+
+log = logging.getLogger("fedbags.server")
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
+
+
+class Attendance:
+    """The roster of a run, kept up to date with the nodes that are connected."""
+
+    def __init__(self, grid: Grid, config: FederationConfig, folder: RunFolder, state: ServerState) -> None:
+        self.grid, self.config, self.folder, self.state = grid, config, folder, state
+        self.roster = Roster(releases=state.releases)
+        if state.releases:
+            self.roster.hierarchy = majority_tree(list(state.releases.values()))
+
+    def wait_for_all(self) -> None:
+        """Give ``federation.sites`` nodes until the enrolment deadline to connect; fewer are no error yet."""
+        end = time.monotonic() + self.config.enrol_deadline
+        announced = -1
+        while (connected := len(list(self.grid.get_node_ids()))) < self.config.sites:
+            if time.monotonic() >= end:
+                return
+            if connected != announced:
+                missing = self.config.sites - connected
+                self.waiting(self.state.round + 1, connected, self.expected_names(), missing)
+                announced = connected
+            time.sleep(0.5)
+
+    def refresh(self, round: int) -> list[str]:
+        """Take out the sites whose nodes are gone and enrol the nodes that are new.
+
+        Returns:
+            The names that were added.
+        """
+        connected = set(self.grid.get_node_ids())
+        for site in self.roster.drop_disconnected(connected):
+            self.left(round, site)
+        fresh = self.roster.newcomers(connected)
+        if not fresh:
+            return []
+        known = set(self.roster.releases)
+        added = enrol(self.grid, self.roster, fresh, self.config, round, self.report, self.folder.exchanged)
+        for site in added:
+            self.folder.event("joined", round=round, site=site, again=site in known)
+            log.info("round %(round)d: %(site)s takes part", {"round": round, "site": site})
+        return added
+
+    def expected_names(self) -> list[str]:
+        """The names that may be waited for: the allow-list, else every site that took part before."""
+        return sorted(allowed_names(self.config) or self.roster.releases)
+
+    def report(self, site: str, phase: str, reason: str) -> None:
+        """Write down that something of a site was not used."""
+        left_out = LeftOut(round=self.state.round + 1, site=site, phase=phase, reason=reason)
+        self.state.left_out.append(left_out)
+        self.folder.event("left-out", **left_out.model_dump())
+        log.warning("round %(round)d: %(site)s left out of %(phase)s: %(reason)s", left_out.model_dump())
+
+    def left(self, round: int, site: str) -> None:
+        """Write down that a site's node is gone: it ended, was cut off, or was revoked."""
+        reason = "its node is not connected any more"
+        self.state.left_out.append(LeftOut(round=round, site=site, phase="connection", reason=reason))
+        self.folder.event("left", round=round, site=site, reason=reason)
+        log.warning("round %(round)d: %(site)s left", {"round": round, "site": site})
+
+    def waiting(self, round: int, present: int, names: list[str], missing: int) -> None:
+        """Write down for whom the run waits: ``missing`` more sites, probably some of ``names``."""
+        self.folder.event(
+            "waiting", round=round, sites=names, present=present, missing=missing, quorum=self.config.quorum
+        )
+        log.warning(
+            "round %(round)d: waiting for %(missing)d more site(s), of %(sites)s",
+            {"round": round, "missing": missing, "sites": names},
+        )
+
+
+class Turn:
+    """The sites of one round: done, refused, or still to be asked.
+
+    A site whose update is in is not asked again when the round has to wait for others: its work, and the
+    budget that it spent on it, are kept.
+    """
+
+    def __init__(self, attendance: Attendance, round: int) -> None:
+        self.round = round
+        self.done: set[str] = set()
+        self._attendance = attendance
+        self._refused: dict[str, str] = {}
+        self._silent: dict[str, str] = {}
+        self._asked: Counter[str] = Counter()
+        self._short_since: float | None = None
+        self._pause = _FIRST_PAUSE
+        self._announced: tuple[int, list[str]] | None = None
+
+    def failed(self, site: str, reason: str, *, final: bool) -> None:
+        """Note that a site that was asked gave nothing; ``final``: it would do the same again."""
+        (self._refused if final else self._silent)[site] = reason
+
+    def sites(self) -> list[str]:
+        """The sites to ask now, as soon as they and those that are done make the quorum.
+
+        The first call returns every site that is there; a further one means that too few of them gave a
+        good update, and returns those that may yet give one.
+
+        Raises:
+            RunError: too few after ``federation.patience`` seconds, or waiting cannot help.
+        """
+        if self._asked:
+            self._wait()
+        while True:
+            for site in self._attendance.refresh(self.round):
+                self._refused.pop(site, None)  # a site that was started again may have been mended
+            ready = self._ready()
+            if len(self.done) + len(ready) >= self._attendance.config.quorum:
+                self._asked.update(ready)
+                return ready
+            self._wait()
+
+    def _ready(self) -> list[str]:
+        """Sites that are there and may yet give an update in this round."""
+        names = [site for site in self._attendance.roster.names() if site not in self.done]
+        for site in names:
+            if self._asked[site] >= ATTEMPTS:
+                self._refused[site] = f"asked {ATTEMPTS} times: {self._silent.get(site, 'no update')}"
+        return [site for site in names if site not in self._refused]
+
+    def _wait(self) -> None:
+        """Pause before the next look, or raise RunError."""
+        config, now = self._attendance.config, time.monotonic()
+        if self._short_since is None:
+            self._short_since = now
+        end = self._short_since + config.patience
+        self._ready()
+        roster = self._attendance.roster
+        expected = max(config.sites, len(self._attendance.expected_names()))
+        refusing = [site for site in self._refused if site in roster.nodes]
+        if expected - len(refusing) - len(roster.refused) < config.quorum:
+            raise RunError(
+                self._shortage("Waiting would not help: who answered would answer the same again.")
+            )
+        if now >= end:
+            raise RunError(self._shortage(f"Waited {config.patience:g} s (federation.patience)."))
+        names = self._missing()
+        if self._announced != (len(self.done), names):
+            self._announced = (len(self.done), names)
+            missing = config.quorum - len(self.done)
+            self._attendance.waiting(self.round, len(self.done), names, missing)
+        time.sleep(min(self._pause, end - now))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _missing(self) -> list[str]:
+        """Names that could still make up the quorum, those that are not connected included."""
+        expected = {*self._attendance.expected_names(), *self._attendance.roster.nodes}
+        return sorted(expected - self.done - self._refused.keys())
+
+    def _shortage(self, why: str) -> str:
+        """Who is missing, who refused and why, and what to do."""
+        roster, quorum = self._attendance.roster, self._attendance.config.quorum
+        names = ", ".join(self._missing()) or "no site that is known by name"
+        reasons = {site: "not connected" for site in self._missing() if site not in roster.nodes}
+        reasons |= dict(roster.refused.values())
+        reasons |= self._silent | self._refused
+        lines = "".join(f"  {site}: {reason}\n" for site, reason in sorted(reasons.items()))
+        have = f"{len(self.done)} good update(s)" if self._asked else f"{len(roster.nodes)} site(s) enrolled"
+        return (
+            f"round {self.round}: {have}, the quorum is {quorum}. Missing: {names}.\n{lines}{why}\n"
+            "What was done is kept: go on with --resume when the sites are back."
+        )
