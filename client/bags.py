@@ -19,14 +19,7 @@ from torch import Tensor
 from client.csv_tables import write_csv
 from client.image_cache import Progress, open_cache
 from client.site import SiteConfig
-from client.site_files import (
-    BAGS_FILE,
-    MANIFEST_FILE,
-    Fault,
-    Listing,
-    fingerprint,
-    read_listing,
-)
+from client.site_files import MANIFEST_FILE, Fault, Listing, data_version, read_listing
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
 
@@ -113,7 +106,7 @@ class BagStore:
         faults = list(listing.faults)
         if not listing.images:
             _refuse(config, site_dir, faults, "holds no usable image")
-        version = fingerprint(site_dir, (MANIFEST_FILE, BAGS_FILE, config.hierarchy), listing.images)
+        version = data_version(site_dir, config, listing)
         cache = open_cache(
             cache_dir or site_dir / CACHE_FOLDER,
             "bags",

@@ -19,14 +19,22 @@ from client.ledger_book import Book, Cap
 from client.ledger_check import verify
 from client.ledger_file import Kind, LedgerBusyError, LedgerError, append, create, read_entries, writing
 from client.refusal import BudgetRefused
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError, DataError, RunError, require_file
 from common.messages import PrivacyStatement
 from common.privacy.accounting import fits, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit
 from common.privacy.proportions import CountRelease
 from common.privacy.randomness import Generator
 
-__all__ = ["BudgetRefused", "Ledger", "LedgerBusyError", "LedgerError", "Reservation", "verify"]
+__all__ = [
+    "BudgetRefused",
+    "DataVersionError",
+    "Ledger",
+    "LedgerBusyError",
+    "LedgerError",
+    "Reservation",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,10 @@ class Reservation:
     event: PoissonGaussian | DiscreteLaplace
     run_id: str
     round: int
+
+
+class DataVersionError(DataError):
+    """The ledger holds other versions of the site's data only, and nobody said that this is one more."""
 
 
 class Ledger:
@@ -56,19 +68,20 @@ class Ledger:
         *,
         unit: Unit = Unit.BAG,
     ) -> Self:
-        """Open the ledger, or make it; a new cap or data version is recorded as a row.
+        """Open the ledger, or make it; a new cap, or another data version, is recorded as a row.
 
         Args:
             path: the file; its folder must exist.
             site: the site's name.
-            data_version: ``BagStore.data_version``. Another one than before is no new budget: all that
-                was ever spent keeps counting.
+            data_version: ``BagStore.data_version``. One that the ledger has not seen must have been
+                accepted (``accept_version``), and is no new budget: all that was ever spent counts.
             cap_epsilon: the most that may ever be spent, replace-one of ``unit``.
             cap_delta: the delta of the cap and of every figure.
             unit: what the cap protects; fixed when the ledger is made.
 
         Raises:
             ConfigError: the cap is out of range, or below what is spent already.
+            DataVersionError: the data version was not accepted.
             LedgerError: the file belongs to another site or unit, or cannot be trusted.
             LedgerBusyError: the file cannot be written.
         """
@@ -94,6 +107,8 @@ class Ledger:
                     f"the ledger {path} is of site {book.site!r} and unit {book.unit.value!r}, not of site "
                     f"{site!r} and unit {unit.value!r}; every site keeps its own, for one unit"
                 )
+            if data_version not in book.versions:
+                raise _not_accepted(path, book, data_version)
             if (book.data_version, book.cap) != (data_version, Cap(cap_epsilon, cap_delta)):
                 so_far = spent(book.events, cap_delta, Adjacency.REPLACE_ONE)
                 if so_far > cap_epsilon:
@@ -103,6 +118,28 @@ class Ledger:
                     )
                 ledger._append(db, Kind.OPENED, opening)
         return ledger
+
+    @staticmethod
+    def accept_version(path: Path, site: str, data_version: str) -> bool:
+        """Record that the site's owner takes a new data version for the same site's data.
+
+        Returns:
+            False when the ledger knew the version already; nothing is written then.
+
+        Raises:
+            UserError: there is no such file.
+            LedgerError: the file belongs to another site, or cannot be trusted.
+            LedgerBusyError: the file cannot be written.
+        """
+        require_file(path, "the privacy ledger", "A site writes it when it first trains with a budget.")
+        ledger = Ledger(path, data_version, Book())
+        with ledger._transaction() as db:
+            if ledger._book.site != site:
+                raise LedgerError(f"the ledger {path} is of site {ledger._book.site!r}, not of {site!r}")
+            if data_version in ledger._book.versions:
+                return False
+            ledger._append(db, Kind.ACCEPTED, {})
+        return True
 
     @property
     def book(self) -> Book:
@@ -239,6 +276,17 @@ class Ledger:
         entry = append(db, self._book.last, kind, {**body, "data_version": self.data_version, "time": _now()})
         self._book.add(entry)
         return entry.seq
+
+
+def _not_accepted(path: Path, book: Book, data_version: str) -> DataVersionError:
+    known = "\n".join(f"  {version} since {since}" for version, since in book.versions.items())
+    return DataVersionError(
+        f"the data of site {book.site!r} is of version\n  {data_version}\n"
+        f"which its privacy ledger {path} has never seen. It holds what was spent on\n{known}",
+        advice="If the wrong folder or ledger was given, give the right one. If this is the same site's "
+        "data, changed or copied on purpose, accept it once: `fedbags ledger accept-version SITE_FOLDER`. "
+        "What was spent keeps counting then: the same patients may be in both versions.",
+    )
 
 
 def _now() -> str:

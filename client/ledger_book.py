@@ -3,7 +3,7 @@
 Everything on the site's disk composes into one figure, over runs and over data versions. A new data
 version is a changed folder, and mostly the same patients: counting it as new people would let an edited
 row renew the budget. So all events count, for ever, and reservations count from the moment they are
-made, confirmed or not.
+made, confirmed or not. A version that the site's owner has not accepted is no version of this book.
 """
 
 import json
@@ -37,6 +37,8 @@ class Book:
     site: str = ""
     unit: Unit = Unit.BAG
     data_version: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Every data version that was trained on or accepted, with the time of its first row."""
     cap: Cap = field(default_factory=lambda: Cap(0.0, 0.5))
     entries: list[Entry] = field(default_factory=list)
     events: list[PoissonGaussian | DiscreteLaplace] = field(default_factory=list)
@@ -101,6 +103,9 @@ class Book:
                     raise ValueError("site and unit never change")
                 self.site, self.unit, self.data_version = site, unit, str(body["data_version"])
                 self.cap = Cap(float(body["cap_epsilon"]), float(body["cap_delta"]))
+                self.versions.setdefault(self.data_version, str(body["time"]))
+            case Kind.ACCEPTED:
+                self.versions.setdefault(str(body["data_version"]), str(body["time"]))
             case Kind.RESERVED:
                 self.events.append(event_from_dict(body["event"]))
                 self._drew_from(body)

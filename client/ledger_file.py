@@ -20,6 +20,8 @@ from typing import Any
 
 from common.errors import RunError, UserError
 
+LEDGER_FILE = "ledger.sqlite"
+"""The file's name in the folder of a site."""
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x66646C67
 """Tells our file from any other SQLite file ("fdlg")."""
@@ -59,6 +61,8 @@ class Kind(StrEnum):
     """The round of a reservation was finished. Changes nothing in what is spent."""
     RELEASED = "released"
     """Noised counts with their event: drawn, charged and stored in one row."""
+    ACCEPTED = "accepted"
+    """The site's owner said that a new data version is the same site's data. Budgets go on composing."""
     REFUSED = "refused"
     """An event that the cap did not allow. Costs nothing."""
 

@@ -152,6 +152,11 @@ def fingerprint(site_dir: Path, files: Sequence[str], images: Sequence[ImageRow]
     return digest.hexdigest()
 
 
+def data_version(site_dir: Path, config: SiteConfig, listing: Listing) -> str:
+    """The fingerprint of everything that bags are made of; what the privacy ledger tells versions by."""
+    return fingerprint(site_dir, (MANIFEST_FILE, BAGS_FILE, config.hierarchy), listing.images)
+
+
 def _path_fault(root: str, path: str, inside: dict[Path, bool]) -> str:
     """Why this path cannot be used, or nothing; ``inside`` remembers folders already looked up."""
     if not path or "\0" in path:

@@ -91,6 +91,46 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("accept-version")
+def accept_version(
+    site_folder: Annotated[Path, typer.Argument(help="The site's folder, as it is now.")],
+    ledger: Annotated[
+        Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Accept the folder's data as a new version of the same site's data; training is refused until then.
+
+    What was spent on other versions keeps counting: budgets compose over versions, because the same
+    patients may be in both. Only the site's owner can say that it is the same site, so this is done by
+    hand, at the site, and recorded in the ledger.
+
+    Example: fedbags ledger accept-version SITES/site-1
+    """
+    from client.ledger import Ledger
+    from client.ledger_book import Book
+    from client.site import SiteConfig
+    from client.site_files import data_version, read_listing
+    from deploy.tables import console
+
+    config = SiteConfig.load(site_folder)
+    version = data_version(site_folder, config, read_listing(site_folder, config)[1])
+    file = ledger or site_folder / "ledger.sqlite"
+    accepted = Ledger.accept_version(file, config.name, version)
+    book = Book.read(file)
+    if json_:
+        result = {"accepted": accepted, "data_version": version, "versions": list(book.versions)}
+        typer.echo(json.dumps(result, indent=2))
+        return
+    out = console()
+    out.print(f"data version {version}", soft_wrap=True)
+    out.print("accepted, and recorded in the ledger" if accepted else "known already; nothing was changed")
+    out.print(
+        f"epsilon {book.spent():.4g} of {book.cap.epsilon:g} is spent at delta {book.cap.delta:g} "
+        f"(replace-one {book.unit.value}, PLD), over {len(book.versions)} data version(s) together"
+    )
+
+
 @app.command()
 def export(file: File, json_: Json = False) -> None:
     """Print cap, events and spending, enough to recompute the epsilons with another accountant.
@@ -115,6 +155,8 @@ def export(file: File, json_: Json = False) -> None:
 def _describe(kind: str, body: Mapping[str, Any]) -> str:
     if kind == "opened":
         return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
+    if kind == "accepted":
+        return f"data version {body['data_version'][:12]}"
     if kind == "confirmed":
         return f"row {body['reservation']}"
     if kind == "released":

@@ -150,7 +150,8 @@ def _per_site(told: Told) -> list[str]:
 def _provenance(told: Told) -> list[str]:
     return [
         "The code is what the run's server recorded when the run ended. A data version is a hash over a "
-        "site's manifest, bags and images. The packages are those of the machine that wrote this report."
+        "site's tables and the sizes and times of its images. The packages are those of the machine that "
+        "wrote this report."
     ]
 
 

@@ -177,7 +177,7 @@ class Site(Part):
     curve: tuple[CurvePoint, ...]
     what_if: tuple[WhatIf, ...]
     refusals: tuple[Refusal, ...]
-    data_versions: tuple[str, ...] = Field(description="hashes of the site's manifest, bags and images")
+    data_versions: tuple[str, ...] = Field(description="hashes of the site's tables and image files")
     generator: GeneratorKind
     generators: tuple[str, ...] = Field(description="by name, as the ledger or the statement records them")
     stated: Stated | None

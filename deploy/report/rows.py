@@ -127,6 +127,8 @@ def _what(kind: str, body: Mapping[str, Any]) -> str:
     match Kind(kind):
         case Kind.OPENED:
             return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
+        case Kind.ACCEPTED:
+            return f"data version {body['data_version'][:12]} accepted by the site's owner"
         case Kind.CONFIRMED:
             return f"round of row {body['reservation']} finished"
         case Kind.RELEASED:

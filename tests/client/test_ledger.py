@@ -16,7 +16,7 @@ import pytest
 
 from client import ledger as ledger_module
 from client import ledger_file
-from client.ledger import BudgetRefused, Ledger, LedgerBusyError, LedgerError, verify
+from client.ledger import BudgetRefused, DataVersionError, Ledger, LedgerBusyError, LedgerError, verify
 from client.ledger_book import Book
 from client.ledger_file import Kind, canonical, chain_hash
 from common.errors import ConfigError, RunError, UserError
@@ -119,8 +119,40 @@ def test_planted_bug_epsilon_per_round(open_ledger: Opener, monkeypatch: pytest.
     assert verify(ledger.path)[-1].reason.startswith("more than the cap")
 
 
+def test_another_data_version_is_refused_until_the_owner_accepts_it(open_ledger: Opener) -> None:
+    path = fill(open_ledger(), 1)
+    head = Book.read(path).head
+    with pytest.raises(DataVersionError) as caught:
+        open_ledger(data_version="v2")
+    since = Book.read(path).versions["v1"]
+    for part in ("v2", f"v1 since {since}", "fedbags ledger accept-version", "keeps counting"):
+        assert part in str(caught.value)
+    assert Book.read(path).head == head
+    assert Ledger.accept_version(path, "site-1", "v2")
+    assert not Ledger.accept_version(path, "site-1", "v2")
+    assert not Ledger.accept_version(path, "site-1", "v1")
+    assert [entry.kind for entry in Book.read(path).entries].count("accepted") == 1
+    assert verify(path) == []
+    for version in ("v2", "v1"):
+        open_ledger(data_version=version)
+    with pytest.raises(DataVersionError):
+        open_ledger(data_version="v3")
+    with pytest.raises(LedgerError, match="not of 'site-2'"):
+        Ledger.accept_version(path, "site-2", "v3")
+    with pytest.raises(UserError, match="not found"):
+        Ledger.accept_version(path.with_name("none"), "site-1", "v2")
+
+
+def test_planted_bug_an_acceptance_outside_the_chain(open_ledger: Opener) -> None:
+    """An acceptance written by hand, without its hash, is found."""
+    path = fill(open_ledger(), 1)
+    Ledger.accept_version(path, "site-1", "v2")
+    tamper(path, "UPDATE entries SET body = replace(body, 'v2', 'v3') WHERE kind = 'accepted'")
+    assert "edited" in verify(path)[0].reason
+
+
 def test_runs_and_data_versions_compose(open_ledger: Opener) -> None:
-    fill(open_ledger(cap_epsilon=4.0), 3)
+    Ledger.accept_version(fill(open_ledger(cap_epsilon=4.0), 3), "site-1", "v2")
     second = open_ledger(cap_epsilon=4.0, data_version="v2")
     assert len(second.events()) == 3
     assert use_up(second) > 0
@@ -162,6 +194,7 @@ def test_a_release_is_made_once_and_reused(open_ledger: Opener) -> None:
     assert ledger.store_release(first, "run") == first
     assert ledger.store_release(second, "run") == first
     assert open_ledger().release_for("v1") == first
+    Ledger.accept_version(ledger.path, "site-1", "v2")
     assert open_ledger(data_version="v2").release_for("v2") is None
     assert ledger.events() == (DiscreteLaplace(scale=4.0),)
 

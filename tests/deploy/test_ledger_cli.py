@@ -1,13 +1,16 @@
 """`fedbags ledger`: what it prints, and how it exits."""
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from client.ledger import Ledger
+from client.bags import BagStore
+from client.ledger import DataVersionError, Ledger
+from client.ledger_book import Book
 from common.errors import UserError
 from common.privacy.events import PoissonGaussian
 from deploy.ledger_cli import app
@@ -39,6 +42,24 @@ def test_export_prints_one_json_object(ledger: Ledger) -> None:
     assert (
         ledger.book.head in CliRunner(env={"COLUMNS": "200"}).invoke(app, ["export", str(ledger.path)]).output
     )
+
+
+def test_a_new_data_version_is_accepted_by_hand(sites_dir: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(sites_dir / "hospital-1", site)
+    path, name = site / "ledger.sqlite", "hospital-1"
+    Ledger.open(path, name, "old", 8.0, 1e-5).reserve(EVENT, "first", 1)
+    version = BagStore.open(site, 16).data_version
+    with pytest.raises(DataVersionError):
+        Ledger.open(path, name, version, 8.0, 1e-5)
+    runner = CliRunner(env={"COLUMNS": "200"})
+    told = json.loads(runner.invoke(app, ["accept-version", str(site), "--json"]).output)
+    assert told == {"accepted": True, "data_version": version, "versions": ["old", version]}
+    again = runner.invoke(app, ["accept-version", str(site), "--ledger", str(path)])
+    assert "nothing was changed" in again.output
+    assert f"epsilon {Book.read(path).spent():.4g} of 8" in again.output
+    assert Ledger.open(path, name, version, 8.0, 1e-5).events() == (EVENT,)
+    assert version[:12] in runner.invoke(app, ["show", str(path)]).output
 
 
 def test_verify_exits_1_on_tampering_and_names_the_row(ledger: Ledger) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from client.ledger import verify
+from client.bags import BagStore
+from client.ledger import Ledger, verify
 from client.ledger_book import Book
 from client.site import PrivacyBudget, SiteConfig
 from client.sources.synthetic import write_synthetic_sites
@@ -121,6 +122,39 @@ def test_runs_on_the_same_data_compose_and_one_too_many_is_refused(
     assert all("privacy budget" in event["reason"] for event in refused)
     runs = {entry.body.get("run_id") for entry in after_three.entries} - {None}
     assert runs == {"one", "two", "three"}
+
+
+def test_changed_data_takes_part_only_when_accepted_and_the_cap_counts_both_versions(
+    small_config: Config, sites_dir: Path, tmp_path: Path
+) -> None:
+    sites = tmp_path / "capped"
+    shutil.copytree(sites_dir, sites)
+    with_budget(sites, epsilon=4.5)
+    first = small_config(PRIVATE | {"sites-dir": str(sites), "run-dir": str(tmp_path / "one")})
+    run(first)
+    site = sites / "hospital-1"
+    spent_before = Book.read(site / "ledger.sqlite").spent()
+    for image in sorted((site / "images").iterdir())[:3]:
+        image.touch()
+    (site / "site.toml").touch()  # a process that holds the folder open looks at its tables only
+    second = first.with_changes(
+        {"run-dir": str(tmp_path / "two"), "dp.epsilon": 0.4, "dp.release-scale": 50.0}
+    )
+    summary = run(second)
+    assert sorted(summary["statements"]) == ["hospital-2", "hospital-3"]
+    (refused,) = summary["left_out"]
+    assert (refused["phase"], "accept-version" in refused["reason"]) == ("enrol", True)
+    assert Book.read(site / "ledger.sqlite").spent() == spent_before
+    Ledger.accept_version(site / "ledger.sqlite", "hospital-1", BagStore.open(site, 16).data_version)
+    third = second.with_changes({"run-dir": str(tmp_path / "three")})
+    assert "hospital-1" in run(third)["statements"]
+    book = Book.read(site / "ledger.sqlite")
+    assert spent_before < book.spent() <= 4.5
+    assert len(book.versions) == 2
+    fourth = first.with_changes({"run-dir": str(tmp_path / "four")})
+    with pytest.raises(RunError, match="quorum"):
+        run(fourth)
+    assert Book.read(site / "ledger.sqlite").spent() <= 4.5
 
 
 def test_a_site_whose_budget_is_used_up_leaves_and_the_run_goes_on(
