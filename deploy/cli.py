@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from common.errors import FedbagsError, UserError
-from deploy import audit_cli, bags_cli, ledger_cli, report_cli
+from deploy import audit_cli, bags_cli, ledger_cli, provision_cli, report_cli
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
@@ -39,11 +39,13 @@ site_app = typer.Typer(help="What one hospital holds, and what would leave it.",
 runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
 app.add_typer(bags_cli.app, name="bags")
 app.add_typer(ledger_cli.app, name="ledger")
+app.add_typer(provision_cli.app, name="provision")
 app.add_typer(site_app, name="site")
 app.add_typer(runs_app, name="runs")
 
 app.command("report")(report_cli.report_command)
 app.command("audit")(audit_cli.audit_command)
+site_app.command("keygen")(provision_cli.keygen)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]

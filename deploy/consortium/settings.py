@@ -16,6 +16,7 @@ from common.errors import require_file
 from deploy.consortium.toml_file import read_toml, validated
 
 LOOPBACK = "127.0.0.1"
+RESERVED = {"server", "coordinator"}
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
@@ -49,7 +50,15 @@ def valid_address(address: str) -> str:
     return str(parsed)
 
 
+def valid_site(name: str) -> str:
+    """A site's name, which is none that commands give to something else."""
+    if name.lower() in RESERVED:
+        raise ValueError(f"a site cannot be called {name!r}: commands mean the coordinator by it")
+    return valid_name(name)
+
+
 Name = Annotated[str, AfterValidator(valid_name)]
+SiteName = Annotated[str, AfterValidator(valid_site)]
 Host = Annotated[str, AfterValidator(valid_host)]
 Address = Annotated[str, AfterValidator(valid_address)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
@@ -64,6 +73,9 @@ class ServerSettings(Section):
         description="names and addresses in the server's certificate; sites connect to the first"
     )
     port: Port = Field(8443, description="nginx with TLS: the sites' Fleet API and nothing else")
+    address: Address = Field(
+        "0.0.0.0", description="address that nginx listens on; 0.0.0.0 is every IPv4 address, :: also IPv6"
+    )
     admin_address: Address = Field(
         LOOPBACK, description="address of the SuperLink itself (Control and Runtime API): never a public one"
     )
@@ -136,7 +148,7 @@ class ConsortiumSettings(Section):
 
     name: Name = Field(description="the consortium's name")
     server: ServerSettings
-    sites: dict[Name, SiteSettings] = Field(default_factory=dict)
+    sites: dict[SiteName, SiteSettings] = Field(default_factory=dict)
     validity: ValiditySettings = ValiditySettings()
 
     @model_validator(mode="after")

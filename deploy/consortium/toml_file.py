@@ -58,17 +58,23 @@ def commented(section: Section, header: str = "") -> str:
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """``write_bytes`` of a text in UTF-8."""
+    write_bytes(path, text.encode(), mode)
+
+
+def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a file in one step: a reader sees the old one or the new one, never with a wider mode.
 
     Args:
         path: the file; its folder exists.
-        text: the whole content.
+        content: the whole content.
         mode: permissions, 0o600 for what is secret.
     """
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
         temporary = Path(stream.name)
         try:
-            stream.write(text)
+            stream.write(content)
+            stream.flush()
         except BaseException:
             temporary.unlink()
             raise

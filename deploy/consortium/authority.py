@@ -1,0 +1,223 @@
+"""The consortium's certificate authority: it certifies the server's key and the sites', and keeps the list.
+
+A site's certificate says which public key is whose; sites check it when they exchange keys, so the server
+that relays it need not be trusted. The authority's folder (ca.key, ca.crt, issued.json) stays with the
+coordinator, offline if it can. Nothing here knows of kits or of Flower.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from common.errors import UserError, require_file
+from deploy.consortium.certificates import (
+    certificate_builder,
+    check_certificate,
+    distinguished_name,
+    general_name,
+    key_usage,
+    organisation,
+    read_certificate,
+    utc_now,
+    write_certificate,
+)
+from deploy.consortium.keys import KeyForm, fingerprint, make_private_key, read_private_key
+from deploy.consortium.toml_file import write_text
+
+KEY_FILE, CERTIFICATE_FILE, ISSUED_FILE = "ca.key", "ca.crt", "issued.json"
+SERVER = "(server)"
+"""The subject of the server's own records in issued.json; no site can have this name."""
+
+
+class Issued(BaseModel):
+    """One line of issued.json: a certificate, and whether it still counts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    subject: str
+    serial: str
+    public_key: str
+    """SHA-256 of the key, hexadecimal."""
+    not_before: datetime
+    not_after: datetime
+    revoked: datetime | None = None
+
+
+_RECORDS = TypeAdapter(list[Issued])
+
+
+@dataclass(frozen=True)
+class Authority:
+    """An opened authority: its certificate, and its key in memory."""
+
+    folder: Path
+    certificate: x509.Certificate
+    _key: ec.EllipticCurvePrivateKey = field(repr=False)
+
+    @classmethod
+    def create(cls, folder: Path, consortium: str, days: int, password: bytes | None = None) -> Self:
+        """Make a new authority in a folder that does not exist yet; it appears complete or not at all.
+
+        Args:
+            folder: where to put it.
+            consortium: becomes the certificate's organisation.
+            days: how long it holds.
+            password: encrypts ca.key, if given.
+
+        Raises:
+            UserError: the folder exists.
+        """
+        if folder.exists():
+            raise UserError(f"{folder} exists: an authority is never overwritten")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".authority-", dir=folder.parent))
+        try:
+            key = make_private_key(work / KEY_FILE, KeyForm.PKCS8, password)
+            name = distinguished_name(consortium, f"{consortium} authority")
+            certificate = (
+                certificate_builder(name, name, key.public_key(), key.public_key(), days, None)
+                .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+                .add_extension(key_usage(signs_certificates=True), critical=True)
+                .sign(key, hashes.SHA384())
+            )
+            write_certificate(work / CERTIFICATE_FILE, certificate)
+            write_text(work / ISSUED_FILE, "[]\n")
+            work.rename(folder)
+        except BaseException:
+            shutil.rmtree(work)
+            raise
+        return cls(folder, certificate, key)
+
+    @classmethod
+    def open(cls, folder: Path, password: bytes | None = None) -> Self:
+        """Open an authority to issue or revoke.
+
+        Raises:
+            UserError: a file is missing or readable by others, the password is wrong, key and certificate do
+                not belong together, or the certificate does not hold now.
+        """
+        for name in (CERTIFICATE_FILE, KEY_FILE, ISSUED_FILE):
+            require_file(
+                folder / name,
+                "the consortium's authority is incomplete: a file",
+                "Bring back the authority folder from where you keep it. Without ca.key nothing can be "
+                "issued: then provision a new consortium into an empty folder.",
+            )
+        certificate = read_certificate(folder / CERTIFICATE_FILE)
+        key = read_private_key(folder / KEY_FILE, password)
+        if key.public_key() != certificate.public_key():
+            raise UserError(
+                f"{folder}: ca.key is not the key of ca.crt. Bring back the pair that belongs together."
+            )
+        check_certificate(certificate, certificate, "the authority's certificate")
+        return cls(folder, certificate, key)
+
+    @property
+    def consortium(self) -> str:
+        """The consortium's name."""
+        return organisation(self.certificate)
+
+    def issue_server(
+        self, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], days: int
+    ) -> x509.Certificate:
+        """A TLS certificate for ``hosts`` (DNS names and IP addresses), recorded in issued.json."""
+        names = x509.SubjectAlternativeName([general_name(host) for host in hosts])
+        return self._issue(SERVER, hosts[0], key, days, ExtendedKeyUsageOID.SERVER_AUTH, names)
+
+    def issue_site(self, site: str, key: ec.EllipticCurvePublicKey, days: int) -> x509.Certificate:
+        """A certificate that ``key`` is the key of ``site`` (CN), recorded in issued.json.
+
+        Raises:
+            UserError: another site has this key, or it was revoked.
+        """
+        for record in self.issued():
+            if record.public_key != fingerprint(key):
+                continue
+            if record.subject != site:
+                raise UserError(
+                    f"sites {record.subject!r} and {site!r} have one key: each site makes its own with "
+                    "`fedbags site keygen`, so ask which of them it belongs to"
+                )
+            if record.revoked:
+                raise UserError(
+                    f"this key of site {site!r} was revoked on {record.revoked:%Y-%m-%d}: let the site make "
+                    "a new one (move node.key away, then `fedbags site keygen`)"
+                )
+        return self._issue(site, site, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, None)
+
+    def revoke(self, subject: str) -> int:
+        """Mark every certificate of a site as revoked; returns how many that changed."""
+        now = utc_now()
+        records = self.issued()
+        changed = [record for record in records if record.subject == subject and not record.revoked]
+        self._save(
+            [
+                record.model_copy(update={"revoked": now}) if record in changed else record
+                for record in records
+            ]
+        )
+        return len(changed)
+
+    def issued(self) -> list[Issued]:
+        """Every certificate ever issued, oldest first.
+
+        Raises:
+            UserError: issued.json is damaged.
+        """
+        path = self.folder / ISSUED_FILE
+        try:
+            return _RECORDS.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise UserError(
+                f"{path} is damaged: bring it back from a backup of the authority folder"
+            ) from error
+
+    def _issue(
+        self,
+        subject: str,
+        common_name: str,
+        key: ec.EllipticCurvePublicKey,
+        days: int,
+        usage: x509.ObjectIdentifier,
+        names: x509.SubjectAlternativeName | None,
+    ) -> x509.Certificate:
+        builder = certificate_builder(
+            distinguished_name(self.consortium, common_name),
+            self.certificate.subject,
+            key,
+            self._key.public_key(),
+            days,
+            self.certificate.not_valid_after_utc,
+        )
+        if names is not None:
+            builder = builder.add_extension(names, critical=False)
+        certificate = (
+            builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(key_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .sign(self._key, hashes.SHA384())
+        )
+        record = Issued(
+            subject=subject,
+            serial=f"{certificate.serial_number:x}",
+            public_key=fingerprint(key),
+            not_before=certificate.not_valid_before_utc,
+            not_after=certificate.not_valid_after_utc,
+        )
+        self._save([*self.issued(), record])
+        return certificate
+
+    def _save(self, records: Sequence[Issued]) -> None:
+        rows = [record.model_dump(mode="json") for record in records]
+        write_text(self.folder / ISSUED_FILE, json.dumps(rows, indent=2) + "\n")
