@@ -1,0 +1,129 @@
+"""Who signed something: site certificates of the consortium's authority, and signatures with node keys.
+
+A site trusts one file, its kit's ``ca.crt``. Everything else about another site, its name and its public
+key, comes from a certificate that whoever relays it cannot forge. Knows nothing of Flower, and of what is
+signed; the issuing side is ``deploy.consortium.authority``.
+
+Revocation is not seen here: a site has no list of it. The server drops a revoked site, and a certificate's
+validity bounds how long one that is not dropped could be used.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from common.errors import RunError, UserError, require_file
+
+PUBLIC_BITS = 384
+"""Size of a node key's curve (NIST P-384)."""
+_SCHEME = ec.ECDSA(hashes.SHA384())
+
+
+class IdentityError(RunError):
+    """A certificate or a signature is not what it must be. The text names sites only."""
+
+
+@dataclass(frozen=True)
+class SiteIdentity:
+    """What a valid certificate says."""
+
+    site: str
+    public_key: ec.EllipticCurvePublicKey
+
+
+def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a node's private key, in OpenSSH's format or PEM, without a password.
+
+    Raises:
+        UserError: there is no such file, or no NIST P-384 key in it. The text holds nothing of the key.
+    """
+    advice = "Make one with `fedbags site keygen KIT`."
+    content = require_file(path, "the node key", advice).read_bytes()
+    openssh = content.lstrip().startswith(b"-----BEGIN OPENSSH")
+    try:
+        load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
+        key = load(content, password=None)
+    except TypeError as error:
+        raise UserError(f"{path} is protected by a password; a node key has none. {advice}") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise UserError(f"{path} is not a private key. {advice}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.key_size != PUBLIC_BITS:
+        raise UserError(f"{path} is not a NIST P-{PUBLIC_BITS} key. {advice}")
+    return key
+
+
+def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteIdentity:
+    """Check a site's certificate against the authority that the reader trusts.
+
+    Args:
+        certificate: PEM of one certificate; its common name is the site's name.
+        authority: PEM of the consortium's CA certificate.
+        at: the time to check at, with a time zone.
+
+    Raises:
+        IdentityError: unreadable, of another authority, outside its validity, a CA's own, without exactly
+            one name, or without a P-384 key.
+    """
+    try:
+        issuer = x509.load_pem_x509_certificate(authority.encode())
+    except ValueError as error:
+        raise IdentityError("the consortium's CA certificate cannot be read") from error
+    try:
+        subject = x509.load_pem_x509_certificate(certificate.encode())
+        names = subject.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        public_key = subject.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise IdentityError("a site's certificate cannot be read") from error
+    if len(names) != 1 or not isinstance(names[0].value, str):
+        raise IdentityError("a site's certificate must carry exactly one common name")
+    site = names[0].value
+    try:
+        subject.verify_directly_issued_by(issuer)
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise IdentityError(f"the certificate of {site!r} is not of this consortium's authority") from error
+    for owner, checked in ((f"of {site!r}", subject), ("of the authority", issuer)):
+        if not checked.not_valid_before_utc <= at <= checked.not_valid_after_utc:
+            raise IdentityError(
+                f"the certificate {owner} is valid from {checked.not_valid_before_utc:%Y-%m-%d %H:%M} to "
+                f"{checked.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and it is {at:%Y-%m-%d %H:%M} here"
+            )
+    if _is_authority(subject) or not _is_authority(issuer):
+        raise IdentityError(f"the certificate of {site!r} is not one of a site, issued by a CA")
+    if not isinstance(public_key, ec.EllipticCurvePublicKey) or public_key.key_size != PUBLIC_BITS:
+        raise IdentityError(f"the certificate of {site!r} holds no NIST P-{PUBLIC_BITS} key")
+    return SiteIdentity(site, public_key)
+
+
+def sign(key: ec.EllipticCurvePrivateKey, purpose: str, payload: bytes) -> bytes:
+    """ECDSA (SHA-384) over the payload, bound to its purpose: a signature for one use is none for another."""
+    return key.sign(_bound(purpose, payload), _SCHEME)
+
+
+def verify(key: ec.EllipticCurvePublicKey, purpose: str, payload: bytes, signature: bytes) -> None:
+    """Check what ``sign`` made.
+
+    Raises:
+        IdentityError: it is not this key's signature of this payload for this purpose.
+    """
+    try:
+        key.verify(signature, _bound(purpose, payload), _SCHEME)
+    except InvalidSignature as error:
+        raise IdentityError(f"a signature for {purpose!r} is not valid") from error
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
+def _bound(purpose: str, payload: bytes) -> bytes:
+    name = f"fedbags/{purpose}".encode()
+    return len(name).to_bytes(4, "big") + name + payload

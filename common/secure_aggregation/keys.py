@@ -1,0 +1,114 @@
+"""Key agreement, sealed shares and secret sharing: the cryptographic pieces, each from a library.
+
+X25519, HKDF-SHA256 and ChaCha20-Poly1305 are `cryptography`'s; Shamir's scheme over GF(2^128) is Flower's
+wrapper of pycryptodome. Knows sites by name only, and nothing of sessions and rounds: their transcript
+comes in as ``context``.
+"""
+
+import hashlib
+import hmac
+import os
+from collections.abc import Mapping, Sequence
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
+
+from common.errors import RunError
+
+SECRET_BYTES = 32
+SHARE_BYTES = 52
+"""Of a 32-byte secret: a 4-byte index and three blocks of 16 (Flower pads to whole blocks, always)."""
+_ONCE = bytes(12)
+"""The nonce. Every sealing key is derived for one message: session, sender and receiver are in it."""
+
+
+class SecureAggregationRefused(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
+    """A site does not go on with a secure aggregation. The text names sites and counts, never a secret."""
+
+
+def new_secret() -> bytes:
+    """32 bytes from the operating system: an X25519 private key, or the seed of a self-mask."""
+    return os.urandom(SECRET_BYTES)
+
+
+def public_key(private: bytes) -> bytes:
+    """The X25519 public key of a private one."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def commit(seed: bytes) -> bytes:
+    """SHA-256 of a seed of 256 random bits: hides it, and shows later whether the right one was recovered."""
+    return hashlib.sha256(b"fedbags self-mask seed" + seed).digest()
+
+
+def pairwise_key(private: bytes, peer: bytes, purpose: str, context: bytes) -> bytes:
+    """The 32-byte key that two sites share for one purpose in one context.
+
+    Raises:
+        SecureAggregationRefused: the peer's key is a point of small order.
+    """
+    try:
+        shared = X25519PrivateKey.from_private_bytes(private).exchange(
+            X25519PublicKey.from_public_bytes(peer)
+        )
+    except ValueError as error:
+        raise SecureAggregationRefused("a public key is not usable") from error
+    return derive(shared, purpose, context)
+
+
+def derive(secret: bytes, purpose: str, context: bytes) -> bytes:
+    """HKDF-SHA256 to 32 bytes."""
+    info = b"fedbags/" + purpose.encode() + b"\0" + context
+    return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(secret)
+
+
+def seal(private: bytes, peer: bytes, sender: str, receiver: str, context: bytes, content: bytes) -> bytes:
+    """Encrypt what only ``receiver`` may read, so that he knows who sent it and in which session."""
+    key = pairwise_key(private, peer, f"seal/{sender}/{receiver}", context)
+    return ChaCha20Poly1305(key).encrypt(_ONCE, content, context)
+
+
+def unseal(private: bytes, peer: bytes, sender: str, receiver: str, context: bytes, sealed: bytes) -> bytes:
+    """Open what ``seal`` made.
+
+    Raises:
+        SecureAggregationRefused: changed on the way, from another sender, or made in another session.
+    """
+    key = pairwise_key(private, peer, f"seal/{sender}/{receiver}", context)
+    try:
+        return ChaCha20Poly1305(key).decrypt(_ONCE, sealed, context)
+    except (InvalidTag, ValueError) as error:
+        raise SecureAggregationRefused(
+            f"the shares of {sender!r} cannot be opened: it saw another list of sites, or they were changed"
+        ) from error
+
+
+def split(secret: bytes, threshold: int, holders: Sequence[str]) -> dict[str, bytes]:
+    """Shamir's shares of a 32-byte secret, one per holder; ``threshold`` of them give it back."""
+    if threshold == 1:  # Shamir of degree 0 is the secret itself
+        raise ValueError("a threshold of 1 shares nothing")
+    return dict(zip(holders, create_shares(secret, threshold, len(holders)), strict=True))
+
+
+def join(shares: Mapping[str, bytes], threshold: int) -> bytes | None:
+    """The secret from at least ``threshold`` shares; None when they are too few or do not fit together.
+
+    A wrong share among right ones gives a wrong secret, which the caller finds by its commitment.
+    """
+    usable = {share[:4]: share for share in shares.values() if len(share) == SHARE_BYTES}
+    if len(usable) < threshold:
+        return None
+    try:
+        secret = combine_shares(list(usable.values())[:threshold])
+    except ValueError:
+        return None
+    return secret if len(secret) == SECRET_BYTES else None
+
+
+def same(one: bytes, other: bytes) -> bool:
+    """Comparison that takes the same time whatever differs."""
+    return hmac.compare_digest(one, other)

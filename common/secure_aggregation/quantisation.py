@@ -1,0 +1,111 @@
+"""Updates as words: clipped, weighted, scaled and rounded at random, so that a sum of them is exact.
+
+An update is the difference between the site's model and the one that it was sent. Its coordinate x becomes
+
+    round(clip(x, -c, c) * w * s)  modulo 2**32,     s = (2**31 - 1 - n) / c
+
+with the site's weight w, the clip range c and n sites. The weights sum to at most 1, so the sum of all n
+lies within +-(c * s + n) <= 2**31 - 1 and never wraps. Rounding is up or down with the chance that makes
+it unbiased (Konecny et al. 2016, section 4), by less than 1 per site; so a coordinate of the weighted mean
+over sites of total weight W is off by less than
+
+    n / (s * W)  =  n c / ((2**31 - 1 - n) W):   3.7e-8 for 5 sites and c = 16
+
+beside what clipping changes. ``error_bound`` is this figure, and float32 models of size 1 resolve 6e-8.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import RunError
+from common.secure_aggregation.keys import new_secret
+from common.secure_aggregation.masking import CHUNK, Keystream
+from common.secure_aggregation.records import Words
+
+FloatArray = NDArray[np.float32]
+Arrays = Mapping[str, FloatArray]
+
+
+def scale(clip_range: float, sites: int) -> float:
+    """Steps per unit (s above)."""
+    return (2**31 - 1 - sites) / clip_range
+
+
+def error_bound(clip_range: float, sites: int, weight: float) -> float:
+    """Largest rounding error of a coordinate of the mean over sites with ``weight`` of all the weights.
+
+    Turning the mean into float32 comes on top (half a unit in the last place).
+    """
+    return sites / (scale(clip_range, sites) * weight)
+
+
+def length(arrays: Arrays) -> int:
+    """Words of a model with these arrays."""
+    return sum(array.size for array in arrays.values())
+
+
+def quantise(sent: Arrays, trained: Arrays, clip_range: float, weight: float, sites: int) -> Words:
+    """A site's update as words, shape (length(trained),), arrays in the order of their names.
+
+    Args:
+        sent: the model that the server sent; holds at least the names of ``trained``, in the same shapes.
+        trained: what the site would send without secure aggregation.
+        clip_range: c > 0.
+        weight: of this site, in [0, 1].
+        sites: number of sites whose weights sum to at most 1.
+
+    Raises:
+        RunError: the update is not finite. It must not be sent: masked, nobody could find it.
+    """
+    words = np.empty(length(trained), np.uint32)
+    chances = Keystream(new_secret())
+    factor = weight * scale(clip_range, sites)
+    place = 0
+    for name in sorted(trained):
+        new, old = trained[name].reshape(-1), sent[name].reshape(-1)
+        for start in range(0, len(new), CHUNK):
+            step = np.subtract(new[start : start + CHUNK], old[start : start + CHUNK], dtype=np.float64)
+            if not np.isfinite(step).all():
+                raise RunError("local training diverged: the update is not finite; it is not sent")
+            np.clip(step, -clip_range, clip_range, out=step)
+            step *= factor
+            step += chances.next(len(step)) * 2.0**-32
+            np.floor(step, out=step)
+            # Within int32 by the choice of the scale; its bit pattern is the word modulo 2**32.
+            words[place : place + len(step)] = step.astype(np.int32).view(np.uint32)
+            place += len(step)
+    return words
+
+
+def mean_of(
+    total: Words, sent: Arrays, clip_range: float, weight: float, sites: int
+) -> dict[str, FloatArray]:
+    """The next model from the sum of the words and the model that was sent.
+
+    Args:
+        total: sum of the words of the sites in the mean, modulo 2**32.
+        sent: the arrays that the sites started from, and were trained.
+        clip_range: c > 0.
+        weight: total weight of the sites in the mean, in (0, 1].
+        sites: as in ``quantise``.
+
+    Raises:
+        RunError: the sum is larger than sites that clip could make it: somebody sent something else.
+    """
+    steps = scale(clip_range, sites)
+    signed = total.view(np.int32)
+    farthest = max(-int(signed.min(initial=0)), int(signed.max(initial=0)))
+    if farthest > weight * clip_range * steps + sites:
+        raise RunError(
+            "the unmasked sum is out of range: a site sent words that are no clipped update, or masks were "
+            "not removed. Nothing of it is used."
+        )
+    mean, place = {}, 0
+    for name in sorted(sent):
+        array = sent[name]
+        part = signed[place : place + array.size].reshape(array.shape)
+        mean[name] = (array + part / (steps * weight)).astype(np.float32)
+        place += array.size
+    return mean

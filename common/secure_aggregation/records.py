@@ -1,0 +1,118 @@
+"""What sites and server tell each other in one secure aggregation, in the order in which it is told.
+
+Every record names its session, a random text that the server draws anew for every attempt at a round.
+Knows nothing of Flower, of keys' owners, and of what the masked numbers mean.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field
+
+from common.record import Record
+
+SESSION = Field(pattern=r"^[0-9a-f]{32}$", description="128 random bits, in hex")
+Words = NDArray[np.uint32]
+
+
+class InSession(Record):
+    """Base: which attempt at which round a record belongs to."""
+
+    session: str = SESSION
+    round: int = Field(ge=1)
+
+
+class SessionOffer(InSession):
+    """Server to site: make keys for this session."""
+
+
+class KeyAdvert(InSession):
+    """Site to server, and on to every other site: fresh public keys, signed with the site's node key."""
+
+    site: str
+    run: int
+    seal_key: bytes = Field(min_length=32, max_length=32, description="X25519, for sealing shares")
+    mask_key: bytes = Field(min_length=32, max_length=32, description="X25519, for pairwise masks")
+    commitment: bytes = Field(min_length=32, max_length=32, description="SHA-256 of the self-mask's seed")
+    signature: bytes = Field(b"", max_length=200, description="ECDSA of ``signed()``")
+    certificate: str = Field("", max_length=10_000, description="PEM; the server adds it where empty")
+
+    def signed(self) -> bytes:
+        """The bytes that the signature is over: everything but itself and the certificate."""
+        return canonical(self.model_dump(mode="json", exclude={"signature", "certificate"}))
+
+
+class SessionPlan(InSession):
+    """Server to site: who takes part, with which weight, and how the numbers are scaled."""
+
+    threshold_share: float = Field(gt=0.5, le=1, description="of a site and its neighbours, to unmask")
+    neighbours: int = Field(ge=0, multiple_of=2, description="per site; 0: all")
+    clip_range: float = Field(gt=0, le=1e6, description="each coordinate of an update is clipped to +-this")
+    weights: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(description="by site; they sum to 1")
+    adverts: tuple[KeyAdvert, ...] = Field(description="in the order of the site names")
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of those who take part, sorted."""
+        return sorted(advert.site for advert in self.adverts)
+
+    def advert(self, site: str) -> KeyAdvert:
+        """The keys of one site."""
+        return next(advert for advert in self.adverts if advert.site == site)
+
+    def transcript(self) -> bytes:
+        """SHA-256 of all that every site must see alike; it is part of every key that is derived."""
+        told = self.model_dump(mode="json", exclude={"adverts"})
+        adverts = [advert.signed().hex() for advert in self.adverts]
+        return hashlib.sha256(canonical({"plan": told, "adverts": adverts})).digest()
+
+
+class SealedShares(InSession):
+    """Site to server: for each neighbour one ciphertext that only this neighbour can open."""
+
+    site: str
+    shares: dict[str, bytes]
+
+
+class MaskRequest(InSession):
+    """Server to site, beside the model: the ciphertexts of the neighbours that are still there."""
+
+    shares: dict[str, bytes]
+
+
+def _words(vector: Any) -> Words:
+    if not isinstance(vector, np.ndarray) or vector.dtype != np.uint32 or vector.ndim != 1:
+        raise ValueError("a masked vector is one-dimensional uint32")
+    view = vector.view()
+    view.flags.writeable = False
+    return view
+
+
+class MaskedUpdate(InSession):
+    """Site to server: its quantised update plus masks, modulo 2**32, and the metrics that policy allows."""
+
+    sender: str
+    vector: Annotated[Words, BeforeValidator(_words)] = Field(default=np.zeros(0, np.uint32), exclude=True)
+    metrics: dict[str, int | float] = Field(default={})
+
+
+class UnmaskRequest(InSession):
+    """Server to site: whose masked vectors have arrived."""
+
+    survivors: tuple[str, ...]
+
+
+class UnmaskShares(InSession):
+    """Site to server: for each neighbour one share, of its self-mask or of its mask key, never of both."""
+
+    site: str
+    self_masks: dict[str, bytes] = Field(description="shares for those whose vector is in the sum")
+    mask_keys: dict[str, bytes] = Field(description="shares for those whose vector is missing")
+
+
+def canonical(content: Any) -> bytes:
+    """One text for one content, the same on every machine."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
