@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from common.errors import FedbagsError, UserError
-from deploy import audit_cli, bags_cli, ledger_cli, provision_cli, report_cli
+from deploy import approve_cli, audit_cli, bags_cli, ledger_cli, provision_cli, report_cli
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
@@ -43,6 +43,7 @@ app.add_typer(provision_cli.app, name="provision")
 app.add_typer(site_app, name="site")
 app.add_typer(runs_app, name="runs")
 
+site_app.command("approve")(approve_cli.approve_command)
 app.command("report")(report_cli.report_command)
 app.command("audit")(audit_cli.audit_command)
 site_app.command("keygen")(provision_cli.keygen)

@@ -6,7 +6,6 @@ Flower: ``executor`` asks here before anything of an app is unpacked.
 
 import hashlib
 import hmac
-import os
 import tempfile
 from pathlib import Path
 
@@ -53,16 +52,8 @@ def keep_refused(content: bytes, state: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    state.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=state)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        return temporary.replace(state / REFUSED_APP)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    _write(state / REFUSED_APP, content)
+    return state / REFUSED_APP
 
 
 def pin(kit: SiteKit, content: bytes) -> SiteKit:
@@ -76,16 +67,21 @@ def pin(kit: SiteKit, content: bytes) -> SiteKit:
     Raises:
         OSError: the kit cannot be written; it pins what it pinned before.
     """
-    kit.app.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=kit.app.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        temporary.replace(kit.app)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    _write(kit.app, content)
     pinned = kit.model_copy(update={"app_hash": app_hash(content)}).at(kit.folder)
     pinned.save()
     return pinned
+
+
+def _write(path: Path, content: bytes) -> None:
+    """In one step: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
+        temporary = Path(stream.name)
+        try:
+            stream.write(content)
+            stream.flush()
+        except OSError:
+            temporary.unlink()
+            raise
+    temporary.replace(path)

@@ -1,0 +1,234 @@
+"""What an app would change at a site, in words: its files, its configuration keys, its components.
+
+An app is a Flower App Bundle (FAB), a zip file. It is read here without being unpacked, and nothing of it is
+run. It may be hostile: names and values are shown with everything unprintable escaped.
+"""
+
+import difflib
+import io
+import tomllib
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from common.config import flatten
+from common.errors import UserError, require_file
+from deploy.consortium.admission import app_hash
+
+PROJECT_FILE = "pyproject.toml"
+_TABLE = "tool.flwr.app."
+_MANIFEST = ".info/"
+"""Flower's list of the files: it follows from them, and is deleted when an app is installed."""
+
+MAX_UNPACKED = 64 * 2**20
+"""Bytes; Flower's limit for the bundle itself is 10 MiB."""
+
+
+@dataclass(frozen=True)
+class App:
+    """An app's bytes and what is in them.
+
+    Attributes:
+        content: the bundle.
+        files: path inside the app to its bytes.
+    """
+
+    content: bytes
+    files: dict[str, bytes]
+
+    @property
+    def hash(self) -> str:
+        """What a kit pins."""
+        return app_hash(self.content)
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """pyproject.toml, flat: dotted key to value as text. Empty where there is none that can be read."""
+        try:
+            table = tomllib.loads(self.files.get(PROJECT_FILE, b"").decode())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+            return {}
+        return {key: repr(value) for key, value in flatten(table).items()}
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """One file. Lines are 0 for what is no text."""
+
+    path: str
+    change: str
+    """added, removed or changed"""
+    lines_added: int
+    lines_removed: int
+    text: bool = True
+
+
+@dataclass(frozen=True)
+class SettingChange:
+    """One key of pyproject.toml; None where it is not there."""
+
+    key: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that differs between two apps."""
+
+    files: tuple[FileChange, ...]
+    configuration: tuple[SettingChange, ...]
+    """Defaults of a run, which a server may override within the app's own bounds."""
+    components: tuple[SettingChange, ...]
+    """Where the app is entered."""
+    project: tuple[SettingChange, ...]
+    """The rest of pyproject.toml: name, version, dependencies, what is bundled."""
+    unchanged: int
+    """Files that are the same in both."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+def read_app(path: Path) -> App:
+    """An app from a bundle, or from a folder, which is bundled as ``flwr run`` would.
+
+    Raises:
+        UserError: neither, or not a sound bundle.
+    """
+    if path.is_dir():
+        from flwr.cli.build import build_fab_from_disk
+
+        try:
+            return read_bundle(build_fab_from_disk(path), str(path))
+        except ValueError as error:
+            raise UserError(f"{path} is not the folder of a Flower app: {error}") from error
+    require_file(path, "the app", "Give a .fab file, or the folder of a Flower app.")
+    return read_bundle(path.read_bytes(), str(path))
+
+
+def read_bundle(content: bytes, name: str) -> App:
+    """An app from its bytes.
+
+    Raises:
+        UserError: not a zip file, too large, or its names are not plain paths, each once: what is shown must
+            be what would be unpacked.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
+                raise UserError(f"{name} unpacks to more than {MAX_UNPACKED // 2**20} MiB: not an app")
+            names = [entry.filename for entry in entries]
+            if len(set(names)) < len(names) or not all(map(_plain, names)):
+                raise UserError(f"{name} is not a sound app: a file is in it twice, or lies outside of it")
+            files = {entry.filename: archive.read(entry) for entry in entries}
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise UserError(f"{name} is not a Flower app bundle (.fab): {error}") from error
+    return App(content, {path: text for path, text in files.items() if not path.startswith(_MANIFEST)})
+
+
+def compare(old: App | None, new: App) -> Changes:
+    """What differs; against nothing, all of ``new`` is added."""
+    before = old.files if old else {}
+    changes, same = [], 0
+    for path in sorted((before.keys() | new.files.keys()) - {PROJECT_FILE}):
+        first, second = before.get(path), new.files.get(path)
+        if first == second:
+            same += 1
+        else:
+            changes.append(_file_change(path, first, second))
+    settings = _setting_changes(old.settings if old else {}, new.settings)
+    config, components = f"{_TABLE}config.", f"{_TABLE}components."
+    return Changes(
+        files=tuple(changes),
+        configuration=_below(settings, config),
+        components=_below(settings, components),
+        project=tuple(change for change in settings if not change.key.startswith((config, components))),
+        unchanged=same,
+    )
+
+
+def in_words(changes: Changes) -> list[str]:
+    """Lines for a person."""
+    lines = []
+    for change in changes.files:
+        size = f"+{change.lines_added} -{change.lines_removed} lines" if change.text else "not a text file"
+        lines.append(f"  {change.change:<8} {printable(change.path)}  ({size})")
+    lines = [f"Files ({changes.unchanged} are as before):", *(lines or ["  none differ"])]
+    for title, part in (
+        ("Components (where the app is entered)", changes.components),
+        ("Configuration (defaults of a run)", changes.configuration),
+        ("Project (name, version, dependencies)", changes.project),
+    ):
+        lines += [f"{title}:", *(_setting_in_words(change) for change in part)] if part else []
+    return lines
+
+
+def unified_diff(old: App | None, new: App) -> list[str]:
+    """Every changed line, as ``diff -u`` shows it."""
+    before = old.files if old else {}
+    lines: list[str] = []
+    for path in sorted(before.keys() | new.files.keys()):
+        first, second = (_lines(side.get(path, b"")) or [] for side in (before, new.files))
+        lines += difflib.unified_diff(first, second, f"approved/{path}", f"new/{path}", lineterm="")
+    return [printable(line) for line in lines]
+
+
+def printable(text: str) -> str:
+    """Text in which nothing can move a terminal's cursor or hide what follows."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _plain(name: str) -> bool:
+    parts = name.split("/")
+    return "\\" not in name and "\0" not in name and not {"", ".", ".."} & set(parts)
+
+
+def _lines(content: bytes) -> list[str] | None:
+    """None for what is no text."""
+    try:
+        return content.decode().splitlines()
+    except UnicodeDecodeError:
+        return None
+
+
+def _file_change(path: str, first: bytes | None, second: bytes | None) -> FileChange:
+    change = "added" if first is None else "removed" if second is None else "changed"
+    old, new = _lines(first or b""), _lines(second or b"")
+    if old is None or new is None:
+        return FileChange(path, change, 0, 0, text=False)
+    steps = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    edits = [step[1:] for step in steps if step[0] != "equal"]
+    return FileChange(
+        path, change, sum(j2 - j1 for _, _, j1, j2 in edits), sum(i2 - i1 for i1, i2, _, _ in edits)
+    )
+
+
+def _setting_changes(old: dict[str, str], new: dict[str, str]) -> list[SettingChange]:
+    return [
+        SettingChange(key, old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _below(settings: list[SettingChange], prefix: str) -> tuple[SettingChange, ...]:
+    return tuple(
+        SettingChange(change.key.removeprefix(prefix), change.before, change.after)
+        for change in settings
+        if change.key.startswith(prefix)
+    )
+
+
+def _setting_in_words(change: SettingChange) -> str:
+    key, before, after = (printable(text or "") for text in (change.key, change.before, change.after))
+    if change.before is None:
+        return f"  added    {key} = {after}"
+    if change.after is None:
+        return f"  removed  {key} (was {before})"
+    return f"  changed  {key}: {before} -> {after}"
