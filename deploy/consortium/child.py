@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from common.errors import RunError
 from deploy.consortium.processes import end, lookup, members
-from deploy.consortium.program import LONGEST_PAUSE, Program
+from deploy.consortium.program import LONGEST_PAUSE, Ending, Program
 
 log = logging.getLogger("fedbags.supervisor")
 
@@ -113,7 +113,7 @@ class Child:
     def _ended(self, status: int, now: float) -> None:
         tail = self._tail()
         codes = _EXIT_CODE.findall(tail)
-        remedy = self.program.explain(int(codes[-1]) if codes else None, tail)
+        remedy = self.program.explain(Ending(status, int(codes[-1]) if codes else None, tail))
         if self.program.sweep:
             end(self._members, GRACE)
         self._process, self.state.pid = None, None

@@ -29,8 +29,20 @@ class Remedy:
     """Nothing is started again: the supervisor ends everything and says why."""
 
 
-Explain = Callable[[int | None, str], Remedy | None]
-"""From the exit code that a program printed (None without one) and its last lines to what that means."""
+@dataclass(frozen=True)
+class Ending:
+    """How a program ended."""
+
+    status: int
+    """Of the process; minus the signal's number if a signal ended it."""
+    code: int | None
+    """The exit code that it printed, as Flower's programs do; None without one."""
+    tail: str
+    """The last that it logged."""
+
+
+Explain = Callable[[Ending], Remedy | None]
+"""What an end means; None for nothing in particular: start again."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Program:
     command: tuple[str, ...]
     ready: Probe = lambda _: True
     after: tuple[str, ...] = ()
-    explain: Explain = lambda _code, _tail: None
+    explain: Explain = lambda _: None
     sweep: bool = False
     """End what is left of its process group before it is started again."""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -152,7 +152,7 @@ def test_what_no_restart_mends_ends_everything_and_says_why(run: Callable[..., R
     broken = "print('Exit Code: 302', flush=True); raise SystemExit(1)"
     running = run(
         f"Program('good', python(SLEEP)), Program('bad', python({broken!r}), explain=explain)",
-        "explain = lambda code, tail: Remedy('the key is no EC key', hopeless=True) if code == 302 else None",
+        "explain = lambda end: Remedy('the key is no EC key', hopeless=True) if end.code == 302 else None",
     )
     _, said = running.process.communicate(timeout=30)
     assert running.process.returncode == 1

@@ -1,0 +1,147 @@
+"""The coordinator's side: nginx for the sites, the SuperLink behind it, its SuperExec, and who is registered.
+
+The SuperLink listens on the admin address only; what sites reach is nginx, which passes the paths that a site
+needs. ``python -m deploy.consortium.coordinator KIT`` keeps the registered nodes equal to the keys in nodes/.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from common.errors import FedbagsError, RunError, UserError
+from deploy.consortium.control import Control, control, flower_key
+from deploy.consortium.flower import environment, explain
+from deploy.consortium.kit import CoordinatorKit
+from deploy.consortium.kit_check import check_coordinator
+from deploy.consortium.preflight import flower_program, nginx_program, require_ports
+from deploy.consortium.program import Program, answers, says
+from deploy.consortium.supervisor import Supervisor
+
+log = logging.getLogger("fedbags.coordinator")
+
+SUPERLINK, SUPEREXEC, NGINX, REGISTRATION = "superlink", "superexec", "nginx", "registration"
+WATCHING = "keeping the registered nodes equal to"
+_POLL, _AGAIN = 1.0, 30.0
+
+
+def check(kit: CoordinatorKit) -> None:
+    """Check that everything is there to start from.
+
+    Raises:
+        UserError: a fault of the kit, a port in use, or nginx or Flower missing; nothing was started.
+    """
+    check_coordinator(kit)
+    nginx_program()
+    flower_program("flower-superlink")
+    server = kit.server
+    require_ports(
+        [
+            ("port, for the sites", server.address, server.port),
+            ("admin-port, for the SuperLink", server.admin_address, server.admin_port),
+        ]
+    )
+
+
+def programs(kit: CoordinatorKit) -> list[Program]:
+    """What runs at the coordinator, in the order of starting."""
+    server = kit.server
+    secret = ("--superexec-auth-secret-file", str(kit.superexec_secret))
+    return [
+        Program(
+            SUPERLINK,
+            (
+                flower_program("flower-superlink"),
+                "--host", server.admin_address, "--port", str(server.admin_port),
+                "--ssl-ca-certfile", str(kit.ca_certificate),
+                "--ssl-certfile", str(kit.server_certificate),
+                "--ssl-keyfile", str(kit.server_key),
+                "--enable-supernode-auth",
+                "--isolation", "process", *secret,
+                "--database", str(kit.database),
+            ),
+            ready=answers(server.admin_address, server.admin_port),
+            explain=explain,
+        ),
+        Program(
+            REGISTRATION,
+            (sys.executable, "-P", "-m", "deploy.consortium.coordinator", str(kit.folder)),
+            ready=says(WATCHING),
+            after=(SUPERLINK,),
+        ),
+        Program(
+            SUPEREXEC,
+            (
+                flower_program("flower-superexec"),
+                "--runtime-api-address", server.superlink_address,
+                "--root-certificates", str(kit.ca_certificate), *secret,
+            ),
+            after=(SUPERLINK,),
+            explain=explain,
+        ),
+        Program(
+            NGINX,
+            (nginx_program(), "-p", f"{kit.folder}/", "-c", "nginx.conf", "-e", "stderr"),
+            ready=answers(_local(server.address), server.port),
+            after=(SUPERLINK, REGISTRATION),
+            sweep=True,
+        ),
+    ]  # fmt: skip
+
+
+def supervise(kit: CoordinatorKit) -> None:
+    """Run everything until SIGTERM or SIGINT."""
+    (kit.state / "nginx").mkdir(parents=True, exist_ok=True)
+    Supervisor(programs(kit), kit.state, kit.logs, environment(kit)).run()
+
+
+def synchronise(kit: CoordinatorKit, api: Control) -> None:
+    """Register the keys in nodes/ that are not registered, and unregister nodes whose key is not there.
+
+    A site whose key changed is unregistered with its old key and registered with the new one.
+
+    Raises:
+        RunError: the SuperLink refuses or does not answer.
+    """
+    wanted = {site: flower_key(kit.node_public_key(site)) for site in kit.registered_sites}
+    present = {node.public_key: node for node in api.nodes()}
+    for key, node in present.items():
+        if key not in wanted.values():
+            api.unregister(node)
+            log.info("unregistered site %s", node.site or node.id)
+    for site, key in wanted.items():
+        if key not in present:
+            api.register(site, kit.node_public_key(site))
+            log.info("registered site %s", site)
+
+
+def watch(kit: CoordinatorKit) -> None:
+    """Synchronise at once, whenever a file of nodes/ appears, changes or goes, and now and then anyway."""
+    seen: object = None
+    done_at = 0.0
+    while True:
+        now = sorted((path.name, path.stat().st_mtime_ns) for path in kit.nodes.glob("*.pub"))
+        if now != seen or time.monotonic() - done_at > _AGAIN:
+            first = seen is None
+            try:
+                with control(kit) as api:
+                    synchronise(kit, api)
+                seen, done_at = now, time.monotonic()
+            except (RunError, UserError) as error:  # told in the log; the other nodes go on
+                log.warning("%s", error)
+            else:
+                if first:
+                    log.info("%s %s", WATCHING, kit.nodes)
+        time.sleep(_POLL)
+
+
+def _local(address: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        watch(CoordinatorKit.load(Path(sys.argv[1])))
+    except FedbagsError as failure:
+        sys.exit(str(failure))

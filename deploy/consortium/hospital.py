@@ -1,0 +1,124 @@
+"""A site's side: the SuperNode, which fetches the coordinator's messages, and the executor that answers them.
+
+Nothing listens on an address that others reach: the SuperNode calls the coordinator, and its Runtime API is
+on this machine's loopback.
+"""
+
+import json
+import subprocess
+import sys
+
+from common.errors import UserError
+from deploy.consortium.daemon import COMMAND
+from deploy.consortium.flower import NODE_ID_TEXT, SUPERNODE_CONNECTION, environment, explain
+from deploy.consortium.kit import SiteKit
+from deploy.consortium.kit_check import check_site
+from deploy.consortium.preflight import flower_program, reach_server, require_ports
+from deploy.consortium.program import Ending, Program, Remedy, answers, says
+from deploy.consortium.settings import LOOPBACK
+from deploy.consortium.supervisor import Supervisor
+
+SUPERNODE, EXECUTOR = "supernode", "executor"
+EXECUTOR_MISTAKE = 2
+REFUSAL_PATIENCE, REFUSAL_PAUSE = 100.0, 5.0
+"""Seconds. The SuperLink refuses a node whose last life it still believes in: up to 60 s after a SIGKILL."""
+
+
+def check(kit: SiteKit) -> str:
+    """Check that everything is there to start from, but for the data.
+
+    Returns:
+        Empty, or why the coordinator cannot be reached just now.
+
+    Raises:
+        UserError: a fault of the kit, a port in use, a foreign or expired server certificate, or clocks that
+            differ; nothing was started.
+    """
+    check_site(kit)
+    flower_program("flower-supernode")
+    require_ports([("runtime-port, for the SuperNode", LOOPBACK, kit.ports.runtime_port)])
+    return reach_server(kit)
+
+
+def check_data(kit: SiteKit) -> None:
+    """Check the site's data as ``fedbags site check`` does, in a process of its own (it needs much memory).
+
+    Raises:
+        UserError: what that said.
+    """
+    done = subprocess.run(
+        [*COMMAND, "site", "check", str(kit.data), "--json"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(
+            done.stderr.strip().removeprefix("error: ") or f"`fedbags site check {kit.data}` failed"
+        )
+
+
+def programs(kit: SiteKit) -> list[Program]:
+    """What runs at a site, in the order of starting."""
+    secret = ("--superexec-auth-secret-file", str(kit.superexec_secret))
+    return [
+        Program(
+            SUPERNODE,
+            (
+                flower_program("flower-supernode"),
+                "--superlink", kit.server_address,
+                "--root-certificates", str(kit.ca_certificate),
+                "--auth-supernode-private-key", str(kit.node_key),
+                "--isolation", "process", *secret,
+                "--host", LOOPBACK, "--port", str(kit.ports.runtime_port),
+                "--node-config", node_config(kit),
+            ),
+            ready=says(NODE_ID_TEXT),
+            explain=explain_supernode,
+        ),
+        Program(
+            EXECUTOR,
+            (
+                sys.executable, "-P", "-m", "deploy.consortium.executor", "--kit", str(kit.folder),
+                "--runtime-api-address", kit.runtime_address, *secret,
+            ),
+            ready=answers(LOOPBACK, kit.ports.runtime_port),
+            explain=explain_executor,
+        ),
+    ]  # fmt: skip
+
+
+def node_config(kit: SiteKit) -> str:
+    """What the ClientApp learns about this node: ``site``, ``data-path`` and ``kit``, as TOML values."""
+    values = {"site": kit.site, "data-path": str(kit.data), "kit": str(kit.folder)}
+    return " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+
+
+def supervise(kit: SiteKit) -> None:
+    """Run everything until SIGTERM or SIGINT."""
+    Supervisor(programs(kit), kit.state, kit.logs, environment(kit)).run()
+
+
+def explain_executor(ending: Ending) -> Remedy | None:
+    """What the end of the executor means: with status 2 it names a mistake that a restart does not mend."""
+    if ending.status == EXECUTOR_MISTAKE:
+        return Remedy(ending.tail.strip()[-1000:] or "see its log", hopeless=True)
+    return explain(ending)
+
+
+def explain_supernode(ending: Ending) -> Remedy | None:
+    """What the end of a SuperNode means; exit code 305 has more than one cause."""
+    if ending.code != SUPERNODE_CONNECTION:
+        return explain(ending)
+    if "401 Unauthorized" in ending.tail:
+        return Remedy(
+            "the coordinator refuses this node's signature: the two clocks differ by more than five minutes "
+            "(`timedatectl set-ntp true`)"
+        )
+    if "403 Forbidden" in ending.tail:
+        return Remedy("the coordinator's nginx refuses this SuperNode: do both sides run the same Flower?")
+    return Remedy(
+        "this node is not registered at the coordinator: send node.pub to the coordinator "
+        "(`fedbags provision add-key KITS SITE node.pub`), or it was revoked. It is tried again every 30 s.",
+        patience=REFUSAL_PATIENCE,
+        meanwhile="refused for now: the coordinator does not know this node's key, or still believes in its "
+        "last life, which it forgets within 60 s",
+        pause=REFUSAL_PAUSE,
+    )

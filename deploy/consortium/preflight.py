@@ -1,0 +1,127 @@
+"""What must be so on this machine before a kit's programs start: free ports, programs, the right time.
+
+Each check raises one error that says what is wrong and what to do; nothing here starts or changes anything.
+"""
+
+import errno
+import http.client
+import ipaddress
+import shutil
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Iterable
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from common.errors import UserError
+from deploy.consortium.kit import SiteKit
+
+CLOCK_SKEW = 240.0
+"""Seconds; a SuperLink refuses a signature that is older than 300 s (flwr's TIMESTAMP_TOLERANCE)."""
+_ADMIN_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def require_ports(wanted: Iterable[tuple[str, str, int]]) -> None:
+    """Check that every port can be opened.
+
+    Args:
+        wanted: what for, address, and port.
+
+    Raises:
+        UserError: one is in use, may not be opened by this user, or its address is not this machine's.
+    """
+    for what, address, port in wanted:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+                probe.listen(1)
+            except OSError as error:
+                raise UserError(_port_fault(what, address, port, error)) from error
+
+
+def _port_fault(what: str, address: str, port: int, error: OSError) -> str:
+    where = f"port {port} on {address} ({what})"
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                f"{where} is in use by another program. Find it with `ss -ltnp 'sport = :{port}'` and end "
+                "it, or give another port in consortium.toml and run `fedbags provision` again."
+            )
+        case errno.EACCES:
+            return f"{where} may not be opened by this user: take a port above 1023, or let root start it."
+        case errno.EADDRNOTAVAIL:
+            return f"{where} cannot be opened: {address} is not an address of this machine."
+        case _:
+            return f"{where} cannot be opened: {error.strerror or error}"
+
+
+def flower_program(name: str) -> str:
+    """A program of this environment, whether or not it is activated.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise UserError(f"the program {name} is not installed beside {sys.executable}: install fedbags there")
+    return found
+
+
+def nginx_program() -> str:
+    """nginx, from the PATH or where Debian puts it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    found = shutil.which("nginx") or shutil.which("nginx", path=_ADMIN_FOLDERS)
+    if found is None:
+        raise UserError(
+            "nginx is not installed, and it is the only way in for the sites.\n"
+            "Install it with `apt-get install nginx-light` (Debian, Ubuntu) or `dnf install nginx`; its own "
+            "service is not needed: `systemctl disable --now nginx`."
+        )
+    return found
+
+
+def reach_server(kit: SiteKit) -> str:
+    """Knock at the coordinator's door from a site: TLS, the server's certificate, and the two clocks.
+
+    Returns:
+        Empty, or why it cannot be reached just now (the SuperNode will go on trying).
+
+    Raises:
+        UserError: its certificate is not one of this consortium, or the clocks are too far apart.
+    """
+    context = ssl.create_default_context(cafile=str(kit.ca_certificate))
+    connection = http.client.HTTPSConnection(kit.server, kit.port, timeout=10.0, context=context)
+    try:
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+    except ssl.SSLCertVerificationError as error:
+        raise UserError(
+            f"{kit.server_address} does not show a certificate of consortium {kit.consortium!r}: "
+            f"{error.verify_message}.\nIs it the right server, the right kit (ca.crt), and the right time on "
+            "this machine? The coordinator renews an expired certificate with `fedbags provision renew`."
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        return f"{kit.server_address} does not answer yet: {error}"
+    finally:
+        connection.close()
+    return _compare_clocks(answer.getheader("Date"))
+
+
+def _compare_clocks(date: str | None) -> str:
+    if date is None:
+        return ""
+    ahead = time.time() - parsedate_to_datetime(date).timestamp()
+    if abs(ahead) > CLOCK_SKEW:
+        raise UserError(
+            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the "
+            "coordinator's, so that the node's signatures would be refused: set the clock "
+            "(`timedatectl set-ntp true`) on the machine that is wrong."
+        )
+    return ""

@@ -1,0 +1,183 @@
+"""``fedbags run``: start the kit's own app at its SuperLink, show the rounds, and end as the run ended.
+
+The bytes of the app are those whose hash the sites approved. The ServerApp runs on this machine, so its run
+folder is read directly.
+"""
+
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import typer
+
+from common.config import Scalar
+from common.errors import RunError, UserError
+from deploy.consortium.control import Control, RunStatus, control
+from deploy.consortium.kit import CoordinatorKit
+from deploy.consortium.kit_check import check_bundle
+from deploy.progress import Follower
+from deploy.runs import print_summary, read_summary
+from deploy.simulate import compose
+from deploy.tables import console
+
+POLL, OUTAGE = 0.5, 300.0
+COMPLETED, STOPPED = "completed", "stopped"
+
+
+def run(
+    kit: CoordinatorKit,
+    options: Mapping[str, Scalar],
+    *,
+    settings: Sequence[str] = (),
+    config_file: Path | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    ask: bool = True,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run one federation with the sites that are connected.
+
+    Args:
+        kit: the coordinator's.
+        options: flat configuration keys that were given as command options.
+        settings: ``KEY=VALUE`` texts; they win.
+        config_file: a config.toml to start from.
+        out: the run folder; ``state/runs/NAME-TIME`` of the kit when None.
+        resume: go on with the run in ``out``.
+        ask: whether Ctrl-C asks before it stops the run (a terminal is there to answer).
+        quiet: no tables on standard output.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: faulty options; nothing was started.
+        RunError: the run failed, or was stopped.
+    """
+    from server.run_folder import RunFolder
+
+    check_bundle(kit)
+    if resume and out is None:
+        raise UserError("--resume needs the run folder: give it with --out")
+    if resume and config_file is None and out is not None and (out / "config.toml").exists():
+        config_file = out / "config.toml"
+    config = compose(expected_sites(kit, options, config_file), settings, config_file)
+    path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    config = config.with_changes({"run-dir": str(path), "resume": resume})
+    folder = RunFolder(path)
+    folder.check(config)
+    with control(kit) as api, interrupts() as interrupted:
+        run_id = api.start_run(kit.app.read_bytes(), config.to_flat())
+        say(f"run {run_id} of consortium {kit.consortium}: {path}")
+        while True:
+            with Follower(folder.metrics, config.rounds):
+                status = wait_for_end(api, run_id, interrupted)
+            if status.finished:
+                return outcome(path, run_id, status, quiet=quiet)
+            if not ask or confirmed(run_id):
+                say(f"stopping run {run_id}")
+                api.stop_run(run_id)
+            interrupted.clear()
+
+
+def expected_sites(
+    kit: CoordinatorKit, options: Mapping[str, Scalar], config_file: Path | None
+) -> Mapping[str, Scalar]:
+    """The options; where neither they nor a file say for how many sites to wait, all that have a key."""
+    sites = len(kit.registered_sites)
+    if not sites:
+        raise UserError(
+            f"no site of {kit.consortium} has a key yet: `fedbags provision add-key KITS SITE node.pub`"
+        )
+    return options if config_file else {"federation.sites": sites, **options}
+
+
+def wait_for_end(api: Control, run_id: int, interrupted: Event) -> RunStatus:
+    """Poll until the run has finished, or until the user interrupts.
+
+    A SuperLink that is away is waited for: its supervisor restarts it, and the run goes on.
+
+    Raises:
+        RunError: the SuperLink was away for OUTAGE seconds.
+    """
+    away_since: float | None = None
+    while True:
+        try:
+            status = api.run_status(run_id)
+            away_since = None
+        except RunError:
+            now = time.monotonic()
+            away_since = now if away_since is None else away_since
+            if now - away_since > OUTAGE:
+                raise
+        else:
+            if status.finished or interrupted.is_set():
+                return status
+        time.sleep(POLL)
+
+
+def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> dict[str, Any]:
+    """The summary of a completed run.
+
+    Raises:
+        RunError: it was stopped, or failed; carries the ServerApp's reason, and where its log is.
+    """
+    if status.outcome == STOPPED:
+        raise RunError(
+            f"run {run_id} was stopped. Its last finished round is kept: go on with --resume --out {path}"
+        )
+    if status.outcome != COMPLETED:
+        reason = last_failure(path) or status.details or "Flower gives no reason"
+        raise RunError(
+            f"run {run_id} {status.outcome}: {reason}\n"
+            f"Its log is {path / 'log.txt'}, that of its process logs/superexec.log in the kit."
+        )
+    summary = read_summary(path)
+    if not quiet:
+        print_summary(summary)
+        console().print(f"run folder: {path}", soft_wrap=True)
+    return summary
+
+
+def last_failure(path: Path) -> str:
+    """What the ServerApp wrote about its failure; empty without it."""
+    from server.run_folder import read_events
+
+    events = read_events(path / "metrics.jsonl")
+    reasons = [str(event["reason"]) for event in events if event["event"] == "failed"]
+    return reasons[-1] if reasons else ""
+
+
+@contextmanager
+def interrupts() -> Iterator[Event]:
+    """An event that Ctrl-C (or SIGTERM) sets instead of ending this program."""
+    happened = Event()
+    before = {
+        sign: signal.signal(sign, lambda _sign, _frame: happened.set())
+        for sign in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield happened
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+def confirmed(run_id: int) -> bool:
+    """Ask whether to stop the run at all sites; another Ctrl-C means yes."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return typer.confirm(f"Stop run {run_id} at the server and at every site?", err=True)
+    except (KeyboardInterrupt, typer.Abort):
+        return True
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    console(stderr=True).print(text, soft_wrap=True, markup=False)
