@@ -7,7 +7,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client import egress
+from client import egress, journal
 from client.bags import BagStore
 from client.evaluation import evaluate_bags, evaluate_labelled
 from client.locate import find_site
@@ -23,7 +23,7 @@ from common.messages import Metric, ModelUpdate, PrivacyStatement, from_records,
 from common.model_file import load_arrays, trainable_arrays
 from common.trainable import trainable_parameters
 
-app = ClientApp(mods=[egress.guard])
+app = ClientApp(mods=[journal.record, egress.guard])
 
 
 @app.query("proportions")

@@ -13,6 +13,7 @@ from flwr.app import Context
 
 from client.bags import BagStore
 from client.ledger import Ledger, Reservation
+from client.ledger_file import LEDGER_FILE
 from client.locate import is_simulated
 from client.site import PrivacyBudget, ReleaseProportions
 from common.config import RunConfig
@@ -22,8 +23,6 @@ from common.privacy.events import DiscreteLaplace
 from common.privacy.plan import PrivacyPlan
 from common.privacy.proportions import CountRelease, Granularity, noise_generator, release_counts
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
-
-LEDGER_FILE = "ledger.sqlite"
 
 
 @dataclass(frozen=True)

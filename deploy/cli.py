@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from common.errors import FedbagsError, UserError
-from deploy import approve_cli, audit_cli, bags_cli, ledger_cli, provision_cli, report_cli
+from deploy import approve_cli, audit_cli, bags_cli, ledger_cli, provision_cli, report_cli, watch_cli
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
@@ -46,6 +46,9 @@ app.add_typer(runs_app, name="runs")
 site_app.command("approve")(approve_cli.approve_command)
 app.command("report")(report_cli.report_command)
 app.command("audit")(audit_cli.audit_command)
+app.command()(watch_cli.status)
+app.command()(watch_cli.metrics)
+app.command()(watch_cli.track)
 site_app.command("keygen")(provision_cli.keygen)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

@@ -1,0 +1,105 @@
+"""A site's journal: what it did for which message, in figures, one JSON line each.
+
+For the site's own eyes: ``fedbags status`` and ``fedbags metrics`` at the site read it, and nothing of it is
+sent. Written from one place, the outermost Flower mod, after the guard has decided; a line holds numbers and
+words of ours, so no path, patient id or label can be in it. Knows nothing of what a message means.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flwr.app import Context, Message
+
+from client.egress import EXPECTED, Handler
+from client.locate import DATA_PATH
+from common.logs import JsonLines
+from common.messages import size
+
+log = logging.getLogger("fedbags.client")
+
+JOURNAL_FILE = "journal.jsonl"
+KIT, LOGS = "kit", "logs"
+"""The key of the node's configuration that names the site's kit, and the kit's folder for logs."""
+OTHER = "other"
+"""The phase of a message of a type that the site does not know."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """One message that the site handled."""
+
+    time: float
+    """When the reply was ready, seconds since 1970."""
+    run: int
+    round: int
+    """As the server said; 0 where it said none."""
+    phase: str
+    """The message type."""
+    seconds: float
+    bytes_received: int
+    bytes_sent: int
+    """0 where an error went out instead."""
+    code: int
+    """The error code that went out (``SiteError``, or Flower's); 0 for a reply."""
+
+
+def record(message: Message, context: Context, call_next: Handler) -> Message:
+    """Flower mod: hand the message on, and write down what came of it. Simulated sites keep no journal."""
+    path = journal_path(context)
+    if path is None:
+        return call_next(message, context)
+    started = time.monotonic()
+    received = size(message.content) if message.has_content() else 0
+    with _log_lines():
+        reply = call_next(message, context)
+        group, kind = message.metadata.group_id, message.metadata.message_type
+        done = Done(
+            time=round(time.time(), 3),
+            run=context.run_id,
+            round=int(group) if group.isdecimal() and len(group) < 10 else 0,
+            phase=kind if kind in EXPECTED else OTHER,
+            seconds=round(time.monotonic() - started, 3),
+            bytes_received=received,
+            bytes_sent=0 if reply.has_error() else size(reply.content),
+            code=reply.error.code if reply.has_error() else 0,
+        )
+        try:
+            append(path, done)
+        except OSError as error:
+            # The reply is worth more than the line about it, and the ledger has its own say on full disks.
+            log.warning("the journal cannot be written (%(error)s)", {"error": type(error).__name__})
+    return reply
+
+
+def journal_path(context: Context) -> Path | None:
+    """The journal of the site that this node speaks for: in its kit, or beside its ledger."""
+    if kit := context.node_config.get(KIT):
+        return Path(str(kit)) / LOGS / JOURNAL_FILE
+    if data := context.node_config.get(DATA_PATH):
+        return Path(str(data)) / JOURNAL_FILE
+    return None
+
+
+def append(path: Path, done: Done) -> None:
+    """Add a line; the folder of the journal is made where it is missing, but not the one around it."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(done)) + "\n")
+
+
+@contextmanager
+def _log_lines() -> Iterator[None]:
+    """While a message is handled, our log lines go to standard error as JSON; the supervisor keeps them."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("fedbags")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,253 @@
+"""The state of a run: a pure fold over the events that its server writes (server/run_folder.py).
+
+Everything that is shown of a run, on a terminal, to Prometheus or in a tracking tool, comes from here; the
+training code counts nothing for it. Reads no file, knows no clock.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Self
+
+from common.messages import SITE_ERRORS, SiteError
+from server.exchange import FLOWER_ERRORS
+
+Event = Mapping[str, Any]
+
+
+class Stage(StrEnum):
+    """Where a run stands."""
+
+    STARTING = "starting"
+    """No site has been enrolled yet."""
+    RUNNING = "running"
+    WAITING = "waiting"
+    """For sites, below the quorum."""
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+LOST, DEADLINE, UNSENT, UNREADABLE, UNUSABLE, NOT_ADMITTED, OTHER = (
+    "lost", "deadline", "unsent", "unreadable", "unusable", "not-admitted", "other",
+)  # fmt: skip
+CAUSES = (
+    *(code.name.lower() for code in SiteError),
+    *(LOST, DEADLINE, UNSENT, UNREADABLE, UNUSABLE, NOT_ADMITTED, OTHER),
+)
+"""Every cause for which something of a site is not used: a closed set, so that no text of a site becomes a
+label of a metric."""
+
+_BY_TEXT = {
+    **{text: code.name.lower() for code, text in SITE_ERRORS.items()},
+    **dict.fromkeys(FLOWER_ERRORS.values(), LOST),
+}
+_BY_BEGINNING = {
+    "no reply within": DEADLINE,
+    "the message could not be sent": UNSENT,
+    "unreadable": UNREADABLE,
+    "error code": OTHER,
+}
+ENROL = "enrol"
+_BY_PHASE = {ENROL: NOT_ADMITTED, "train": UNUSABLE}
+
+
+def cause_of(phase: str, reason: str) -> str:
+    """The cause, one of CAUSES, behind the reason of a ``left-out`` event."""
+    if reason in _BY_TEXT:
+        return _BY_TEXT[reason]
+    for beginning, cause in _BY_BEGINNING.items():
+        if reason.startswith(beginning):
+            return cause
+    return _BY_PHASE.get(phase, OTHER)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How often something was done, and for how long."""
+
+    count: int = 0
+    seconds: float = 0.0
+    """In all."""
+    last: float = 0.0
+    """The last time."""
+
+    def plus(self, seconds: float) -> "Phase":
+        """Once more."""
+        return Phase(self.count + 1, self.seconds + seconds, seconds)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the server knows of a site."""
+
+    taking_part: bool = True
+    """Whether the last thing heard of it was good."""
+    why_not: str = ""
+    """The reason where it is not."""
+    updates: int = 0
+    last_update: int = 0
+    """The round of its last good update; 0 for none."""
+    bags: int | None = None
+    loss: float | None = None
+    epsilon: float | None = None
+    """Spent, as the site states it (replace-one bag); None where no bound holds."""
+    delta: float | None = None
+    epsilon_left: float | None = None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run after some of its events."""
+
+    stage: Stage = Stage.STARTING
+    round: int = 0
+    """The last finished round."""
+    rounds: int = 0
+    """All that the run will have; 0 while that is not known."""
+    loss: float | None = None
+    updates: int = 0
+    """In the last finished round."""
+    sites: Mapping[str, Site] = field(default_factory=dict)
+    turned_away: Mapping[str, str] = field(default_factory=dict)
+    """Who asked to take part and was not admitted, with the reason: a name, or ``node NUMBER``. Nobody who
+    takes part is changed by another's request, whatever name that one uses."""
+    missing: int = 0
+    """Sites that the run waits for."""
+    waiting_for: tuple[str, ...] = ()
+    """Their names, as far as they can be known: ``missing`` of these."""
+    phases: Mapping[str, Phase] = field(default_factory=dict)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    """By cause; only those that happened."""
+    failure: str = ""
+    first: float = 0.0
+    """Time of the first event, seconds since 1970; 0 while there is none."""
+    last: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen, unless the run is resumed."""
+        return self.stage in (Stage.FINISHED, Stage.FAILED)
+
+    def count(self, *, taking_part: bool) -> int:
+        """Sites that take part, or that do not."""
+        return sum(site.taking_part is taking_part for site in self.sites.values())
+
+    def after(self, event: Event) -> Self:
+        """The state after one more event; of a kind that is not known here, only the time counts."""
+        at = float(event.get("time", self.last))
+        state = replace(self, first=self.first or at, last=at)
+        match event.get("event"):
+            case "enrolled" | "resumed":
+                return state._enrolled(event)
+            case "phase":
+                return state._phase(event)
+            case "update":
+                before = state._site(event)
+                site = replace(
+                    before,
+                    taking_part=True,
+                    why_not="",
+                    updates=before.updates + 1,
+                    last_update=int(event["round"]),
+                    bags=event.get("bags"),
+                    loss=event.get("loss"),
+                )
+                return state._going_on()._with_site(event, site)
+            case "statement":
+                site = replace(
+                    state._site(event),
+                    epsilon=event.get("epsilon"),
+                    delta=event.get("delta"),
+                    epsilon_left=event.get("budget_left"),
+                )
+                return state._with_site(event, site)
+            case "left-out":
+                return state._left_out(event)
+            case "waiting":
+                names, missing = tuple(map(str, event.get("sites", ()))), int(event.get("missing", 0))
+                return replace(state, stage=Stage.WAITING, waiting_for=names, missing=missing)
+            case "joined":
+                return state._joined(event)
+            case "left":
+                site = replace(state._site(event), taking_part=False, why_not=str(event.get("reason", "")))
+                return state._with_site(event, site)
+            case "round":
+                return replace(
+                    state._going_on(),
+                    round=int(event["round"]),
+                    updates=int(event.get("updates", 0)),
+                    loss=event.get("loss"),
+                )
+            case "finished":
+                return replace(state, stage=Stage.FINISHED, missing=0, waiting_for=())
+            case "failed":
+                return replace(
+                    state, stage=Stage.FAILED, failure=str(event.get("reason", "")), missing=0, waiting_for=()
+                )
+            case _:
+                return state
+
+    def _enrolled(self, event: Event) -> Self:
+        names = {str(name) for name in event.get("sites", ())}
+        sites = {
+            name: replace(
+                site, taking_part=False, why_not=site.why_not or "it was not there at the resumption"
+            )
+            for name, site in self.sites.items()
+        } | {name: replace(self.sites.get(name, Site()), taking_part=True, why_not="") for name in names}
+        return replace(
+            self._going_on(),
+            round=int(event.get("round", 0)),
+            rounds=int(event.get("rounds", self.rounds)),
+            sites=sites,
+            failure="",
+        )
+
+    def _phase(self, event: Event) -> Self:
+        name = str(event["phase"])
+        phase = self.phases.get(name, Phase()).plus(float(event["seconds"]))
+        return replace(
+            self,
+            phases={**self.phases, name: phase},
+            bytes_sent=self.bytes_sent + int(event.get("bytes_sent", 0)),
+            bytes_received=self.bytes_received + int(event.get("bytes_received", 0)),
+        )
+
+    def _joined(self, event: Event) -> Self:
+        name = str(event["site"])
+        missing = max(0, self.missing - 1)
+        state = self if missing or self.stage is not Stage.WAITING else self._going_on()
+        return replace(
+            state,
+            missing=missing,
+            waiting_for=tuple(site for site in state.waiting_for if site != name),
+            sites={**state.sites, name: replace(state._site(event), taking_part=True, why_not="")},
+            turned_away={who: why for who, why in state.turned_away.items() if who != name},
+        )
+
+    def _left_out(self, event: Event) -> Self:
+        phase, reason = str(event.get("phase", "")), str(event.get("reason", ""))
+        cause = cause_of(phase, reason)
+        state = replace(self, refusals={**self.refusals, cause: self.refusals.get(cause, 0) + 1})
+        if phase == ENROL:
+            return replace(state, turned_away={**state.turned_away, str(event["site"]): reason})
+        return state._with_site(event, replace(state._site(event), taking_part=False, why_not=reason))
+
+    def _going_on(self) -> Self:
+        return replace(self, stage=Stage.RUNNING, missing=0, waiting_for=())
+
+    def _site(self, event: Event) -> Site:
+        return self.sites.get(str(event["site"]), Site())
+
+    def _with_site(self, event: Event, site: Site) -> Self:
+        return replace(self, sites={**self.sites, str(event["site"]): site})
+
+
+def fold(events: Iterable[Event], start: RunState | None = None) -> RunState:
+    """The state after all of the events, from ``start`` or from nothing."""
+    state = start or RunState()
+    for event in events:
+        state = state.after(event)
+    return state
