@@ -82,7 +82,7 @@ def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Pa
         )
     cap_epsilon = config.dp.epsilon if own.epsilon is None else own.epsilon
     cap_delta = config.dp.delta if own.delta is None else own.delta
-    path = ledger_path(config, folder, own)
+    path = ledger_path(context, config, folder, own)
     path.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger.open(path, store.name, store.data_version, cap_epsilon, cap_delta)
     randomness = choose_randomness(context, config, store.name)
@@ -119,9 +119,12 @@ def choose_randomness(context: Context, config: RunConfig, site: str) -> Randomn
     return SecureRandomness()
 
 
-def ledger_path(config: RunConfig, folder: Path, own: PrivacyBudget) -> Path:
-    """Where the ledger lies: with the site's data if the budget is its own, else under the run."""
-    if own.epsilon is not None or not config.run_dir:
+def ledger_path(context: Context, config: RunConfig, folder: Path, own: PrivacyBudget) -> Path:
+    """Where the ledger lies: with the site's data; under the run for a simulated site without a budget.
+
+    ``run-dir`` is a folder of the server's, so a real site never writes there.
+    """
+    if own.epsilon is not None or not is_simulated(context) or not config.run_dir:
         return folder / LEDGER_FILE
     return Path(config.run_dir) / "sites" / folder.name / LEDGER_FILE
 

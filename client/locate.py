@@ -1,4 +1,7 @@
-"""Where a site's folder is: in a deployment the node says so, in a simulation its number does."""
+"""Where a site's folder is: in a deployment the node says so, in a simulation its number does.
+
+A server has no say in it: what a run's configuration names as a folder counts for simulated nodes alone.
+"""
 
 import fcntl
 from pathlib import Path
@@ -9,7 +12,7 @@ from client.site import SITE_FILE
 from common.config import RunConfig
 from common.errors import ConfigError, UserError
 
-DATA_PATH, PARTITION = "data-path", "partition-id"
+DATA_PATH, KIT, PARTITION = "data-path", "kit", "partition-id"
 SYNTHETIC_CACHE = Path(".fedbags") / "synthetic"
 
 
@@ -22,16 +25,12 @@ def find_site(context: Context) -> Path:
 
     Raises:
         UserError: there is no such folder.
-        ConfigError: the node is neither.
+        ConfigError: the node is neither, or is a real site and the run asks for data elsewhere.
     """
-    if path := context.node_config.get(DATA_PATH):
-        return _existing(Path(str(path)))
-    if PARTITION not in context.node_config:
-        raise ConfigError(
-            f"this node has no site: start the SuperNode with --node-config '{DATA_PATH}=\"/path/to/site\"'"
-        )
-    number = int(context.node_config[PARTITION])
     config = RunConfig.from_flat(context.run_config)
+    if not is_simulated(context):
+        return _own_folder(context, config)
+    number = int(context.node_config[PARTITION])
     sites = site_folders(Path(config.sites_dir)) if config.sites_dir else synthetic_sites(config)
     if number >= len(sites):
         raise UserError(f"site number {number} asked for, but there are {len(sites)} site folders")
@@ -39,8 +38,8 @@ def find_site(context: Context) -> Path:
 
 
 def is_simulated(context: Context) -> bool:
-    """Whether the node is one of a simulation: it has a number and no data of its own."""
-    return DATA_PATH not in context.node_config and PARTITION in context.node_config
+    """Whether the node is one of a simulation: it has a number, and neither data of its own nor a kit."""
+    return PARTITION in context.node_config and not {DATA_PATH, KIT} & context.node_config.keys()
 
 
 def site_folders(sites_dir: Path) -> list[Path]:
@@ -73,7 +72,17 @@ def synthetic_sites(config: RunConfig) -> list[Path]:
     return site_folders(target)
 
 
-def _existing(folder: Path) -> Path:
+def _own_folder(context: Context, config: RunConfig) -> Path:
+    folder = Path(str(context.node_config.get(DATA_PATH, "")))
+    if not context.node_config.get(DATA_PATH):
+        raise ConfigError(
+            f"this node has no site: start the SuperNode with --node-config '{DATA_PATH}=\"/path/to/site\"'"
+        )
+    if config.sites_dir:
+        raise ConfigError(
+            "this run names a folder of sites (sites-dir), which is for simulations: no server says where a "
+            "site's data is"
+        )
     if not (folder / SITE_FILE).is_file():
         raise UserError(f"the node's data-path is not a site folder: {folder}")
     return folder

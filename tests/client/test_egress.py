@@ -144,13 +144,16 @@ def test_every_error_leaves_as_a_fixed_text(
 
 def ask(kind: str, content: RecordDict, sites_dir: Path, **changes: str) -> tuple[Message, Context]:
     become_server()
-    config = RunConfig().with_changes(
-        {"sites-dir": str(sites_dir), "model.image-size": 16, "model.atoms-per-class": 2, **changes}
-    )
+    config = RunConfig().with_changes({"model.image-size": 16, "model.atoms-per-class": 2, **changes})
     message = Message(content, 7, kind)
     return message, Context(
         1, 7, {"data-path": str(sites_dir / "hospital-1")}, RecordDict(), config.to_flat()
     )
+
+
+def test_a_server_that_asks_for_another_folder_gets_a_fixed_refusal(sites_dir: Path) -> None:
+    message, context = ask("train", REQUEST, sites_dir, **{"sites-dir": str(sites_dir)})
+    assert app(message, context).error.reason == SITE_ERRORS[SiteError.CONFIGURATION]
 
 
 def test_a_real_site_answers_with_the_three_records_only(sites_dir: Path) -> None:
