@@ -13,7 +13,16 @@ import typer
 import typer.core
 
 from common.errors import FedbagsError, UserError
-from deploy import approve_cli, audit_cli, bags_cli, ledger_cli, provision_cli, report_cli, watch_cli
+from deploy import (
+    approve_cli,
+    audit_cli,
+    bags_cli,
+    consortium_cli,
+    ledger_cli,
+    provision_cli,
+    report_cli,
+    watch_cli,
+)
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
@@ -50,6 +59,7 @@ app.command()(watch_cli.status)
 app.command()(watch_cli.metrics)
 app.command()(watch_cli.track)
 site_app.command("keygen")(provision_cli.keygen)
+consortium_cli.register(app, site_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]

@@ -141,6 +141,7 @@ def _local(address: str) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel("WARNING")
     try:
         watch(CoordinatorKit.load(Path(sys.argv[1])))
     except FedbagsError as failure:

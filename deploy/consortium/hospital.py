@@ -14,7 +14,7 @@ from deploy.consortium.flower import NODE_ID_TEXT, SUPERNODE_CONNECTION, environ
 from deploy.consortium.kit import SiteKit
 from deploy.consortium.kit_check import check_site
 from deploy.consortium.preflight import flower_program, reach_server, require_ports
-from deploy.consortium.program import Ending, Program, Remedy, answers, says
+from deploy.consortium.program import Ending, Program, Remedy, says
 from deploy.consortium.settings import LOOPBACK
 from deploy.consortium.supervisor import Supervisor
 
@@ -79,7 +79,7 @@ def programs(kit: SiteKit) -> list[Program]:
                 sys.executable, "-P", "-m", "deploy.consortium.executor", "--kit", str(kit.folder),
                 "--runtime-api-address", kit.runtime_address, *secret,
             ),
-            ready=answers(LOOPBACK, kit.ports.runtime_port),
+            after=(SUPERNODE,),
             explain=explain_executor,
         ),
     ]  # fmt: skip

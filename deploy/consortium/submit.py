@@ -4,8 +4,11 @@ The bytes of the app are those whose hash the sites approved. The ServerApp runs
 folder is read directly.
 """
 
+import io
 import signal
 import time
+import tomllib
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import typer
 
-from common.config import Scalar
+from common.config import RunConfig, Scalar, flatten
 from common.errors import RunError, UserError
 from deploy.consortium.control import Control, RunStatus, control
 from deploy.consortium.kit import CoordinatorKit
@@ -71,7 +74,8 @@ def run(
     folder = RunFolder(path)
     folder.check(config)
     with control(kit) as api, interrupts() as interrupted:
-        run_id = api.start_run(kit.app.read_bytes(), config.to_flat())
+        app = kit.app.read_bytes()
+        run_id = api.start_run(app, changes(app, config))
         say(f"run {run_id} of consortium {kit.consortium}: {path}")
         while True:
             with Follower(folder.metrics, config.rounds):
@@ -94,6 +98,25 @@ def expected_sites(
             f"no site of {kit.consortium} has a key yet: `fedbags provision add-key KITS SITE node.pub`"
         )
     return options if config_file else {"federation.sites": sites, **options}
+
+
+def changes(app: bytes, config: RunConfig) -> Mapping[str, Scalar]:
+    """The keys of a configuration that differ from the app's own, which is what a run is started with.
+
+    Raises:
+        UserError: the app, which may be older than this fedbags, does not know one of them.
+    """
+    with zipfile.ZipFile(io.BytesIO(app)) as bundle:
+        project = tomllib.loads(bundle.read("pyproject.toml").decode())
+    own = flatten(project["tool"]["flwr"]["app"]["config"])
+    wanted, usual = config.to_flat(), RunConfig().to_flat()
+    unknown = [key for key in wanted if key not in own and wanted[key] != usual[key]]
+    if unknown:
+        raise UserError(
+            f"the app that the sites approved does not know {', '.join(unknown)}: leave it out, or let them "
+            "approve a newer app (`fedbags provision update-app KITS`, then `fedbags site approve`)"
+        )
+    return {key: value for key, value in wanted.items() if key in own and value != own[key]}
 
 
 def wait_for_end(api: Control, run_id: int, interrupted: Event) -> RunStatus:
@@ -134,7 +157,7 @@ def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> dict[
         reason = last_failure(path) or status.details or "Flower gives no reason"
         raise RunError(
             f"run {run_id} {status.outcome}: {reason}\n"
-            f"Its log is {path / 'log.txt'}, that of its process logs/superexec.log in the kit."
+            f"Its log is {path / 'log.jsonl'}, that of its process logs/superexec.log in the kit."
         )
     summary = read_summary(path)
     if not quiet:
