@@ -108,10 +108,12 @@ class Turn:
         self._asked: Counter[str] = Counter()
         self._short_since: float | None = None
         self._pause = _FIRST_PAUSE
-        self._announced: tuple[int, list[str]] | None = None
+        self._announced: list[str] | None = None
 
     def failed(self, site: str, reason: str, *, final: bool) -> None:
         """Note that a site that was asked gave nothing; ``final``: it would do the same again."""
+        if not final and self._asked[site] >= ATTEMPTS:
+            final, reason = True, f"asked {ATTEMPTS} times: {reason}"
         (self._refused if final else self._silent)[site] = reason
 
     def sites(self) -> list[str]:
@@ -127,7 +129,8 @@ class Turn:
             self._wait()
         while True:
             for site in self._attendance.refresh(self.round):
-                self._refused.pop(site, None)  # a site that was started again may have been mended
+                if self._asked[site] < ATTEMPTS:
+                    self._refused.pop(site, None)  # a site that was started again may have been mended
             ready = self._ready()
             if len(self.done) + len(ready) >= self._attendance.config.quorum:
                 self._asked.update(ready)
@@ -136,11 +139,8 @@ class Turn:
 
     def _ready(self) -> list[str]:
         """Sites that are there and may yet give an update in this round."""
-        names = [site for site in self._attendance.roster.names() if site not in self.done]
-        for site in names:
-            if self._asked[site] >= ATTEMPTS:
-                self._refused[site] = f"asked {ATTEMPTS} times: {self._silent.get(site, 'no update')}"
-        return [site for site in names if site not in self._refused]
+        names = self._attendance.roster.names()
+        return [site for site in names if site not in self.done and site not in self._refused]
 
     def _wait(self) -> None:
         """Pause before the next look, or raise RunError."""
@@ -148,7 +148,6 @@ class Turn:
         if self._short_since is None:
             self._short_since = now
         end = self._short_since + config.patience
-        self._ready()
         roster = self._attendance.roster
         expected = max(config.sites, len(self._attendance.expected_names()))
         refusing = [site for site in self._refused if site in roster.nodes]
@@ -158,18 +157,21 @@ class Turn:
             )
         if now >= end:
             raise RunError(self._shortage(f"Waited {config.patience:g} s (federation.patience)."))
-        names = self._missing()
-        if self._announced != (len(self.done), names):
-            self._announced = (len(self.done), names)
-            missing = config.quorum - len(self.done)
-            self._attendance.waiting(self.round, len(self.done), names, missing)
+        here, names = self._here(), self._missing()
+        if self._announced != names:
+            self._announced = names
+            self._attendance.waiting(self.round, len(here), names, config.quorum - len(here))
         time.sleep(min(self._pause, end - now))
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _here(self) -> set[str]:
+        """The sites that nobody has to wait for: done, or there and not yet asked in vain."""
+        return self.done | (set(self._ready()) - self._silent.keys())
 
     def _missing(self) -> list[str]:
         """Names that could still make up the quorum, those that are not connected included."""
         expected = {*self._attendance.expected_names(), *self._attendance.roster.nodes}
-        return sorted(expected - self.done - self._refused.keys())
+        return sorted(expected - self._here() - self._refused.keys())
 
     def _shortage(self, why: str) -> str:
         """Who is missing, who refused and why, and what to do."""
