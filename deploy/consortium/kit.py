@@ -4,7 +4,6 @@ Everything that runs from a kit reads it through here. Nothing here reads a key 
 process. There is no key that switches TLS or node keys off.
 """
 
-import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -217,13 +216,13 @@ class SiteKit(Kit):
                 f"{self.folder / KIT_FILE}: data-path is empty. Fill in the folder that holds site.toml and "
                 "the data of this site (README.md in the kit shows how)."
             )
-        folder = self.folder / Path(self.data_path).expanduser()
+        folder = (self.folder / Path(self.data_path).expanduser()).resolve()
         require_file(
             folder / "site.toml",
             "the site file",
             f"data-path in {self.folder / KIT_FILE} must be a site folder; `fedbags site check` reads it.",
         )
-        return Path(os.path.normpath(folder))
+        return folder
 
 
 def read_kit(folder: Path) -> CoordinatorKit | SiteKit:

@@ -1,6 +1,6 @@
 """``fedbags provision``: a consortium's kits from consortium.toml, and later what is missing in them.
 
-A run first reads and checks everything that it was given and that is there, and only then writes. Keys,
+Faults of the settings and of the folder are found before anything is written. Keys,
 certificates and the app are never overwritten.
 """
 
