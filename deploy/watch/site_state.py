@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from common.errors import FedbagsError
 from common.messages import SiteError
-from deploy.watch.state import LOST, OTHER, Phase
+from deploy.watch.state import LOST, OTHER, Phase, site_cause
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SiteState:
 def cause_of_code(code: int) -> str:
     """The cause, one of CAUSES, for an error code that went out."""
     if code in set(SiteError):
-        return SiteError(code).name.lower()
+        return site_cause(SiteError(code))
     return LOST if code < min(SiteError) else OTHER
 
 

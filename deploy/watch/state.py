@@ -30,15 +30,22 @@ class Stage(StrEnum):
 LOST, DEADLINE, UNSENT, UNREADABLE, UNUSABLE, NOT_ADMITTED, OTHER = (
     "lost", "deadline", "unsent", "unreadable", "unusable", "not-admitted", "other",
 )  # fmt: skip
+
+
+def site_cause(code: SiteError) -> str:
+    """The cause behind an error code of a site."""
+    return code.name.lower().replace("_", "-")
+
+
 CAUSES = (
-    *(code.name.lower() for code in SiteError),
+    *(site_cause(code) for code in SiteError),
     *(LOST, DEADLINE, UNSENT, UNREADABLE, UNUSABLE, NOT_ADMITTED, OTHER),
 )
 """Every cause for which something of a site is not used: a closed set, so that no text of a site becomes a
 label of a metric."""
 
 _BY_TEXT = {
-    **{text: code.name.lower() for code, text in SITE_ERRORS.items()},
+    **{text: site_cause(code) for code, text in SITE_ERRORS.items()},
     **dict.fromkeys(FLOWER_ERRORS.values(), LOST),
 }
 _BY_BEGINNING = {
