@@ -55,6 +55,17 @@ class SitePolicy(Section):
     metrics: tuple[str, ...] = Field(KNOWN_METRICS, description="names of the metrics that may leave")
     budget: PrivacyBudget = PrivacyBudget()
 
+class SecureAggregationPolicy(Section):
+    """What the site demands before its update becomes part of a sum (docs/secure-aggregation.md)."""
+
+    required: bool = Field(False, description="never send an update in clear, whatever the run asks for")
+    minimum_sites: int = Field(3, ge=2, description="fewest sites in a sum")
+    largest_share: float = Field(0.8, gt=0, lt=1, description="largest share of one site in its weights")
+    metrics: tuple[str, ...] = Field(
+        ("num-bags",), description="of the policy's metrics, those that may leave beside a masked update"
+    )
+
+
     @field_validator("metrics")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -63,6 +74,7 @@ class SitePolicy(Section):
             raise ValueError(f"unknown metric(s) {unknown}; known are {list(KNOWN_METRICS)}")
         return names
 
+    secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
 
 class SiteConfig(Section):
     """One site, as its ``site.toml`` says."""

@@ -197,6 +197,27 @@ class EvaluationConfig(Section):
     every: int = Field(1, ge=1, le=10_000, description="rounds between looks at the held-back bags")
 
 
+class SecureAggregationConfig(Section):
+    """SecAgg+: the server sees the sum of the updates only. See docs/secure-aggregation.md."""
+
+    enabled: bool = False
+    threshold_share: float = Field(
+        0.66, gt=0.5, le=1, description="share of the sites that must stay, for the sum to be unmasked"
+    )
+    neighbours: int = Field(
+        0, ge=0, le=10_000, multiple_of=2, description="sites that each shares masks with; 0: all others"
+    )
+    clip_range: float = Field(
+        16.0, gt=0, le=1e6, description="each coordinate of an update is clipped to +-this"
+    )
+    minimum_sites: int = Field(
+        3, ge=2, le=100_000, description="fewest sites in a sum; a site that demands more gets more"
+    )
+    certificates: str = Field(
+        "", description="the server's folder of SITE.crt, for sites that do not send their own"
+    )
+
+
 class RunConfig(Section):
     """One run, complete. ``config.toml`` in the run folder is this object."""
 
@@ -227,6 +248,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _central_noise_is_tied_to_its_clip_norm(self) -> Self:
         if self.central_dp.noise_multiplier:
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
             if self.federation.strategy is not Strategy.FEDAVG:
                 raise ValueError(
                     "central-dp needs federation.strategy = 'fedavg': Flower adds the noise after the "
@@ -238,6 +260,28 @@ class RunConfig(Section):
                     "of that many updates, and a mean of fewer moves by more"
                 )
         return self
+    @model_validator(mode="after")
+    def _only_a_mean_can_be_made_of_a_sum(self) -> Self:
+        secure, strategy = self.secure_aggregation, self.federation.strategy
+        if not secure.enabled:
+            return self
+        if strategy in (Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM):
+            raise ValueError(
+                f"federation.strategy = '{strategy.value}' compares the sites' updates, and with secure "
+                "aggregation nobody sees them: use a strategy of means, or secure-aggregation.enabled = false"
+            )
+        if self.central_dp.noise_multiplier:
+            raise ValueError(
+                "central-dp clips each site's update at the server, and with secure aggregation nobody sees "
+                "it there: use --dp (noise at the sites), or secure-aggregation.enabled = false"
+            )
+        if secure.minimum_sites > self.federation.sites:
+            raise ValueError(
+                f"secure-aggregation.minimum-sites = {secure.minimum_sites} is above federation.sites = "
+                f"{self.federation.sites}: no round could ever be made"
+            )
+        return self
+
 
     @property
     def trained_part(self) -> Part:
@@ -252,6 +296,13 @@ class RunConfig(Section):
 
         Args:
             flat: dotted kebab-case keys; missing keys take their defaults.
+
+    @property
+    def attendance(self) -> FederationConfig:
+        """``federation``, whose quorum makes a sum that may be unmasked where aggregation is secure."""
+        secure = self.secure_aggregation
+        quorum = max(self.federation.quorum, secure.minimum_sites if secure.enabled else 1)
+        return self.federation.model_copy(update={"quorum": quorum})
 
         Raises:
             ConfigError: every unknown key (with the nearest known one) and out-of-range value.

@@ -5,6 +5,8 @@ FedbagsError
 │   ├── ConfigError    a key of the run or site configuration
 │   └── DataError      rows of a site folder or of a source; all bad rows are listed together
 ├── RunError           exit 1: the run could not go on (quorum, deadline, lost site)
+│   ├── IdentityError               a certificate or a signature is not what it must be
+│   └── SecureAggregationRefused    a site does not go on with a secure aggregation
 └── EgressError        a site refused to send something (its text carries no data)
 """
 
@@ -62,6 +64,14 @@ class DataError(UserError):
 
 class RunError(FedbagsError):
     """The run could not go on; the CLI prints it and exits with 1."""
+
+
+class IdentityError(RunError):
+    """A certificate or a signature is not what it must be. The text names sites only."""
+
+
+class SecureAggregationRefused(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
+    """A site does not go on with a secure aggregation. The text names sites and counts, never a secret."""
 
 
 class EgressError(FedbagsError):

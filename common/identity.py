@@ -18,15 +18,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from common.errors import RunError, UserError, require_file
+from common.errors import IdentityError, UserError, require_file
 
 PUBLIC_BITS = 384
 """Size of a node key's curve (NIST P-384)."""
 _SCHEME = ec.ECDSA(hashes.SHA384())
-
-
-class IdentityError(RunError):
-    """A certificate or a signature is not what it must be. The text names sites only."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""The three records that cross the network, and their one translation into Flower records and back.
+"""The records that cross the network, and their one translation into Flower records and back.
 
 ProportionRelease goes from a site to the server once per data version; ModelUpdate goes both ways;
-PrivacyStatement goes from a site to the server with every update. Nothing else may travel. This is the
-only module that builds or reads Flower records.
+PrivacyStatement goes from a site to the server with every update. With secure aggregation MaskedUpdate takes
+the place of a site's ModelUpdate, and the other records of ``common.secure_aggregation.records`` go before
+and after it. Nothing else may travel. This is the only module that builds or reads Flower records.
 """
 
 from collections.abc import Mapping
@@ -12,11 +13,23 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from common.config import Transport
 from common.errors import RunError
 from common.hierarchy import Hierarchy
+from common.record import Record as Record
+from common.secure_aggregation.records import (
+    KeyAdvert,
+    MaskedUpdate,
+    MaskRequest,
+    SealedShares,
+    SessionOffer,
+    SessionPlan,
+    UnmaskRequest,
+    UnmaskShares,
+    Words,
+)
 
 FloatArray = NDArray[np.float32]
 T = TypeVar("T", bound="Record")
@@ -24,6 +37,7 @@ Metric = int | float | tuple[int, ...] | tuple[float, ...]
 
 _JSON = "json"
 _ARRAYS, _METRICS = "arrays", "metrics"
+_WORDS = "words"
 _TRANSPORTED = frozenset(transport.value for transport in Transport)
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
@@ -38,6 +52,8 @@ class SiteError(IntEnum):
     INTERNAL = 1005
     BUDGET = 1006
     """The site's privacy budget does not allow what was asked: it leaves the run."""
+    SECURE_AGGREGATION = 1007
+    """The site does not go on with a secure aggregation: what it was told is not what it can trust."""
 
 
 SITE_ERRORS: Mapping[SiteError, str] = {
@@ -48,6 +64,7 @@ SITE_ERRORS: Mapping[SiteError, str] = {
     SiteError.TRAINING: "local training failed at the site (diverged or could not go on)",
     SiteError.INTERNAL: "an unexpected error at the site",
     SiteError.BUDGET: "the site's privacy budget does not allow this; the site leaves the run",
+    SiteError.SECURE_AGGREGATION: "the site refused to go on with the secure aggregation; its log says why",
 }
 """What each code means. A site sends this text and no other, and a server writes down this text whatever
 came with the code: the text of an exception can carry a path or a patient id."""
@@ -55,14 +72,6 @@ came with the code: the text of an exception can carry a path or a patient id.""
 
 class MessageError(ValueError):
     """A Flower record is not one of ours. The text names records, keys, dtypes and shapes only."""
-
-
-class Record(BaseModel):
-    """Base of the records: frozen, strict, no extra fields."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
-    )
 
 
 class ProportionRelease(Record):
@@ -117,8 +126,8 @@ class ModelUpdate(Record):
 
     sender: str = Field(description="a site's name, or 'server'")
     round: int = Field(ge=0)
-    arrays: Annotated[dict[str, FloatArray], BeforeValidator(_read_only)] = {}
-    metrics: dict[str, Metric] = {}
+    arrays: Annotated[dict[str, FloatArray], BeforeValidator(_read_only)] = Field(default={})
+    metrics: dict[str, Metric] = Field(default={})
 
     @property
     def megabytes(self) -> float:
@@ -145,6 +154,14 @@ _RECORD_NAMES: Mapping[type[Record], str] = {
     ProportionRelease: "release",
     ModelUpdate: "update",
     PrivacyStatement: "privacy",
+    SessionOffer: "session-offer",
+    KeyAdvert: "key-advert",
+    SessionPlan: "session-plan",
+    SealedShares: "sealed-shares",
+    MaskRequest: "mask-request",
+    MaskedUpdate: "masked-update",
+    UnmaskRequest: "unmask-request",
+    UnmaskShares: "unmask-shares",
 }
 
 
@@ -175,6 +192,8 @@ def to_records(*messages: Record, transport: Transport = Transport.FLOAT32) -> R
             )
             text = message.model_dump_json(include={"sender", "round"})
         else:
+            if isinstance(message, MaskedUpdate):
+                records[_WORDS] = ArrayRecord({_WORDS: Array(message.vector)})
             text = message.model_dump_json()
         records[name] = ConfigRecord({_JSON: text})
     return records
@@ -191,6 +210,9 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
     if config is None or list(config) != [_JSON] or not isinstance(config[_JSON], str):
         raise MessageError(f"record {name!r} is missing or malformed")
     try:
+        if kind is MaskedUpdate:
+            masked = MaskedUpdate.model_validate_json(str(config[_JSON]))
+            return kind.model_validate({**masked.model_dump(), "vector": _decode_words(records)})
         if kind is not ModelUpdate:
             return kind.model_validate_json(str(config[_JSON]))
         head = kind.model_validate_json(str(config[_JSON]))
@@ -206,11 +228,29 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
         raise MessageError(f"record {name!r}: {faults}") from None
 
 
+def combine(*parts: RecordDict) -> RecordDict:
+    """One RecordDict with the records of several; arrays are shared, not copied."""
+    return RecordDict({name: record for part in parts for name, record in part.items()})
+
+
+def remember(state: RecordDict, name: str, record: Record) -> None:
+    """Put a record into a node's own state (``Context.state``), which never travels to the server."""
+    state[name] = ConfigRecord({_JSON: record.model_dump_json()})
+
+
+def remembered(state: RecordDict, name: str, kind: type[T]) -> T | None:
+    """What was last put there under the name; None when there is nothing (any more)."""
+    config = state.config_records.get(name)
+    return None if config is None else kind.model_validate_json(str(config[_JSON]))
+
+
 def check_only(records: RecordDict, *kinds: type[Record]) -> None:
     """Raise MessageError unless the RecordDict holds exactly the records of these kinds."""
     expected = {_RECORD_NAMES[kind] for kind in kinds}
     if ModelUpdate in kinds:
         expected |= {_ARRAYS, _METRICS}
+    if MaskedUpdate in kinds:
+        expected.add(_WORDS)
     if set(records) != expected:
         raise MessageError(f"records {sorted(expected)} expected, got {sorted(records)}")
 
@@ -234,10 +274,27 @@ def _decode(name: str, array: Array) -> FloatArray:
     """The array in 32 bits, whichever transport it came by."""
     if array.dtype not in _TRANSPORTED or array.stype != "numpy.ndarray":
         raise MessageError(f"array {name!r} has dtype {array.dtype}, float32 or float16 expected")
+    values = _values(name, array)
+    return values if values.dtype == np.float32 else values.astype(np.float32)
+
+
+def _decode_words(records: RecordDict) -> Words:
+    arrays = records.array_records[_WORDS]
+    if list(arrays) != [_WORDS]:
+        raise MessageError(f"record {_WORDS!r} is malformed")
+    array = arrays[_WORDS]
+    if array.dtype != "uint32" or array.stype != "numpy.ndarray" or len(array.shape) != 1:
+        raise MessageError(
+            f"masked words of dtype {array.dtype} and shape {array.shape}, (n,) uint32 expected"
+        )
+    return _values(_WORDS, array)
+
+
+def _values(name: str, array: Array) -> NDArray[Any]:
     try:
         values = array.numpy()
     except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
         raise MessageError(f"array {name!r} cannot be read ({type(error).__name__})") from None
     if values.dtype != array.dtype or values.shape != tuple(array.shape):
         raise MessageError(f"array {name!r} is not of the dtype and shape that it says")
-    return values if values.dtype == np.float32 else values.astype(np.float32)
+    return values

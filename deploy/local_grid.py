@@ -2,22 +2,29 @@
 
 Each simulated site is a node with its own Context; a message to it is serialised, handled (in a worker
 process, or in this one when there are no workers) and its reply serialised back, so that sites and server
-share no memory. This is the one place that touches Flower's private task identity.
+share no memory. The state of a Context is kept from message to message, as a SuperNode does, apart from the
+server. This is the one place that touches Flower's private task identity.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import (
+    message_from_proto,
+    message_to_proto,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
 from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -40,6 +47,8 @@ class Node:
     node_id: int
     node_config: dict[str, Scalar]
     run_config: dict[str, Scalar]
+    state: bytes = b""
+    """What its Context held after its last message, serialised."""
 
 
 class InlineExecutor(Executor):
@@ -165,7 +174,8 @@ class LocalGrid(Grid):
 
     def _submit(self, task: "Task") -> None:
         payload = message_to_proto(task.message).SerializeToString()
-        task.future = self._executor.submit(handle, payload, task.node, self._client_app)
+        node = self._nodes[task.node.node_id]
+        task.future = self._executor.submit(handle, payload, node, self._client_app)
 
     def _result(self, message_id: str) -> Message | None:
         task = self._running.get(message_id) or self._start_early(message_id)
@@ -173,7 +183,9 @@ class LocalGrid(Grid):
             return None
         while True:
             try:
-                payload = task.future.result(timeout=PATIENCE)
+                payload, state = task.future.result(timeout=PATIENCE)
+                number = task.node.node_id
+                self._nodes[number] = replace(self._nodes[number], state=state)
                 reply = message_from_proto(MessageProto.FromString(payload))
                 break
             except TimeoutError:
@@ -221,16 +233,18 @@ class Task:
     message: Message
     node: Node
     retried: bool = False
-    future: Future[bytes] = field(default_factory=Future)
+    future: Future[tuple[bytes, bytes]] = field(default_factory=Future)
 
 
-def handle(payload: bytes, node: Node, client_app: str) -> bytes:
-    """Handle one serialised message as the node, and serialise the reply (runs in a worker)."""
+def handle(payload: bytes, node: Node, client_app: str) -> tuple[bytes, bytes]:
+    """Handle one serialised message as the node (runs in a worker); its reply and its state afterwards."""
     message = message_from_proto(MessageProto.FromString(payload))
-    context = Context(RUN_ID, node.node_id, dict(node.node_config), RecordDict(), dict(node.run_config))
+    state = recorddict_from_proto(RecordDictProto.FromString(node.state))
+    context = Context(RUN_ID, node.node_id, dict(node.node_config), state, dict(node.run_config))
     reply = load_app(client_app)(message, context)
     reply.metadata.__dict__["_message_id"] = f"reply-{message.metadata.message_id}"
-    return bytes(message_to_proto(reply).SerializeToString())
+    kept = bytes(recorddict_to_proto(context.state).SerializeToString())
+    return bytes(message_to_proto(reply).SerializeToString()), kept
 
 
 def load_app(client_app: str) -> ClientApp:

@@ -74,7 +74,7 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     folder.forget_events_after(state.round)
     for checkpoint_file in damaged:
         folder.event("checkpoint-damaged", round=state.round, **checkpoint_file)
-    attendance = Attendance(grid, config.federation, folder, state)
+    attendance = Attendance(grid, config.attendance, folder, state)
     attendance.wait_for_all()
     Turn(attendance, state.round + 1).sites()
     assert attendance.roster.hierarchy is not None  # the quorum is at least one site

@@ -47,6 +47,13 @@ def label_marginal_weights(
     return np.asarray(weights / weights.sum())
 
 
+def training_bags(bags: int, held_back: float) -> int:
+    """How many of a site's ``bags`` are left to train on when it holds a share back (``BagStore.split``)."""
+    if held_back <= 0 or bags < 2:
+        return bags
+    return bags - min(max(1, round(held_back * bags)), bags - 1)
+
+
 def fedpals_weights(
     releases: Mapping[str, ProportionRelease], target: str, regularisation: float
 ) -> dict[str, float]:

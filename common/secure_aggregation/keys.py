@@ -6,7 +6,6 @@ comes in as ``context``.
 """
 
 import hashlib
-import hmac
 import os
 from collections.abc import Mapping, Sequence
 
@@ -17,17 +16,13 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 
-from common.errors import RunError
+from common.errors import SecureAggregationRefused
 
 SECRET_BYTES = 32
 SHARE_BYTES = 52
 """Of a 32-byte secret: a 4-byte index and three blocks of 16 (Flower pads to whole blocks, always)."""
 _ONCE = bytes(12)
 """The nonce. Every sealing key is derived for one message: session, sender and receiver are in it."""
-
-
-class SecureAggregationRefused(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
-    """A site does not go on with a secure aggregation. The text names sites and counts, never a secret."""
 
 
 def new_secret() -> bytes:
@@ -107,8 +102,3 @@ def join(shares: Mapping[str, bytes], threshold: int) -> bytes | None:
     except ValueError:
         return None
     return secret if len(secret) == SECRET_BYTES else None
-
-
-def same(one: bytes, other: bytes) -> bool:
-    """Comparison that takes the same time whatever differs."""
-    return hmac.compare_digest(one, other)

@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field
 
 from common import identity
+from common.errors import SecureAggregationRefused
 from common.record import Record
 from common.secure_aggregation import keys
 from common.secure_aggregation.cohort import least_in_a_sum, neighbourhood, threshold
-from common.secure_aggregation.keys import SecureAggregationRefused
 from common.secure_aggregation.masking import add_mask, subtract_mask
 from common.secure_aggregation.records import (
     KeyAdvert,

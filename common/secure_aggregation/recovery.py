@@ -3,7 +3,7 @@
 Holds one vector and nothing per site, however many sites there are. Knows nothing of Flower.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -46,13 +46,14 @@ class MaskedSum:
         """Total weight of the sites in the sum."""
         return sum(self.plan.weights[site] for site in sorted(self.survivors))
 
-    def missing(self, answered: list[str]) -> list[str]:
-        """Sites of which fewer shares than needed can be had from those who answered."""
-        return [
-            site
-            for site in self._secrets_needed()
-            if len(self._holders(site) & set(answered)) < self._needed(site)
-        ]
+    def short_of(self, there: Iterable[str]) -> list[str]:
+        """Those of ``there`` with fewer of ``there`` in their neighbourhood than unmasking takes."""
+        left = set(there)
+        return [site for site in sorted(left) if len(self._holders(site) & left) < self._needed(site)]
+
+    def missing(self, answers: Mapping[str, UnmaskShares]) -> list[str]:
+        """Sites whose secret cannot be recovered from these answers."""
+        return [site for site in self._secrets_needed() if self._secret(site, answers) is None]
 
     def unmask(self, answers: Mapping[str, UnmaskShares]) -> None:
         """Remove every mask from the sum.
@@ -61,28 +62,32 @@ class MaskedSum:
             RunError: a secret cannot be recovered; says whose. The sum is of no use then.
         """
         transcript = self.plan.transcript()
-        survivors = set(self.survivors)
         for site in self._secrets_needed():
-            survived = site in survivors
-            shares = {
-                holder: given[site]
-                for holder in sorted(self._holders(site) & answers.keys())
-                if site in (given := answers[holder].self_masks if survived else answers[holder].mask_keys)
-            }
-            secret = keys.join(shares, self._needed(site))
-            advert = self.plan.advert(site)
-            if secret is None or not keys.same(
-                keys.commit(secret) if survived else keys.public_key(secret),
-                advert.commitment if survived else advert.mask_key,
-            ):
+            secret = self._secret(site, answers)
+            survived = site in self.survivors
+            if secret is None:
                 raise RunError(
-                    f"the {'self-mask' if survived else 'mask key'} of {site!r} cannot be recovered from "
-                    f"{len(shares)} shares: too few, or a site gave a wrong one"
+                    f"the {'self-mask' if survived else 'mask key'} of {site!r} cannot be recovered: too few "
+                    "sites gave a share of it, or one gave a wrong one"
                 )
             if survived:
                 subtract_mask(self.total, keys.derive(secret, SELF_MASK, transcript))
             else:
                 self._remove_pairs(site, secret, transcript)
+
+    def _secret(self, site: str, answers: Mapping[str, UnmaskShares]) -> bytes | None:
+        """The seed of a survivor or the mask key of a lost site, if it is what the site advertised."""
+        survived, advert = site in self.survivors, self.plan.advert(site)
+        shares = {}
+        for holder in sorted(self._holders(site) & answers.keys()):
+            given = answers[holder].self_masks if survived else answers[holder].mask_keys
+            if site in given:
+                shares[holder] = given[site]
+        secret = keys.join(shares, self._needed(site))
+        if secret is None:
+            return None
+        made = keys.commit(secret) if survived else keys.public_key(secret)
+        return secret if made == (advert.commitment if survived else advert.mask_key) else None
 
     def _remove_pairs(self, lost: str, secret: bytes, transcript: bytes) -> None:
         for peer in sorted(self._holders(lost) & set(self.survivors)):

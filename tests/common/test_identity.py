@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
 from client.throwaway import issue, private_pem
-from common.errors import UserError
-from common.identity import IdentityError, load_node_key, sign, verify, verify_certificate
+from common.errors import IdentityError, UserError
+from common.identity import load_node_key, sign, verify, verify_certificate
 
 NOW = datetime.now(UTC)
 

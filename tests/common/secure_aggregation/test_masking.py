@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flwr.client.mod  # noqa: F401 (they bring the library's own SecAgg+ along)
+import flwr.client.mod
 import flwr.common.secure_aggregation.secaggplus_utils as library
 import flwr.server.workflow  # noqa: F401
 import numpy as np
@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import SecureAggregationRefused
 from common.secure_aggregation import keys
 from common.secure_aggregation.masking import CHUNK, add_mask, subtract_mask
 
@@ -118,7 +119,7 @@ def test_what_is_sealed_for_one_is_not_opened_by_another() -> None:
         (b, keys.public_key(a), "a", "b", b"session", changed),
         (b, keys.public_key(a), "a", "b", b"session", b""),
     ):
-        with pytest.raises(keys.SecureAggregationRefused):
+        with pytest.raises(SecureAggregationRefused):
             keys.unseal(*arguments)
-    with pytest.raises(keys.SecureAggregationRefused, match="not usable"):
+    with pytest.raises(SecureAggregationRefused, match="not usable"):
         keys.pairwise_key(a, bytes(32), "seal", b"")

@@ -10,11 +10,10 @@ import pytest
 from scipy import stats
 
 from client.throwaway import throwaway_kit
-from common.errors import RunError
-from common.identity import IdentityError, load_node_key
+from common.errors import IdentityError, RunError, SecureAggregationRefused
+from common.identity import load_node_key
 from common.secure_aggregation import keys, member
 from common.secure_aggregation.cohort import least_in_a_sum, neighbourhood, threshold
-from common.secure_aggregation.keys import SecureAggregationRefused
 from common.secure_aggregation.member import Limits
 from common.secure_aggregation.records import MaskRequest, SessionOffer, UnmaskRequest
 from common.secure_aggregation.recovery import MaskedSum
@@ -60,7 +59,7 @@ def test_below_the_threshold_nothing_can_be_unmasked(consortium: Make, vectors: 
 
 def test_too_few_answers_leave_the_sum_masked(consortium: Make, vectors: Make) -> None:
     group = consortium(5)
-    with pytest.raises(RunError, match="cannot be recovered from 3 shares"):
+    with pytest.raises(RunError, match="cannot be recovered: too few"):
         group.run(vectors(group), no_answer=["site-00", "site-01"])
 
 

@@ -1,0 +1,33 @@
+"""What a site may do once and has done: a small file at the site that says no the second time.
+
+Flower runs every message in a process of its own, two at once if a server sends two, and each gets the
+node's state as it was before. So a rule such as "one mask, one vector" is kept here, where the first
+process wins: a row of SQLite whose key is unique. Knows nothing of what is claimed.
+"""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from common.errors import RunError, SecureAggregationRefused
+
+WAIT_SECONDS = 30.0
+
+
+def claim(path: Path, key: str, content: str | None = None) -> None:
+    """Claim ``key`` for good; with ``content``, the same claim may be repeated, and no other made.
+
+    Raises:
+        SecureAggregationRefused: it was claimed before (with something else).
+        RunError: the file cannot be written; nothing may be done then.
+    """
+    try:
+        with closing(sqlite3.connect(path, timeout=WAIT_SECONDS)) as db, db:
+            db.execute("PRAGMA synchronous = EXTRA")
+            db.execute("CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, content TEXT)")
+            made = db.execute("INSERT OR IGNORE INTO claims VALUES (?, ?)", (key, content)).rowcount
+            kept = db.execute("SELECT content FROM claims WHERE key = ?", (key,)).fetchone()
+    except sqlite3.Error as error:
+        raise RunError("the site's file of claims cannot be written; is its disk full?") from error
+    if not made and (content is None or kept != (content,)):
+        raise SecureAggregationRefused("asked a second time for what is done once")

@@ -1,0 +1,170 @@
+"""A site's part in secure aggregation, message by message: its keys, its limits, and what it does only once.
+
+The mathematics are in ``common.secure_aggregation.member``. Here are the site's files (node key and CA
+certificate of its kit, the claims), and its secrets between two messages: they wait in ``Context.state``,
+which a SuperNode keeps in memory and never sends (``flwr.supernode.nodestate`` has no other kind). Knows
+nothing of models beyond their arrays.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from flwr.app import Context
+
+from client.claims import claim
+from client.locate import find_site, is_simulated
+from client.site import SiteConfig
+from client.throwaway import CA_FILE, CERTIFICATE_FILE, KEY_FILE, throwaway_kit
+from common.config import RunConfig
+from common.errors import ConfigError, SecureAggregationRefused, require_file
+from common.identity import load_node_key
+from common.messages import FloatArray, remember, remembered
+from common.secure_aggregation import member
+from common.secure_aggregation.member import Limits, MemberState
+from common.secure_aggregation.quantisation import quantise
+from common.secure_aggregation.records import (
+    KeyAdvert,
+    MaskRequest,
+    SealedShares,
+    SessionOffer,
+    SessionPlan,
+    UnmaskRequest,
+    UnmaskShares,
+    Words,
+)
+
+log = logging.getLogger("fedbags.client")
+
+STATE = "secure-aggregation"
+CLAIMS_FILE = "secure-aggregation.sqlite"
+KIT = "kit"
+"""Key of the node configuration: the folder of the site's kit."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One site in the session that its state tells of."""
+
+    context: Context
+    config: RunConfig
+    site: SiteConfig
+    kit: Path
+    claims: Path
+
+    @classmethod
+    def open(cls, context: Context) -> Self:
+        """The member that this node is.
+
+        Raises:
+            ConfigError: secure aggregation is off in this run, or a real node has no kit.
+        """
+        config = RunConfig.from_flat(context.run_config)
+        if not config.secure_aggregation.enabled:
+            raise ConfigError("secure aggregation is off in this run (secure-aggregation.enabled)")
+        folder = find_site(context)
+        site = SiteConfig.load(folder)
+        return cls(
+            context, config, site, find_kit(context, config, site), claims_path(context, config, folder)
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """The stricter of the site's demands and the run's."""
+        own = self.site.policy.secure_aggregation
+        fewest = max(own.minimum_sites, self.config.secure_aggregation.minimum_sites)
+        return Limits(fewest, own.largest_share)
+
+    def advertise(self, offer: SessionOffer) -> KeyAdvert:
+        """Fresh keys, signed with the node key."""
+        key = load_node_key(self.kit / KEY_FILE)
+        certificate = self.kit / CERTIFICATE_FILE
+        text = certificate.read_text(encoding="ascii") if certificate.is_file() else ""
+        claim(self.claims, f"{offer.session}/keys")
+        advert, state = member.advertise(offer, self.site.name, self.context.run_id, key, text)
+        self._keep(state)
+        return advert
+
+    def share(self, plan: SessionPlan) -> SealedShares:
+        """Sealed shares for the neighbours, once all keys are verified."""
+        authority = require_file(
+            self.kit / CA_FILE, "the consortium's CA certificate", "It came with the site's kit."
+        )
+        claim(self.claims, f"{plan.session}/shares")
+        reply, state = member.share(
+            self._state(), plan, authority.read_text(encoding="ascii"), datetime.now(UTC), self.limits
+        )
+        self._keep(state)
+        return reply
+
+    @property
+    def session(self) -> str:
+        """The session that the site's secrets are of."""
+        return self._state().session
+
+    def receive(self, request: MaskRequest, round: int) -> None:
+        """Take the neighbours' shares in, beside the model of ``round``; training and masking are claimed."""
+        if round != request.round:
+            raise SecureAggregationRefused("a model of one round with the shares of another")
+        claim(self.claims, f"{request.session}/masks")
+        self._keep(member.receive(self._state(), request))
+
+    def mask(self, sent: dict[str, FloatArray], trained: dict[str, FloatArray]) -> Words:
+        """The update as masked words; the masks are gone from the state afterwards.
+
+        Raises:
+            RunError: the update is not finite.
+        """
+        state = self._state()
+        plan = state.agreed()
+        words = quantise(sent, trained, plan.clip_range, plan.weights[self.site.name], len(plan.sites))
+        self._keep(member.mask(state, words))
+        return words
+
+    def unmask(self, request: UnmaskRequest) -> UnmaskShares:
+        """One share per neighbour; asked again, the same ones, and for other survivors none."""
+        answer = member.unmask(self._state(), request, self.limits)
+        listed = hashlib.sha256("\0".join(sorted(request.survivors)).encode()).hexdigest()
+        claim(self.claims, f"{request.session}/unmask", listed)
+        return answer
+
+    def _state(self) -> MemberState:
+        state = remembered(self.context.state, STATE, MemberState)
+        if state is None:
+            raise SecureAggregationRefused("this site has no keys (any more): its node was started again")
+        return state
+
+    def _keep(self, state: MemberState) -> None:
+        remember(self.context.state, STATE, state)
+
+
+def find_kit(context: Context, config: RunConfig, site: SiteConfig) -> Path:
+    """The folder with node.key and ca.crt: the kit that the node names, or a throw-away one in a simulation.
+
+    Raises:
+        ConfigError: a real node that names none. It does not take part without an identity.
+    """
+    if kit := context.node_config.get(KIT):
+        return Path(str(kit))
+    if not is_simulated(context):
+        raise ConfigError(
+            f"secure aggregation needs the site's kit: start the SuperNode with --node-config '{KIT}=\"...\"'"
+        )
+    return throwaway_kit(run_folder(config), site.name)
+
+
+def claims_path(context: Context, config: RunConfig, folder: Path) -> Path:
+    """With the site's data; a simulated site's lies under the run."""
+    if not is_simulated(context):
+        return folder / CLAIMS_FILE
+    path = run_folder(config) / "sites" / folder.name / CLAIMS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def run_folder(config: RunConfig) -> Path:
+    """What the simulated sites of a run share."""
+    return Path(config.run_dir) if config.run_dir else Path.home() / ".fedbags"
