@@ -128,12 +128,12 @@ def renew(
 
 @app.command()
 def revoke(kits: KitsArgument, site: SiteArgument, password_file: PasswordFile = None) -> None:
-    """Take a site out. A running coordinator drops it when its kit is brought up to date."""
+    """Take a site out. A running coordinator refuses it once its files are gone from nodes/ of its kit."""
     from deploy.consortium import membership
     from deploy.consortium.kits import Kits
 
     _print(membership.revoke(Kits.open(kits, _password(password_file)), site), kits)
-    typer.echo(f"{site} is out: bring the coordinator's kit to the server to take effect")
+    typer.echo(f"{site} is out, as soon as its files are gone from nodes/ in the server's copy of the kit")
 
 
 @app.command("update-app")

@@ -68,10 +68,14 @@ def check_certificate(
             "(`timedatectl set-ntp true`) and try again."
         )
     if now > ends:
+        remedy = (
+            "an authority is not renewed: provision the consortium anew, into an empty folder"
+            if certificate == authority
+            else "the coordinator renews it with `fedbags provision renew KITS`"
+        )
         raise UserError(
             f"{what} expired on {ends:%Y-%m-%d %H:%M} UTC, and this machine's clock says "
-            f"{now.astimezone(UTC):%Y-%m-%d %H:%M} UTC. If the clock is right, the coordinator renews it "
-            "with `fedbags provision renew KITS`."
+            f"{now.astimezone(UTC):%Y-%m-%d %H:%M} UTC. If the clock is right, {remedy}."
         )
 
 

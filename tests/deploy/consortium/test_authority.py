@@ -151,6 +151,12 @@ def test_the_clock_decides_whether_a_certificate_holds(authority: Authority) -> 
         check_certificate(certificate, authority.certificate, "it", now + timedelta(days=10.1))
 
 
+def test_an_expired_authority_is_not_said_to_be_renewable(authority: Authority) -> None:
+    later = datetime.now(UTC) + timedelta(days=3651)
+    with pytest.raises(UserError, match="an authority is not renewed"):
+        check_certificate(authority.certificate, authority.certificate, "it", later)
+
+
 def test_two_sites_cannot_have_one_key(authority: Authority) -> None:
     key = new_key()
     authority.issue_site("charite", key, 398)

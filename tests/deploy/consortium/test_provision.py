@@ -2,6 +2,7 @@
 "mistake."""
 
 import hashlib
+import importlib
 import io
 import os
 import re
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import get_fab_metadata, load_certificate_in_connection
 from flwr.cli.flower_config import read_superlink_connection
+from flwr.proto.control_pb2 import StartRunRequest, StartRunResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from client.site import SiteConfig, SitePolicy
@@ -494,6 +496,31 @@ def test_flower_reads_the_connection(kits: Path, monkeypatch: pytest.MonkeyPatch
     assert connection.address == "127.0.0.1:9091"
     assert load_certificate_in_connection(connection) == kit.ca_certificate.read_bytes()
     assert read_superlink_connection(None).name == "lesions-2026"
+
+
+def test_flwr_run_sends_the_approved_app(kits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`flwr run` with the kit's connection, up to the request that it would send."""
+    kit = CoordinatorKit.load(kits / "coordinator")
+    unpack_bundle(kit.app.read_bytes(), tmp_path / "app")
+    monkeypatch.setenv("FLWR_HOME", str(kit.flower_home))
+    sent: list[StartRunRequest] = []
+
+    class Control:
+        def StartRun(self, request: StartRunRequest) -> StartRunResponse:  # noqa: N802 (Flower's name)
+            sent.append(request)
+            return StartRunResponse(run_id=1)
+
+        def close(self) -> None:
+            pass
+
+    module = importlib.import_module("flwr.cli.run.run")
+    monkeypatch.setattr(module, "init_http_client_from_connection", lambda _: Control())
+    for app in (tmp_path / "app", ROOT):
+        module.run(str(app), kit.connection)
+    assert len(sent) == 2
+    for request in sent:
+        assert request.fab.hash_str == kit.app_hash
+        assert hashlib.sha256(request.fab.content).hexdigest() == kit.app_hash
 
 
 def test_the_site_template_is_a_site_file_with_the_default_policy(kits: Path) -> None:
