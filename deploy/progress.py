@@ -94,6 +94,13 @@ class Follower:
                                 f"round {event['round']}: {event['site']} left out of {event['phase']}: "
                                 f"{event['reason']}"
                             )
+                        case "waiting":
+                            progress.console.print(
+                                f"round {event['round']}: waiting for {event['missing']} more site(s)"
+                                + (f" of {', '.join(event['sites'])}" if event["sites"] else "")
+                            )
+                        case "left":
+                            progress.console.print(f"round {event['round']}: {event['site']} left")
                 if ending:
                     return
                 self._stop.wait(INTERVAL)
