@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 
 from client import egress, journal
 from client.bags import BagStore
-from client.evaluation import evaluate_bags, evaluate_labelled
+from client.evaluation import evaluate_bags, evaluate_labelled, sum_distances
 from client.locate import find_site
 from client.refusal import BudgetRefused
 from client.release import private_release, release_proportions
@@ -78,11 +78,32 @@ def train_privately(
 
 @app.evaluate("bags")
 def evaluate_on_bags(message: Message, context: Context) -> Message:
-    """Compare the model's proportions with those of the held-back bags."""
+    """Compare the model's proportions with those of the held-back bags; with noise in a private run."""
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
-    metrics = evaluate_bags(receive_model(config, store, request), store, config)
-    return Message(to_records(answer(config, store, request, metrics)), reply_to=message)
+    model = receive_model(config, store, request)
+    if not config.dp.epsilon:
+        metrics = evaluate_bags(model, store, config)
+        return Message(to_records(answer(config, store, request, metrics)), reply_to=message)
+    metrics, statement = look_privately(context, config, store, model, request.round)
+    update = answer(config, store, request, metrics, kind="evaluate.bags")
+    return Message(to_records(update, statement), reply_to=message)
+
+
+def look_privately(
+    context: Context, config: RunConfig, store: BagStore, model: LHFGLP, round: int
+) -> tuple[dict[str, Metric], PrivacyStatement]:
+    """Reserve the look's cost, evaluate, add the noise, confirm; nothing where policy or run want none."""
+    from client.budget import open_budget
+
+    budget = open_budget(context, config, store, find_site(context))
+    if not budget.plan.look:
+        return {}, budget.ledger.statement(round)
+    reservation = budget.reserve_look(round)
+    sums = budget.plan.noised_look(sum_distances(model, store, config), round)
+    _, held_back = store.split(config.train.held_back, config.seed)
+    metrics: dict[str, Metric] = {"noised-bags-tv": tuple(sums.tolist()), "held-back-bags": len(held_back)}
+    return metrics, budget.confirm(reservation, round)
 
 
 @app.evaluate("test")
@@ -135,9 +156,10 @@ def answer(
     request: ModelUpdate,
     metrics: dict[str, Metric],
     model: LHFGLP | None = None,
+    kind: str = "train",
 ) -> ModelUpdate:
     """A reply with the metrics that may leave, and the trained arrays if any."""
-    allowed = egress.allowed_metrics(store.config, private=config.dp.epsilon > 0)
+    allowed = egress.allowed_metrics(kind, store.config, private=config.dp.epsilon > 0)
     return ModelUpdate(
         sender=store.name,
         round=request.round,

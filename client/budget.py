@@ -15,7 +15,7 @@ from client.bags import BagStore
 from client.ledger import Ledger, Reservation
 from client.ledger_file import LEDGER_FILE
 from client.locate import is_simulated
-from client.site import PrivacyBudget, ReleaseProportions
+from client.site import PrivacyBudget, PrivateMetrics, ReleaseProportions
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.messages import PrivacyStatement
@@ -43,8 +43,17 @@ class Budget:
             self.plan.round_event(), self.run_id, round, generator=self.plan.randomness.description
         )
 
+    def reserve_look(self, round: int) -> Reservation:
+        """Charge a look at the held-back bags, all its levels, before it is made.
+
+        Raises:
+            BudgetRefused: the site's cap does not allow it.
+        """
+        levels, generator = self.plan.look, noise_generator(self.plan.randomness)
+        return self.ledger.reserve(levels[0], self.run_id, round, copies=len(levels), generator=generator)
+
     def confirm(self, reservation: Reservation, round: int) -> PrivacyStatement:
-        """Record that the round was finished, and state what is spent."""
+        """Record that the round or look was finished, and state what is spent."""
         self.ledger.confirm(reservation)
         return self.ledger.statement(round)
 
@@ -90,13 +99,15 @@ def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Pa
 
 
 def make_plan(config: RunConfig, store: BagStore, randomness: Randomness) -> PrivacyPlan:
-    """The plan of a site for ALL rounds of the run and its release of counts together.
+    """The plan of a site for ALL rounds and looks of the run and its release of counts together.
 
     Raises:
         UserError: the settings make no plan for this number of bags; all faults are listed.
     """
     dp = config.dp
-    training, _ = store.split(config.train.held_back, config.seed)
+    training, held_back = store.split(config.train.held_back, config.seed)
+    noises = store.config.policy.private_metrics is PrivateMetrics.NOISE
+    looks = dp.metrics_scale > 0 and noises and len(held_back) > 0
     releases = store.config.policy.release_proportions is not ReleaseProportions.NONE
     return PrivacyPlan.build(
         epsilon=dp.epsilon,
@@ -107,6 +118,8 @@ def make_plan(config: RunConfig, store: BagStore, randomness: Randomness) -> Pri
         steps_per_round=dp.steps_per_round,
         rounds=config.rounds,
         release=DiscreteLaplace(scale=dp.release_scale) if releases else None,
+        look=[DiscreteLaplace(scale=dp.metrics_scale)] * len(store.hierarchy.levels) if looks else (),
+        looks=config.evaluation.looks(config.rounds),
         randomness=randomness,
         force_delta=dp.force_delta,
     )

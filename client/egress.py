@@ -12,8 +12,8 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from client.locate import find_site
 from client.refusal import BudgetRefused
-from client.site import SiteConfig
-from common.config import RunConfig
+from client.site import PrivateMetrics, SiteConfig
+from common.config import DPConfig, RunConfig
 from common.errors import ConfigError, DataError, EgressError, FedbagsError, RunError, UserError
 from common.messages import (
     SITE_ERRORS,
@@ -36,6 +36,10 @@ UNCOVERED_BY_DP = {"num-bags", "confusion"}
 """Metrics that may leave a private run. They are not covered by its epsilon, and the report says so: the
 number of bags, and counts on labelled test images, which are never trained on."""
 
+NOISED = {"noised-bags-tv", "held-back-bags"}
+"""What may leave a private run of a look at the held-back bags, where ``private-metrics`` is "noise": sums
+with noise that the ledger has paid for (common/privacy/looks.py), and the number of bags, which is public."""
+
 EXPECTED: dict[str, tuple[type[Record], ...]] = {
     "query.proportions": (ProportionRelease,),
     "train": (ModelUpdate, PrivacyStatement),
@@ -44,15 +48,18 @@ EXPECTED: dict[str, tuple[type[Record], ...]] = {
 }
 """The records that each kind of reply holds, all of them and no other."""
 
+EXPECTED_PRIVATE = {**EXPECTED, "evaluate.bags": (ModelUpdate, PrivacyStatement)}
+"""The same in a private run, where a look spends budget."""
+
 
 def guard(message: Message, context: Context, call_next: Handler) -> Message:
     """Flower mod: run the handler, check its reply, and replace a bad one by an error."""
     kind = message.metadata.message_type
     try:
         site = SiteConfig.load(find_site(context))
-        private = RunConfig.from_flat(context.run_config).dp.epsilon > 0
+        dp = RunConfig.from_flat(context.run_config).dp
         reply = call_next(message, context)
-        check_reply(kind, message.content, reply.content, site, private=private)
+        check_reply(kind, message.content, reply.content, site, dp)
     except Exception as error:
         code = classify(error)
         # The class alone: even the site's log lines carry no path, patient id or label.
@@ -64,15 +71,19 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
     return reply
 
 
-def allowed_metrics(site: SiteConfig, *, private: bool) -> set[str]:
+def allowed_metrics(kind: str, site: SiteConfig, *, private: bool) -> set[str]:
     """The metrics that may leave: those of the policy and, in a private run, only those without training
-    data in them (losses and held-back figures come from private bags, and no noise covers them)."""
+    data in them (losses and held-back figures come from private bags, and no noise covers them), and the
+    noised ones where the policy has them sent."""
     allowed = set(site.policy.metrics)
-    return allowed & UNCOVERED_BY_DP if private else allowed
+    if not private:
+        return allowed
+    noised = kind == "evaluate.bags" and site.policy.private_metrics is PrivateMetrics.NOISE
+    return (allowed & UNCOVERED_BY_DP) | (NOISED if noised else set())
 
 
 def check_reply(
-    kind: str, request: RecordDict, reply: RecordDict, site: SiteConfig, *, private: bool = False
+    kind: str, request: RecordDict, reply: RecordDict, site: SiteConfig, dp: DPConfig | None = None
 ) -> None:
     """Check that a reply holds what this kind of message may carry, and nothing else.
 
@@ -81,19 +92,22 @@ def check_reply(
         request: what the server sent; an update may only hold arrays that it sent, in their shapes.
         reply: what would leave.
         site: the site's name and policy.
-        private: the run promises differential privacy.
+        dp: what the run promises; it is private where epsilon is above 0.
 
     Raises:
         EgressError: anything else than the contract allows; names keys and shapes only.
     """
+    private = dp is not None and dp.epsilon > 0
     try:
-        kinds = EXPECTED[kind]
+        kinds = (EXPECTED_PRIVATE if private else EXPECTED)[kind]
         check_only(reply, *kinds)
         for record in kinds:
             content = from_records(reply, record)
             if isinstance(content, ModelUpdate):
                 sent = from_records(request, ModelUpdate)
-                _check_update(kind, sent, content, site, allowed_metrics(site, private=private))
+                _check_update(kind, sent, content, site, allowed_metrics(kind, site, private=private))
+                if dp is not None and "noised-bags-tv" in content.metrics:
+                    _check_look(content, from_records(reply, PrivacyStatement), dp)
             elif getattr(content, "site", site.name) != site.name:
                 raise EgressError("the record speaks for another site")
             elif isinstance(content, ProportionRelease):
@@ -121,6 +135,16 @@ def _check_update(
     for name in reply.metrics:
         if name.partition(".")[0] not in allowed:
             raise EgressError("a metric that the site's policy does not allow")
+
+
+def _check_look(update: ModelUpdate, statement: PrivacyStatement, dp: DPConfig) -> None:
+    """Noised sums are whole steps, and the ledger has paid for each of them at the scale of the run."""
+    sums = update.metrics["noised-bags-tv"]
+    if not isinstance(sums, tuple) or not all(isinstance(value, int) for value in sums):
+        raise EgressError("a figure of held-back bags without noise")
+    paid = [event for event in statement.events if event.get("scale") == dp.metrics_scale]
+    if len(paid) < len(sums):
+        raise EgressError("figures of held-back bags that the ledger has not paid for")
 
 
 def _check_release(release: ProportionRelease, site: SiteConfig) -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from client.bags import BagStore, to_tensor
 from client.training import choose_device, chunks, make_batch
@@ -11,6 +12,7 @@ from common.config import RunConfig
 from common.lhfglp import LHFGLP, consistent_prediction, log_probabilities
 from common.losses import proportion_kl, proportion_l1
 from common.messages import Metric
+from common.privacy.looks import to_grid
 
 if TYPE_CHECKING:  # training must not even load the module that opens instance labels
     from client.labelled import LabelledImages
@@ -26,23 +28,40 @@ def evaluate_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> dict[str
         ``bags-kl`` and ``bags-l1`` (one number per level) and ``held-back-bags``; empty when the site
         holds no bag back.
     """
+    divergences, distances = _compare_bags(model, store, config)
+    if not divergences.shape[1]:
+        return {}
+    return {
+        "bags-kl": tuple(divergences.mean(dim=1).tolist()),
+        "bags-l1": tuple(distances.mean(dim=1).tolist()),
+        "held-back-bags": distances.shape[1],
+    }
+
+
+@torch.no_grad()
+def sum_distances(model: LHFGLP, store: BagStore, config: RunConfig) -> NDArray[np.int64]:
+    """Per level the sum over the held-back bags of their total-variation distance, shape (levels,).
+
+    EXACT, in steps of ``common.privacy.looks.GRID``: must not leave the site without noise.
+    """
+    _, distances = _compare_bags(model, store, config)
+    return np.asarray(to_grid(distances.numpy() / 2).sum(axis=1), dtype=np.int64)
+
+
+def _compare_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL and L1 between true and predicted proportions, each of shape (levels, held-back bags), float64."""
     device = choose_device(config.train.device)
     model.to(device).eval()
     _, held_back = store.split(config.train.held_back, config.seed)
-    if not len(held_back):
-        return {}
-    kl, l1 = [], []
+    empty = torch.zeros(len(store.hierarchy.levels), 0)
+    kl, l1 = [empty], [empty]
     for bags in chunks(held_back, max(1, IMAGES_AT_ONCE // int(store.bag_sizes.max()))):
         batch = make_batch(store, bags, None).to(device)
         scores = model(batch.images).scores
         pairs = list(zip(scores, batch.level_counts, strict=True))
         kl.append(torch.stack([proportion_kl(s, batch.bag_index, c) for s, c in pairs]).cpu())
         l1.append(torch.stack([proportion_l1(s, batch.bag_index, c) for s, c in pairs]).cpu())
-    return {
-        "bags-kl": tuple(torch.cat(kl, dim=1).double().mean(dim=1).tolist()),
-        "bags-l1": tuple(torch.cat(l1, dim=1).double().mean(dim=1).tolist()),
-        "held-back-bags": len(held_back),
-    }
+    return torch.cat(kl, dim=1).double(), torch.cat(l1, dim=1).double()
 
 
 @torch.no_grad()

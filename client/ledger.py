@@ -15,7 +15,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Self
 
-from client.ledger_book import Book, Cap
+from client.ledger_book import Book, Cap, copies_of
 from client.ledger_check import verify
 from client.ledger_file import Kind, LedgerBusyError, LedgerError, append, create, read_entries, writing
 from client.refusal import BudgetRefused
@@ -45,6 +45,7 @@ class Reservation:
     event: PoissonGaussian | DiscreteLaplace
     run_id: str
     round: int
+    copies: int
 
 
 class DataVersionError(DataError):
@@ -152,14 +153,16 @@ class Ledger:
         run_id: str,
         round: int,
         *,
+        copies: int = 1,
         generator: Generator = Generator.UNKNOWN,
     ) -> Reservation:
-        """Charge an event before it happens. On return it is on the disk.
+        """Charge an event before it happens. On return it is on the disk, with all its copies or none.
 
         Args:
             event: what will happen.
             run_id: the run that it is for.
             round: the round of the run.
+            copies: how often it will happen.
             generator: what its sampling and noise will be drawn from.
 
         Raises:
@@ -170,9 +173,10 @@ class Ledger:
             "event": event.model_dump(),
             "run_id": run_id,
             "round": round,
+            "copies": copies,
             "generator": generator.value,
         }
-        return Reservation(self._charge(Kind.RESERVED, event, body), event, run_id, round)
+        return Reservation(self._charge(Kind.RESERVED, event, body), event, run_id, round, copies)
 
     def confirm(self, reservation: Reservation) -> None:
         """Record that the round of a reservation was finished. What is spent does not change.
@@ -246,12 +250,17 @@ class Ledger:
             book = self._book
             if kind is Kind.RELEASED and self.data_version in book.releases:
                 return 0
-            asked, cap = (*book.events, event), book.cap
+            asked, cap = (*book.events, *[event] * copies_of(body)), book.cap
             if fits(asked, cap.epsilon, cap.delta, Adjacency.REPLACE_ONE):
                 return self._append(db, kind, body)
         so_far, after = book.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)
         refusal = BudgetRefused(book.site, after - so_far, max(cap.epsilon - so_far, 0.0), cap.epsilon)
-        asked_for = {"event": event.model_dump(), "run_id": body["run_id"], "round": body.get("round", 0)}
+        asked_for = {
+            "event": event.model_dump(),
+            "run_id": body["run_id"],
+            "round": body.get("round", 0),
+            "copies": copies_of(body),
+        }
         # On a full disk the refusal stands all the same.
         with suppress(LedgerBusyError), self._transaction() as db:
             self._append(db, Kind.REFUSED, asked_for)

@@ -22,6 +22,14 @@ from common.privacy.proportions import CountRelease
 from common.privacy.randomness import Generator
 
 
+def copies_of(body: Mapping[str, Any]) -> int:
+    """How many equal events a reserved or refused row is for: one, or one a level for a look."""
+    copies = int(body.get("copies", 1))
+    if copies < 1:
+        raise ValueError("a row is for at least one event")
+    return copies
+
+
 @dataclass(frozen=True)
 class Cap:
     """The most that may ever be spent: epsilon at delta, replace-one of the ledger's unit."""
@@ -107,7 +115,7 @@ class Book:
             case Kind.ACCEPTED:
                 self.versions.setdefault(str(body["data_version"]), str(body["time"]))
             case Kind.RESERVED:
-                self.events.append(event_from_dict(body["event"]))
+                self.events += [event_from_dict(body["event"])] * copies_of(body)
                 self._drew_from(body)
                 self.open_reservations.add(entry.seq)
             case Kind.CONFIRMED:
@@ -130,14 +138,20 @@ class Book:
         return spent(self.events, self.cap.delta, adjacency)
 
     def events_for(self, unit: Unit) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
-        """All events, merged, with the releases scaled to ``unit`` (steps are clipped per bag anyway)."""
-        training = [event for event in self.events if isinstance(event, PoissonGaussian)]
-        released = [
-            CountRelease.model_validate_json(json.dumps(entry.body["release"])).event(unit)
-            for entry in self.entries
-            if entry.kind == Kind.RELEASED
-        ]
-        return merge([*released, *training])
+        """All events, merged, with the releases of counts scaled to ``unit``.
+
+        Steps and looks are bounded per bag in any case.
+        """
+        if unit is self.unit:
+            return merge(self.events)
+        events: list[PoissonGaussian | DiscreteLaplace] = []
+        for entry in self.entries:
+            if entry.kind == Kind.RELEASED:
+                release = CountRelease.model_validate_json(json.dumps(entry.body["release"]))
+                events.append(release.event(unit))
+            elif entry.kind == Kind.RESERVED:
+                events += [event_from_dict(entry.body["event"])] * copies_of(entry.body)
+        return merge(events)
 
     def export(self) -> dict[str, Any]:
         """All that it takes to recompute ``spent`` with another accountant.

@@ -40,20 +40,20 @@ class ReleaseProportions(StrEnum):
     PER_BAG = "per-bag"
 
 
+class PrivateMetrics(StrEnum):
+    """What happens to figures on held-back bags in a private run."""
+
+    WITHHOLD = "withhold"
+    NOISE = "noise"
+    """Sent with noise, where the run asks for it, and charged to the ledger like training."""
+
+
 class PrivacyBudget(Section):
     """The most that may ever be spent on this site's data; None leaves it to the run."""
 
     epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
     delta: float | None = Field(None, gt=0, lt=1)
 
-
-class SitePolicy(Section):
-    """What the site's owner allows."""
-
-    minimum_bag_size: int = Field(4, ge=1, description="images; a smaller bag is refused")
-    release_proportions: ReleaseProportions = ReleaseProportions.TOTAL
-    metrics: tuple[str, ...] = Field(KNOWN_METRICS, description="names of the metrics that may leave")
-    budget: PrivacyBudget = PrivacyBudget()
 
 class SecureAggregationPolicy(Section):
     """What the site demands before its update becomes part of a sum (docs/secure-aggregation.md)."""
@@ -66,6 +66,16 @@ class SecureAggregationPolicy(Section):
     )
 
 
+class SitePolicy(Section):
+    """What the site's owner allows."""
+
+    minimum_bag_size: int = Field(4, ge=1, description="images; a smaller bag is refused")
+    release_proportions: ReleaseProportions = ReleaseProportions.TOTAL
+    metrics: tuple[str, ...] = Field(KNOWN_METRICS, description="names of the metrics that may leave")
+    private_metrics: PrivateMetrics = PrivateMetrics.WITHHOLD
+    budget: PrivacyBudget = PrivacyBudget()
+    secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
+
     @field_validator("metrics")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,7 +84,6 @@ class SecureAggregationPolicy(Section):
             raise ValueError(f"unknown metric(s) {unknown}; known are {list(KNOWN_METRICS)}")
         return names
 
-    secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
 
 class SiteConfig(Section):
     """One site, as its ``site.toml`` says."""

@@ -181,6 +181,12 @@ class DPConfig(Section):
     release_scale: float = Field(
         8.0, gt=0, le=1e6, description="noise of released counts / images of the largest bag; costs 2 / scale"
     )
+    metrics_scale: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="noise of held-back figures / one bag, if sites allow it; each costs 2 / scale; 0: off",
+    )
     force_delta: bool = Field(False, description="accept delta >= 1 / bags; the report marks it")
 
 
@@ -189,12 +195,6 @@ class CentralDPConfig(Section):
 
     noise_multiplier: float = Field(0.0, ge=0, le=1e4, description="noise / clip norm of the mean; 0: off")
     clip_norm: float = Field(1.0, gt=0, le=1e6, description="norm that each site's update is clipped to")
-
-
-class EvaluationConfig(Section):
-    """When the held-back bags are looked at."""
-
-    every: int = Field(1, ge=1, le=10_000, description="rounds between looks at the held-back bags")
 
 
 class SecureAggregationConfig(Section):
@@ -218,6 +218,20 @@ class SecureAggregationConfig(Section):
     )
 
 
+class EvaluationConfig(Section):
+    """When the held-back bags are looked at."""
+
+    every: int = Field(1, ge=1, le=10_000, description="rounds between looks at the held-back bags")
+
+    def is_due(self, round: int, rounds: int) -> bool:
+        """Whether the held-back bags are looked at after this round of ``rounds``."""
+        return round % self.every == 0 or round == rounds
+
+    def looks(self, rounds: int) -> int:
+        """Looks in a run of ``rounds``."""
+        return -(-rounds // self.every)
+
+
 class RunConfig(Section):
     """One run, complete. ``config.toml`` in the run folder is this object."""
 
@@ -234,6 +248,7 @@ class RunConfig(Section):
     federation: FederationConfig = FederationConfig()
     dp: DPConfig = DPConfig()
     central_dp: CentralDPConfig = CentralDPConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -245,21 +260,6 @@ class RunConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _central_noise_is_tied_to_its_clip_norm(self) -> Self:
-        if self.central_dp.noise_multiplier:
-    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
-            if self.federation.strategy is not Strategy.FEDAVG:
-                raise ValueError(
-                    "central-dp needs federation.strategy = 'fedavg': Flower adds the noise after the "
-                    "strategy's step, and only the plain mean of clipped updates moves by clip-norm / sites"
-                )
-            if self.federation.quorum != self.federation.sites:
-                raise ValueError(
-                    "central-dp needs federation.quorum = federation.sites: the noise is made for the mean "
-                    "of that many updates, and a mean of fewer moves by more"
-                )
-        return self
     @model_validator(mode="after")
     def _only_a_mean_can_be_made_of_a_sum(self) -> Self:
         secure, strategy = self.secure_aggregation, self.federation.strategy
@@ -282,6 +282,27 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _central_noise_is_tied_to_its_clip_norm(self) -> Self:
+        if self.central_dp.noise_multiplier:
+            if self.federation.strategy is not Strategy.FEDAVG:
+                raise ValueError(
+                    "central-dp needs federation.strategy = 'fedavg': Flower adds the noise after the "
+                    "strategy's step, and only the plain mean of clipped updates moves by clip-norm / sites"
+                )
+            if self.federation.quorum != self.federation.sites:
+                raise ValueError(
+                    "central-dp needs federation.quorum = federation.sites: the noise is made for the mean "
+                    "of that many updates, and a mean of fewer moves by more"
+                )
+        return self
+
+    @property
+    def attendance(self) -> FederationConfig:
+        """``federation``, whose quorum makes a sum that may be unmasked where aggregation is secure."""
+        secure = self.secure_aggregation
+        quorum = max(self.federation.quorum, secure.minimum_sites if secure.enabled else 1)
+        return self.federation.model_copy(update={"quorum": quorum})
 
     @property
     def trained_part(self) -> Part:
@@ -296,13 +317,6 @@ class RunConfig(Section):
 
         Args:
             flat: dotted kebab-case keys; missing keys take their defaults.
-
-    @property
-    def attendance(self) -> FederationConfig:
-        """``federation``, whose quorum makes a sum that may be unmasked where aggregation is secure."""
-        secure = self.secure_aggregation
-        quorum = max(self.federation.quorum, secure.minimum_sites if secure.enabled else 1)
-        return self.federation.model_copy(update={"quorum": quorum})
 
         Raises:
             ConfigError: every unknown key (with the nearest known one) and out-of-range value.

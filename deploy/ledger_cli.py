@@ -164,5 +164,5 @@ def _describe(kind: str, body: Mapping[str, Any]) -> str:
         return f"{release['granularity']} counts, Laplace scale {release['scale']:g} per {release['unit']}"
     event = body["event"]
     if event["kind"] == "discrete_laplace":
-        return f"discrete Laplace, scale {event['scale']:g}"
+        return f"{body.get('copies', 1)} noised figure(s), discrete Laplace, scale {event['scale']:g}"
     return f"{event['steps']} steps, q {event['sample_rate']:.4g}, sigma {event['noise_multiplier']:.4g}"

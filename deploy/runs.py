@@ -97,7 +97,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["bags"]:
         bags = table("held-back bags of the selected model (label-free)", "level", "KL (nats)", "L1")
         for level in summary["bags"]:
-            bags.add_row(level["level"], f"{level['kl']:.3f}", f"{level['l1']:.3f}")
+            kl = f"{level['kl']:.3f}" if "kl" in level else "withheld (L1 is noised)"
+            bags.add_row(level["level"], kl, f"{level['l1']:.3f}")
         out.print(bags)
     names = [level["name"] for level in summary["levels"]]
     sites = table("per site", "site", "bags", "release", "epsilon", *(f"{name} acc." for name in names))

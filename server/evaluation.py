@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import (
 
 from common.hierarchy import Hierarchy
 from common.messages import ModelUpdate
+from common.privacy.looks import GRID
 
 Confusion = list[NDArray[np.int64]]
 """One (C_l, C_l) array of counts per level, rows the true class."""
@@ -41,9 +42,35 @@ def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> 
     ]
 
 
+def noised_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[dict[str, Any]] | None:
+    """The same of a private run: sums with noise, over the number of held-back bags, which is public.
+
+    Returns:
+        One ``{"level", "l1"}`` per level: an unbiased estimate of the mean L1, outside [0, 2] where the
+        noise is larger; None when no site sent any.
+    """
+    sums, bags = np.zeros(len(hierarchy.levels)), 0
+    for update in updates:
+        sent, held_back = update.metrics.get("noised-bags-tv"), update.metrics.get("held-back-bags")
+        if (
+            isinstance(sent, tuple)
+            and len(sent) == len(sums)
+            and isinstance(held_back, int)
+            and held_back > 0
+        ):
+            sums, bags = sums + np.array(sent, dtype=np.float64), bags + held_back
+    if not bags:
+        return None
+    return [
+        {"level": name, "l1": float(2 * total / GRID / bags)}
+        for name, total in zip(hierarchy.levels, sums, strict=True)
+    ]
+
+
 def selection_score(bags: Sequence[Mapping[str, Any]]) -> float:
-    """What model selection minimises: the KL summed over the levels (nats), from bags only."""
-    return float(sum(level["kl"] for level in bags))
+    """What model selection minimises, from bags only: the KL summed over the levels (nats), or the noised
+    L1 in a private run, which has no KL (one bag can move it without bound)."""
+    return float(sum(level.get("kl", level["l1"]) for level in bags))
 
 
 def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> Confusion | None:

@@ -28,7 +28,7 @@ from server.aggregation import ServerOptimiser
 from server.attendance import Attendance, Turn
 from server.checkpoint import ServerState
 from server.enrolment import is_answer
-from server.evaluation import pooled_bag_figures, selection_score
+from server.evaluation import noised_bag_figures, pooled_bag_figures, selection_score
 from server.exchange import ask
 from server.run_folder import RunFolder
 from server.weights import fedpals_weights
@@ -70,7 +70,7 @@ class Rounds:
             started = time.monotonic()
             number = self.state.round + 1
             self._train(number)
-            if number % self.config.evaluation.every == 0 or number == self.config.rounds:
+            if self.config.evaluation.is_due(number, self.config.rounds):
                 self._evaluate_bags(number)
             self.state.round = number
             self.state.seconds += time.monotonic() - started
@@ -114,9 +114,12 @@ class Rounds:
         log.info("round %d: %d updates, mean loss %s", number, collected.count, mean_loss)
 
     def _evaluate_bags(self, number: int) -> None:
-        # Held-back bags are private data that no noise covers: a private run does not ask for them.
-        updates = {} if self.config.dp.epsilon else self._evaluations(EVALUATE_BAGS, number)
-        figures = pooled_bag_figures(list(updates.values()), self.model.hierarchy)
+        private, scale = self.config.dp.epsilon > 0, self.config.dp.metrics_scale
+        # Held-back bags are private data: a private run does not ask for them, or for noised sums only.
+        asks = self.config.train.held_back > 0 and (scale > 0 or not private)
+        updates = list(self._evaluations(EVALUATE_BAGS, number).values()) if asks else []
+        pooled = noised_bag_figures if private else pooled_bag_figures
+        figures = pooled(updates, self.model.hierarchy)
         if figures is None:
             # Without held-back bags there is nothing to select by: the newest model is kept.
             self.best, self.state.best_round = dict(trainable_arrays(self.model)), number
@@ -132,8 +135,12 @@ class Rounds:
         return self._evaluations(EVALUATE_TEST, self.state.round)
 
     def _evaluations(self, kind: str, number: int) -> dict[str, ModelUpdate]:
-        sites = self.roster.names()
-        return {site: update for site, update, _ in self._ask(kind, number, sites)}
+        updates = {}
+        for site, update, statement in self._ask(kind, number, self.roster.names()):
+            updates[site] = update
+            if statement is not None:
+                self._note_statement(statement)
+        return updates
 
     def _ask(
         self, kind: str, number: int, sites: Sequence[str], turn: Turn | None = None
@@ -141,6 +148,7 @@ class Rounds:
         """Send the model to the sites and yield readable replies, in the order of the site names."""
         update = ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model))
         content = to_records(update, transport=self.config.federation.transport)
+        stated = kind == TRAIN or (kind == EVALUATE_BAGS and self.config.dp.epsilon > 0)
         by_node = {self.roster.nodes[site]: site for site in sites}
         requests = dict.fromkeys(by_node, content)
         deadline, note = self.config.federation.deadline, self.folder.exchanged
@@ -152,7 +160,7 @@ class Rounds:
                     self.roster.leave(site, reply.failure)
                 continue
             try:
-                update, statement = read_update(reply.content, site, number, private=kind == TRAIN)
+                update, statement = read_update(reply.content, site, number, private=stated)
             except MessageError as error:
                 self._left_out(site, kind, str(error), turn)
                 continue

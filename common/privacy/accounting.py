@@ -9,6 +9,7 @@ the dots"), so every figure is an upper bound; the grid is chosen to stay within
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, reduce
 from typing import Any
@@ -143,8 +144,9 @@ def calibrate(
 
     if others and not fits(others, target_epsilon, delta, adjacency):
         raise UserError(
-            f"the proportion release alone spends {spent(others, delta, adjacency):.4g}, more than epsilon = "
-            f"{target_epsilon:g}: release with a larger scale, release nothing, or raise epsilon."
+            f"what is released beside training (label counts, noised metrics) spends "
+            f"{spent(others, delta, adjacency):.4g} alone, more than epsilon = {target_epsilon:g}: release "
+            "with a larger scale, look less often, release nothing, or raise epsilon."
         )
     good = 1.0
     while over(good) > 0:
@@ -234,10 +236,12 @@ def _power_of_two(value: float) -> float:
 
 def _compose(merged: Events, adjacency: Adjacency, interval: float) -> Any:
     parts = [
-        _step(event.sample_rate, event.noise_multiplier, adjacency, interval).self_compose(event.steps)
+        _step(event.sample_rate, event.noise_multiplier, adjacency, interval).self_compose(
+            event.steps * times
+        )
         if isinstance(event, PoissonGaussian)
-        else _release(event.scale, adjacency, interval)
-        for event in merged
+        else _release(event.scale, adjacency, interval).self_compose(times)
+        for event, times in Counter(merged).items()
     ]
     return reduce(lambda composed, part: composed.compose(part), parts)
 

@@ -69,7 +69,8 @@ class PoissonGaussian(_Event):
 
 
 class DiscreteLaplace(_Event):
-    """One release of integer counts with discrete Laplace noise, P(z) proportional to exp(-|z| / t).
+    """One release of integer counts (or of one noised metric, see looks.py) with discrete Laplace noise,
+    P(z) proportional to exp(-|z| / t).
 
     ``scale`` is b = t / m: the noise scale t in images, relative to the m images that one unit can move
     between classes (L1 distance 2 m of the counts: up to m leave some classes, up to m join others).

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.privacy.accounting import calibrate, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
+from common.privacy.looks import noised
 from common.privacy.randomness import Purpose, Randomness
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class PrivacyPlan:
     rounds: int
     release: DiscreteLaplace | None
     """The release of proportions in the same budget, if this run makes one."""
+    look: tuple[DiscreteLaplace, ...]
+    """What one look at the held-back bags costs, one event a level; empty if none is made."""
+    looks: int
+    """Looks in the whole run."""
     adjacency: Adjacency
     randomness: Randomness
 
@@ -61,11 +66,13 @@ class PrivacyPlan:
         steps_per_round: int,
         rounds: int,
         release: DiscreteLaplace | None,
+        look: Sequence[DiscreteLaplace] = (),
+        looks: int = 0,
         adjacency: Adjacency = Adjacency.REPLACE_ONE,
         randomness: Randomness,
         force_delta: bool = False,
     ) -> Self:
-        """Check the settings and, given epsilon, find the noise for ALL rounds and the release together.
+        """Check the settings and, given epsilon, find the noise for ALL rounds, looks and the release.
 
         Args:
             epsilon: the most that the run may spend at ``delta``; or give ``noise_multiplier``.
@@ -78,6 +85,8 @@ class PrivacyPlan:
             rounds: rounds of the whole run, not of what is left of it.
             release: the event of a release that this run makes, else None. What it was scaled to is what
                 epsilon protects: a bag (``CountRelease.event(Unit.BAG)``), or one image only.
+            look: the events of one look at the held-back bags (looks.py), one a level.
+            looks: looks in the whole run.
             adjacency: what epsilon is meant for; sites enforce their budgets on replace-one.
             randomness: where sampling and noise come from.
             force_delta: accept a weak delta; ``delta_is_weak`` then marks the plan.
@@ -97,9 +106,8 @@ class PrivacyPlan:
         rate = expected_bags_per_step / number_of_bags
         if noise_multiplier is None:
             assert epsilon is not None
-            others = () if release is None else (release,)
-            steps = steps_per_round * rounds
-            noise_multiplier = calibrate(epsilon, delta, rate, steps, also=others, adjacency=adjacency)
+            steps, beside = steps_per_round * rounds, _beside(release, look, looks)
+            noise_multiplier = calibrate(epsilon, delta, rate, steps, also=beside, adjacency=adjacency)
         return cls(
             target_epsilon=epsilon,
             noise_multiplier=float(noise_multiplier),
@@ -110,6 +118,8 @@ class PrivacyPlan:
             steps_per_round=steps_per_round,
             rounds=rounds,
             release=release,
+            look=tuple(look),
+            looks=looks if look else 0,
             adjacency=adjacency,
             randomness=randomness,
         )
@@ -139,9 +149,9 @@ class PrivacyPlan:
         return self._steps(self.steps_per_round)
 
     def all_events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
-        """What the whole run costs: the release, if there is one, and every step of every round."""
+        """What the whole run costs: the release, if there is one, every look, every step of every round."""
         training = self._steps(self.steps_per_round * self.rounds)
-        return (training,) if self.release is None else (self.release, training)
+        return (*_beside(self.release, self.look, self.looks), training)
 
     def sampler(self, round: int) -> Iterator[NDArray[np.int64]]:
         """The bags of each step of a round: ``steps_per_round`` ascending index arrays, some maybe empty.
@@ -161,10 +171,23 @@ class PrivacyPlan:
         stream = self.randomness.stream(Purpose.NOISE, round)
         return stream.normals(math.prod(shape), self.noise_std).reshape(tuple(shape))
 
+    def noised_look(self, sums: NDArray[np.int64], round: int) -> NDArray[np.int64]:
+        """The sums of a look, shape (levels,), with the noise that ``look`` charges for."""
+        if len(sums) != len(self.look):
+            raise ValueError(f"{len(self.look)} sums were charged for, {len(sums)} are to be sent")
+        return noised(sums, self.look[0].scale, self.randomness, round)
+
     def _steps(self, steps: int) -> PoissonGaussian:
         return PoissonGaussian(
             sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier, steps=steps
         )
+
+
+def _beside(
+    release: DiscreteLaplace | None, look: Sequence[DiscreteLaplace], looks: int
+) -> tuple[DiscreteLaplace, ...]:
+    """What is released beside training."""
+    return (*(() if release is None else (release,)), *tuple(look) * looks)
 
 
 def _faults(

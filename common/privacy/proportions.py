@@ -88,11 +88,7 @@ def release_counts(
         largest_bag=int(leaf_counts.sum(axis=1).max()),
     )
     exact = leaf_counts if granularity is Granularity.PER_BAG else leaf_counts.sum(axis=0, keepdims=True)
-    if randomness.secure:
-        noisy = _opendp(exact, empty.noise_scale)
-    else:
-        stream = randomness.stream(Purpose.PROPORTIONS, 0)
-        noisy = exact + seeded_noise(stream, exact.size, empty.noise_scale).reshape(exact.shape)
+    noisy = discrete_laplace(exact, empty.noise_scale, randomness, Purpose.PROPORTIONS, 0)
     return empty.model_copy(update={"counts": tuple(tuple(row) for row in noisy.tolist())})
 
 
@@ -122,6 +118,19 @@ def displayed_proportions(counts: NDArray[Any]) -> NDArray[np.float64]:
     last = (ordered > thresholds).sum(axis=-1, keepdims=True) - 1
     projected = np.maximum(shares - np.take_along_axis(thresholds, last, axis=-1), 0)
     return np.asarray(projected, dtype=np.float64)
+
+
+def discrete_laplace(
+    exact: NDArray[np.int64], noise_scale: float, randomness: Randomness, purpose: Purpose, round: int
+) -> NDArray[np.int64]:
+    """Whole numbers of any shape with independent noise, P(z) proportional to exp(-|z| / noise_scale).
+
+    By OpenDP's exact sampler under a secure randomness; else by the seeded stream of purpose and round.
+    """
+    if randomness.secure:
+        return _opendp(exact, noise_scale)
+    noise = seeded_noise(randomness.stream(purpose, round), exact.size, noise_scale)
+    return exact + noise.reshape(exact.shape)
 
 
 def seeded_noise(stream: Stream, number: int, noise_scale: float) -> NDArray[np.int64]:

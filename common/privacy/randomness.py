@@ -32,6 +32,7 @@ class Purpose(StrEnum):
     SAMPLING = "sampling"
     NOISE = "noise"
     PROPORTIONS = "proportions"
+    METRICS = "metrics"
 
 
 class Generator(StrEnum):

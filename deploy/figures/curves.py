@@ -65,11 +65,12 @@ def _draw_loss(axes: Axes, runs: Sequence[FinishedRun]) -> None:
 def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, unit: str) -> None:
     axes.set_title(heading)
     axes.set_ylabel(unit)
-    several = len(runs) > 1
+    several, shown = len(runs) > 1, False
     handles: list[Line2D] = []
     for number, run in enumerate(runs):
-        events = run.of("bags")
+        events = [event for event in run.of("bags") if all(key in level for level in event["levels"])]
         rounds = [event["round"] for event in events]
+        shown = shown or bool(rounds)
         for level, name in enumerate(run.tree.levels):
             values = [event["levels"][level][key] for event in events]
             colour = PALETTE[(number if several else level) % len(PALETTE)]
@@ -87,8 +88,8 @@ def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, 
                     markeredgecolor="white",
                     zorder=3,
                 )
-    if not any(run.of("bags") for run in runs):
-        _say(axes, "no bags were held back")
+    if not shown:
+        _say(axes, "no figures of held-back bags")
         return
     _count_rounds(axes)
     axes.set_ylim(bottom=0)

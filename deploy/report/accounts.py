@@ -39,8 +39,8 @@ class Question:
     events: Events
     confirmed: Events
     delta: float
-    next_round: PoissonGaussian | None
-    """What one more round would cost."""
+    next_round: Events
+    """What one more round would cost; empty where that is not known."""
     more_rounds: tuple[int, ...]
     """How many of them to ask for."""
     prefixes: tuple[Events, ...]
@@ -118,9 +118,9 @@ def answer(question: Question) -> Answer:
         curve=curve,
         confirmed=spent(question.confirmed, delta, Adjacency.REPLACE_ONE),
         more_rounds=tuple(
-            (rounds, spent((*events, *[question.next_round] * rounds), delta, Adjacency.REPLACE_ONE))
+            (rounds, spent((*events, *question.next_round * rounds), delta, Adjacency.REPLACE_ONE))
             for rounds in question.more_rounds
-            if question.next_round is not None and math.isfinite(whole)
+            if question.next_round and math.isfinite(whole)
         ),
         prefixes=tuple(spent(prefix, delta, Adjacency.REPLACE_ONE) for prefix in question.prefixes),
         stated=spent(question.stated, delta, Adjacency.REPLACE_ONE),

@@ -15,6 +15,7 @@ from deploy.report.model import (
     CurvePoint,
     GeneratorKind,
     LedgerState,
+    Looks,
     Problem,
     Release,
     Site,
@@ -25,7 +26,16 @@ from deploy.report.model import (
     WhatIf,
     Worst,
 )
-from deploy.report.rows import Charge, charges, events_up_to, refusals_of, releases_of, rows_of, training_of
+from deploy.report.rows import (
+    Charge,
+    charges,
+    events_up_to,
+    looks_of,
+    refusals_of,
+    releases_of,
+    rows_of,
+    training_of,
+)
 
 ALL_POINTS = 120
 """Rounds at which spending is computed, all sites together: many for one site, few each for several."""
@@ -88,7 +98,7 @@ def worst_of(sites: Iterable[Site]) -> Worst | None:
 
 
 def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
-    """Rounds of training, counted over the ledger's life, with the events up to each."""
+    """Rounds of training, counted over the ledger's life, with the events up to the next one."""
     if item.book is None or _told_by_statements(item):
         return {}
     events = [charge.event for charge in charges(item.book)]
@@ -97,7 +107,7 @@ def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
     for place in range(1, points + 1):
         round = math.ceil(len(ends) * place / points)
         if round:
-            shown[round] = merge(events[: ends[round - 1]])
+            shown[round] = merge(events[: ends[round] - 1] if round < len(ends) else events)
     return shown
 
 
@@ -123,12 +133,11 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
     if item.book is not None:
         spent = charges(item.book)
         rounds = _rounds_shown(item, extent.points)
-        training = [charge.event for charge in spent if isinstance(charge.event, PoissonGaussian)]
         question = Question(
             events=merge(charge.event for charge in spent),
             confirmed=merge(charge.event for charge in spent if charge.confirmed),
             delta=item.book.cap.delta,
-            next_round=training[-1] if training else None,
+            next_round=_last_round(spent),
             more_rounds=extent.more_rounds,
             prefixes=tuple(rounds.values()),
             deltas=extent.deltas,
@@ -146,14 +155,27 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
         return Inquiry(None)
     # It enrolled and never trained: the release, if there was one, is all that it sent.
     events = () if release.event is None else (release.event,)
-    return Inquiry(Question(events, events, run.settings.delta, None, (), (), extent.deltas))
+    return Inquiry(Question(events, events, run.settings.delta, (), (), (), extent.deltas))
 
 
-def _usual_round(events: Events, run: RunEvidence | None) -> PoissonGaussian | None:
-    """One more round, where only merged events are known: as many steps as the run's rounds have."""
-    steps = run.settings.steps_per_round if run else None
+def _last_round(spent: Sequence[Charge]) -> Events:
+    """The newest round of training, with the look after it if there was one; empty without training."""
+    rounds = [place for place, charge in enumerate(spent) if isinstance(charge.event, PoissonGaussian)]
+    if not rounds:
+        return ()
+    return tuple(
+        charge.event for charge in spent[rounds[-1] :] if charge.is_look or charge is spent[rounds[-1]]
+    )
+
+
+def _usual_round(events: Events, run: RunEvidence | None) -> Events:
+    """One more round, where only merged events are known: as many steps as the run's rounds have.
+
+    Empty where the run looks at held-back bags: what a look costs there is not known apart.
+    """
+    steps = run.settings.steps_per_round if run and run.settings.metrics_scale is None else None
     training = [event for event in events if isinstance(event, PoissonGaussian)]
-    return training[-1].model_copy(update={"steps": steps}) if training and steps else None
+    return (training[-1].model_copy(update={"steps": steps}),) if training and steps else ()
 
 
 def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
@@ -213,6 +235,7 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
         rounds=sum(part.rounds or 0 for part in training) if book else len(item.stated) or None,
         training=training,
         releases=releases_of(book) if book else _stated_release(item),
+        looks=looks_of(spent) if book else _stated_looks(item),
         spending=tuple(spending),
         curve=tuple(CurvePoint(delta=d, epsilon=e) for d, e in bounded.curve if math.isfinite(e))
         if bounded
@@ -291,8 +314,22 @@ def _stated_cap(statement: Statement | None) -> float | None:
 
 def _stated_training(item: Evidence) -> tuple[Training, ...]:
     events = merge(item.statement.events) if item.statement else ()
-    parts = training_of(Charge(event, run="", data_version="", confirmed=True) for event in events)
+    parts = training_of(_stated_charge(event) for event in events)
     return tuple(part.model_copy(update={"rounds": None}) for part in parts)
+
+
+def _stated_charge(event: PoissonGaussian | DiscreteLaplace) -> Charge:
+    is_look = isinstance(event, DiscreteLaplace)
+    return Charge(event, run="", data_version="", confirmed=True, row=0, is_look=is_look)
+
+
+def _stated_looks(item: Evidence) -> tuple[Looks, ...]:
+    """The noised figures beside the release of counts; how many looks they are of is not stated."""
+    events = list(item.statement.events) if item.statement else []
+    if item.release is not None and item.release.event in events:
+        events.remove(item.release.event)
+    parts = looks_of(_stated_charge(event) for event in events)
+    return tuple(part.model_copy(update={"looks": None}) for part in parts)
 
 
 def _stated_release(item: Evidence) -> tuple[Release, ...]:

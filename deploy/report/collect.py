@@ -274,6 +274,7 @@ def _settings(dp: Mapping[str, Any]) -> Settings:
         expected_bags=dp.get("expected-bags") if epsilon else None,
         steps_per_round=dp.get("steps-per-round") if epsilon else None,
         release_scale=dp.get("release-scale") if epsilon else None,
+        metrics_scale=(dp.get("metrics-scale") or None) if epsilon else None,
         forced_delta=bool(dp.get("force-delta", False)),
     )
 

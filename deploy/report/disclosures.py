@@ -97,9 +97,19 @@ def _scope(told: Told) -> list[str]:
 
 
 def _released(told: Told) -> list[str]:
+    looked = [site.name for site in told.sites if site.looks]
     return [
         "In each round the trained parameters of the model. Once per data version, where the site's policy "
         "allows it, counts of labels with noise; the same noisy counts are sent again when asked again.",
+        *(
+            [
+                f"Noised figures of held-back bags ({listed(looked)}): sums of distances between predicted "
+                "and true proportions, one a level and look, paid from the same budget. Each is charged as "
+                "twice what it costs, so that the accountant needs no further kind of event."
+            ]
+            if looked
+            else []
+        ),
     ]
 
 

@@ -72,6 +72,18 @@ class Release(Part):
     epsilon_alone: float | None = Field(description="2 / b: replace-one, delta 0, of this release alone")
 
 
+class Looks(Part):
+    """Equal looks at the held-back bags of one run on one data version: noised figures."""
+
+    run: str = Field(description="empty when only the server's statement is known")
+    data_version: str
+    scale: float = Field(description="b: noise scale / what one bag can move a figure by")
+    figures: int = Field(description="figures sent, one a level and look")
+    looks: int | None
+    unconfirmed_looks: int = Field(description="reserved, and never confirmed; they count")
+    epsilon_alone: float = Field(description="2 / b a figure: replace-one, delta 0, as charged")
+
+
 class Refusal(Part):
     """An event that the site's cap did not allow; it cost nothing."""
 
@@ -173,6 +185,7 @@ class Site(Part):
     rounds: int | None
     training: tuple[Training, ...]
     releases: tuple[Release, ...]
+    looks: tuple[Looks, ...]
     spending: tuple[Spending, ...]
     curve: tuple[CurvePoint, ...]
     what_if: tuple[WhatIf, ...]
@@ -194,6 +207,7 @@ class Settings(Part):
     expected_bags: float | None = Field(description="q N: what the noisy sum is divided by")
     steps_per_round: int | None
     release_scale: float | None
+    metrics_scale: float | None
     forced_delta: bool
 
 

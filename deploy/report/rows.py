@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from client.ledger_file import Entry, Kind
 from common.privacy.events import DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
-from deploy.report.model import Refusal, Release, Row, Training
+from deploy.report.model import Looks, Refusal, Release, Row, Training
 
 if TYPE_CHECKING:  # see collect.py
     from client.ledger_book import Book
@@ -20,17 +20,27 @@ class Charge:
     run: str
     data_version: str
     confirmed: bool
+    row: int
+    is_look: bool = False
+    """Whether it is one noised figure of held-back bags."""
 
 
 def charges(book: "Book") -> list[Charge]:
     """Everything that was spent, in the order of the rows; the events are those of ``book.events``."""
-    rows = [entry for entry in book.entries if entry.kind in (Kind.RESERVED, Kind.RELEASED)]
+    rows = [
+        entry
+        for entry in book.entries
+        if entry.kind in (Kind.RESERVED, Kind.RELEASED)
+        for _ in range(int(entry.body.get("copies", 1)))
+    ]
     return [
         Charge(
             event=event,
             run=str(entry.body.get("run_id", "")),
             data_version=str(entry.body.get("data_version", "")),
             confirmed=entry.seq not in book.open_reservations,
+            row=entry.seq,
+            is_look=entry.kind == Kind.RESERVED and isinstance(event, DiscreteLaplace),
         )
         for entry, event in zip(rows, book.events, strict=True)
     ]
@@ -54,6 +64,26 @@ def training_of(spent: Iterable[Charge]) -> tuple[Training, ...]:
             unconfirmed_rounds=sum(not c.confirmed for c in group),
         )
         for (run, version, rate, sigma), group in groups.items()
+    )
+
+
+def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
+    """The looks at held-back bags, equal ones of one run and data version together."""
+    groups: dict[tuple[str, str, float], list[Charge]] = {}
+    for charge in spent:
+        if charge.is_look and isinstance(charge.event, DiscreteLaplace):
+            groups.setdefault((charge.run, charge.data_version, charge.event.scale), []).append(charge)
+    return tuple(
+        Looks(
+            run=run,
+            data_version=version,
+            scale=scale,
+            figures=len(group),
+            looks=len({c.row for c in group}),
+            unconfirmed_looks=len({c.row for c in group if not c.confirmed}),
+            epsilon_alone=len(group) * 2 / scale,
+        )
+        for (run, version, scale), group in groups.items()
     )
 
 
@@ -81,7 +111,7 @@ def refusals_of(book: "Book") -> tuple[Refusal, ...]:
             run=str(entry.body.get("run_id", "")),
             round=int(entry.body.get("round", 0)),
             time=str(entry.body.get("time", "")),
-            asked=name_event(entry.body["event"]),
+            asked=name_event(entry.body),
         )
         for entry in book.entries
         if entry.kind == Kind.REFUSED
@@ -93,11 +123,13 @@ def rows_of(book: "Book") -> tuple[Row, ...]:
     return tuple(_row(entry, book) for entry in book.entries)
 
 
-def name_event(data: Mapping[str, Any]) -> str:
-    """An event in words."""
-    event = event_from_dict(data)
+def name_event(body: Mapping[str, Any]) -> str:
+    """The event of a reserved or refused row in words."""
+    event = event_from_dict(body["event"])
     if isinstance(event, DiscreteLaplace):
-        return f"release of counts, discrete Laplace, scale {event.scale:g}"
+        # A look has a round; a release of counts belongs to none.
+        what = f"look at held-back bags, {body.get('copies', 1)} figure(s)" if body.get("round") else "counts"
+        return f"{what}, discrete Laplace, scale {event.scale:g}"
     return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
 
 
@@ -136,4 +168,4 @@ def _what(kind: str, body: Mapping[str, Any]) -> str:
             scale = f"scale {release['scale']:g} per {release['unit']}"
             return f"{release['granularity']} counts, discrete Laplace, {scale}"
         case Kind.RESERVED | Kind.REFUSED:
-            return name_event(body["event"])
+            return name_event(body)

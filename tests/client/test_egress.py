@@ -1,7 +1,7 @@
 """The guard lets out what the contract and the policy allow, and nothing else; errors carry no data."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from client import egress
 from client.app import app
 from client.egress import SiteError, check_reply
-from client.site import SiteConfig, SitePolicy
+from client.site import PrivateMetrics, SiteConfig, SitePolicy
 from common.build import build_model
-from common.config import RunConfig
+from common.config import DPConfig, RunConfig
 from common.errors import ConfigError, DataError, EgressError, RunError, UserError
 from common.hierarchy import Hierarchy
 from common.messages import (
     SITE_ERRORS,
+    Metric,
     ModelUpdate,
     PrivacyStatement,
     ProportionRelease,
@@ -105,6 +106,56 @@ def test_a_metric_that_policy_withholds_is_refused() -> None:
     quiet = SITE.model_copy(update={"policy": SitePolicy(metrics=("num-bags",))})
     with pytest.raises(EgressError, match="policy"):
         check_reply("train", REQUEST, good_reply(), quiet)
+
+
+LOOK = SITE.model_copy(update={"policy": SitePolicy(private_metrics=PrivateMetrics.NOISE)})
+PRIVATE = DPConfig(epsilon=8.0, metrics_scale=20.0)
+PAID = [{"kind": "discrete_laplace", "scale": 20.0}] * 2
+
+
+def look_reply(metrics: dict[str, Metric], events: Sequence[dict[str, float | str]] = PAID) -> RecordDict:
+    update = ModelUpdate(sender="north", round=1, metrics=metrics)
+    return to_records(update, PrivacyStatement(site="north", round=1, epsilon=1.0, events=tuple(events)))
+
+
+NOISED_SUMS: dict[str, Metric] = {"noised-bags-tv": (512, -40), "held-back-bags": 7}
+
+
+def test_noised_figures_leave_a_private_run_where_the_policy_says_so() -> None:
+    check_reply("evaluate.bags", REQUEST, look_reply(NOISED_SUMS), LOOK, PRIVATE)
+    check_reply("evaluate.bags", REQUEST, look_reply({}), SITE, PRIVATE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics", "events", "site"),
+    [
+        # withheld by the policy
+        ("evaluate.bags", NOISED_SUMS, PAID, SITE),
+        # figures without noise, under their own names and under that of a noised one
+        ("evaluate.bags", {**NOISED_SUMS, "bags-l1": (0.5, 0.6)}, PAID, LOOK),
+        ("evaluate.bags", {"bags-kl": (0.5, 0.6), "held-back-bags": 7}, PAID, LOOK),
+        ("evaluate.bags", {"noised-bags-tv": (0.5123, 0.25), "held-back-bags": 7}, PAID, LOOK),
+        ("evaluate.bags", {"noised-bags-tv": 0.5123}, PAID, LOOK),
+        ("evaluate.bags", {"loss": 0.3}, PAID, LOOK),
+        # not paid for, or at another scale
+        ("evaluate.bags", NOISED_SUMS, PAID[:1], LOOK),
+        ("evaluate.bags", NOISED_SUMS, [{"kind": "discrete_laplace", "scale": 8.0}] * 2, LOOK),
+        # in another reply than that of a look
+        ("train", NOISED_SUMS, PAID, LOOK),
+    ],
+)
+def test_anything_else_of_held_back_bags_stays_in_a_private_run(
+    kind: str, metrics: dict[str, Metric], events: list[dict[str, float | str]], site: SiteConfig
+) -> None:
+    with pytest.raises(EgressError):
+        check_reply(kind, REQUEST, look_reply(metrics, events), site, PRIVATE)
+
+
+def test_a_look_in_a_private_run_states_what_is_spent() -> None:
+    reply = look_reply(NOISED_SUMS)
+    del reply["privacy"]
+    with pytest.raises(EgressError):
+        check_reply("evaluate.bags", REQUEST, reply, LOOK, PRIVATE)
 
 
 def test_a_reply_of_an_unknown_kind_is_refused() -> None:

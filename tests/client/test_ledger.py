@@ -167,6 +167,20 @@ def test_runs_and_data_versions_compose(open_ledger: Opener) -> None:
     ]
 
 
+def test_copies_are_charged_together_or_not_at_all(open_ledger: Opener) -> None:
+    figure = DiscreteLaplace(scale=10.0)
+    ledger = open_ledger(cap_epsilon=spent([figure] * 4, DELTA, Adjacency.REPLACE_ONE))
+    ledger.confirm(ledger.reserve(figure, "run", 1, copies=3))
+    assert ledger.events() == (figure,) * 3
+    with pytest.raises(BudgetRefused):
+        ledger.reserve(figure, "run", 2, copies=2)
+    assert Book.read(ledger.path).events == [figure] * 3
+    ledger.reserve(figure, "run", 2)
+    assert ledger.statement(2).budget_left == pytest.approx(0, abs=1e-9)
+    assert ledger.export()["events"] == [figure.model_dump()] * 4
+    assert verify(ledger.path) == []
+
+
 def test_an_unconfirmed_reservation_is_spent(open_ledger: Opener) -> None:
     reservation = open_ledger().reserve(EVENT, "run", 1)
     again = open_ledger()

@@ -5,19 +5,27 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 
+from client import app as client_app
 from client.bags import BagStore
 from client.ledger import Ledger, verify
 from client.ledger_book import Book
-from client.site import PrivacyBudget, SiteConfig
+from client.site import PrivacyBudget, PrivateMetrics, SiteConfig
 from client.sources.synthetic import write_synthetic_sites
+from common.build import build_model
 from common.config import RunConfig
 from common.errors import RunError
+from common.hierarchy import Hierarchy
+from common.messages import ModelUpdate, SiteError, to_records
+from common.model_file import all_arrays
 from common.privacy.accounting import opacus_prv, spent
 from common.privacy.events import Adjacency, event_from_dict
-from deploy.local_grid import LocalGrid
+from common.privacy.looks import GRID
+from deploy.local_grid import LocalGrid, become_server
+from deploy.report_cli import report
 from server.app import app
 from server.run_folder import read_events
 
@@ -96,6 +104,108 @@ def test_no_figure_of_private_bags_leaves_a_private_run(small_config: Config) ->
     events = list(read_events(Path(config.run_dir) / "metrics.jsonl"))
     assert all(event["loss"] is None for event in events if event["event"] in ("update", "round"))
     assert not [event for event in events if event["event"] == "bags"]
+
+
+NOISED = {"dp.metrics-scale": 40.0, "dp.epsilon": 6.0, "rounds": 3, "evaluation.every": 2}
+
+
+def with_noise(sites_dir: Path, sites: Path, *withholding: str) -> Path:
+    """A copy of the sites whose policy has noised figures sent, but for some."""
+    shutil.copytree(sites_dir, sites)
+    for site in sites.iterdir():
+        if site.name not in withholding:
+            config = SiteConfig.load(site)
+            policy = config.policy.model_copy(update={"private_metrics": PrivateMetrics.NOISE})
+            config.model_copy(update={"policy": policy}).save(site)
+    return sites
+
+
+def test_noised_figures_of_held_back_bags_are_paid_for_and_select_the_model(
+    small_config: Config, sites_dir: Path, tmp_path: Path
+) -> None:
+    sites = with_noise(sites_dir, tmp_path / "noised", "hospital-3")
+    config = small_config(PRIVATE | NOISED | {"sites-dir": str(sites)})
+    summary = run(config)
+    books = ledgers(config)
+    for site, book in books.items():
+        exported = book.export()
+        events = [event_from_dict(event) for event in exported["events"]]
+        looks = [event for event in events if event.kind == "discrete_laplace" and event.scale == 40.0]
+        # Three levels, after rounds 2 and 3.
+        assert len(looks) == (0 if site == "hospital-3" else 6)
+        assert exported["spent"]["replace_one"] == spent(events, 1e-3, Adjacency.REPLACE_ONE)
+        assert 5.9 < exported["spent"]["replace_one"] <= 6.0
+        assert book.open_reservations == set()
+        assert summary["statements"][site]["ledger_head"] == book.head
+        assert summary["statements"][site]["epsilon"] == pytest.approx(book.spent())
+    seen = [e for e in read_events(Path(config.run_dir) / "metrics.jsonl") if e["event"] == "bags"]
+    assert [event["round"] for event in seen] == [2, 3]
+    assert all(set(level) == {"level", "l1"} for event in seen for level in event["levels"])
+    best = min(seen, key=lambda event: event["score"])
+    assert (summary["selected_round"], summary["bags"]) == (best["round"], best["levels"])
+    sigmas = {site: book.events[-1] for site, book in books.items()}
+    assert sigmas["hospital-1"] != sigmas["hospital-3"]
+    report([Path(config.run_dir)], tmp_path / "report")
+    told = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert told["problems"] == []
+    assert told["sites"]["hospital-1"]["looks"][0]["figures"] == 6
+    assert told["sites"]["hospital-1"]["looks"][0]["looks"] == 2
+    assert told["sites"]["hospital-3"]["looks"] == []
+
+
+@pytest.mark.parametrize("changes", [{"train.held-back": 0.0}, {"dp.metrics-scale": 0.0}])
+def test_nothing_is_asked_of_held_back_bags_unless_wanted(
+    changes: dict, small_config: Config, sites_dir: Path, tmp_path: Path
+) -> None:
+    sites = with_noise(sites_dir, tmp_path / "noised")
+    config = small_config(
+        PRIVATE | {"sites-dir": str(sites), "rounds": 1, "dp.metrics-scale": 40.0} | changes
+    )
+    assert run(config)["bags"] == []
+    for book in ledgers(config).values():
+        assert sum(event.kind == "discrete_laplace" for event in book.events) == 1
+
+
+def test_the_sums_that_leave_are_not_the_exact_ones(
+    small_config: Config, sites_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a site sends differs from what it computed by noise of the scale that was charged."""
+    exact: list = []
+    right = client_app.sum_distances
+
+    def remember(*arguments: object) -> object:
+        exact.append(right(*arguments))
+        return exact[-1]
+
+    monkeypatch.setattr(client_app, "sum_distances", remember)
+    sites = with_noise(sites_dir, tmp_path / "noised", "hospital-2", "hospital-3")
+    config = small_config(PRIVATE | NOISED | {"sites-dir": str(sites), "rounds": 8, "evaluation.every": 1})
+    run(config)
+    held_back = 2
+    seen = [e for e in read_events(Path(config.run_dir) / "metrics.jsonl") if e["event"] == "bags"]
+    sent = np.array([[level["l1"] for level in event["levels"]] for event in seen]) / 2 * GRID * held_back
+    noise = sent - np.array(exact)
+    assert np.isclose(noise, np.rint(noise), atol=1e-6).all()
+    # 24 numbers of a Laplace distribution of scale 40 * GRID: the mean of |noise| is that, give or take.
+    assert 0.5 < np.abs(noise).mean() / (40 * GRID) < 1.8
+
+
+def test_a_look_beyond_the_cap_is_refused_and_costs_nothing(
+    small_config: Config, sites_dir: Path, tmp_path: Path
+) -> None:
+    sites = with_noise(sites_dir, tmp_path / "noised", "hospital-2", "hospital-3")
+    config = small_config(PRIVATE | {"sites-dir": str(sites), "rounds": 1})
+    site = sites / "hospital-1"
+    flat = config.with_changes({"dp.metrics-scale": 0.05, "dp.epsilon": 1000.0}).to_flat()
+    with_budget(sites, epsilon=4.0)
+    become_server()
+    model = build_model(config.model, Hierarchy.from_csv(site / "hierarchy.csv"), 0)
+    request = to_records(ModelUpdate(sender="server", round=1, arrays=all_arrays(model)))
+    context = Context(1, 7, {"partition-id": 0}, RecordDict(), flat)
+    reply = client_app.app(Message(request, 7, "evaluate.bags"), context)
+    assert reply.error.code == SiteError.BUDGET
+    book = Book.read(site / "ledger.sqlite")
+    assert (book.events, book.refusals) == ([], 1)
 
 
 def test_runs_on_the_same_data_compose_and_one_too_many_is_refused(

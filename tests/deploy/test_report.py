@@ -190,6 +190,38 @@ def test_every_figure_on_the_page_is_the_json_which_is_the_ledger(run: Path, tmp
         assert f'<article id="{item["key"]}">' in page
 
 
+def test_looks_at_held_back_bags_are_told_apart_and_counted(run: Path, tmp_path: Path) -> None:
+    path = run / "sites" / "north" / "ledger.sqlite"
+    ledger = Ledger.open(path, "north", "v1", 20.0, DELTA)
+    look = DiscreteLaplace(scale=50.0)
+    ledger.confirm(ledger.reserve(look, "demo", 4, copies=3, generator=Generator.OPENDP))
+    ledger.reserve(look, "demo", 4, copies=3, generator=Generator.OPENDP)
+    report([path], tmp_path / "out")
+    data, page = read(tmp_path / "out")
+    figures, book = data["sites"]["north"], Book.read(path)
+    (told,) = figures["looks"]
+    assert (told["figures"], told["looks"], told["unconfirmed_looks"]) == (6, 2, 1)
+    assert told["epsilon_alone"] == 6 * 2 / 50
+    assert len(figures["releases"]) == 1
+    assert figures["epsilon"] == book.spent() == figures["spending"][-1]["epsilon"]
+    # One more round like the last one has its looks too.
+    again = spent([*book.events, *book.events[-7:]], DELTA, Adjacency.REPLACE_ONE)
+    assert figures["what_if"][0] == {"rounds": 1, "epsilon": again, "fits": True}
+    assert "3 figure(s)" in figures["rows"][-1]["what"]
+    assert "Noised figures of held-back bags (north)" in page
+    # From the statement alone the figures are known, and not how many looks they were.
+    edit_summary(
+        run, lambda summary: summary["statements"].update(north=ledger.statement(4).model_dump(mode="json"))
+    )
+    shutil.rmtree(run / "sites")
+    report([run], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    (told,) = data["sites"]["north"]["looks"]
+    assert (told["figures"], told["looks"]) == (6, None)
+    assert data["sites"]["south"]["looks"] == []
+    assert data["problems"] == []
+
+
 def test_a_ledger_alone_tells_every_row(run: Path, tmp_path: Path) -> None:
     ledger = run / "sites" / "south" / "ledger.sqlite"
     report([ledger], tmp_path / "out")
@@ -458,7 +490,7 @@ def test_figures_are_the_same_from_workers_and_without() -> None:
     questions = []
     for number in range(3):
         event = PoissonGaussian(sample_rate=0.1, noise_multiplier=2.0 + number, steps=20)
-        questions.append(Question((event,), (event,), DELTA, event, (10,), (), (1e-6,)))
+        questions.append(Question((event,), (event,), DELTA, (event,), (10,), (), (1e-6,)))
     done: list[str] = []
     with Accountants(expected=50) as workers, Accountants(expected=1) as alone:
         many = workers.answer_all(questions, meanwhile=lambda: done.append("many"))
@@ -467,7 +499,7 @@ def test_figures_are_the_same_from_workers_and_without() -> None:
 
 
 def ask(*events: PoissonGaussian | DiscreteLaplace) -> Answer:
-    question = Question(merge(events), merge(events), DELTA, None, (), (), ())
+    question = Question(merge(events), merge(events), DELTA, (), (), (), ())
     with Accountants(expected=1) as accountants:
         return accountants.answer_all([question], meanwhile=lambda: None)[question]
 
@@ -540,6 +572,11 @@ def test_events_in_the_json_are_enough_to_recompute(run: Path, tmp_path: Path) -
     for figures in data["sites"].values():
         events = [
             *({"kind": "discrete_laplace", "scale": part["scale"]} for part in figures["releases"]),
+            *(
+                {"kind": "discrete_laplace", "scale": part["scale"]}
+                for part in figures["looks"]
+                for _ in range(part["figures"])
+            ),
             *(
                 {
                     "kind": "poisson_gaussian",

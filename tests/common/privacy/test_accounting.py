@@ -148,7 +148,7 @@ def test_opacus_cannot_hold_a_release() -> None:
 
 
 def test_a_release_that_takes_all_is_a_users_mistake() -> None:
-    with pytest.raises(UserError, match="release alone"):
+    with pytest.raises(UserError, match="beside training"):
         calibrate(1, 1e-5, 0.1, 10, also=[DiscreteLaplace(scale=1.0)])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.privacy import plan as plan_module
 from common.privacy import randomness
+from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness, Stream
@@ -213,6 +214,37 @@ def test_the_release_is_paid_from_the_same_target(make_plan: MakePlan) -> None:
     assert shared.planned_epsilon <= 2.0
 
 
+LOOKS = {"look": [DiscreteLaplace(scale=60.0)] * 3, "looks": 4}
+
+
+def check_looks(plan: PrivacyPlan) -> None:
+    """What a run with four looks really does costs no more than the target."""
+    done = [*LOOKS["look"] * 4, *[plan.round_event()] * plan.rounds]
+    assert spent(done, plan.delta, Adjacency.REPLACE_ONE) <= 2.0
+    assert plan.planned_epsilon == pytest.approx(spent(done, plan.delta, Adjacency.REPLACE_ONE))
+
+
+def test_looks_are_paid_from_the_same_target(make_plan: MakePlan) -> None:
+    settings = {"noise_multiplier": None, "epsilon": 2.0}
+    plan = make_plan(**settings, **LOOKS)
+    check_looks(plan)
+    assert plan.noise_multiplier > make_plan(**settings).noise_multiplier
+    assert plan.noised_look(np.zeros(3, dtype=np.int64), 1).shape == (3,)
+    with pytest.raises(ValueError, match="3 sums were charged for, 4"):
+        plan.noised_look(np.zeros(4, dtype=np.int64), 1)
+    with pytest.raises(UserError, match="look less often"):
+        make_plan(**settings, look=[DiscreteLaplace(scale=1.0)] * 3, looks=4)
+    assert make_plan(looks=4).looks == 0
+
+
+def test_planted_bug_looks_that_are_not_in_the_plan(
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "_beside", lambda release, look, looks: ())
+    with pytest.raises(AssertionError):
+        check_looks(make_plan(noise_multiplier=None, epsilon=2.0, **LOOKS))
+
+
 def test_sites_of_different_size_get_different_noise(make_plan: MakePlan) -> None:
     sigmas = [
         make_plan(
@@ -257,7 +289,7 @@ def test_no_noise_claims_nothing(make_plan: MakePlan) -> None:
         ({"rounds": 0}, "rounds"),
         (
             {"noise_multiplier": None, "epsilon": 1.0, "release": DiscreteLaplace(scale=1.0)},
-            "release alone",
+            "beside training",
         ),
     ],
 )
