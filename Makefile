@@ -6,7 +6,7 @@ BIN := .venv/bin
 # One thread per process: repeatable figures, and the workers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-full check format bench lock clean
+.PHONY: install demo test test-full test-deployment check format bench lock clean
 
 install: .venv/installed
 
@@ -26,6 +26,13 @@ test: install
 
 test-full: install
 	$(BIN)/python -m pytest -n 2
+
+# Servers and sites as real processes. nginx is installed where that is allowed; else its tests skip and say why.
+test-deployment: install
+	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& { apt-get install -y --no-install-recommends nginx-light || { apt-get update && apt-get install -y --no-install-recommends nginx-light; }; }; } \
+		|| echo "nginx is missing and cannot be installed here: the tests that need it will skip"
+	$(BIN)/python -m pytest -rs tests/deployment
 
 check: install
 	$(BIN)/ruff check .

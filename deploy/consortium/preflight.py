@@ -49,7 +49,8 @@ def _port_fault(what: str, address: str, port: int, error: OSError) -> str:
         case errno.EADDRINUSE:
             return (
                 f"{where} is in use by another program. Find it with `ss -ltnp 'sport = :{port}'` and end "
-                "it, or give another port in consortium.toml and run `fedbags provision` again."
+                "it, or choose another: for a site in its kit.toml, for the coordinator in consortium.toml "
+                "(then `fedbags provision` again, with --update)."
             )
         case errno.EACCES:
             return f"{where} may not be opened by this user: take a port above 1023, or let root start it."
