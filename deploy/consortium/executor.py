@@ -49,7 +49,16 @@ PRELOADED = (
     "pydantic",
     "safetensors.numpy",
 )
-"""Loaded once; importing them starts no thread and touches no accelerator, so that forking is safe."""
+"""Loaded once. In ENVIRONMENT, importing them starts no thread and touches no accelerator, which a process
+must not have done before it forks."""
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "OMP_NUM_THREADS": "1",  # an app sets torch's threads itself, from the run's configuration
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""Of the executor and its tasks."""
 
 MAX_TASKS = 4
 """Tasks at a time; more wait at the SuperNode."""
@@ -189,7 +198,7 @@ def main(
     if not secret:
         raise UserError(f"the SuperExec secret is empty: {superexec_auth_secret_file}\n{advice}")
     SiteKit.load(kit)
-    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    os.environ |= ENVIRONMENT
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", POLL_SECONDS)
     run_executor(kit.absolute(), runtime_api_address, secret)
 

@@ -87,6 +87,18 @@ def test_what_is_approved_is_read_before_each_task_and_an_agent_never_is(
     assert pinned == ["0" * 64, new.app_hash, "", ""]
 
 
+def test_preloading_starts_no_thread_and_touches_no_accelerator() -> None:
+    code = (
+        "import os, importlib\nfrom deploy.consortium.executor import ENVIRONMENT, PRELOADED\n"
+        "os.environ.pop('OMP_NUM_THREADS', None)\n"
+        "os.environ |= ENVIRONMENT\n"
+        "for name in PRELOADED: importlib.import_module(name)\n"
+        "import torch\nprint(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized())\n"
+    )
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["1", "False"]
+
+
 def test_a_killed_task_leaves_nothing_and_the_end_ends_all(forking: ForkingExecutor) -> None:
     folder = Path(forking._folder.name)
     for _ in range(2):
