@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.messages import SiteError
 from deploy.consortium.kit import SiteKit
 from deploy.watch.prometheus import run_metrics, serve, site_metrics
+from deploy.watch.site_state import SiteState
 from deploy.watch.source import RunSource, SiteSource, source
 from deploy.watch.state import CAUSES, Stage, fold
 from server.run_folder import RunFolder
@@ -241,3 +242,19 @@ def test_the_command_serves_on_loopback_until_it_is_ended(watched_run: Path) -> 
                 assert at(read(answer.read().decode()), "fedbags_round") == 2
         finally:
             process.terminate()
+
+
+def test_a_ledger_that_could_not_be_read_once_is_read_again(
+    site_kit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, read_book = source(site_kit), Book.read
+
+    def busy(path: Path) -> Book:
+        raise UserError("locked")
+
+    monkeypatch.setattr(Book, "read", busy)
+    assert watched.look().spending is None
+    monkeypatch.setattr(Book, "read", read_book)
+    state = watched.look()
+    assert isinstance(state, SiteState)
+    assert (state.ledger_fault, state.spending is not None) == ("", True)
