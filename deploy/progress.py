@@ -75,20 +75,26 @@ class Follower:
         with bars() as progress:
             rounds = progress.add_task("rounds", total=self._rounds)
             sites = progress.add_task("sites", total=None)
+            names: set[str] = set()
+            silent: set[str] = set()
             while True:
                 ending = self._stop.is_set()
                 for event in self._new_events():
                     match event["event"]:
                         case "enrolled" | "resumed":
-                            progress.update(sites, total=len(event["sites"]), completed=0)
+                            names = set(event["sites"])
                             progress.update(rounds, completed=event["round"])
+                            silent = set(names)
+                        case "joined":
+                            names.add(event["site"])
+                            silent.add(event["site"])
                         case "update":
-                            progress.update(sites, advance=1)
+                            silent.discard(event["site"])
                         case "round":
                             loss = event["loss"]
                             text = f"rounds (loss {loss:.3f})" if loss is not None else "rounds"
                             progress.update(rounds, completed=event["round"], description=text)
-                            progress.update(sites, completed=0)
+                            silent = set(names)
                         case "left-out":
                             progress.console.print(
                                 f"round {event['round']}: {event['site']} left out of {event['phase']}: "
@@ -100,7 +106,15 @@ class Follower:
                                 + (f" of {', '.join(event['sites'])}" if event["sites"] else "")
                             )
                         case "left":
+                            names.discard(event["site"])
+                            silent.discard(event["site"])
                             progress.console.print(f"round {event['round']}: {event['site']} left")
+                    progress.update(
+                        sites,
+                        total=len(names) or None,
+                        completed=len(names) - len(silent),
+                        description=f"sites{_without(silent)}",
+                    )
                 if ending:
                     return
                 self._stop.wait(INTERVAL)
@@ -115,3 +129,9 @@ class Follower:
                     return
                 self._position += len(line)
                 yield json.loads(line)
+
+
+def _without(silent: set[str]) -> str:
+    """Names the sites that have not answered in this round; all of them only if they are few."""
+    some = sorted(silent)[:3]
+    return f" (without {', '.join(some)}{' ...' if len(silent) > len(some) else ''})" if silent else ""
