@@ -18,6 +18,7 @@ import pytest
 from common.config import RunConfig
 from common.errors import RunError
 from deploy.local_grid import LocalGrid
+from server import app as server_app
 from server import checkpoint, run_folder
 from server.app import app
 from server.run_folder import RunFolder, append_line, read_events
@@ -96,6 +97,7 @@ def only(name: str, write: Callable[..., Any]) -> Callable[..., Any]:
     [
         (checkpoint, "save_file", None, 0),
         (run_folder, "append_line", "metrics.jsonl", 1),
+        (server_app, "save_model", None, 3),
         (run_folder, "write_text", "summary.json", 3),
         (run_folder, "write_text", "confusion.json", 3),
     ],
@@ -123,6 +125,12 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_space(
         def broken(tensors: Any, path: Path, metadata: Any = None) -> None:  # type: ignore[misc]
             Path(path).write_bytes(b"half")
             full()
+    elif function == "save_model":
+
+        def broken(directory: Path, *rest: Any) -> None:  # type: ignore[misc]
+            with monkeypatch.context() as disk:
+                disk.setattr(os, "fsync", full)
+                real(directory, *rest)
     else:
         broken = only(str(file), real)
     monkeypatch.setattr(module, function, broken)
