@@ -17,13 +17,53 @@ from client.site import ReleaseProportions
 from client.training import TrainingResult, train_round
 from common.build import rebuild_model
 from common.config import ModelConfig, RunConfig
+from common.errors import SecureAggregationRefused
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP
 from common.messages import Metric, ModelUpdate, PrivacyStatement, from_records, to_records
 from common.model_file import load_arrays, trainable_arrays
+from common.secure_aggregation.records import (
+    MaskedUpdate,
+    MaskRequest,
+    SessionOffer,
+    SessionPlan,
+    UnmaskRequest,
+)
 from common.trainable import trainable_parameters
 
 app = ClientApp(mods=[journal.record, egress.guard])
+
+
+@app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Secure aggregation, first step: fresh public keys under the node key's signature."""
+    from client.secure_aggregation import Member
+
+    return Message(
+        to_records(Member.open(context).advertise(from_records(message.content, SessionOffer))),
+        reply_to=message,
+    )
+
+
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Secure aggregation, second step: check everybody's keys, seal shares of the own secrets for them."""
+    from client.secure_aggregation import Member
+
+    return Message(
+        to_records(Member.open(context).share(from_records(message.content, SessionPlan))), reply_to=message
+    )
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Secure aggregation, last step: the shares with which the masks are taken off the sum."""
+    from client.secure_aggregation import Member
+
+    return Message(
+        to_records(Member.open(context).unmask(from_records(message.content, UnmaskRequest))),
+        reply_to=message,
+    )
 
 
 @app.query("proportions")
@@ -45,7 +85,43 @@ def proportions(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train the server's model on the site's bags and send its arrays back."""
     config, store = open_site(context)
+    refuse_in_clear(config, store)
     request = from_records(message.content, ModelUpdate)
+    model, metrics, statement = train_locally(context, config, store, request)
+    update = answer(config, store, request, metrics, model)
+    reply = to_records(update, statement, transport=config.federation.transport)
+    return Message(reply, reply_to=message)
+
+
+@app.train("masked")
+def train_masked(message: Message, context: Context) -> Message:
+    """Train as ever, and send the update under masks that only come off the sum of many sites' updates."""
+    from client.secure_aggregation import Member
+
+    config, store = open_site(context)
+    request = from_records(message.content, ModelUpdate)
+    member = Member.open(context)
+    member.receive(from_records(message.content, MaskRequest), request.round)
+    model, metrics, statement = train_locally(context, config, store, request)
+    beside = store.config.policy.secure_aggregation.metrics
+    update = MaskedUpdate(
+        session=member.session,
+        round=request.round,
+        sender=store.name,
+        vector=member.mask(request.arrays, trainable_arrays(model)),
+        metrics={
+            key: value
+            for key, value in answer(config, store, request, metrics).metrics.items()
+            if key in beside and not isinstance(value, tuple)
+        },
+    )
+    return Message(to_records(update, statement), reply_to=message)
+
+
+def train_locally(
+    context: Context, config: RunConfig, store: BagStore, request: ModelUpdate
+) -> tuple[LHFGLP, dict[str, Metric], PrivacyStatement]:
+    """One round on the site's bags: the trained model, what could be told of it, and what it cost."""
     model = receive_model(config, store, request)
     if config.dp.epsilon:
         result, statement = train_privately(context, config, store, model, request.round)
@@ -58,8 +134,7 @@ def train(message: Message, context: Context) -> Message:
         "num-images": result.images,
         "loss": result.loss,
     }
-    reply = to_records(answer(config, store, request, metrics, model), statement)
-    return Message(reply, reply_to=message)
+    return model, metrics, statement
 
 
 def train_privately(
@@ -166,6 +241,16 @@ def answer(
         arrays=trainable_arrays(model) if model is not None else {},
         metrics={key: value for key, value in metrics.items() if key.partition(".")[0] in allowed},
     )
+
+
+def refuse_in_clear(config: RunConfig, store: BagStore) -> None:
+    """An update leaves masked where the run says so, and where the site does, whatever the run says.
+
+    Raises:
+        SecureAggregationRefused: one was asked for in clear.
+    """
+    if config.secure_aggregation.enabled or store.config.policy.secure_aggregation.required:
+        raise SecureAggregationRefused("an update in clear was asked for, where only masked ones may leave")
 
 
 def refuse_unprotected(store: BagStore) -> None:

@@ -14,7 +14,16 @@ from client.locate import find_site
 from client.refusal import BudgetRefused
 from client.site import PrivateMetrics, SiteConfig
 from common.config import DPConfig, RunConfig
-from common.errors import ConfigError, DataError, EgressError, FedbagsError, RunError, UserError
+from common.errors import (
+    ConfigError,
+    DataError,
+    EgressError,
+    FedbagsError,
+    IdentityError,
+    RunError,
+    SecureAggregationRefused,
+    UserError,
+)
 from common.messages import (
     SITE_ERRORS,
     MessageError,
@@ -25,6 +34,13 @@ from common.messages import (
     SiteError,
     check_only,
     from_records,
+)
+from common.secure_aggregation.records import (
+    InSession,
+    KeyAdvert,
+    MaskedUpdate,
+    SealedShares,
+    UnmaskShares,
 )
 
 log = logging.getLogger("fedbags.client")
@@ -43,6 +59,10 @@ with noise that the ledger has paid for (common/privacy/looks.py), and the numbe
 EXPECTED: dict[str, tuple[type[Record], ...]] = {
     "query.proportions": (ProportionRelease,),
     "train": (ModelUpdate, PrivacyStatement),
+    "train.masked": (MaskedUpdate, PrivacyStatement),
+    "query.keys": (KeyAdvert,),
+    "query.shares": (SealedShares,),
+    "query.unmask": (UnmaskShares,),
     "evaluate.bags": (ModelUpdate,),
     "evaluate.test": (ModelUpdate,),
 }
@@ -62,10 +82,12 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
         check_reply(kind, message.content, reply.content, site, dp)
     except Exception as error:
         code = classify(error)
-        # The class alone: even the site's log lines carry no path, patient id or label.
+        # The class alone: even the site's log lines carry no path, patient id or label. What a secure
+        # aggregation is refused for has none of them in it, and the site must know.
+        told = str(error) if code is SiteError.SECURE_AGGREGATION else type(error).__name__
         log.error(
             "%(phase)s refused: %(reason)s (%(error)s)",
-            {"phase": kind, "reason": SITE_ERRORS[code], "error": type(error).__name__},
+            {"phase": kind, "reason": SITE_ERRORS[code], "error": told},
         )
         return Message(Error(int(code), SITE_ERRORS[code]), reply_to=message)
     return reply
@@ -110,6 +132,11 @@ def check_reply(
                     _check_look(content, from_records(reply, PrivacyStatement), dp)
             elif getattr(content, "site", site.name) != site.name:
                 raise EgressError("the record speaks for another site")
+            elif isinstance(content, InSession):
+                # Imported here: a run in clear loads no cryptography.
+                from client.masked_egress import check_masked
+
+                check_masked(request, content, site, allowed_metrics(kind, site, private=private))
             elif isinstance(content, ProportionRelease):
                 _check_release(content, site)
                 if private and not content.is_private:
@@ -125,6 +152,8 @@ def _check_update(
 ) -> None:
     if reply.sender != site.name:
         raise EgressError("the update speaks for another site")
+    if reply.arrays and site.policy.secure_aggregation.required:
+        raise EgressError("this site's updates leave masked only")
     if kind != "train" and reply.arrays:
         raise EgressError(f"a reply to {kind} carries no arrays")
     for name, array in reply.arrays.items():
@@ -162,6 +191,8 @@ def classify(error: Exception) -> SiteError:
     match error:
         case BudgetRefused():
             return SiteError.BUDGET
+        case SecureAggregationRefused() | IdentityError():
+            return SiteError.SECURE_AGGREGATION
         case EgressError():
             return SiteError.EGRESS
         case DataError():

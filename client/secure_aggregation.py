@@ -16,7 +16,7 @@ from typing import Self
 from flwr.app import Context
 
 from client.claims import claim
-from client.locate import find_site, is_simulated
+from client.locate import KIT, find_site, is_simulated
 from client.site import SiteConfig
 from client.throwaway import CA_FILE, CERTIFICATE_FILE, KEY_FILE, throwaway_kit
 from common.config import RunConfig
@@ -41,8 +41,6 @@ log = logging.getLogger("fedbags.client")
 
 STATE = "secure-aggregation"
 CLAIMS_FILE = "secure-aggregation.sqlite"
-KIT = "kit"
-"""Key of the node configuration: the folder of the site's kit."""
 
 
 @dataclass(frozen=True)

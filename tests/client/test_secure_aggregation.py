@@ -1,0 +1,359 @@
+"""A site in a secure aggregation: what it demands, what it does once, and what its guard lets out."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+from client import app as client_app
+from client.claims import claim
+from client.egress import check_reply
+from client.secure_aggregation import STATE
+from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
+from client.throwaway import FOLDER, throwaway_kit
+from common.build import build_model
+from common.config import RunConfig
+from common.errors import EgressError, RunError, SecureAggregationRefused
+from common.hierarchy import Hierarchy
+from common.messages import (
+    ModelUpdate,
+    PrivacyStatement,
+    Record,
+    SiteError,
+    combine,
+    from_records,
+    remember,
+    remembered,
+    to_records,
+)
+from common.model_file import all_arrays
+from common.secure_aggregation import keys
+from common.secure_aggregation.keys import SHARE_BYTES
+from common.secure_aggregation.member import MemberState
+from common.secure_aggregation.records import (
+    KeyAdvert,
+    MaskedUpdate,
+    MaskRequest,
+    SealedShares,
+    SessionOffer,
+    SessionPlan,
+    UnmaskRequest,
+    UnmaskShares,
+)
+from deploy.local_grid import become_server
+
+SESSION, ROUND = "0f" * 16, 1
+NOW = {"session": SESSION, "round": ROUND}
+
+
+class Nodes:
+    """Simulated nodes of one run, each with a Context that lasts; the server's steps are the tests'."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        sites = sorted(path.parent for path in Path(config.sites_dir).glob("*/site.toml"))
+        self.folders = {SiteConfig.load(path).name: path for path in sites}
+        self.names = list(self.folders)
+        self.contexts = {
+            name: Context(1, 100 + number, {"partition-id": number}, RecordDict(), config.to_flat())
+            for number, name in enumerate(self.names)
+        }
+        become_server()
+
+    def ask(self, name: str, kind: str, *records: Record | RecordDict) -> Message:
+        content = combine(*(to_records(r) if isinstance(r, Record) else r for r in records))
+        message = Message(content, self.contexts[name].node_id, kind, group_id=str(ROUND))
+        message.metadata.__dict__["_message_id"] = "m"
+        return client_app.app(message, self.contexts[name])
+
+    def keys(self) -> dict[str, KeyAdvert]:
+        offers = {name: self.ask(name, "query.keys", SessionOffer(**NOW)) for name in self.names}
+        return {name: from_records(reply.content, KeyAdvert) for name, reply in offers.items()}
+
+    def plan(self, adverts: dict[str, KeyAdvert]) -> SessionPlan:
+        return SessionPlan(
+            **NOW,
+            threshold_share=0.66,
+            neighbours=0,
+            clip_range=16.0,
+            weights=dict.fromkeys(adverts, 1 / len(adverts)),
+            adverts=tuple(adverts.values()),
+        )
+
+    def until_masks(self) -> dict[str, MaskRequest]:
+        plan = self.plan(self.keys())
+        sealed = {
+            name: from_records(self.ask(name, "query.shares", plan).content, SealedShares)
+            for name in self.names
+        }
+        return {
+            name: MaskRequest(**NOW, shares={p: s.shares[name] for p, s in sealed.items() if p != name})
+            for name in self.names
+        }
+
+    def model(self) -> RecordDict:
+        tree = Hierarchy.from_csv(next(iter(self.folders.values())) / "hierarchy.csv")
+        arrays = all_arrays(build_model(self.config.model, tree, 0))
+        return to_records(ModelUpdate(sender="server", round=ROUND, arrays=arrays))
+
+
+@pytest.fixture
+def nodes(small_config: Callable[..., RunConfig]) -> Nodes:
+    return Nodes(small_config({"secure-aggregation.enabled": True}))
+
+
+def code(reply: Message) -> int:
+    assert reply.has_error(), "a reply where a refusal was expected"
+    return reply.error.code
+
+
+def test_a_whole_session_masks_what_leaves(nodes: Nodes) -> None:
+    requests, model = nodes.until_masks(), nodes.model()
+    reply = nodes.ask("hospital-1", "train.masked", model, requests["hospital-1"])
+    update = from_records(reply.content, MaskedUpdate)
+    assert from_records(reply.content, PrivacyStatement).site == "hospital-1"
+    assert update.metrics.keys() == {"num-bags"}  # the loss stays, as long as the policy does not say else
+    # The high bytes of a quantised small step are all 0 or 255; of a masked one, anything.
+    high = np.bincount(update.vector.view(np.uint8)[3::4], minlength=256)
+    assert (high > 0).all()
+    survivors = UnmaskRequest(**NOW, survivors=tuple(nodes.names))
+    shares = from_records(nodes.ask("hospital-1", "query.unmask", survivors).content, UnmaskShares)
+    assert shares.self_masks.keys() == set(nodes.names)
+    assert not shares.mask_keys
+
+
+def test_the_server_swaps_keys_and_every_peer_refuses(nodes: Nodes) -> None:
+    adverts = nodes.keys()
+    mine = keys.public_key(keys.new_secret())
+    adverts["hospital-2"] = adverts["hospital-2"].model_copy(update={"mask_key": mine})
+    for name in nodes.names:
+        assert code(nodes.ask(name, "query.shares", nodes.plan(adverts))) == SiteError.SECURE_AGGREGATION
+    # It was claimed: the site does not seal shares for a second list either, be it the right one.
+    assert code(nodes.ask("hospital-1", "query.shares", nodes.plan(adverts))) == SiteError.SECURE_AGGREGATION
+
+
+def test_nothing_is_done_twice_even_by_two_processes_at_once(nodes: Nodes) -> None:
+    """The second message finds the state as it was before the first: Flower may well hand it out so."""
+    requests, model = nodes.until_masks(), nodes.model()
+    context = nodes.contexts["hospital-1"]
+    before = RecordDict(dict(context.state))
+    first = nodes.ask("hospital-1", "train.masked", model, requests["hospital-1"])
+    assert not first.has_error()
+    context.state = RecordDict(dict(before))
+    again = nodes.ask("hospital-1", "train.masked", model, requests["hospital-1"])
+    assert code(again) == SiteError.SECURE_AGGREGATION
+    plan = SessionPlan(**NOW, threshold_share=0.66, neighbours=0, clip_range=16.0, weights={}, adverts=())
+    for kind, record in (("query.keys", SessionOffer(**NOW)), ("query.shares", plan)):
+        assert code(nodes.ask("hospital-1", kind, record)) == SiteError.SECURE_AGGREGATION
+
+
+def test_both_shares_of_one_site_cannot_be_had(nodes: Nodes) -> None:
+    requests, model = nodes.until_masks(), nodes.model()
+    for name in nodes.names:
+        nodes.ask(name, "train.masked", model, requests[name])
+    policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(minimum_sites=2))
+    loose = nodes.config.with_changes({"secure-aggregation.minimum-sites": 2})
+    context = nodes.contexts["hospital-1"]
+    context.run_config = loose.to_flat()
+    site = SiteConfig.load(nodes.folders["hospital-1"])
+    site.model_copy(update={"policy": policy}).save(nodes.folders["hospital-1"])
+    try:
+        before = RecordDict(dict(context.state))
+        everybody = UnmaskRequest(**NOW, survivors=tuple(nodes.names))
+        without = UnmaskRequest(**NOW, survivors=("hospital-1", "hospital-2"))
+        first = nodes.ask("hospital-1", "query.unmask", everybody)
+        assert "hospital-3" in from_records(first.content, UnmaskShares).self_masks
+        context.state = before
+        assert code(nodes.ask("hospital-1", "query.unmask", without)) == SiteError.SECURE_AGGREGATION
+        # The same question again gets the same answer: a lost reply costs nothing.
+        repeated = nodes.ask("hospital-1", "query.unmask", everybody)
+        assert from_records(repeated.content, UnmaskShares) == from_records(first.content, UnmaskShares)
+    finally:
+        site.save(nodes.folders["hospital-1"])
+
+
+def test_the_site_demands_its_own_minimum(nodes: Nodes) -> None:
+    nodes.config = nodes.config.with_changes({"secure-aggregation.minimum-sites": 2})
+    for context in nodes.contexts.values():
+        context.run_config = nodes.config.to_flat()
+    adverts = nodes.keys()
+    two = {name: adverts[name] for name in ("hospital-1", "hospital-2")}
+    assert code(nodes.ask("hospital-1", "query.shares", nodes.plan(two))) == SiteError.SECURE_AGGREGATION
+
+
+def test_an_update_in_clear_is_refused(nodes: Nodes, small_config: Callable[..., RunConfig]) -> None:
+    assert code(nodes.ask("hospital-1", "train", nodes.model())) == SiteError.SECURE_AGGREGATION
+    plain = Nodes(small_config())
+    folder = plain.folders["hospital-1"]
+    site = SiteConfig.load(folder)
+    policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(required=True))
+    site.model_copy(update={"policy": policy}).save(folder)
+    try:
+        assert code(plain.ask("hospital-1", "train", plain.model())) == SiteError.SECURE_AGGREGATION
+        assert not plain.ask("hospital-2", "train", plain.model()).has_error()
+    finally:
+        site.save(folder)
+
+
+def test_a_real_node_without_a_kit_does_not_take_part(nodes: Nodes, tmp_path: Path) -> None:
+    context = nodes.contexts["hospital-1"]
+    folder = nodes.folders["hospital-1"]
+    context.node_config = {"data-path": str(folder)}
+    context.run_config = nodes.config.with_changes({"run-dir": "", "sites-dir": ""}).to_flat()
+    assert code(nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))) == SiteError.CONFIGURATION
+    assert not (tmp_path / "run" / FOLDER).exists()  # no throw-away identity for a real site
+    # With a kit it does; without a certificate in it, which the server then adds.
+    kit = throwaway_kit(tmp_path, "hospital-1")
+    (kit / "node.crt").unlink()
+    context.node_config = {"data-path": str(folder), "kit": str(kit)}
+    try:
+        reply = nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))
+        assert from_records(reply.content, KeyAdvert).certificate == ""
+    finally:
+        (folder / "secure-aggregation.sqlite").unlink()
+    (kit / "node.key").unlink()
+    assert code(nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))) == SiteError.CONFIGURATION
+
+
+def test_a_node_that_lost_its_state_refuses(nodes: Nodes) -> None:
+    requests = nodes.until_masks()
+    nodes.contexts["hospital-1"].state = RecordDict()
+    reply = nodes.ask("hospital-1", "train.masked", nodes.model(), requests["hospital-1"])
+    assert code(reply) == SiteError.SECURE_AGGREGATION
+
+
+def test_an_update_that_is_not_finite_stays(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(model: Any, store: Any, config: RunConfig, round: int) -> Any:
+        next(model.parameters()).data[0] = float("nan")
+        return client_app.TrainingResult(1.0, 1, 4, 32)
+
+    monkeypatch.setattr(client_app, "train_round", diverge)
+    requests = nodes.until_masks()
+    reply = nodes.ask("hospital-1", "train.masked", nodes.model(), requests["hospital-1"])
+    assert code(reply) == SiteError.TRAINING
+
+
+def test_secrets_are_in_the_nodes_state_and_leave_it_as_soon_as_they_can(nodes: Nodes) -> None:
+    def state() -> MemberState:
+        kept = remembered(nodes.contexts["hospital-1"].state, STATE, MemberState)
+        assert kept is not None
+        return kept
+
+    requests = nodes.until_masks()
+    assert state().seed
+    assert state().seal_key
+    assert not any(advert.certificate for advert in state().agreed().adverts)
+    nodes.ask("hospital-1", "train.masked", nodes.model(), requests["hospital-1"])
+    assert (state().seed, state().mask_key, state().seal_key) == (b"", b"", b"")
+    for secret in (state().held["hospital-1"][0], state().held["hospital-2"][1]):
+        assert repr(secret)[2:-1] not in repr(state())
+
+
+SITE = SiteConfig(name="north")
+SENT = to_records(ModelUpdate(sender="server", round=ROUND, arrays={"w": np.zeros((2, 3), np.float32)}))
+GOOD_SHARES = {"a": b"x" * SHARE_BYTES}
+
+
+def masked(**changes: Any) -> MaskedUpdate:
+    told = {**NOW, "sender": "north", "vector": np.zeros(6, np.uint32), "metrics": {"num-bags": 3}}
+    return MaskedUpdate(**{**told, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "reply"),
+    [
+        ("train.masked", MaskRequest(**NOW, shares={}), masked(sender="south")),
+        ("train.masked", MaskRequest(**NOW, shares={}), masked(round=2)),
+        ("train.masked", MaskRequest(**NOW, shares={}), masked(session="1e" * 16)),
+        ("train.masked", MaskRequest(**NOW, shares={}), masked(metrics={"loss": 0.5})),
+        ("train.masked", MaskRequest(**NOW, shares={}), masked(metrics={"age": 61})),
+        ("train.masked", MaskRequest(**NOW, shares={}), masked(vector=np.zeros(7, np.uint32))),
+        (
+            "query.unmask",
+            UnmaskRequest(**NOW, survivors=("a", "b")),
+            UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys=GOOD_SHARES),
+        ),
+        (
+            "query.unmask",
+            UnmaskRequest(**NOW, survivors=("b", "c")),
+            UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={}),
+        ),
+        (
+            "query.unmask",
+            UnmaskRequest(**NOW, survivors=("a",)),
+            UnmaskShares(**NOW, site="north", self_masks={"a": b"x" * 120}, mask_keys={}),
+        ),
+        (
+            "query.shares",
+            SessionPlan(**NOW, threshold_share=0.66, neighbours=0, clip_range=1.0, weights={}, adverts=()),
+            SealedShares(**NOW, site="north", shares={"north": b"x" * 120}),
+        ),
+        (
+            "query.shares",
+            SessionPlan(**NOW, threshold_share=0.66, neighbours=0, clip_range=1.0, weights={}, adverts=()),
+            SealedShares(**NOW, site="north", shares={"south": b"x" * 64}),
+        ),
+    ],
+)  # fmt: skip
+def test_the_guard_stops_what_a_handler_must_not_send(kind: str, asked: Record, reply: Any) -> None:
+    request = combine(SENT, to_records(asked)) if kind == "train.masked" else to_records(asked)
+    statement = [PrivacyStatement(site="north", round=ROUND)] if kind == "train.masked" else []
+    with pytest.raises(EgressError):
+        check_reply(kind, request, to_records(reply, *statement), SITE)
+
+
+def test_the_guard_lets_the_right_replies_out() -> None:
+    request = combine(SENT, to_records(MaskRequest(**NOW, shares={})))
+    statement = PrivacyStatement(site="north", round=ROUND)
+    check_reply("train.masked", request, to_records(masked(), statement), SITE)
+    policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(metrics=("num-bags", "loss")))
+    open_site = SITE.model_copy(update={"policy": policy})
+    check_reply("train.masked", request, to_records(masked(metrics={"loss": 0.5}), statement), open_site)
+    shares = UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={"b": b"y" * SHARE_BYTES})
+    check_reply("query.unmask", to_records(UnmaskRequest(**NOW, survivors=("a",))), to_records(shares), SITE)
+    with pytest.raises(EgressError, match="records"):
+        check_reply("train.masked", request, to_records(masked()), SITE)  # no statement
+    update = ModelUpdate(sender="north", round=ROUND, arrays={"w": np.zeros((2, 3), np.float32)})
+    strict = SITE.model_copy(
+        update={"policy": SitePolicy(secure_aggregation=SecureAggregationPolicy(required=True))}
+    )
+    with pytest.raises(EgressError, match="masked only"):
+        check_reply("train", SENT, to_records(update, statement), strict)
+
+
+def test_a_claim_is_made_by_one_of_many_at_once(tmp_path: Path) -> None:
+    path, made, refused = tmp_path / "claims.sqlite", [], []
+
+    def attempt(number: int) -> None:
+        try:
+            claim(path, "mask")
+            made.append(number)
+        except SecureAggregationRefused:
+            refused.append(number)
+
+    threads = [threading.Thread(target=attempt, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(made), len(refused)) == (1, 7)
+    claim(path, "unmask", "all")
+    claim(path, "unmask", "all")
+    with pytest.raises(SecureAggregationRefused):
+        claim(path, "unmask", "fewer")
+    with pytest.raises(RunError, match="claims cannot be written"):
+        claim(tmp_path / "no-folder" / "claims.sqlite", "mask")
+
+
+def test_a_state_survives_what_flower_does_to_it() -> None:
+    from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+
+    state = RecordDict()
+    assert remembered(state, STATE, MemberState) is None
+    made = MemberState(site="a", run=2**63 + 5, session=SESSION, round=1, seed=bytes(range(32)))
+    remember(state, STATE, made)
+    assert remembered(recorddict_from_proto(recorddict_to_proto(state)), STATE, MemberState) == made

@@ -1,0 +1,409 @@
+"""Whole runs with secure aggregation: the plain result, losses after each step, and hostile replies."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Error, Message
+from safetensors.numpy import load_file
+
+from client.bags import BagStore
+from client.site import SecureAggregationPolicy, SiteConfig
+from client.throwaway import CERTIFICATE_FILE, FOLDER
+from common.config import RunConfig
+from common.errors import ConfigError, RunError
+from common.messages import MaskedUpdate, from_records, to_records
+from common.secure_aggregation import quantisation
+from deploy.local_grid import LocalGrid
+from server import attendance, rounds
+from server.app import app
+from server.run_folder import read_events
+from server.weights import training_bags
+
+Config = Callable[..., RunConfig]
+Bend = Callable[[str, int, Message], Message | None]
+"""(kind, node number from 0, reply) -> what arrives; None for nothing."""
+
+
+class BentGrid(LocalGrid):
+    """Real sites, whose replies a test changes or loses."""
+
+    def __init__(self, sites: int, flat: Any, bend: Bend) -> None:
+        super().__init__(sites, flat)
+        self.bend = bend
+        self.asked: list[str] = []
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        kept = []
+        for reply in super().pull_messages(message_ids):
+            kind = reply.metadata.message_type
+            self.asked.append(kind)
+            bent = self.bend(kind, reply.metadata.src_node_id - 1001, reply)
+            kept += [bent] if bent is not None else []
+        return kept
+
+
+def run(config: RunConfig, bend: Bend | None = None, workers: int = 0) -> dict[str, Any]:
+    flat = config.to_flat()
+    grid = (
+        BentGrid(config.federation.sites, flat, bend)
+        if bend
+        else LocalGrid(config.federation.sites, flat, workers)
+    )
+    with grid:
+        app(grid, grid.server_context(flat))
+    summary: dict[str, Any] = json.loads((Path(config.run_dir) / "summary.json").read_text())
+    return summary
+
+
+def weights(config: RunConfig) -> dict[str, np.ndarray]:
+    return load_file(Path(config.run_dir) / "model.safetensors")
+
+
+def largest_difference(one: RunConfig, other: RunConfig) -> float:
+    first, second = weights(one), weights(other)
+    return max(float(np.abs(first[name] - second[name]).max()) for name in first)
+
+
+def _failed(reply: Message) -> Message:
+    """The error that Flower makes of a process that died."""
+    bad = Message(Error(8, "killed"), reply_to=reply)
+    bad.metadata.__dict__["_message_type"] = reply.metadata.message_type
+    return bad
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attendance, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(attendance, "_LONGEST_PAUSE", 0.02)
+
+
+@pytest.fixture
+def config(small_config: Config, tmp_path: Path) -> Config:
+    """The small run, in a folder of its own for each name."""
+
+    def make(name: str, changes: dict[str, Any] | None = None, secure: bool = True) -> RunConfig:
+        return small_config(
+            {
+                "run-dir": str(tmp_path / name),
+                "secure-aggregation.enabled": secure,
+                "federation.patience": 2.0,
+                **(changes or {}),
+            }
+        )
+
+    return make
+
+
+ONE_ROUND = {"rounds": 1, "train.held-back": 0.25}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"federation.transport": "float16"},
+        {"federation.strategy": "fedprox"},
+        {"federation.strategy": "fedavgm"},
+        {"federation.strategy": "fedpals"},
+    ],
+)
+def test_one_round_gives_the_plain_result_within_the_bound(config: Config, changes: dict[str, Any]) -> None:
+    plain, secure = config("plain", ONE_ROUND | changes, secure=False), config("secure", ONE_ROUND | changes)
+    run(plain)
+    run(secure)
+    biggest = max(float(np.abs(array).max()) for array in weights(plain).values())
+    bound = quantisation.error_bound(16.0, 3, 1.0) + np.spacing(np.float32(biggest))
+    if changes.get("federation.transport") == "float16":
+        bound += 2.0**-11 * biggest  # the plain updates were rounded to 16 bits, the masked ones were not
+    difference = largest_difference(plain, secure)
+    assert 0 < difference <= bound
+
+
+@pytest.mark.parametrize("strategy", ["fedadam", "fedyogi"])
+def test_the_adaptive_strategies_get_the_same_mean(config: Config, strategy: str) -> None:
+    """They divide by the size of the step, which blows up rounding where the step is next to nothing."""
+    changes = ONE_ROUND | {"federation.strategy": strategy, "federation.server-learning-rate": 0.01}
+    plain, secure = config("plain", changes, secure=False), config("secure", changes)
+    run(plain)
+    run(secure)
+    first, second = weights(plain), weights(secure)
+    far = [np.abs(first[name] - second[name]).ravel() > 1e-5 for name in first]
+    assert np.concatenate(far).mean() < 0.01
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_plain_result_too(config: Config) -> None:
+    plain, secure = config("plain", ONE_ROUND, secure=False), config("secure", ONE_ROUND)
+    run(plain)
+    run(secure, workers=2)
+    assert largest_difference(plain, secure) < 1e-6
+
+
+def test_a_private_run_keeps_its_noise_and_its_statements(config: Config) -> None:
+    private = {
+        "dp.epsilon": 4.0, "dp.delta": 1e-3, "dp.expected-bags": 3.0, "dp.steps-per-round": 2,
+        "rounds": 2, "train.held-back": 0.0,
+    }  # fmt: skip
+    plain, secure = config("plain", private, secure=False), config("secure", private)
+    first, second = run(plain), run(secure)
+    assert largest_difference(plain, secure) < 1e-4  # two rounds: training has magnified the rounding
+    for site, statement in first["statements"].items():
+        told = second["statements"][site]
+        assert told["epsilon"] == statement["epsilon"] > 0
+        assert len(told["events"]) == len(statement["events"])
+
+
+def test_what_is_known_of_a_site_in_clear_is_what_its_policy_lets_out(config: Config, tmp_path: Path) -> None:
+    secure = config("run", ONE_ROUND)
+    run(secure)
+    updates = [e for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "update"]
+    assert len(updates) == 3
+    assert all(event["loss"] is None and event["bags"] > 0 for event in updates)
+    round_event = next(e for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "round")
+    assert (round_event["updates"], round_event["loss"]) == (3, None)
+
+
+def test_the_weights_are_those_of_the_training_bags(sites_dir: Path) -> None:
+    for site in sorted(sites_dir.iterdir()):
+        store = BagStore.open(site, 16)
+        for share in (0.0, 0.1, 0.25, 0.9):
+            assert training_bags(len(store), share) == len(store.split(share, 0)[0])
+    assert training_bags(1, 0.5) == 1
+
+
+@pytest.fixture
+def five(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Runs of five sites: the threshold is four."""
+    from client.sources.synthetic import write_synthetic_sites
+
+    folder = tmp_path_factory.mktemp("five") / "sites"
+    write_synthetic_sites(
+        folder, sites=5, seed=2, images_per_site=32, image_size=16, bag_size=8, test_images_per_site=9
+    )
+
+    def make(name: str, changes: dict[str, Any] | None = None, secure: bool = True) -> RunConfig:
+        return config(
+            name, {"rounds": 1, "federation.sites": 5, "sites-dir": str(folder), **(changes or {})}, secure
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["query.keys", "query.shares", "train.masked", "query.unmask"])
+def test_a_site_lost_after_any_step_costs_that_site_at_most(five: Config, tmp_path: Path, kind: str) -> None:
+    def lose_one(asked: str, node: int, reply: Message) -> Message:
+        return _failed(reply) if (asked, node) == (kind, 1) else reply
+
+    run(five("bent"), lose_one)
+    in_the_sum = [
+        event["site"]
+        for event in read_events(tmp_path / "bent" / "metrics.jsonl")
+        if event["event"] == "update"
+    ]
+    names = [f"hospital-{number}" for number in range(1, 6)]
+    assert in_the_sum == (names if kind == "query.unmask" else [n for n in names if n != "hospital-2"])
+
+    # The mean is the plain mean of those who are in it.
+    def drop_in_clear(asked: str, node: int, reply: Message) -> Message:
+        return _failed(reply) if (asked, node) == ("train", 1) and kind != "query.unmask" else reply
+
+    run(five("plain", secure=False), drop_in_clear)
+    assert largest_difference(five("bent"), five("plain", secure=False)) < 1e-6
+
+
+def test_below_the_threshold_the_round_is_given_up_and_nothing_is_unmasked(
+    five: Config, tmp_path: Path
+) -> None:
+    grids = []
+
+    def lose_two(asked: str, node: int, reply: Message) -> Message:
+        grids.append(asked)
+        return _failed(reply) if asked == "train.masked" and node in (1, 3) else reply
+
+    with pytest.raises(RunError, match="hospital-2"):
+        run(five("bent", {"federation.quorum": 4}), lose_two)
+    assert "query.unmask" not in grids
+    assert not (tmp_path / "bent" / "model.safetensors").exists()
+
+
+def test_a_round_that_failed_is_tried_again_with_fresh_keys(five: Config, tmp_path: Path) -> None:
+    sessions: list[str] = []
+
+    def lose_two_once(asked: str, node: int, reply: Message) -> Message:
+        if asked != "train.masked":
+            return reply
+        sessions.append(from_records(reply.content, MaskedUpdate).session)
+        return _failed(reply) if len(sessions) <= 2 else reply
+
+    summary = run(five("bent"), lose_two_once)
+    assert summary["rounds"] == 1
+    assert len(set(sessions)) == 2
+    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    assert sum(event["event"] == "update" for event in events) == 5
+    assert sum(event["event"] == "left-out" for event in events) == 2
+
+
+def wrong_length(reply: Message) -> None:
+    update = from_records(reply.content, MaskedUpdate)
+    record = to_records(update.model_copy(update={"vector": update.vector[:-1]}))
+    reply.content["words"] = record["words"]
+
+
+def wrong_dtype(reply: Message) -> None:
+    vector = from_records(reply.content, MaskedUpdate).vector.astype(np.float32)
+    reply.content["words"] = ArrayRecord({"words": Array(vector)})
+
+
+def two_dimensional(reply: Message) -> None:
+    vector = from_records(reply.content, MaskedUpdate).vector.reshape(-1, 1)
+    reply.content["words"] = ArrayRecord({"words": Array(vector)})
+
+
+def another_session(reply: Message) -> None:
+    update = from_records(reply.content, MaskedUpdate).model_copy(update={"session": "aa" * 16})
+    reply.content["masked-update"] = to_records(update)["masked-update"]
+
+
+def another_sender(reply: Message) -> None:
+    update = from_records(reply.content, MaskedUpdate).model_copy(update={"sender": "hospital-4"})
+    reply.content["masked-update"] = to_records(update)["masked-update"]
+
+
+def not_an_array(reply: Message) -> None:
+    array = reply.content["words"]["words"]
+    reply.content["words"] = ArrayRecord({"words": Array("uint32", array.shape, array.stype, b"junk")})
+
+
+@pytest.mark.parametrize(
+    "tamper", [wrong_length, wrong_dtype, two_dimensional, another_session, another_sender, not_an_array]
+)
+def test_a_malformed_masked_update_is_left_out_and_the_others_count(
+    five: Config, tmp_path: Path, tamper: Callable[[Message], None]
+) -> None:
+    def bend(asked: str, node: int, reply: Message) -> Message:
+        if (asked, node) == ("train.masked", 2):
+            tamper(reply)
+        return reply
+
+    run(five("bent"), bend)
+    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    assert [e["site"] for e in events if e["event"] == "update"] == [
+        f"hospital-{number}" for number in (1, 2, 4, 5)
+    ]
+    assert [(e["site"], e["phase"]) for e in events if e["event"] == "left-out"] == [
+        ("hospital-3", "train.masked")
+    ]
+
+
+def test_swapped_keys_end_the_run_with_every_peers_refusal(
+    five: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The server itself is hostile here: it puts its own mask key in place of one site's."""
+    from common.secure_aggregation import keys
+
+    honest = rounds.Session._agree
+
+    def swap(self: rounds.Session, sites: Any) -> Any:
+        plan = honest(self, sites)
+        mine = keys.public_key(keys.new_secret())
+        swapped = plan.adverts[1].model_copy(update={"mask_key": mine})
+        return plan.model_copy(update={"adverts": (plan.adverts[0], swapped, *plan.adverts[2:])})
+
+    monkeypatch.setattr(rounds.Session, "_agree", swap)
+    with pytest.raises(RunError, match="the site refused to go on with the secure aggregation"):
+        run(five("bent"))
+    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    refused = {e["site"] for e in events if e["event"] == "left-out" and e["phase"] == "query.shares"}
+    assert len(refused) == 5
+
+
+def test_a_site_that_sends_other_words_spoils_the_sum_and_is_noticed(five: Config, tmp_path: Path) -> None:
+    """Nobody can tell who it was; the model stays as it is."""
+
+    def poison(asked: str, node: int, reply: Message) -> Message:
+        if (asked, node) == ("train.masked", 2):
+            update = from_records(reply.content, MaskedUpdate)
+            words = update.vector + np.uint32(2**30)
+            reply.content["words"] = to_records(update.model_copy(update={"vector": words}))["words"]
+        return reply
+
+    small = {"federation.max-change": 0.5}
+    with pytest.raises(RunError, match="the model would change by"):
+        run(five("bent", small), poison)
+    assert not (tmp_path / "bent" / "model.safetensors").exists()
+
+
+def test_a_resumed_run_goes_on_to_the_same_model(config: Config) -> None:
+    def nobody_in_round_two(asked: str, node: int, reply: Message) -> Message:
+        return _failed(reply) if (asked, reply.metadata.group_id) == ("train.masked", "2") else reply
+
+    whole = config("whole", {"rounds": 2})
+    run(whole)
+    stopped = config("stopped", {"rounds": 2})
+    with pytest.raises(RunError):
+        run(stopped, nobody_in_round_two)
+    assert run(stopped.with_changes({"resume": True}))["rounds"] == 2
+    assert largest_difference(whole, stopped) < 1e-4  # the rounding is random, and training magnifies it
+
+
+def test_the_server_adds_the_certificates_of_sites_that_send_none(five: Config, tmp_path: Path) -> None:
+    run(five("first"))
+    made = tmp_path / "first" / FOLDER
+    nodes = tmp_path / "nodes"
+    nodes.mkdir()
+    for kit in sorted(path for path in made.iterdir() if path.is_dir()):
+        (kit / CERTIFICATE_FILE).rename(nodes / f"{kit.name}.crt")
+    from client import secure_aggregation
+
+    def real_kit(context: Any, config: RunConfig, site: SiteConfig) -> Path:
+        return made / site.name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secure_aggregation, "find_kit", real_kit)
+        run(five("second", {"secure-aggregation.certificates": str(nodes)}))
+        (nodes / "hospital-5.crt").unlink()  # never joined, or revoked
+        run(five("third", {"secure-aggregation.certificates": str(nodes)}))
+    events = list(read_events(tmp_path / "third" / "metrics.jsonl"))
+    assert [e["site"] for e in events if e["event"] == "update"] == [
+        f"hospital-{number}" for number in range(1, 5)
+    ]
+    assert any("no certificate" in e["reason"] for e in events if e["event"] == "left-out")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"federation.strategy": "median"},
+        {"federation.strategy": "trimmed-mean"},
+        {"federation.strategy": "krum"},
+        {"central-dp.noise-multiplier": 1.0, "federation.quorum": 3},
+        {"secure-aggregation.minimum-sites": 4},
+        {"secure-aggregation.threshold-share": 0.5},
+        {"secure-aggregation.neighbours": 3},
+    ],
+)
+def test_what_makes_no_sense_with_a_sum_is_a_mistake_in_the_configuration(
+    config: Config, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"secure|threshold|neighbours"):
+        config("run", changes)
+
+
+def test_a_policy_may_open_the_loss(config: Config, sites_dir: Path, tmp_path: Path) -> None:
+    import shutil
+
+    sites = tmp_path / "sites"
+    shutil.copytree(sites_dir, sites)
+    folder = sorted(sites.iterdir())[0]
+    site = SiteConfig.load(folder)
+    policy = site.policy.model_copy(
+        update={"secure_aggregation": SecureAggregationPolicy(metrics=("num-bags", "loss"))}
+    )
+    site.model_copy(update={"policy": policy}).save(folder)
+    run(config("run", {"rounds": 1, "sites-dir": str(sites)}))
+    updates = [e for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "update"]
+    assert [event["loss"] is not None for event in updates] == [True, False, False]
