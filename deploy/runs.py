@@ -26,7 +26,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         if run.summary.exists():
             summary = read_summary(config.parent)
             row |= {
-                "state": "finished",
+                "state": "stopped early" if summary.get("stopped_early") else "finished",
                 "method": summary["method"],
                 "sites": summary["sites"],
                 "seconds": summary["seconds"],
@@ -77,6 +77,12 @@ def read_summary(run: Path) -> dict[str, Any]:
 def print_summary(summary: dict[str, Any]) -> None:
     """Figures per level, per site, on held-back bags, and what was left out."""
     out = console()
+    if summary.get("stopped_early"):
+        out.print(
+            f"stopped early, after round {summary['rounds']}: {summary['stopped_early']}. The model of that "
+            "round is kept.",
+            style="bold yellow",
+        )
     if summary["levels"]:
         levels = table(
             f"{summary['name']}: {summary['method']}, {summary['sites']} sites, {summary['rounds']} rounds "

@@ -115,6 +115,7 @@ def finish(rounds: Rounds) -> None:
             "method": config.model.method.value,
             "rounds": state.round,
             "selected_round": state.best_round,
+            "stopped_early": state.stopped_early or None,
             "sites": len(rounds.roster.nodes),
             "seconds": round(state.seconds, 3),
             "code": code_version(),

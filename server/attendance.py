@@ -22,6 +22,10 @@ log = logging.getLogger("fedbags.server")
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
 
 
+class QuorumMissed(RunError):  # noqa: N818 (an outcome of waiting, which a run may end well after)
+    """Too few sites for a round, and waiting longer cannot help."""
+
+
 class Attendance:
     """The roster of a run, kept up to date with the nodes that are connected."""
 
@@ -152,11 +156,11 @@ class Turn:
         expected = max(config.sites, len(self._attendance.expected_names()))
         refusing = [site for site in self._refused if site in roster.nodes]
         if expected - len(refusing) - len(roster.refused) < config.quorum:
-            raise RunError(
+            raise QuorumMissed(
                 self._shortage("Waiting would not help: who answered would answer the same again.")
             )
         if now >= end:
-            raise RunError(self._shortage(f"Waited {config.patience:g} s (federation.patience)."))
+            raise QuorumMissed(self._shortage(f"Waited {config.patience:g} s (federation.patience)."))
         here, names = self._here(), self._missing()
         if self._announced != names:
             self._announced = names

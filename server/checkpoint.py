@@ -53,6 +53,8 @@ class ServerState(BaseModel):
     digests: dict[str, list[str]] = {}
     """Of the updates that each site sent, so that none is taken twice."""
     bags: list[dict[str, Any]] = []
+    stopped_early: str = ""
+    """Why the run ended before its last round, and well: its sites' privacy budgets are used up."""
 
 
 def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimiser: Arrays) -> Path:

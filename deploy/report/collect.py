@@ -84,6 +84,7 @@ class RunEvidence:
     rounds: int
     settings: Settings
     config_sha256: str
+    stopped_early: str | None
     code: Mapping[str, str | None]
     central: CentralNoise | None
     audit: Audit | None
@@ -212,6 +213,7 @@ def _read_run(path: Path, found: Collected) -> None:
             rounds=int(state["rounds"]),
             settings=_settings(config.get("dp", {})),
             config_sha256=hashlib.sha256(text).hexdigest(),
+            stopped_early=state.get("stopped_early") or None,
             code=state.get("code") or {},
             central=central,
             audit=_audit(path / "audit.json"),

@@ -276,6 +276,7 @@ class Report(Part):
     run: str | None
     finished: bool | None = Field(description="null when no run was among the sources")
     rounds: int | None
+    stopped_early: str | None = Field(description="why the run ended before its last round, if it did")
     status: Status = Field(description="the worst of the sites'")
     headline: str
     summary: tuple[str, ...] = Field(description="the plain paragraphs")

@@ -35,6 +35,7 @@ class Told:
     run: str | None
     rounds: int | None
     finished: bool | None
+    stopped_early: str | None
     sites: Sequence[Site]
     worst: Worst | None
     problems: Sequence[Problem]
@@ -106,6 +107,11 @@ def cautions(told: Told) -> tuple[str, ...]:
                 f"{site.name}: delta {site.delta:g} is not below 1 / {site.bags} bags, so the guarantee "
                 "would allow one bag to be given away entirely. The run was forced to accept it."
             )
+    if told.stopped_early:
+        found.append(
+            f"The run ended early, after round {told.rounds}: {told.stopped_early}. What the refused round "
+            "would have cost was not spent."
+        )
     if told.finished is False:
         found.append(f"The run has not finished: these are the figures up to round {told.rounds}.")
     return tuple(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
+from safetensors.numpy import load_file
 
 from client import app as client_app
 from client.bags import BagStore
@@ -26,6 +27,7 @@ from common.privacy.events import Adjacency, event_from_dict
 from common.privacy.looks import GRID
 from deploy.local_grid import LocalGrid, become_server
 from deploy.report_cli import report
+from deploy.runs import print_summary
 from server.app import app
 from server.run_folder import read_events
 
@@ -305,14 +307,36 @@ class Dying(LocalGrid):
         return replies
 
 
-def test_a_round_that_is_done_again_is_paid_again(small_config: Config) -> None:
-    config = small_config(PRIVATE | {"rounds": 3})
+def test_a_round_that_is_done_again_is_paid_again_and_the_run_ends_early(
+    small_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(PRIVATE | {"rounds": 3, "evaluation.every": 3})
+    folder = Path(config.run_dir)
     flat = config.to_flat()
     with Dying(3, flat) as grid, pytest.raises(KeyboardInterrupt):
         app(grid, grid.server_context(flat))
-    # The budget was made for three rounds; round 2 is trained a second time, so the last one is refused.
-    with pytest.raises(RunError, match="round 3: 0 good update"):
-        run(config.with_changes({"resume": True}))
+    # The budget was made for three rounds; round 2 is trained a second time, so the last one is refused,
+    # and the run ends with the model of round 2.
+    summary = run(config.with_changes({"resume": True}))
+    assert (summary["rounds"], summary["selected_round"], summary["sites"]) == (2, 2, 3)
+    assert "does not allow round 3" in summary["stopped_early"]
+    assert [level["images"] for level in summary["levels"]] == [72, 72, 72]
+    (event,) = [e for e in read_events(folder / "metrics.jsonl") if e["event"] == "stopped-early"]
+    assert event["round"] == 2
+    trained = load_file(sorted((folder / "checkpoints").iterdir())[-1])
+    kept = load_file(folder / "model.safetensors")
+    arrays = {
+        name.removeprefix("model/"): array for name, array in trained.items() if name.startswith("model/")
+    }
+    assert arrays
+    assert all((kept[name] == array).all() for name, array in arrays.items())
+    report([folder], tmp_path / "report")
+    told = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert told["problems"] == []
+    assert told["stopped_early"] == summary["stopped_early"]
+    assert any("ended early, after round 2" in text for text in told["cautions"])
+    print_summary(summary)
+    assert "stopped early, after round 2" in capsys.readouterr().out
     for book in ledgers(config).values():
         trained = [entry for entry in book.entries if entry.kind == "confirmed"]
         steps = sum(event.steps for event in book.events if event.kind == "poisson_gaussian")
