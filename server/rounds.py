@@ -6,9 +6,10 @@ the state that a checkpoint keeps) and nothing that cannot be restored from a ch
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from common.config import RunConfig, Strategy
@@ -24,14 +25,15 @@ from common.messages import (
 from common.model_file import all_arrays, load_arrays, trainable_arrays
 from server import checkpoint
 from server.acceptance import fault_of, is_replay, read_update
-from server.aggregation import ServerOptimiser
+from server.aggregation import Aggregator, Arrays, ServerOptimiser, StreamingMean
 from server.attendance import Attendance, QuorumMissed, Turn
 from server.checkpoint import ServerState
 from server.enrolment import is_answer
 from server.evaluation import noised_bag_figures, pooled_bag_figures, selection_score
 from server.exchange import ask
 from server.run_folder import RunFolder
-from server.weights import fedpals_weights
+from server.secure_aggregation import Session, SessionFailed
+from server.weights import fedpals_weights, training_bags
 
 log = logging.getLogger("fedbags.server")
 
@@ -95,7 +97,7 @@ class Rounds:
         Budgets do not come back, so there is nothing to wait for, and the model of the last complete round
         is as good as it was. Without one there is no model, and the run has failed.
         """
-        quorum, left = self.config.federation.quorum, len(self.roster.nodes)
+        quorum, left = self.config.attendance.quorum, len(self.roster.nodes)
         if not self.state.round or not self.used_up or left >= quorum:
             return False
         names = ", ".join(sorted(self.used_up))
@@ -113,8 +115,17 @@ class Rounds:
         return True
 
     def _train(self, number: int) -> None:
-        """One round: ask, and ask those that are missing again, until there are enough good updates."""
+        """One round: the sites' updates, each in clear or all in one masked sum, and the next model."""
         reference = trainable_arrays(self.model)
+        collect = self._collect_masked if self.config.secure_aggregation.enabled else self._collect
+        collected, losses = collect(number, reference)
+        load_arrays(self.model, self.optimiser.step(reference, collected, number))
+        mean_loss = sum(losses.values()) / len(losses) if losses else None
+        self.folder.event("round", round=number, updates=collected.count, loss=mean_loss)
+        log.info("round %d: %d updates, mean loss %s", number, collected.count, mean_loss)
+
+    def _collect(self, number: int, reference: Arrays) -> tuple[Aggregator, dict[str, float]]:
+        """Ask, and ask those that are missing again, until there are enough good updates."""
         collected = self.optimiser.aggregator()
         losses: dict[str, float] = {}
         turn = Turn(self.attendance, number)
@@ -138,10 +149,41 @@ class Rounds:
                 if isinstance(loss, float):
                     losses[site] = loss
                 self.folder.event("update", round=number, site=site, bags=bags, loss=loss)
-        load_arrays(self.model, self.optimiser.step(reference, collected, number))
-        mean_loss = sum(losses.values()) / len(losses) if losses else None
-        self.folder.event("round", round=number, updates=collected.count, loss=mean_loss)
-        log.info("round %d: %d updates, mean loss %s", number, collected.count, mean_loss)
+        return collected, losses
+
+    def _collect_masked(self, number: int, reference: Arrays) -> tuple[Aggregator, dict[str, float]]:
+        """The mean of many sites' updates and no single one; a session that fails is tried anew."""
+        turn = Turn(self.attendance, number)
+        while True:
+            sites = turn.sites()
+            session = Session(
+                exchange=lambda kind, requests: self._exchange(kind, number, requests, turn),
+                report=lambda site, kind, reason: self._left_out(site, kind, reason, turn),
+                spent=self._note_statement,
+                config=self.config.secure_aggregation,
+                round=number,
+                weights=self._weights() or self._bags(),
+                quorum=self.config.attendance.quorum,
+            )
+            try:
+                mean = session.run(sites, self._request(number), reference)
+                if fault := fault_of(mean.update, reference, self.config.federation):
+                    raise SessionFailed(f"the mean of the masked updates: {fault}")
+                break
+            except SessionFailed as error:
+                for site in sites:
+                    turn.failed(site, str(error), final=False)
+                log.warning("round %(round)d: %(reason)s", {"round": number, "reason": str(error)})
+        collected = StreamingMean()
+        collected.add(mean.update, mean.weight)
+        collected.count = len(mean.metrics)
+        losses = {}
+        for site, metrics in mean.metrics.items():
+            bags, loss = metrics.get("num-bags", self._bags()[site]), metrics.get("loss")
+            if isinstance(loss, float):
+                losses[site] = loss
+            self.folder.event("update", round=number, site=site, bags=bags, loss=loss)
+        return collected, losses
 
     def _evaluate_bags(self, number: int) -> None:
         private, scale = self.config.dp.epsilon > 0, self.config.dp.metrics_scale
@@ -176,26 +218,37 @@ class Rounds:
         self, kind: str, number: int, sites: Sequence[str], turn: Turn | None = None
     ) -> Iterator[tuple[str, ModelUpdate, PrivacyStatement | None]]:
         """Send the model to the sites and yield readable replies, in the order of the site names."""
-        update = ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model))
-        content = to_records(update, transport=self.config.federation.transport)
+        requests = dict.fromkeys(sites, self._request(number))
         stated = kind == TRAIN or (kind == EVALUATE_BAGS and self.config.dp.epsilon > 0)
-        by_node = {self.roster.nodes[site]: site for site in sites}
-        requests = dict.fromkeys(by_node, content)
-        deadline, note = self.config.federation.deadline, self.folder.exchanged
-        for reply in ask(self.grid, requests, kind, round=number, deadline=deadline, note=note):
-            site = by_node[reply.node]
-            if reply.content is None:
-                self._left_out(site, kind, reply.failure, turn, final=is_answer(reply.code))
-                if reply.code == SiteError.BUDGET:
-                    self.used_up[site] = (reply.node, number)
-                    self.roster.leave(site, reply.failure)
-                continue
+        for site, content in self._exchange(kind, number, requests, turn):
             try:
-                update, statement = read_update(reply.content, site, number, private=stated)
+                update, statement = read_update(content, site, number, private=stated)
             except MessageError as error:
                 self._left_out(site, kind, str(error), turn)
                 continue
             yield site, update, statement
+
+    def _exchange(
+        self, kind: str, number: int, requests: Mapping[str, RecordDict], turn: Turn | None
+    ) -> Iterator[tuple[str, RecordDict]]:
+        """Send each site its request; yield the replies that are no errors, in the order of ``requests``."""
+        by_node = {self.roster.nodes[site]: site for site in requests if site in self.roster.nodes}
+        asked = {node: requests[site] for node, site in by_node.items()}
+        deadline, note = self.config.federation.deadline, self.folder.exchanged
+        for reply in ask(self.grid, asked, kind, round=number, deadline=deadline, note=note):
+            site = by_node[reply.node]
+            if reply.content is not None:
+                yield site, reply.content
+                continue
+            self._left_out(site, kind, reply.failure, turn, final=is_answer(reply.code))
+            if reply.code == SiteError.BUDGET:
+                self.used_up[site] = (reply.node, number)
+                self.roster.leave(site, reply.failure)
+
+    def _request(self, number: int) -> RecordDict:
+        """The model as every site gets it."""
+        update = ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model))
+        return to_records(update, transport=self.config.federation.transport)
 
     def _left_out(self, site: str, kind: str, reason: str, turn: Turn | None, *, final: bool = True) -> None:
         self.attendance.report(site, kind, reason)
@@ -206,6 +259,12 @@ class Rounds:
         self.state.statements[statement.site] = statement
         figures = statement.model_dump(include={"site", "epsilon", "delta", "budget_left"})
         self.folder.event("statement", round=statement.round, **figures)
+
+    def _bags(self) -> dict[str, float]:
+        """Training bags of every site, from its release."""
+        held_back = self.config.train.held_back
+        releases = self.roster.releases
+        return {site: float(training_bags(release.bags, held_back)) for site, release in releases.items()}
 
     def _weights(self) -> dict[str, float]:
         """Site weights of the label-marginal aware strategy; empty where bag counts are the weights."""
