@@ -4,7 +4,6 @@ Nothing listens on an address that others reach: the SuperNode calls the coordin
 on this machine's loopback.
 """
 
-import json
 import subprocess
 import sys
 
@@ -36,6 +35,7 @@ def check(kit: SiteKit) -> str:
     """
     check_site(kit)
     flower_program("flower-supernode")
+    node_config(kit)
     require_ports([("runtime-port, for the SuperNode", LOOPBACK, kit.ports.runtime_port)])
     return reach_server(kit)
 
@@ -86,9 +86,16 @@ def programs(kit: SiteKit) -> list[Program]:
 
 
 def node_config(kit: SiteKit) -> str:
-    """What the ClientApp learns about this node: ``site``, ``data-path`` and ``kit``, as TOML values."""
+    """What the ClientApp learns about this node: ``site``, ``data-path`` and ``kit``, as TOML values.
+
+    Raises:
+        UserError: a path has a character in it that Flower cannot pass on.
+    """
     values = {"site": kit.site, "data-path": str(kit.data), "kit": str(kit.folder)}
-    return " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+    for value in values.values():
+        if set(value) & set('"\\\n'):
+            raise UserError(f'{value!r} cannot be passed on by Flower: rename the folder without " and \\')
+    return " ".join(f'{key}="{value}"' for key, value in values.items())
 
 
 def supervise(kit: SiteKit) -> None:

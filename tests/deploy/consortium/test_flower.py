@@ -1,0 +1,109 @@
+"""What supervising Flower's processes relies on in the pinned Flower: exit codes, texts, switches."""
+
+import inspect
+from pathlib import Path
+
+import flwr
+import pytest
+from flwr.common.config import parse_config_args
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE, TIMESTAMP_TOLERANCE
+from flwr.supercore.exit import ExitCode
+from flwr.supernode import start_client_internal
+
+from common.errors import UserError
+from deploy.consortium import flower, hospital, preflight
+from deploy.consortium.kit import SiteKit
+from deploy.consortium.program import Ending
+
+
+def kit(tmp_path: Path, data: str) -> SiteKit:
+    folder = tmp_path / data
+    folder.mkdir()
+    (folder / "site.toml").touch()
+    made = SiteKit(
+        consortium="c", app_hash="0" * 64, site="north", server="fl.example.org", port=8443, data_path=data
+    )
+    return made.at(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SUPERNODE_CONNECTION_ERROR", flower.SUPERNODE_CONNECTION),
+        ("SUPERLINK_DATABASE_SCHEMA_MISMATCH", 105),
+        ("SUPERNODE_NODE_AUTH_KEY_INVALID", 302),
+        ("SUPEREXEC_AUTH_SECRET_LOAD_FAILED", 401),
+        ("COMMON_TLS_SERVER_CERTIFICATES_INVALID", 605),
+        ("RUNTIME_VERSION_INCOMPATIBLE", 606),
+    ],
+)
+def test_exit_codes_are_flowers(name: str, code: int) -> None:
+    assert getattr(ExitCode, name) == code
+    remedy = flower.explain(Ending(1, code, ""))
+    assert (remedy is None) == (code == flower.SUPERNODE_CONNECTION)
+    assert remedy is None or remedy.hopeless
+
+
+def test_every_hopeless_code_is_one_of_flowers() -> None:
+    known = {value for value in vars(ExitCode).values() if isinstance(value, int)}
+    assert set(flower._HOPELESS) <= known
+
+
+def test_the_text_of_a_connected_supernode_is_flowers() -> None:
+    assert flower.NODE_ID_TEXT in inspect.getsource(start_client_internal)
+
+
+def test_every_switch_is_one_that_flower_reads(tmp_path: Path) -> None:
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for path in Path(next(iter(flwr.__path__))).rglob("*.py")
+        if "proto" not in path.parts
+    )
+    switches = [name for name in flower.environment(kit(tmp_path, "data")) if name.startswith("FLWR_")]
+    assert len(switches) == 5
+    for name in switches:
+        assert f'"{name}"' in sources, name
+
+
+def test_a_refused_node_is_tried_for_longer_than_flower_believes_in_its_last_life() -> None:
+    remedy = hospital.explain_supernode(Ending(1, 305, "[code: 1000] could not be activated"))
+    assert remedy is not None
+    assert remedy.patience > HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL
+    assert not remedy.hopeless
+    assert "add-key" in remedy.meaning
+
+
+def test_a_wrong_clock_is_told_from_an_unknown_key() -> None:
+    remedy = hospital.explain_supernode(Ending(1, 305, "Client error '401 Unauthorized' for url"))
+    assert remedy is not None
+    assert "clocks differ" in remedy.meaning
+    assert remedy.patience == 0
+    assert TIMESTAMP_TOLERANCE > preflight.CLOCK_SKEW
+
+
+def test_a_crash_is_simply_started_again() -> None:
+    assert hospital.explain_supernode(Ending(-9, None, "")) is None
+    assert hospital.explain_executor(Ending(1, None, "")) is None
+
+
+def test_a_mistake_that_the_executor_names_is_not_tried_again() -> None:
+    remedy = hospital.explain_executor(Ending(2, None, "error: superexec.secret is missing\n"))
+    assert remedy is not None
+    assert remedy.hopeless
+    assert "superexec.secret is missing" in remedy.meaning
+
+
+@pytest.mark.parametrize("data", ["data", "with space", "q'uote", "bäckerei", "a=b"])
+def test_flower_reads_the_node_configuration_back(tmp_path: Path, data: str) -> None:
+    made = kit(tmp_path, data)
+    assert parse_config_args([hospital.node_config(made)]) == {
+        "site": "north",
+        "data-path": str(tmp_path / data),
+        "kit": str(tmp_path),
+    }
+
+
+@pytest.mark.parametrize("data", ['a"b', "a\\b", "a\nb"])
+def test_a_path_that_flower_cannot_pass_on_is_a_clear_error(tmp_path: Path, data: str) -> None:
+    with pytest.raises(UserError, match="cannot be passed on by Flower"):
+        hospital.node_config(kit(tmp_path, data))
