@@ -357,3 +357,11 @@ def test_a_state_survives_what_flower_does_to_it() -> None:
     made = MemberState(site="a", run=2**63 + 5, session=SESSION, round=1, seed=bytes(range(32)))
     remember(state, STATE, made)
     assert remembered(recorddict_from_proto(recorddict_to_proto(state)), STATE, MemberState) == made
+
+
+def test_a_supernode_keeps_the_state_in_memory_only() -> None:
+    """The secrets rely on it: should Flower keep a state elsewhere one day, this must be looked at."""
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate import InMemoryNodeState, NodeStateFactory
+
+    assert type(NodeStateFactory(ObjectStoreFactory()).state()) is InMemoryNodeState

@@ -128,3 +128,17 @@ def test_other_key_files_are_refused_without_their_content(tmp_path: Path) -> No
         assert "BEGIN" not in str(caught.value)
     with pytest.raises(UserError, match="not found"):
         load_node_key(tmp_path / "missing")
+
+
+def test_what_the_consortiums_authority_issues_is_accepted(
+    tmp_path: Path, site: ec.EllipticCurvePrivateKey
+) -> None:
+    from deploy.consortium.authority import Authority
+
+    authority = Authority.create(tmp_path / "authority", "lesions", 365)
+    certificate = authority.issue_site("charite", site.public_key(), 90)
+    pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
+    found = verify_certificate(
+        pem, (tmp_path / "authority" / "ca.crt").read_text(), NOW + timedelta(minutes=1)
+    )
+    assert (found.site, found.public_key) == ("charite", site.public_key())

@@ -357,7 +357,7 @@ def test_the_server_takes_each_vector_once_and_in_shape(consortium: Make) -> Non
 
 @pytest.mark.parametrize("members", range(3, 40))
 def test_the_threshold_is_above_half(members: int) -> None:
-    for share in (0.501, 0.66, 1.0):
+    for share in (0.1, 0.501, 0.66, 1.0):
         assert members / 2 < threshold(members, share) <= members
     assert (threshold(3, 0.66), threshold(5, 0.66), threshold(6, 2 / 3)) == (2, 4, 4)
 
