@@ -186,6 +186,10 @@ def test_a_server_of_another_authority_is_refused(apart: Consortium, tmp_path: P
     apart.fedbags("provision", tmp_path / "consortium.toml", "--out", tmp_path / "OTHER")
     other = tmp_path / "OTHER" / "sites" / REGISTERED
     apart.fedbags("site", "keygen", other)
+    text = (other / "kit.toml").read_text()
+    (other / "kit.toml").write_text(
+        text.replace('data-path = ""', f'data-path = "{apart.data / REGISTERED}"')
+    )
     refused = apart.fedbags("site", "up", other, "--skip-data", prefix=apart.site_prefix, status=2)
     assert "does not show a certificate of consortium 'trial'" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -1,25 +1,29 @@
 """From an empty folder to a private run with three sites as real processes, and to nothing left."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from client.ledger_book import Book
-from tests.deployment.conftest import SITES, Consortium
+from deploy.consortium.bundle import unpack_bundle
+from deploy.flower_engine import free_port, program
+from tests.deployment.conftest import SITES, Consortium, Run, wait_until
 
 ROUNDS = 3
 
 
-def test_three_sites_train_privately(consortium: Consortium) -> None:
-    """TLS, node keys, the approved app, three rounds with DP; the report says what the ledgers say."""
-    status = consortium.status()
-    assert status["sites"] == dict.fromkeys(SITES, "online")
-    run = consortium.run("first", ROUNDS)
+def assert_a_whole_run(consortium: Consortium, run: Run) -> None:
+    """Every site in every round; the report and the server say what the ledgers say."""
     assert [event["updates"] for event in run.events("round")] == [len(SITES)] * ROUNDS
     ledgers = {site: consortium.data / site / "ledger.sqlite" for site in SITES}
-    done = consortium.fedbags("report", run.folder, *ledgers.values(), "--out", consortium.root / "report")
+    done = consortium.fedbags("report", run.folder, *ledgers.values(), "--out", run.folder / "report")
     assert "does not hold" not in done.stdout
-    report = json.loads((consortium.root / "report" / "report.json").read_text())
+    report = json.loads((run.folder / "report" / "report.json").read_text())
     assert report["problems"] == []
     stated = run.summary["statements"]
     for site, path in ledgers.items():
@@ -29,3 +33,93 @@ def test_three_sites_train_privately(consortium: Consortium) -> None:
         assert stated[site]["ledger_head"] == book.head
         assert book.spent() > 0
         consortium.fedbags("ledger", "verify", path, "--head", book.head)
+
+
+def test_three_sites_train_privately(consortium: Consortium) -> None:
+    """TLS, node keys, the approved app, three rounds with DP."""
+    assert consortium.status()["sites"] == dict.fromkeys(SITES, "online")
+    assert_a_whole_run(consortium, consortium.run("first", ROUNDS))
+
+
+@pytest.mark.slow
+def test_three_sites_train_privately_with_secure_aggregation(consortium: Consortium) -> None:
+    run = consortium.run("masked", ROUNDS, **{"secure-aggregation.enabled": True})
+    assert_a_whole_run(consortium, run)
+
+
+@pytest.mark.slow
+def test_flowers_own_command_runs_the_same_kit(consortium: Consortium, tmp_path: Path) -> None:
+    """`flwr run APP NAME` with the kit's FLWR_HOME: the sites take the app, for it is the approved one."""
+    kit, out = consortium.coordinator, tmp_path / "by-hand"
+    unpack_bundle(kit.app.read_bytes(), tmp_path / "app")
+    environment = os.environ | {"FLWR_HOME": str(kit.flower_home), "FLWR_TELEMETRY_ENABLED": "0"}
+    settings = (
+        f'run-dir="{out}" rounds=1 model.image-size=16 model.backbone="colour-histogram" train.part="head"'
+    )
+    private = (
+        ' dp.epsilon=8.0 dp.steps-per-round=2 train.optimiser="sgd" train.held-back=0.0 train.augment=false'
+    )
+    subprocess.run(
+        [program("flwr"), "run", str(tmp_path / "app"), kit.connection, "--run-config", settings + private],
+        env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    wait_until((out / "summary.json").exists, 240, "the run ends")
+    assert json.loads((out / "summary.json").read_text())["sites"] == len(SITES)
+
+
+@pytest.mark.slow
+def test_a_failed_run_ends_with_status_1_and_its_reason(consortium: Consortium) -> None:
+    impossible = {"federation.quorum": 4, "federation.enrol-deadline": 5.0, "federation.patience": 1.0}
+    run = consortium.start_run("failed", 1, **impossible)
+    assert run.wait() == 1
+    assert "the quorum is 4" in run.said
+    assert "Traceback" not in run.said
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_stopped_and_can_be_resumed(consortium: Consortium) -> None:
+    run = consortium.start_run("stopped", 3)
+    run.wait_for("round", round=1)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait() == 1
+    assert "was stopped" in run.said
+    assert not run.events("finished")
+    done = consortium.fedbags(
+        "run", consortium.coordinator.folder, "--resume", "--out", run.folder, "--json", timeout=400
+    )
+    assert json.loads(done.stdout)["rounds"] == 3
+    assert [event["round"] for event in run.events("round")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_clear_error(consortium: Consortium, tmp_path: Path) -> None:
+    """Started twice, a port in use, bad data, the other party's kit, an unknown key."""
+    kit = consortium.coordinator
+    site = consortium.site(SITES[0])
+
+    def mistake(*arguments: object) -> str:
+        said = consortium.fedbags(*arguments, status=2).stderr
+        assert said.startswith("error: ")
+        assert "Traceback" not in said
+        return said
+
+    assert "it runs already" in mistake("server", "up", kit.folder)
+    assert "it runs already" in mistake("site", "up", site.folder)
+    assert "needs role 'site'" in mistake("site", "up", kit.folder)
+    copy = tmp_path / "coordinator"
+    shutil.copytree(kit.folder, copy, ignore=shutil.ignore_patterns("state", "logs"))
+    assert f"port {kit.server.port} on 127.0.0.1 (port, for the sites) is in use" in mistake(
+        "server", "up", copy
+    )
+    bare = tmp_path / "site"
+    shutil.copytree(site.folder, bare, ignore=shutil.ignore_patterns("state", "logs"))
+    text = (bare / "kit.toml").read_text().replace(str(site.ports.runtime_port), str(free_port()))
+    (bare / "kit.toml").write_text(text.replace(f'"{consortium.data / site.site}"', '""'))
+    assert "data-path is empty" in mistake("site", "up", bare)
+    (bare / "kit.toml").write_text(text)
+    broken = tmp_path / "data"
+    shutil.copytree(consortium.data / site.site, broken)
+    (broken / "bags.csv").write_text("bag_id,label,count\nb1,no such label,4\n")
+    (bare / "kit.toml").write_text(text.replace(str(consortium.data / site.site), str(broken)))
+    assert "no such label" in mistake("site", "up", bare)
+    assert "no-such-key" in mistake("run", kit.folder, "--set", "no-such-key=1")

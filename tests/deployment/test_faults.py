@@ -1,0 +1,170 @@
+"""Processes killed, a disk full, sites that come and go in mid-run: the run goes on, and the ledgers hold.
+
+Every test is one run on the shared consortium, whose processes are brought back by their own supervisors.
+"""
+
+import os
+import shutil
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from client.ledger_book import Book
+from deploy.consortium.processes import lookup
+from deploy.flower_engine import free_port
+from tests.deployment.conftest import SITES, Consortium, Run, wait_until
+
+pytestmark = pytest.mark.slow
+
+FIRST, SECOND, THIRD = SITES
+FOURTH = "hospital-4"
+
+
+def ledger(consortium: Consortium, site: str) -> Book:
+    return Book.read(consortium.data / site / "ledger.sqlite")
+
+
+def assert_ledgers_hold(consortium: Consortium, run: Run, *sites: str) -> None:
+    """What the server was told last is in each site's ledger, which may say more: a reply can be lost."""
+    stated = run.summary["statements"]
+    for site in sites:
+        path = consortium.data / site / "ledger.sqlite"
+        consortium.fedbags("ledger", "verify", path, "--head", stated[site]["ledger_head"])
+        assert stated[site]["epsilon"] <= ledger(consortium, site).spent() + 1e-9
+
+
+def test_superlink_killed_in_mid_run(consortium: Consortium) -> None:
+    run = consortium.start_run("superlink", 3)
+    run.wait_for("round", round=1)
+    before = consortium.kill("superlink")
+    assert run.wait() == 0, run.said
+    assert [event["updates"] for event in run.events("round")] == [3, 3, 3]
+    after = consortium.program("superlink")
+    assert after["status"] == "ready"
+    assert after["restarts"] == 1
+    assert after["pid"] != before
+    assert_ledgers_hold(consortium, run, *SITES)
+
+
+def test_supernode_killed_comes_back_by_itself(consortium: Consortium) -> None:
+    restarts = consortium.program("supernode", THIRD)["restarts"]
+    run = consortium.start_run("supernode", 3)
+    run.wait_for("round", round=1)
+    consortium.kill("supernode", THIRD)
+    killed = time.monotonic()
+    wait_until(lambda: consortium.status(THIRD)["ready"] is False, 10, "its end is seen")
+    wait_until(lambda: consortium.status(THIRD)["ready"], 150, "the SuperNode comes back")
+    assert time.monotonic() - killed > 5  # it was refused for a while, and tried again
+    assert consortium.program("supernode", THIRD)["restarts"] > restarts
+    assert run.wait() == 0, run.said
+    assert len(run.events("round")) == 3
+    assert all(event["updates"] >= 2 for event in run.events("round"))
+    assert_ledgers_hold(consortium, run, FIRST, SECOND)
+    assert consortium.status()["sites"][THIRD] == "online"
+
+
+def forked_task(executor: int) -> int | None:
+    """The process of a ClientApp: it was forked by the executor's fork server."""
+    for task in descendants_of(executor):
+        parent = int(Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[1])
+        if parent != executor and "forkserver" in Path(f"/proc/{parent}/cmdline").read_text():
+            return task
+    return None
+
+
+def descendants_of(pid: int) -> list[int]:
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, path.read_text().split()):
+            found += [child, *descendants_of(child)]
+    return found
+
+
+def test_client_app_killed_in_training(consortium: Consortium) -> None:
+    """What it had reserved stays spent, the round goes on without it, and the next one has it again."""
+    executor = int(consortium.program("executor", SECOND)["pid"])
+    run = consortium.start_run("clientapp", 3, **{"dp.steps-per-round": 100})
+    run.wait_for("enrolled")
+    until = time.monotonic() + 120
+    while not (open_ := ledger(consortium, SECOND).open_reservations):
+        assert time.monotonic() < until, "it never reserved"
+        time.sleep(0.02)
+    task = forked_task(executor)
+    assert task is not None
+    os.kill(task, signal.SIGKILL)
+    assert run.wait() == 0, run.said
+    assert lookup(task) is None
+    book = ledger(consortium, SECOND)
+    assert open_ <= book.open_reservations
+    assert run.events("round", round=1, updates=2)
+    assert run.events("left-out", round=1)
+    assert run.events("update", site=SECOND)
+    assert_ledgers_hold(consortium, run, *SITES)
+
+
+def test_a_site_joins_in_mid_run_and_is_revoked_in_mid_run(consortium: Consortium) -> None:
+    run = consortium.start_run("changing", 12, **{"federation.sites": 3})
+    ports = ("--runtime-port", free_port(), "--metrics-port", free_port())
+    consortium.fedbags("provision", "add-site", consortium.kits, FOURTH, *ports)
+    consortium.sites.append(FOURTH)
+    run.wait_for("round", round=1)
+    try:
+        consortium.admit(FOURTH)
+        consortium.site_up(FOURTH)
+        assert run.wait_for("joined", site=FOURTH)["round"] > 1
+        run.wait_for("update", site=FOURTH)
+        consortium.fedbags("provision", "revoke", consortium.kits, FOURTH)
+        last = run.wait_for("left", site=FOURTH)["round"]
+        assert run.wait() == 0, run.said
+        assert len(run.events("round")) == 12
+        assert not [event for event in run.events("update", site=FOURTH) if event["round"] > last]
+        assert run.events("round", round=12, updates=3)
+        assert set(consortium.status()["sites"]) == set(SITES)
+        wait_until(
+            lambda: "is not registered" in consortium.program("supernode", FOURTH)["reason"],
+            180,
+            "the refusal",
+        )
+        assert_ledgers_hold(consortium, run, *SITES, FOURTH)
+    finally:
+        consortium.fedbags("site", "down", consortium.site(FOURTH).folder)
+        consortium.sites.remove(FOURTH)
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with path.open("wb", buffering=0) as stream, suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    assert shutil.disk_usage(path.parent).free == 0
+
+
+def test_a_sites_disk_is_full_for_a_while(consortium: Consortium, small_disk: Path) -> None:
+    """The site is left out while it cannot write its ledger, and takes part again when it can."""
+    usual, kit = consortium.data / THIRD, consortium.site(THIRD)
+    small = small_disk / THIRD
+
+    def move(source: Path, target: Path) -> None:
+        consortium.fedbags("site", "down", kit.folder)
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        text = (kit.folder / "kit.toml").read_text()
+        (kit.folder / "kit.toml").write_text(text.replace(f'"{source}"', f'"{target}"'))
+        consortium.site_up(THIRD)
+
+    move(usual, small)
+    try:
+        run = consortium.start_run("disk", 8)
+        run.wait_for("update", site=THIRD, round=1)
+        fill(small_disk / "fill")
+        left_out = run.wait_for("left-out", site=THIRD)
+        assert str(small) not in left_out["reason"]
+        (small_disk / "fill").unlink()
+        run.wait_for("update", site=THIRD, round=left_out["round"] + 2)
+        assert run.wait() == 0, run.said
+        assert len(run.events("round")) == 8
+    finally:
+        move(small, usual)
+    assert_ledgers_hold(consortium, run, *SITES)
