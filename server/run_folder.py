@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch and Flower come with these, and whoever watches a run
     from server.exchange import Exchange
 
 _MAY_CHANGE = (
-    "run-dir", "sites-dir", "train.device", "federation.sites",
+    "run-dir", "sites-dir", "secure-aggregation.certificates", "train.device", "federation.sites",
     "federation.deadline", "federation.enrol-deadline", "federation.patience",
 )  # fmt: skip
 """Keys that say where, by whom and how patiently, not what is computed."""

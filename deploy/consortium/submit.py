@@ -70,7 +70,10 @@ def run(
         config_file = out / "config.toml"
     config = compose(expected_sites(kit, options, config_file), settings, config_file)
     path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    config = config.with_changes({"run-dir": str(path), "resume": resume})
+    here: dict[str, Scalar] = {"run-dir": str(path), "resume": resume}
+    if config.secure_aggregation.enabled and not config.secure_aggregation.certificates:
+        here["secure-aggregation.certificates"] = str(kit.nodes)
+    config = config.with_changes(here)
     folder = RunFolder(path)
     folder.check(config)
     with control(kit) as api, interrupts() as interrupted:
