@@ -50,16 +50,16 @@ def fedbags_commands(block: str) -> Iterator[list[str]]:
 
 
 def command_of(arguments: list[str]) -> tuple[click.Command, list[str]]:
-    """The command that is meant, and what follows its name.
+    """The command, or group of commands, that is meant, and what follows its name.
 
     Raises:
         LookupError: there is none.
     """
     command, rest = typer.main.get_command(app), list(arguments)
-    while hasattr(command, "commands") and rest[:1] != ["--help"]:
-        name = rest.pop(0) if rest else ""
-        if name not in command.commands and "build" in command.commands and name.endswith((".toml", ".TOML")):
-            rest, name = [name, *rest], "build"  # `fedbags provision consortium.toml`
+    while hasattr(command, "commands") and rest and rest[0] != "--help":
+        if command.name == "provision" and rest[0].endswith(".toml"):
+            rest.insert(0, "build")  # `fedbags provision consortium.toml`
+        name = rest.pop(0)
         if name not in command.commands:
             raise LookupError(f"no command {name!r}: fedbags {shlex.join(arguments)}")
         command = command.commands[name]
