@@ -14,6 +14,7 @@ import click
 import pytest
 
 from client.ledger_book import Book
+from client.site import SiteConfig
 from deploy.flower_engine import descendants, free_port
 from server.run_folder import read_events
 from tests.deployment import documents
@@ -23,6 +24,7 @@ from tests.deployment.documents import PAGES, ROOT
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 SECURITY = ROOT / "docs" / "security.md"
 FEDBAGS = Path(sys.executable).parent / "fedbags"
+PATH = os.pathsep.join([str(FEDBAGS.parent), os.environ["PATH"]])
 ATTACKS = 10
 """Rows of the table of attacks."""
 
@@ -107,13 +109,62 @@ def test_every_attack_names_a_test() -> None:
         assert any(test for _, test in documents.TEST.findall(row)), row
 
 
+def test_the_hospitals_site_file_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "hospital.md").read_text(encoding="utf-8")
+    (tmp_path / "site.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    policy = SiteConfig.load(tmp_path).policy
+    assert policy.budget.epsilon == 8
+    assert policy.secure_aggregation.required
+
+
+def test_the_coordinators_commands_for_operations_work(tmp_path: Path) -> None:
+    """A site joins and is revoked, the app and the certificates are renewed: as the page says it."""
+
+    def fedbags(*arguments: str) -> None:
+        done = subprocess.run(
+            [FEDBAGS, *arguments], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{arguments}: {done.stderr}"
+
+    first = documents.shell_blocks(QUICKSTART.read_text(encoding="utf-8"))[0]
+    subprocess.run(
+        ["bash", "-c", first], cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"PATH": PATH}
+    )
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    kit, nodes = "KITS/sites/hospital-4", tmp_path / "KITS" / "coordinator" / "nodes"
+    done = []
+    for block in documents.shell_blocks(text):
+        for arguments in documents.fedbags_commands(block):
+            if arguments[0] != "provision":
+                continue
+            if arguments[1] == "add-key":
+                fedbags("site", "keygen", kit)
+                (tmp_path / "node.pub").write_bytes((tmp_path / kit / "node.pub").read_bytes())
+            fedbags(*arguments)
+            done.append(arguments[1])
+            assert (nodes / "hospital-4.crt").exists() == (arguments[1] == "add-key")
+    assert done == ["add-site", "add-key", "revoke", "update-app"]
+
+    inline = documents.inline_commands(text)
+    server = tmp_path / "KITS" / "coordinator"
+    for command in ("fedbags provision renew KITS", "fedbags provision consortium.toml --out KITS"):
+        assert command in inline
+        before = (server / "server.crt").read_bytes()
+        if "consortium.toml" in command:
+            (server / "server.key").unlink()
+            (server / "server.crt").unlink()
+        fedbags(*command.split()[1:])
+        assert (server / "server.crt").read_bytes() != before
+    assert (server / "server.key").exists()
+
+
 def script() -> str:
     """The quickstart's blocks as one script; only the ports of the settings that it writes are others."""
     text = "\n".join(documents.shell_blocks(QUICKSTART.read_text(encoding="utf-8")))
     settings = re.search(r"consortium\.toml <<'END'\n(.*?)^END$", text, re.DOTALL | re.MULTILINE)
     assert settings
     there, count = re.subn(r"port = \d+", lambda _: f"port = {free_port()}", settings[1])
-    assert count == 9
+    assert count == 5
     return f"set -euo pipefail\n{text.replace(settings[1], there)}"
 
 
@@ -144,10 +195,9 @@ def working_in(folder: Path) -> list[str]:
 def test_the_quickstart_from_an_empty_folder_to_a_finished_run(empty: Path) -> None:
     """Its commands alone: a private run with secure aggregation, told truly, and nothing left running."""
     assert FEDBAGS.is_file(), "fedbags is not installed beside this Python"
-    path = os.pathsep.join([str(FEDBAGS.parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-c", script()], cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=1200, env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}, check=False,
+        timeout=1200, env=os.environ | {"PATH": PATH, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert not descendants(empty)
