@@ -8,12 +8,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client import egress, journal
-from client.bags import BagStore
+from client.bags import QUARANTINE_FILE, BagStore
 from client.evaluation import evaluate_bags, evaluate_labelled, sum_distances
 from client.locate import find_site
 from client.refusal import BudgetRefused
 from client.release import private_release, release_proportions
-from client.site import ReleaseProportions
+from client.site import SITE_FILE, ReleaseProportions
 from client.training import TrainingResult, train_round
 from common.build import rebuild_model
 from common.config import ModelConfig, RunConfig
@@ -200,7 +200,9 @@ def open_site(context: Context) -> tuple[RunConfig, BagStore]:
     if torch.get_num_threads() != config.train.threads:
         torch.set_num_threads(config.train.threads)
     folder = find_site(context)
-    stamps = tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.*")))
+    # What the owner writes; not the ledger and the quarantine list, which a run itself changes.
+    tables = {folder / SITE_FILE, *folder.glob("*.csv")} - {folder / QUARANTINE_FILE}
+    stamps = tuple(path.stat().st_mtime_ns for path in sorted(tables))
     return config, _open_store(folder, stamps, config.model.image_size, config.skip_bad)
 
 
