@@ -17,9 +17,9 @@ from tests.deployment.conftest import SITES, Consortium, Run, wait_until
 ROUNDS = 3
 
 
-def assert_a_whole_run(consortium: Consortium, run: Run) -> None:
+def assert_a_whole_run(consortium: Consortium, run: Run, rounds: int) -> None:
     """Every site in every round; the report and the server say what the ledgers say."""
-    assert [event["updates"] for event in run.events("round")] == [len(SITES)] * ROUNDS
+    assert [event["updates"] for event in run.events("round")] == [len(SITES)] * rounds
     ledgers = {site: consortium.data / site / "ledger.sqlite" for site in SITES}
     done = consortium.fedbags("report", run.folder, *ledgers.values(), "--out", run.folder / "report")
     assert "does not hold" not in done.stdout
@@ -36,15 +36,16 @@ def assert_a_whole_run(consortium: Consortium, run: Run) -> None:
 
 
 def test_three_sites_train_privately(consortium: Consortium) -> None:
-    """TLS, node keys, the approved app, three rounds with DP."""
+    """TLS, node keys, the approved app, DP: one round, the short form of the two below."""
     assert consortium.status()["sites"] == dict.fromkeys(SITES, "online")
-    assert_a_whole_run(consortium, consortium.run("first", ROUNDS))
+    assert_a_whole_run(consortium, consortium.run("short", 1), 1)
 
 
 @pytest.mark.slow
-def test_three_sites_train_privately_with_secure_aggregation(consortium: Consortium) -> None:
-    run = consortium.run("masked", ROUNDS, **{"secure-aggregation.enabled": True})
-    assert_a_whole_run(consortium, run)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "secure-aggregation"])
+def test_three_sites_train_privately_for_three_rounds(consortium: Consortium, masked: bool) -> None:
+    run = consortium.run(f"masked-{masked}", ROUNDS, **{"secure-aggregation.enabled": masked})
+    assert_a_whole_run(consortium, run, ROUNDS)
 
 
 @pytest.mark.slow
@@ -54,7 +55,8 @@ def test_flowers_own_command_runs_the_same_kit(consortium: Consortium, tmp_path:
     unpack_bundle(kit.app.read_bytes(), tmp_path / "app")
     environment = os.environ | {"FLWR_HOME": str(kit.flower_home), "FLWR_TELEMETRY_ENABLED": "0"}
     settings = (
-        f'run-dir="{out}" rounds=1 model.image-size=16 model.backbone="colour-histogram" train.part="head"'
+        f'run-dir="{out}" rounds=1 federation.sites=3 model.image-size=16 train.part="head" '
+        'model.backbone="colour-histogram"'
     )
     private = (
         ' dp.epsilon=8.0 dp.steps-per-round=2 train.optimiser="sgd" train.held-back=0.0 train.augment=false'
@@ -69,7 +71,12 @@ def test_flowers_own_command_runs_the_same_kit(consortium: Consortium, tmp_path:
 
 @pytest.mark.slow
 def test_a_failed_run_ends_with_status_1_and_its_reason(consortium: Consortium) -> None:
-    impossible = {"federation.quorum": 4, "federation.enrol-deadline": 5.0, "federation.patience": 1.0}
+    impossible = {
+        "federation.sites": 4,
+        "federation.quorum": 4,
+        "federation.enrol-deadline": 5.0,
+        "federation.patience": 1.0,
+    }
     run = consortium.start_run("failed", 1, **impossible)
     assert run.wait() == 1
     assert "the quorum is 4" in run.said
