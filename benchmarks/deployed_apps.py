@@ -1,0 +1,115 @@
+"""Two apps for deployed_round.py: Flower's bare trivial round, and a clock around our ClientApp.
+
+``deployed_round`` copies this file into both bundles. The trivial app uses Flower alone; ``clocked_app`` is
+the fedbags ClientApp, which also writes down how long local training itself took.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+POLL = 0.05
+CLOCK_FILE = "clock.jsonl"
+server_app = ServerApp()
+client_app = ClientApp()
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """What came goes back."""
+    return Message(message.content, reply_to=message)
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Rounds of one tiny record to all nodes and back; half of them wait as Flower's own strategies do."""
+    sites, rounds = int(context.run_config["sites"]), int(context.run_config["rounds"])
+    while len(nodes := list(grid.get_node_ids())) < sites:
+        time.sleep(0.2)
+    content = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(100, np.float32))})})
+    seconds: dict[str, list[float]] = {"prompt": [], "flower": []}
+    for number in range(rounds + 1):
+        for way, ask in (("prompt", _ask_promptly), ("flower", _ask_as_flower)):
+            started = time.perf_counter()
+            messages = [Message(content, node, "train", group_id=str(number)) for node in nodes]
+            replies = ask(grid, messages)
+            assert len(replies) == sites
+            assert not any(reply.has_error() for reply in replies)
+            seconds[way].append(time.perf_counter() - started)
+    # The first round, in which the sites fetch the app, does not count.
+    found = {way: values[1:] for way, values in seconds.items()}
+    Path(str(context.run_config["out"])).write_text(json.dumps(found))
+
+
+def _ask_as_flower(grid: Grid, messages: list[Message]) -> list[Message]:
+    return list(grid.send_and_receive(messages, timeout=300.0))  # looks for replies every 3 s
+
+
+def _ask_promptly(grid: Grid, messages: list[Message]) -> list[Message]:
+    waiting, replies = set(grid.push_messages(messages)), []
+    while waiting:
+        found = list(grid.pull_messages(waiting))
+        replies += found
+        waiting -= {reply.metadata.reply_to_message_id for reply in found}
+        time.sleep(POLL)
+    return replies
+
+
+class ClockedApp(ClientApp):
+    """The fedbags ClientApp with a clock around local training, private or not."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer, and add a line to the clock file in the kit's logs/."""
+        age, started = _age(), time.perf_counter()
+        from client import app
+
+        load, training = time.perf_counter() - started, 0.0
+
+        def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal training
+                started = time.perf_counter()
+                result = function(*args, **kwargs)
+                training += time.perf_counter() - started
+                return result
+
+            return call
+
+        def privately(*args: Any, **kwargs: Any) -> Any:
+            from client import private_training  # as train_privately itself does first
+
+            private_training.train_round_privately = timed(private_training.train_round_privately)
+            return train_privately(*args, **kwargs)
+
+        train_privately = app.train_privately
+        app.train_round, app.train_privately = timed(app.train_round), privately
+        reply = app.app(message, context)
+        line = {
+            "run": context.run_id,
+            "round": int(message.metadata.group_id),
+            "phase": message.metadata.message_type,
+            "start": age,
+            "load": load,
+            "total": age + time.perf_counter() - started,
+            "training": training,
+        }
+        with (Path(str(context.node_config["kit"])) / "logs" / CLOCK_FILE).open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        return reply
+
+
+clocked_app = ClockedApp()
+
+
+def _age() -> float:
+    """Seconds since this process was forked."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
