@@ -1,12 +1,17 @@
-"""``fedbags site check``: what a site holds, and exactly what would leave the building."""
+"""``fedbags site check``: what a site holds, and exactly what would leave the building.
+
+A site with a budget in its site.toml takes part in private runs only, so its table shows those; one without
+takes part in the others only.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from client.bags import BagStore
+from client.egress import allowed_metrics
 from client.labelled import LabelledImages
 from client.release import release_proportions
-from client.site import KNOWN_METRICS
+from client.site import KNOWN_METRICS, SitePolicy
 from deploy.progress import counted
 from deploy.tables import console, table
 
@@ -22,7 +27,10 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
         test = LabelledImages.open(site, image_size, skip_bad=skip_bad, progress=progress)
     release = release_proportions(store)
     policy = store.config.policy
-    total = release.total()
+    private = policy.budget.epsilon is not None
+    total = release.total() if not private else None
+    kinds = ("train", "evaluate.bags", "evaluate.test")
+    metrics = sorted(set().union(*(allowed_metrics(kind, store.config, private=private) for kind in kinds)))
     return {
         "site": store.name,
         "data_version": store.data_version,
@@ -47,22 +55,33 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
         ],
         "leaves": {
             "proportion_release": release.granularity,
-            "mechanism": release.mechanism,
-            "private": release.is_private,
+            "mechanism": "discrete-laplace" if private and release.leaf_counts else release.mechanism,
+            "private": private or release.is_private,
             "label_counts": dict(zip(store.hierarchy.classes[-1], total.tolist(), strict=True))
             if total is not None
             else None,
             "class_names": True,
             "number_of_bags": True,
             "bag_sizes": release.granularity == "per-bag",
-            "model_update": "every round, without noise",
-            "metrics": [name for name in KNOWN_METRICS if name in policy.metrics],
+            "model_update": describe_update(policy),
+            "metrics": metrics,
         },
         "withheld": {
-            "metrics": [name for name in KNOWN_METRICS if name not in policy.metrics],
+            "metrics": [name for name in KNOWN_METRICS if name not in metrics],
             "always": ["images", "labels of single images", "file names", "patient ids", "bag ids"],
         },
     }
+
+
+def describe_update(policy: SitePolicy) -> str:
+    """How a model update is protected when it leaves, as far as the site itself sees to it."""
+    budget = policy.budget
+    noise = (
+        f"noised per bag, charged to the ledger: at most epsilon {budget.epsilon:g} for ever"
+        if budget.epsilon is not None
+        else "exact: no differential privacy"
+    )
+    return f"{noise}; masked, the server sees sums only" if policy.secure_aggregation.required else noise
 
 
 def print_check(result: dict[str, Any]) -> None:
@@ -80,7 +99,7 @@ def print_check(result: dict[str, Any]) -> None:
         here.add_row(f"classes of level {level['name']}", str(level["classes"]))
     here.add_row("data version", result["data_version"][:16])
     out = table("what would leave the building", "what", "when", "protection")
-    noise = "noised" if leaves["private"] else "none: exact"
+    noise = "noised, charged to the ledger" if leaves["private"] else "none: exact"
     counts = {
         "none": "no label counts",
         "total": "label counts, site total",
@@ -89,14 +108,15 @@ def print_check(result: dict[str, Any]) -> None:
     out.add_row(
         counts[leaves["proportion_release"]],
         "once per data version",
-        noise if leaves["label_counts"] is not None else "withheld",
+        noise if leaves["proportion_release"] != "none" else "withheld",
     )
     out.add_row("class names, number of bags", "once per data version", "none")
-    out.add_row("model update", "every round", "none: no differential privacy in this run")
+    out.add_row("model update", "every round", leaves["model_update"])
     for name in leaves["metrics"]:
-        out.add_row(f"metric {name}", "every round or evaluation", "none")
+        noised = name.startswith("noised")
+        out.add_row(f"metric {name}", "every round or evaluation", noise if noised else "none")
     for name in result["withheld"]["metrics"]:
-        out.add_row(f"metric {name}", "never", "withheld by site.toml")
+        out.add_row(f"metric {name}", "never", "withheld")
     for name in result["withheld"]["always"]:
         out.add_row(name, "never", "no record can carry it")
     console().print(here, out)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from client.site import PrivacyBudget, SecureAggregationPolicy, SiteConfig
+from deploy.site_check import check_site
+
 SMALL = ["--set", "model.image-size=16", "--set", "model.atoms-per-class=2", "--workers", "0", "--no-figures"]
 
 
@@ -82,6 +85,23 @@ def test_site_check_lists_what_would_leave(sites_dir: Path, tmp_path: Path) -> N
     table = fedbags("site", "check", site, "--image-size", 16, cwd=tmp_path).stdout
     for word in ("what would leave", "patient ids", "exact"):
         assert word in table
+
+
+def test_site_check_of_a_site_with_a_budget_shows_private_runs(sites_dir: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(sites_dir / "hospital-1", site)
+    config = SiteConfig.load(site)
+    guarded = {
+        "budget": PrivacyBudget(epsilon=3.0, delta=1e-4),
+        "secure_aggregation": SecureAggregationPolicy(required=True),
+    }
+    config.model_copy(update={"policy": config.policy.model_copy(update=guarded)}).save(site)
+    leaves = check_site(site, 16)["leaves"]
+    assert leaves["mechanism"] == "discrete-laplace"
+    assert leaves["label_counts"] is None
+    assert "epsilon 3" in leaves["model_update"]
+    assert "masked" in leaves["model_update"]
+    assert leaves["metrics"] == ["confusion", "num-bags"]
 
 
 def test_every_key_is_listed_with_its_bounds(tmp_path: Path) -> None:
