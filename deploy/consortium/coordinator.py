@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from common.errors import FedbagsError, RunError, UserError
+from deploy.consortium import exporter
 from deploy.consortium.control import Control, control, flower_key
 from deploy.consortium.flower import environment, explain
 from deploy.consortium.kit import CoordinatorKit
@@ -39,6 +40,7 @@ def check(kit: CoordinatorKit) -> None:
         [
             ("port, for the sites", server.address, server.port),
             ("admin-port, for the SuperLink", server.admin_address, server.admin_port),
+            *exporter.ports(kit),
         ]
     )
 
@@ -86,6 +88,7 @@ def programs(kit: CoordinatorKit) -> list[Program]:
             after=(SUPERLINK, REGISTRATION),
             sweep=True,
         ),
+        *exporter.programs(kit),
     ]  # fmt: skip
 
 

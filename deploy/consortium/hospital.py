@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from common.errors import UserError
+from deploy.consortium import exporter
 from deploy.consortium.daemon import COMMAND
 from deploy.consortium.flower import NODE_ID_TEXT, SUPERNODE_CONNECTION, environment, explain
 from deploy.consortium.kit import SiteKit
@@ -36,7 +37,8 @@ def check(kit: SiteKit) -> str:
     check_site(kit)
     flower_program("flower-supernode")
     node_config(kit)
-    require_ports([("runtime-port, for the SuperNode", LOOPBACK, kit.ports.runtime_port)])
+    runtime = ("runtime-port, for the SuperNode", LOOPBACK, kit.ports.runtime_port)
+    require_ports([runtime, *exporter.ports(kit)])
     return reach_server(kit)
 
 
@@ -82,6 +84,7 @@ def programs(kit: SiteKit) -> list[Program]:
             after=(SUPERNODE,),
             explain=explain_executor,
         ),
+        *exporter.programs(kit),
     ]  # fmt: skip
 
 

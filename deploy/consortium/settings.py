@@ -63,6 +63,7 @@ Host = Annotated[str, AfterValidator(valid_host)]
 Address = Annotated[str, AfterValidator(valid_address)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+MetricsPort = Annotated[int, Field(ge=0, le=65535, strict=True)]
 Days = Annotated[int, Field(ge=1, le=7300, strict=True)]
 
 
@@ -80,7 +81,7 @@ class ServerSettings(Section):
         LOOPBACK, description="address of the SuperLink itself (Control and Runtime API): never a public one"
     )
     admin_port: Port = Field(9091, description="the SuperLink's own port on admin-address")
-    metrics_port: Port = Field(9092, description="Prometheus /metrics on admin-address")
+    metrics_port: MetricsPort = Field(9092, description="Prometheus /metrics on admin-address; 0: none")
 
     @model_validator(mode="after")
     def _closed(self) -> Self:
@@ -119,7 +120,7 @@ class SitePorts(Section):
     """Ports that a site's processes open on its own loopback; no port of a site is reached from outside."""
 
     runtime_port: Port = Field(9094, description="the SuperNode's Runtime API, on 127.0.0.1")
-    metrics_port: Port = Field(9095, description="Prometheus /metrics, on metrics-address")
+    metrics_port: MetricsPort = Field(9095, description="Prometheus /metrics, on metrics-address; 0: none")
     metrics_address: Address = Field(LOOPBACK, description="address that /metrics is served on")
 
     @model_validator(mode="after")

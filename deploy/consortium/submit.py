@@ -76,6 +76,7 @@ def run(
     config = config.with_changes(here)
     folder = RunFolder(path)
     folder.check(config)
+    make_known(kit, path)
     with control(kit) as api, interrupts() as interrupted:
         app = kit.app.read_bytes()
         run_id = api.start_run(app, changes(app, config))
@@ -89,6 +90,18 @@ def run(
                 say(f"stopping run {run_id}")
                 api.stop_run(run_id)
             interrupted.clear()
+
+
+def make_known(kit: CoordinatorKit, run: Path) -> None:
+    """Have a run folder that lies elsewhere among the kit's runs, where status and /metrics look."""
+    if run.parent == kit.runs:
+        return
+    kit.runs.mkdir(parents=True, exist_ok=True)
+    link = kit.runs / run.name
+    if link.is_symlink():
+        link.unlink()
+    if not link.exists():
+        link.symlink_to(run)
 
 
 def expected_sites(

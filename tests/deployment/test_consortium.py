@@ -7,9 +7,12 @@ import signal
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from client.ledger_book import Book
+from deploy.consortium import exporter
 from deploy.consortium.bundle import unpack_bundle
 from deploy.flower_engine import free_port, program
 from tests.deployment.conftest import SITES, Consortium, Run, wait_until
@@ -38,7 +41,14 @@ def assert_a_whole_run(consortium: Consortium, run: Run, rounds: int) -> None:
 def test_three_sites_train_privately(consortium: Consortium) -> None:
     """TLS, node keys, the approved app, DP: one round, the short form of the two below."""
     assert consortium.status()["sites"] == dict.fromkeys(SITES, "online")
-    assert_a_whole_run(consortium, consortium.run("short", 1), 1)
+    run = consortium.run("short", 1)
+    assert_a_whole_run(consortium, run, 1)
+    for kit in (consortium.coordinator, consortium.site(SITES[0])):
+        address, port = exporter.endpoint(kit)
+        scraped = httpx.get(f"http://{address}:{port}/metrics").text
+        figures = {s.name: s.value for f in text_string_to_metric_families(scraped) for s in f.samples}
+        epsilon = Book.read(consortium.data / SITES[0] / "ledger.sqlite").spent()
+        assert figures["fedbags_epsilon_spent"] == pytest.approx(epsilon, rel=0.2)  # of one of three alike
 
 
 @pytest.mark.slow
