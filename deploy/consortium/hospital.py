@@ -4,9 +4,11 @@ Nothing listens on an address that others reach: the SuperNode calls the coordin
 on this machine's loopback.
 """
 
+import json
 import subprocess
 import sys
 
+from client.site import SITE_FILE
 from common.errors import UserError
 from deploy.consortium import exporter
 from deploy.consortium.daemon import COMMAND
@@ -46,7 +48,7 @@ def check_data(kit: SiteKit) -> None:
     """Check the site's data as ``fedbags site check`` does, in a process of its own (it needs much memory).
 
     Raises:
-        UserError: what that said.
+        UserError: what that said, or the data are another site's.
     """
     done = subprocess.run(
         [*COMMAND, "site", "check", str(kit.data), "--json"], capture_output=True, text=True, check=False
@@ -54,6 +56,11 @@ def check_data(kit: SiteKit) -> None:
     if done.returncode:
         raise UserError(
             done.stderr.strip().removeprefix("error: ") or f"`fedbags site check {kit.data}` failed"
+        )
+    if (name := json.loads(done.stdout)["site"]) != kit.site:
+        raise UserError(
+            f"{kit.data / SITE_FILE} has name = {name!r}, but this kit is site {kit.site!r}'s: write that "
+            "name there, or set data-path in kit.toml to the folder of this site"
         )
 
 

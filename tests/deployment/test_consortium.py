@@ -131,9 +131,13 @@ def test_mistakes_are_one_clear_error(consortium: Consortium, tmp_path: Path) ->
     bare = tmp_path / "site"
     shutil.copytree(site.folder, bare, ignore=shutil.ignore_patterns("state", "logs"))
     text = (bare / "kit.toml").read_text().replace(str(site.ports.runtime_port), str(free_port()))
+    text = text.replace(str(site.ports.metrics_port), "0")
     (bare / "kit.toml").write_text(text.replace(f'"{consortium.data / site.site}"', '""'))
     assert "data-path is empty" in mistake("site", "up", bare)
     (bare / "kit.toml").write_text(text)
+    other = consortium.data / SITES[1]
+    (bare / "kit.toml").write_text(text.replace(str(consortium.data / site.site), str(other)))
+    assert "has name = 'hospital-2'" in mistake("site", "up", bare)
     broken = tmp_path / "data"
     shutil.copytree(consortium.data / site.site, broken)
     (broken / "bags.csv").write_text("bag_id,label,count\nb1,no such label,4\n")
