@@ -6,6 +6,7 @@ the place of a site's ModelUpdate, and the other records of ``common.secure_aggr
 and after it. Nothing else may travel. This is the only module that builds or reads Flower records.
 """
 
+import math
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError
 
 from common.config import Transport
 from common.errors import RunError
@@ -135,6 +136,18 @@ class ModelUpdate(Record):
         return sum(array.nbytes for array in self.arrays.values()) / 2**20
 
 
+class _Envelope(Record):
+    """A ModelUpdate without its numbers, which travel as one array, one after the other in this order.
+
+    Flower asks for each array of a record on its own, on every leg of the way: with one for each of a model's
+    45 and more, a round of a small model was requests above all.
+    """
+
+    sender: str
+    round: int
+    shapes: dict[str, tuple[NonNegativeInt, ...]]
+
+
 class PrivacyStatement(Record):
     """What a site has spent so far, in its own words, sent with every update."""
 
@@ -184,13 +197,13 @@ def to_records(*messages: Record, transport: Transport = Transport.FLOAT32) -> R
     for message in messages:
         name = _RECORD_NAMES[type(message)]
         if isinstance(message, ModelUpdate):
-            records[_ARRAYS] = ArrayRecord(
-                {key: Array(_encode(key, array, transport)) for key, array in message.arrays.items()}
-            )
+            packed = {_ARRAYS: Array(_pack(message.arrays, transport))} if message.arrays else {}
+            records[_ARRAYS] = ArrayRecord(packed)
             records[_METRICS] = MetricRecord(
                 {key: list(v) if isinstance(v, tuple) else v for key, v in message.metrics.items()}
             )
-            text = message.model_dump_json(include={"sender", "round"})
+            shapes = {key: array.shape for key, array in message.arrays.items()}
+            text = _Envelope(sender=message.sender, round=message.round, shapes=shapes).model_dump_json()
         else:
             if isinstance(message, MaskedUpdate):
                 records[_WORDS] = ArrayRecord({_WORDS: Array(message.vector)})
@@ -215,12 +228,14 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
             return kind.model_validate({**masked.model_dump(), "vector": _decode_words(records)})
         if kind is not ModelUpdate:
             return kind.model_validate_json(str(config[_JSON]))
-        head = kind.model_validate_json(str(config[_JSON]))
-        arrays = {key: _decode(key, array) for key, array in records.array_records[_ARRAYS].items()}
+        head = _Envelope.model_validate_json(str(config[_JSON]))
+        arrays = _unpack(records, head.shapes)
         metrics = {
             key: tuple(v) if isinstance(v, list) else v for key, v in records.metric_records[_METRICS].items()
         }
-        return kind.model_validate({**head.model_dump(), "arrays": arrays, "metrics": metrics})
+        return kind.model_validate(
+            {"sender": head.sender, "round": head.round, "arrays": arrays, "metrics": metrics}
+        )
     except KeyError as error:
         raise MessageError(f"record {error} is missing") from None
     except ValidationError as error:
@@ -270,24 +285,45 @@ def _encode(name: str, array: FloatArray, transport: Transport) -> NDArray[Any]:
     return half
 
 
-def _decode(name: str, array: Array) -> FloatArray:
-    """The array in 32 bits, whichever transport it came by."""
+def _pack(arrays: Mapping[str, FloatArray], transport: Transport) -> NDArray[Any]:
+    """All numbers as one vector, in the transport's dtype."""
+    return np.concatenate([_encode(name, array, transport).ravel() for name, array in arrays.items()])
+
+
+def _unpack(records: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+    """The named arrays in 32 bits, whichever transport they came by; views of one vector."""
+    if not shapes and not records.array_records[_ARRAYS]:
+        return {}
+    array = _only_array(records, _ARRAYS)
     if array.dtype not in _TRANSPORTED or array.stype != "numpy.ndarray":
-        raise MessageError(f"array {name!r} has dtype {array.dtype}, float32 or float16 expected")
-    values = _values(name, array)
-    return values if values.dtype == np.float32 else values.astype(np.float32)
+        raise MessageError(f"arrays of dtype {array.dtype}, float32 or float16 expected")
+    values = _values(_ARRAYS, array)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if values.shape != (sum(sizes),):
+        raise MessageError(f"{sum(sizes)} numbers are named, but an array of shape {values.shape} came")
+    values = values if values.dtype == np.float32 else values.astype(np.float32)
+    ends = np.cumsum([0, *sizes])
+    return {
+        name: values[start : start + size].reshape(shape)
+        for (name, shape), start, size in zip(shapes.items(), ends[:-1], sizes, strict=True)
+    }
 
 
 def _decode_words(records: RecordDict) -> Words:
-    arrays = records.array_records[_WORDS]
-    if list(arrays) != [_WORDS]:
-        raise MessageError(f"record {_WORDS!r} is malformed")
-    array = arrays[_WORDS]
+    array = _only_array(records, _WORDS)
     if array.dtype != "uint32" or array.stype != "numpy.ndarray" or len(array.shape) != 1:
         raise MessageError(
             f"masked words of dtype {array.dtype} and shape {array.shape}, (n,) uint32 expected"
         )
     return _values(_WORDS, array)
+
+
+def _only_array(records: RecordDict, name: str) -> Array:
+    """The one array of the record of this name."""
+    arrays = records.array_records[name]
+    if list(arrays) != [name]:
+        raise MessageError(f"record {name!r} is malformed")
+    return arrays[name]
 
 
 def _values(name: str, array: Array) -> NDArray[Any]:

@@ -72,15 +72,17 @@ def extra_array(reply: RecordDict) -> None:
 
 
 def other_shape(reply: RecordDict) -> None:
-    reply["arrays"] = ArrayRecord({"w": Array(np.ones((2, 4), np.float32))})
+    other = to_records(ModelUpdate(sender="north", round=1, arrays={"w": np.ones((2, 4), np.float32)}))
+    reply["arrays"], reply["update"] = other["arrays"], other["update"]
 
 
 def other_dtype(reply: RecordDict) -> None:
-    reply["arrays"] = ArrayRecord({"w": Array(np.ones((2, 3), np.int64))})
+    reply["arrays"] = ArrayRecord({"arrays": Array(np.ones(6, np.int64))})
 
 
 def other_site(reply: RecordDict) -> None:
-    reply["update"] = ConfigRecord({"json": '{"sender":"south","round":1}'})
+    text = str(reply["update"]["json"])  # type: ignore[index]
+    reply["update"] = ConfigRecord({"json": text.replace("north", "south")})
 
 
 def no_statement(reply: RecordDict) -> None:

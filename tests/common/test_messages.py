@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -64,6 +65,14 @@ def test_an_update_survives_the_wire(arrays: dict, metrics: dict) -> None:
         np.testing.assert_array_equal(back.arrays[name], array)
 
 
+def test_all_arrays_of_an_update_travel_as_one() -> None:
+    """Flower asks for each array on its own, on every leg of the way."""
+    arrays = {str(number): np.full((2, number), number, np.float32) for number in range(60)}
+    records = to_records(ModelUpdate(sender="north", round=3, arrays=arrays))
+    assert [len(record) for record in records.array_records.values()] == [1]
+    assert len(get_all_nested_objects(records)) <= 8
+
+
 def test_releases_and_statements_survive_the_wire() -> None:
     assert from_records(over_the_wire(to_records(RELEASE)), ProportionRelease) == RELEASE
     assert from_records(over_the_wire(to_records(STATEMENT)), PrivacyStatement) == STATEMENT
@@ -99,12 +108,15 @@ def test_malformed_records_are_named(records: RecordDict, fault: str) -> None:
 
 
 def test_other_dtypes_and_missing_records_are_refused() -> None:
-    good = to_records(ModelUpdate(sender="north", round=1))
-    good["arrays"] = ArrayRecord({"w": Array(np.zeros(2))})
+    good = to_records(ModelUpdate(sender="north", round=1, arrays={"w": np.zeros(2, np.float32)}))
+    good["arrays"] = ArrayRecord({"arrays": Array(np.zeros(2))})
     with pytest.raises(MessageError, match="float64"):
         from_records(good, ModelUpdate)
-    del good["metrics"]
     good["arrays"] = ArrayRecord()
+    with pytest.raises(MessageError, match="malformed"):
+        from_records(good, ModelUpdate)
+    good = to_records(ModelUpdate(sender="north", round=1))
+    del good["metrics"]
     with pytest.raises(MessageError, match="metrics"):
         from_records(good, ModelUpdate)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from safetensors.numpy import load_file
 
 from common.config import RunConfig
 from common.errors import RunError, UserError
-from common.messages import ModelUpdate, PrivacyStatement, to_records
+from common.messages import ModelUpdate, PrivacyStatement, from_records, to_records
 from deploy.local_grid import LocalGrid
 from server.app import app
 from server.run_folder import read_events
@@ -119,8 +119,9 @@ def test_a_run_killed_after_any_round_resumes_to_the_same_model(
 
 
 def spoiled_update(reply: Message, change: Callable[[dict], dict]) -> Message:
-    arrays = {name: array.numpy() for name, array in reply.content["arrays"].items()}  # type: ignore[union-attr]
-    reply.content["arrays"] = ArrayRecord({k: Array(v) for k, v in change(arrays).items()})
+    honest = from_records(reply.content, ModelUpdate)
+    records = to_records(honest.model_copy(update={"arrays": change(dict(honest.arrays))}))
+    reply.content["arrays"], reply.content["update"] = records["arrays"], records["update"]
     return reply
 
 

@@ -1,5 +1,6 @@
 """What a hostile site may send instead of an update: each is refused, told by name, and the run goes on."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +15,41 @@ Change = Callable[[Message], None]
 
 
 def arrays(change: Callable[[dict[str, np.ndarray]], dict[str, Any]]) -> Change:
-    """A reply with other arrays, of any dtype."""
+    """A reply with other arrays; one of another dtype makes all of that dtype."""
 
     def apply(reply: Message) -> None:
-        honest = from_records(reply.content, ModelUpdate).arrays
-        changed = change({name: np.array(array) for name, array in honest.items()})
-        reply.content["arrays"] = ArrayRecord(
-            {name: a if isinstance(a, Array) else Array(a) for name, a in changed.items()}
-        )
+        honest = from_records(reply.content, ModelUpdate)
+        changed = change({name: np.array(array) for name, array in honest.arrays.items()})
+        records = to_records(honest.model_copy(update={"arrays": changed}))
+        reply.content["arrays"], reply.content["update"] = records["arrays"], records["update"]
 
     return apply
+
+
+def vector(change: Callable[[np.ndarray], Array | np.ndarray]) -> Change:
+    """A reply with other numbers under the same names and shapes."""
+
+    def apply(reply: Message) -> None:
+        changed = change(np.array(reply.content.array_records["arrays"]["arrays"].numpy()))
+        changed = changed if isinstance(changed, Array) else Array(changed)
+        reply.content["arrays"] = ArrayRecord({"arrays": changed})
+
+    return apply
+
+
+def shapes(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
+    """A reply with other shapes for the same numbers."""
+
+    def apply(reply: Message) -> None:
+        head = json.loads(str(reply.content.config_records["update"]["json"]))
+        head["shapes"] = change(head["shapes"])
+        reply.content["update"] = ConfigRecord({"json": json.dumps(head)})
+
+    return apply
+
+
+def second_array(reply: Message) -> None:
+    reply.content.array_records["arrays"]["images"] = Array(np.zeros(3, np.float32))
 
 
 def first(change: Callable[[np.ndarray], Any]) -> Change:
@@ -95,19 +121,27 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "all values huge": (arrays(lambda a: {k: v + np.float32(1e9) for k, v in a.items()}), "would change by"),
     "another shape": (first(lambda a: np.zeros(7, np.float32)), "has shape (7,)"),
     "transposed": (first(lambda a: a.reshape((*a.shape, 1))), "has shape"),
-    "float64": (first(lambda a: a.astype(np.float64)), "has dtype float64"),
-    "integers": (first(lambda a: a.astype(np.int32)), "has dtype int32"),
+    "float64": (first(lambda a: a.astype(np.float64)), "dtype float64"),
+    "integers": (vector(lambda v: v.astype(np.int32)), "dtype int32"),
     "a missing array": (arrays(lambda a: dict(list(a.items())[1:])), "array names differ"),
     "no array": (arrays(lambda a: {}), "array names differ"),
     "an extra array": (arrays(lambda a: {**a, "extra": np.zeros(1, np.float32)}), "['extra']"),
-    "bytes that are no array": (first(raw(b"nonsense")), "cannot be read"),
-    "a pickle": (first(raw(b"\x80\x04K\x01.")), "cannot be read"),
-    "no bytes": (first(raw(b"")), "cannot be read"),
-    "a claim of four terabytes": (first(bomb), "cannot be read"),
+    "a second array": (second_array, "record 'arrays' is malformed"),
+    "bytes that are no array": (vector(raw(b"nonsense")), "cannot be read"),
+    "a pickle": (vector(raw(b"\x80\x04K\x01.")), "cannot be read"),
+    "no bytes": (vector(raw(b"")), "cannot be read"),
+    "a claim of four terabytes": (vector(bomb), "cannot be read"),
     "a false dtype": (
-        first(lambda a: Array("float32", a.shape, "numpy.ndarray", Array(a.astype(np.float64)).data)),
+        vector(lambda v: Array("float32", v.shape, "numpy.ndarray", Array(v.astype(np.float64)).data)),
         "not of the dtype and shape that it says",
     ),
+    "a number too few": (vector(lambda v: v[1:]), "numbers are named"),
+    "a number too many": (vector(lambda v: np.append(v, v[:1])), "numbers are named"),
+    "a matrix of numbers": (vector(lambda v: v[None]), "numbers are named"),
+    "a negative shape": (shapes(lambda s: {**s, "a": [-1, 1], "b": [1, 1]}), "greater than or equal to 0"),
+    "shapes beyond 64 bits": (shapes(lambda s: {**s, min(s): [2**62, 8]}), "numbers are named"),
+    "a shape that is none": (shapes(lambda s: {**s, min(s): "all"}), "unreadable reply"),
+    "numbers without names": (shapes(lambda s: {}), "0 numbers are named"),
     "another site's name": (record(ModelUpdate, sender="east"), "reply of 'east'"),
     "an earlier round": (record(ModelUpdate, round=1), "for round 1"),
     "a later round": (record(ModelUpdate, round=9), "for round 9"),
