@@ -1,17 +1,19 @@
 """Flower's own processes with the gate in them: every private part of Flower that the executor relies on.
 
-Three names are replaced, and nothing else (``GATED`` is what that rests on):
+Four names are replaced, and nothing else (``GATED`` is what that rests on):
 
 - In Flower's ClientApp process, ``install_from_fab`` asks ``admission`` first and then unpacks into a fresh
   private folder, so that nothing that already lies on the disk is ever run. A refusal becomes an error reply.
 - There too, ``get_load_client_app_fn`` loads from that folder, whatever id, version and hash the server
   states, and lets no text of an exception out.
+- There too, ``pull_and_inflate_object_from_tree`` is given a pause of its own between two tries.
 - In Flower's SuperExec, ``get_executor`` gives our executor.
 
 ``check_flower`` compares the source of what is relied on with what the gate was tested with, and nothing
 starts with anything else. Knows nothing of processes: ``executor`` starts and ends them.
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -37,10 +39,15 @@ GATED = {
     "flwr.supercore.object_ref:load_app": ("ef4c226d0c4f2c4a",),
     "flwr.cli.install:install_from_fab": ("481bd04cde582322",),
     "flwr.cli.install:validate_and_install": ("628b69fb852ae858",),
+    "flwr.supercore.inflatable.inflatable_utils:pull_and_inflate_object_from_tree": ("139811483a15e4a6",),
 }
 """What the gate relies on, and the start of the SHA-256 of its source in Flower 1.41.0 and 1.42.0.
 
 Before adding a hash: read the change, then run tests/deploy/consortium/test_executor.py with that Flower."""
+
+PULL_PAUSE = {"initial_backoff": 0.1, "backoff_cap": 0.5}
+"""Seconds between two tries of a task to get its message. The SuperNode hands a task out before its message
+has arrived, and a forked task is there at once: by Flower's own pauses (1, 2, 4, 8 s) it lost up to 15 s."""
 
 OWN_PACKAGES = frozenset({"common", "client", "server", "deploy"})
 """Taken out of a task's process before the app is loaded: the app brings its own."""
@@ -143,6 +150,11 @@ def _without_words(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def often(pull: Callable[..., Any]) -> Callable[..., Any]:
+    """Flower's function that gets a message, with PULL_PAUSE between two tries."""
+    return functools.partial(pull, **PULL_PAUSE)
+
+
 def run_task(spec: "ExecutionSpec", approved: str, folder: str, state: str) -> None:
     """Answer one task with Flower's own ClientApp process, behind the gate; runs in a process of its own.
 
@@ -161,6 +173,7 @@ def run_task(spec: "ExecutionSpec", approved: str, folder: str, state: str) -> N
     gate = Gate(approved, Path(folder), Path(state))
     flower.install_from_fab = gate.install
     flower.get_load_client_app_fn = gate.loader
+    flower.pull_and_inflate_object_from_tree = often(flower.pull_and_inflate_object_from_tree)
     flower.run_clientapp(
         runtime_api_address=spec.runtime_api_address,
         token=spec.token,

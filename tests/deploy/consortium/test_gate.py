@@ -9,11 +9,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from flwr.app import ConfigRecord
 from flwr.cli.install import install_from_fab
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectUnavailableError,
+    pull_and_inflate_object_from_tree,
+)
 
 from common.errors import UserError
 from deploy.consortium import gate
@@ -211,6 +218,26 @@ def test_nothing_is_loaded_that_did_not_pass(tmp_path: Path) -> None:
     load = gate.Gate("", tmp_path, tmp_path).loader("", None, True)
     with pytest.raises(AppNotApproved):
         load("tests/bare", "1.0.0", "00")
+
+
+def test_a_task_that_is_there_before_its_message_has_it_soon_after() -> None:
+    record = ConfigRecord({"n": 1})
+    tries = 0
+
+    def pull(object_id: str) -> bytes:
+        nonlocal tries
+        tries += 1
+        if tries <= 3:
+            raise ObjectUnavailableError(object_id)
+        return record.deflate()
+
+    started = time.monotonic()
+    found = gate.often(pull_and_inflate_object_from_tree)(
+        get_object_tree(record), pull, lambda _: None, return_type=ConfigRecord
+    )
+    assert found == record
+    assert tries == 4
+    assert time.monotonic() - started < 2.0  # 5.6 s at the least with Flower's own pauses
 
 
 def test_this_flower_is_one_that_the_gate_was_tested_with() -> None:
