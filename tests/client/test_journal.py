@@ -98,7 +98,7 @@ def test_planted_identifiers_reach_neither_journal_nor_log(
     sites_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     site = tmp_path / "secret" / "path"
-    shutil.copytree(sites_dir / "hospital-1", site)
+    shutil.copytree(sites_dir / "hospital-1", site, ignore=shutil.ignore_patterns(journal.JOURNAL_FILE))
     manifest = site / "manifest.csv"
     manifest.write_text(manifest.read_text() + "images/patient-4711-melanoma.png,bag-x\n")
     message, context = question({"data-path": str(site)})
