@@ -30,21 +30,21 @@ def train(message: Message, context: Context) -> Message:
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Rounds of one tiny record to all nodes and back; half of them wait as Flower's own strategies do."""
+    """Rounds of one tiny record to all nodes and back, first ours, then as Flower's own strategies wait."""
     sites, rounds = int(context.run_config["sites"]), int(context.run_config["rounds"])
     while len(nodes := list(grid.get_node_ids())) < sites:
         time.sleep(0.2)
     content = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(100, np.float32))})})
     seconds: dict[str, list[float]] = {"prompt": [], "flower": []}
-    for number in range(rounds + 1):
-        for way, ask in (("prompt", _ask_promptly), ("flower", _ask_as_flower)):
+    for way, ask in (("prompt", _ask_promptly), ("flower", _ask_as_flower)):
+        for number in range(rounds + 1):
             started = time.perf_counter()
             messages = [Message(content, node, "train", group_id=str(number)) for node in nodes]
             replies = ask(grid, messages)
             assert len(replies) == sites
             assert not any(reply.has_error() for reply in replies)
             seconds[way].append(time.perf_counter() - started)
-    # The first round, in which the sites fetch the app, does not count.
+    # The first round does not count: the sites fetch the app, or are at another point of their pauses.
     found = {way: values[1:] for way, values in seconds.items()}
     Path(str(context.run_config["out"])).write_text(json.dumps(found))
 

@@ -39,10 +39,12 @@ from flwr.cli.build import build_fab_from_files
 
 from client.sources.synthetic import write_synthetic_sites
 from common.config import RunConfig, Scalar
+from common.errors import UserError
 from deploy.consortium.bundle import build_bundle, unpack_bundle
 from deploy.consortium.control import control
 from deploy.consortium.daemon import COMMAND
 from deploy.consortium.kit import CoordinatorKit
+from deploy.consortium.preflight import nginx_program
 from deploy.consortium.submit import COMPLETED, changes, wait_for_end
 from deploy.flower_engine import free_port
 from server.run_folder import read_events
@@ -217,6 +219,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--modes", default=",".join(MODES))
     options = parser.parse_args()
+    try:
+        nginx_program()
+    except UserError as error:
+        print(json.dumps({"skipped": str(error)}) if options.json else f"skipped: {error}")
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the processes are ended then too
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory(prefix="fedbags-benchmark-") as name:
