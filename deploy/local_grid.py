@@ -36,8 +36,8 @@ RUN_ID, SERVER_NODE = 1, 1
 FIRST_SITE_NODE = 1001
 PATIENCE = 5.0
 """Seconds that one pull waits for a reply before it says that there is none yet."""
-CLIENT_APP_ERROR = 2
-"""Flower's code for a ClientApp that raised or died."""
+CLIENT_APP_DIED = 8
+"""Flower's code for a ClientApp whose process died."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class LocalGrid(Grid):
                 self._executor.shutdown(wait=False)
                 self._executor = self._new_executor()
                 if task.retried:
-                    fault = Error(CLIENT_APP_ERROR, "the site's worker process died (out of memory?)")
+                    fault = Error(CLIENT_APP_DIED, "the site's worker process died")
                     reply = Message(fault, reply_to=task.message)
                     break
                 task.retried = True

@@ -16,7 +16,7 @@ from common.messages import SITE_ERRORS, SiteError, size
 
 FLOWER_ERRORS = {
     1: "the site could not load the app",
-    2: "the site did not run the app: not the one that it approved (fedbags site approve), or damaged",
+    2: "the app failed at the site, or the site has not approved it (fedbags site approve)",
     3: "the message was no longer there for the site",
     4: "the reply was lost",
     5: "the site is not connected",

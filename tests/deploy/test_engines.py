@@ -105,5 +105,5 @@ def test_a_dying_worker_is_blamed_alone(small_config: Callable[..., RunConfig]) 
         env=os.environ | {"PYTHONPATH": str(folder)},
     )  # fmt: skip
     assert result.stdout.splitlines() == [
-        "fine", "the site's worker process died (out of memory?)", "fine", "fine",
+        "fine", "the app died at the site (killed, or out of memory)", "fine", "fine",
     ], result.stderr  # fmt: skip

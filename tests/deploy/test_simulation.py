@@ -139,7 +139,7 @@ def reshaped(arrays: dict) -> dict:
     ("fault", "reason"),
     [
         (lambda reply: None, "no reply within"),
-        (lambda reply: Message(Error(2, "boom"), reply_to=reply), "ended with an error"),
+        (lambda reply: Message(Error(2, "boom"), reply_to=reply), "the app failed at the site"),
         (lambda reply: spoiled_update(reply, nan), "NaN"),
         (lambda reply: spoiled_update(reply, reshaped), "shape"),
         (lambda reply: replaced(reply, RecordDict()), "unreadable reply"),

@@ -77,7 +77,7 @@ def test_a_silent_site_is_asked_three_times_a_round_at_most(federation: Any, thr
         return error(request, 2) if (site, kind, round) == ("north", "train", 2) else reply
 
     sites = federation.sites(three, behave)
-    with pytest.raises(RunError, match="asked 3 times: the site did not run the app"):
+    with pytest.raises(RunError, match="asked 3 times: the app failed at the site"):
         federation.run(sites, quorum=3, patience=1e6)
     assert sites.trained(2).count("north") == 3
     assert sites.trained(2).count("east") == 1

@@ -134,8 +134,8 @@ def test_a_refusal_is_retried_and_then_said(run: Callable[..., Running], tmp_pat
         "    print('Exit Code: 305', flush=True); sys.exit(1)\nprint('up', flush=True); time.sleep(600)"
     )
     explain = (
-        "explain = lambda code, tail: "
-        "Remedy('not registered', 1.0, 'perhaps', 0.1) if code == 305 and '305' in tail else None"
+        "explain = lambda end: "
+        "Remedy('not registered', 5.0, 'perhaps', 0.1) if end.code == 305 and '305' in end.tail else None"
     )
     running = run(f"Program('node', python({node!r}), ready=says('up'), explain=explain)", explain)
     wait_for(lambda: running.status("node") == "restarting")
