@@ -94,8 +94,9 @@ class BagDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         The sum is used up, so that a second step cannot use it again.
         """
         for parameter in self.params:
-            noise = self._plan.noise(parameter.shape, self._round).to(parameter.device)
-            parameter.grad = noise if parameter.summed_grad is None else parameter.summed_grad.add_(noise)
+            total = parameter.summed_grad
+            parameter.grad = torch.zeros_like(parameter) if total is None else total
+            self._plan.add_noise(parameter.grad, self._round)
             parameter.summed_grad = None
 
     def scale_grad(self) -> None:

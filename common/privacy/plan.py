@@ -163,13 +163,23 @@ class PrivacyPlan:
             yield stream.chosen(self.sample_rate, self.number_of_bags)
 
     def noise(self, shape: Sequence[int], round: int) -> "Tensor":
-        """Fresh normal noise of standard deviation ``noise_std``, float32, on the CPU.
+        """Fresh normal noise of standard deviation ``noise_std``, float32, on the CPU."""
+        import torch
 
-        Every call gives new numbers: call it once for each parameter and step, and add the result to the
-        clipped sum.
+        total = torch.zeros(tuple(shape))
+        self.add_noise(total, round)
+        return total
+
+    def add_noise(self, total: "Tensor", round: int) -> None:
+        """Add fresh noise to the clipped sum of one parameter, in place; float32, any shape and device.
+
+        Every call draws new numbers: call it once for each parameter and step.
         """
+        if total.device.type != "cpu" or not total.is_contiguous():
+            total.add_(self.noise(total.shape, round).to(total.device))
+            return
         stream = self.randomness.stream(Purpose.NOISE, round)
-        return stream.normals(math.prod(shape), self.noise_std).reshape(tuple(shape))
+        stream.add_normals(total.view(-1), self.noise_std)
 
     def noised_look(self, sums: NDArray[np.int64], round: int) -> NDArray[np.int64]:
         """The sums of a look, shape (levels,), with the noise that ``look`` charges for."""

@@ -76,25 +76,24 @@ class Stream(ABC):
             return np.arange(number, dtype=np.int64)
         return np.flatnonzero(self.words(number) < np.uint64(math.floor(chance * 2**64))).astype(np.int64)
 
-    def normals(self, number: int, standard_deviation: float) -> "Tensor":
-        """Normal numbers as a float32 tensor of shape (number,), by Box-Muller.
+    def add_normals(self, values: "Tensor", standard_deviation: float) -> None:
+        """Add normal numbers to a float32 tensor of shape (n,) on the CPU, in place, by Box-Muller.
 
         The radius comes from 63 bits, so the tail reaches 9.3 standard deviations (a float32 uniform would
         end it at 5.8); the angle from 32 bits, more than float32 resolves.
         """
         import torch
 
-        out = torch.empty(number, dtype=torch.float32)
-        for start in range(0, number, CHUNK):
-            part = out[start : start + CHUNK]
+        for start in range(0, len(values), CHUNK):
+            part = values[start : start + CHUNK]
             half = (len(part) + 1) // 2
             bits = torch.from_numpy(self.raw(12 * half))
             radius = bits[: 8 * half].view(torch.int64).bitwise_and_(2**63 - 1).float()
             radius.add_(1).mul_(2.0**-63).log_().mul_(-2 * standard_deviation**2).sqrt_()
             angle = bits[8 * half :].view(torch.int32).float().mul_(math.pi * 2.0**-31)
-            torch.mul(angle.cos(), radius, out=part[:half])
-            torch.mul(angle.sin_()[: len(part) - half], radius[: len(part) - half], out=part[half:])
-        return out
+            rest = len(part) - half
+            part[:half].addcmul_(angle.cos(), radius)
+            part[half:].addcmul_(angle.sin_()[:rest], radius[:rest])
 
 
 class Randomness(ABC):

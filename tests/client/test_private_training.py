@@ -222,9 +222,14 @@ def noise_is_right(gradient: Tensor, standard_deviation: float) -> bool:
 def test_an_empty_step_adds_the_noise_of_any_step(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(300, 300)
     plan = make_plan(sigma=2.0, expected=2.5)
-    honest = PrivacyPlan.noise
+    honest = PrivacyPlan.add_noise
     wrong = {"half noise": 0.5, "noise times the clip norm twice": CLIP_NORM}.get(bug, 1.0)
-    monkeypatch.setattr(PrivacyPlan, "noise", lambda self, *args: wrong * honest(self, *args))
+
+    def add_noise(self: PrivacyPlan, total: Tensor, round: int) -> None:
+        honest(self, total, round)
+        total.mul_(wrong)  # the sum is empty: all of it is noise
+
+    monkeypatch.setattr(PrivacyPlan, "add_noise", add_noise)
     optimiser = make_optimiser(model, plan)
     before = model.weight.detach().clone()
     optimiser.step()
@@ -247,8 +252,11 @@ def test_noise_differs_between_steps_rounds_and_sites(monkeypatch: pytest.Monkey
         return float((torch.corrcoef(vectors) - torch.eye(4)).abs().max())
 
     assert largest_correlation() < 0.05
-    seeded = lambda self, shape, round: torch.randn(shape, generator=torch.Generator().manual_seed(0))  # noqa: E731
-    monkeypatch.setattr(PrivacyPlan, "noise", seeded)
+
+    def seeded(self: PrivacyPlan, total: Tensor, round: int) -> None:
+        total.add_(torch.randn(total.shape, generator=torch.Generator().manual_seed(0)))
+
+    monkeypatch.setattr(PrivacyPlan, "add_noise", seeded)
     assert largest_correlation() > 0.99, "planted: noise from one seed"
 
 
