@@ -164,7 +164,7 @@ def script() -> str:
     settings = re.search(r"consortium\.toml <<'END'\n(.*?)^END$", text, re.DOTALL | re.MULTILINE)
     assert settings
     there, count = re.subn(r"port = \d+", lambda _: f"port = {free_port()}", settings[1])
-    assert count == 5
+    assert count == 9
     return f"set -euo pipefail\n{text.replace(settings[1], there)}"
 
 
