@@ -114,13 +114,13 @@ def test_planted_bug_no_sampling(store: BagStore, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("only_canaries")
 def test_planted_bug_no_noise(store: BagStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrivacyPlan, "noise", lambda self, shape, round: torch.zeros(tuple(shape)))
+    monkeypatch.setattr(PrivacyPlan, "add_noise", lambda self, total, round: None)
     assert not audit(store)["holds"]
 
 
 def test_a_model_that_is_not_finite_is_no_result(store: BagStore, monkeypatch: pytest.MonkeyPatch) -> None:
     nan = math.nan
-    monkeypatch.setattr(PrivacyPlan, "noise", lambda self, shape, round: torch.full(tuple(shape), nan))
+    monkeypatch.setattr(PrivacyPlan, "add_noise", lambda self, total, round: total.fill_(nan))
     with pytest.raises(RunError, match="not finite"):
         audit(store, canaries=4, rounds=1, dp__steps_per_round=1)
 
