@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import typer
 from numpy.typing import NDArray
 from typer.testing import CliRunner
