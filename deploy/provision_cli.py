@@ -92,9 +92,7 @@ def add_site(
     kits: KitsArgument,
     site: SiteArgument,
     runtime_port: Annotated[int, typer.Option(help="Of the SuperNode at the site.", min=1, max=65535)] = 9094,
-    metrics_port: Annotated[
-        int, typer.Option(help="Of /metrics there; 0: none.", min=0, max=65535)
-    ] = 9095,
+    metrics_port: Annotated[int, typer.Option(help="Of /metrics there; 0: none.", min=0, max=65535)] = 9095,
     password_file: PasswordFile = None,
 ) -> None:
     """Add a site and make its kit; its key comes later with `add-key`."""
