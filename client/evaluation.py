@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from client.bags import BagStore, to_tensor
-from client.training import choose_device, chunks, make_batch
+from client.batch import chunks, make_batch
+from client.training import choose_device
 from common.config import RunConfig
 from common.lhfglp import LHFGLP, consistent_prediction, log_probabilities
 from common.losses import proportion_kl, proportion_l1
@@ -56,7 +57,7 @@ def _compare_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> tuple[to
     empty = torch.zeros(len(store.hierarchy.levels), 0)
     kl, l1 = [empty], [empty]
     for bags in chunks(held_back, max(1, IMAGES_AT_ONCE // int(store.bag_sizes.max()))):
-        batch = make_batch(store, bags, None).to(device)
+        batch = make_batch(store, bags).to(device)
         scores = model(batch.images).scores
         pairs = list(zip(scores, batch.level_counts, strict=True))
         kl.append(torch.stack([proportion_kl(s, batch.bag_index, c) for s, c in pairs]).cpu())

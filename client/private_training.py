@@ -22,11 +22,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from client.bags import BagStore
-from client.training import TrainingResult, batch_loss, build_optimiser, choose_device, make_batch
-from common.config import Method, RunConfig, Strategy
+from client.batch import make_batch
+from client.objectives import Objective, build_objective
+from client.training import (
+    TrainingResult,
+    build_optimiser,
+    choose_device,
+    make_setting,
+    run_progress,
+    seed_sequence,
+)
+from common.config import RunConfig, Strategy
 from common.errors import ConfigError, RunError
 from common.lhfglp import LHFGLP
-from common.losses import level_weights
 from common.privacy.plan import PrivacyPlan
 
 log = logging.getLogger("fedbags.client")
@@ -151,7 +159,7 @@ def train_round_privately(
         images that were seen would tell which bags were drawn.
 
     Raises:
-        ConfigError: the model has BatchNorm in training mode.
+        ConfigError: the model has BatchNorm in training mode, or the method is not for one bag at a time.
         RunError: the plan is not made for these bags, or its promise was broken; nothing may be sent then.
     """
     model.to(choose_device(config.train.device)).train()
@@ -162,12 +170,18 @@ def train_round_privately(
             f"the privacy plan is made for {plan.number_of_bags} bags, but site {store.name!r} trains on "
             f"{len(training)}: make the plan from the bags that are left after holding back"
         )
-    progress = (round - 1) / max(config.rounds - 1, 1)
-    weights = level_weights(
-        config.loss, len(store.hierarchy.levels), progress, config.model.method is Method.DLLP
+    refuse_unsound(config)
+    objective = build_objective(
+        make_setting(
+            store,
+            config,
+            round,
+            training[:0],  # nothing of the site as a whole: a bag's term may depend on that bag alone
+            torch.Generator().manual_seed(seed_sequence(config.seed, store.name, round)[2]),
+        )
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = BagDPOptimizer(build_optimiser(parameters, config, progress), plan, round)
+    optimiser = BagDPOptimizer(build_optimiser(parameters, config, run_progress(config, round)), plan, round)
     if config.federation.strategy is Strategy.FEDPROX:
         pull_towards_server(optimiser, config.federation.proximal_mu)
     buffers = {name: buffer._version for name, buffer in model.named_buffers()}
@@ -175,7 +189,7 @@ def train_round_privately(
         for step, drawn in enumerate(plan.sampler(round)):
             for bag in training[drawn].tolist():
                 seed = bag_seed(config.seed, store.name, round, step, bag)
-                optimiser.add_bag(bag_loss(model, store, config, bag, seed, weights))
+                optimiser.add_bag(bag_loss(objective, model, store, config, bag, seed))
             optimiser.step()
     if optimiser.steps != plan.steps_per_round:
         raise RunError(f"{optimiser.steps} private steps taken, but {plan.steps_per_round} accounted for")
@@ -190,31 +204,37 @@ def train_round_privately(
 
 
 def bag_loss(
-    model: LHFGLP,
-    store: BagStore,
-    config: RunConfig,
-    bag: int,
-    seed: int,
-    weights: Sequence[float],
+    objective: Objective, model: LHFGLP, store: BagStore, config: RunConfig, bag: int, seed: int
 ) -> Tensor:
     """The loss of one bag, a scalar, on the model's device.
 
     Args:
+        objective: of the round; looks at the bag alone.
         bag: its index in the store.
         seed: fixes augmentation and dropout. It must be the bag's own: numbers that flow on from bag to
             bag let one bag change the gradients of those after it, beyond what clipping bounds.
-        weights: of the levels.
     """
     torch.manual_seed(seed)  # dropout and stochastic depth of the backbone
-    generator = torch.Generator().manual_seed(seed) if config.train.augment else None
-    batch = make_batch(store, np.array([bag]), generator).to(next(model.parameters()).device)
-    return batch_loss(model, batch, config, weights)
+    batch = make_batch(store, np.array([bag]))
+    batch = batch.augmented(config.train.augmentation, torch.Generator().manual_seed(seed))
+    return objective(model, batch.to(next(model.parameters()).device))
 
 
 def bag_seed(seed: int, site: str, round: int, step: int, bag: int) -> int:
     """A seed for one bag in one step, whichever other bags are drawn. Noise never comes from it."""
     state = np.random.SeedSequence([seed, zlib.crc32(site.encode()), round, step, bag]).generate_state(1)
     return int(state[0])
+
+
+def refuse_unsound(config: RunConfig) -> None:
+    """The loss must be a mean of terms that look at one bag each.
+
+    Raises:
+        ConfigError: the method's loss is not; ``RunConfig`` refuses such a run before it starts.
+    """
+    method = config.model.method
+    if method.why_not_private:
+        raise ConfigError(f"private training cannot use {method.value!r}: {method.why_not_private}")
 
 
 def refuse_batch_norm(model: nn.Module) -> None:

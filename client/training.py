@@ -2,7 +2,6 @@
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,34 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from client.augment import augment_bag
-from client.bags import BagStore, to_tensor
-from common.config import Method, RunConfig, Strategy
+from client.bags import BagStore
+from client.batch import chunks, make_batch
+from client.objectives import Setting, build_objective
+from common.config import RunConfig, Strategy
 from common.errors import RunError
 from common.lhfglp import LHFGLP
-from common.losses import hierarchical_proportion_loss, level_weights
 
 FLOOR = 0.05
 """The learning rate falls along half a cosine to this share of its start."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Several bags as one tensor."""
-
-    images: Tensor
-    """Shape (N, 3, S, S) in [-1, 1]; the images of a bag are consecutive."""
-    bag_index: Tensor
-    """Shape (N,) int64: the bag of each image, 0..B-1."""
-    level_counts: list[Tensor]
-    """Per level shape (B, C_l), float32."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        if device.type == "cpu":
-            return self
-        counts = [count.to(device) for count in self.level_counts]
-        return Batch(self.images.to(device), self.bag_index.to(device), counts)
 
 
 @dataclass(frozen=True)
@@ -60,10 +40,11 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
         model: holds the server's arrays on entry and the site's on return.
         store: the site's bags; the held-back ones are not touched.
         config: the run.
-        round: 1-based; sets the level weights, the learning rate and the random numbers.
+        round: 1-based; sets the objective's weights, the learning rate and the random numbers.
 
     Raises:
         RunError: the loss is not finite.
+        UserError: the run's method cannot be trained on this site's bags.
     """
     device = choose_device(config.train.device)
     model.to(device).train()
@@ -71,20 +52,19 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
     order, torch_seed = np.random.default_rng(seeds[0]), seeds[1]
     generator = torch.Generator().manual_seed(torch_seed)
     training, _ = store.split(config.train.held_back, config.seed)
-    progress = (round - 1) / max(config.rounds - 1, 1)
-    weights = level_weights(
-        config.loss, len(store.hierarchy.levels), progress, config.model.method is Method.DLLP
+    objective = build_objective(
+        make_setting(store, config, round, training, torch.Generator().manual_seed(seeds[2]))
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = build_optimiser(parameters, config, progress)
+    optimiser = build_optimiser(parameters, config, run_progress(config, round))
     anchors = _anchors(parameters, config)
     losses, images = [], 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed)  # dropout and stochastic depth of the backbone
         for _ in range(config.train.local_epochs):
             for bags in chunks(order.permutation(training), config.train.bags_per_step):
-                batch = make_batch(store, bags, generator if config.train.augment else None).to(device)
-                loss = batch_loss(model, batch, config, weights)
+                batch = make_batch(store, bags).augmented(config.train.augmentation, generator).to(device)
+                loss = objective(model, batch)
                 if anchors:
                     loss = loss + proximal_term(parameters, anchors, config.federation.proximal_mu)
                 optimiser.zero_grad(set_to_none=True)
@@ -99,31 +79,34 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
     return TrainingResult(mean_loss, len(losses), len(training), images)
 
 
-def make_batch(store: BagStore, bags: NDArray[np.int64], generator: torch.Generator | None) -> Batch:
-    """Bags as one batch, augmented bag by bag when a generator is given."""
-    chosen = [store[int(bag)] for bag in bags]
-    tensors = [to_tensor(bag.images) for bag in chosen]
-    if generator is not None:
-        tensors = [augment_bag(images, generator) for images in tensors]
-    counts = store.hierarchy.roll_up(np.stack([bag.counts for bag in chosen]))
-    sizes = torch.tensor([len(images) for images in tensors])
-    return Batch(
-        torch.cat(tensors),
-        torch.repeat_interleave(torch.arange(len(chosen)), sizes),
-        [torch.from_numpy(level).float() for level in counts],
+def make_setting(
+    store: BagStore, config: RunConfig, round: int, training: NDArray[np.int64], generator: torch.Generator
+) -> Setting:
+    """What the round's objective may know, on the device that the run trains on.
+
+    Args:
+        store: the site's bags.
+        config: the run.
+        round: 1-based.
+        training: positions of the bags whose counts the objective may look at beside the batch's own.
+        generator: the objective's own random numbers.
+    """
+    device = choose_device(config.train.device)
+    return Setting(
+        config=config,
+        hierarchy=store.hierarchy,
+        site=store.name,
+        round=round,
+        progress=run_progress(config, round),
+        bags=torch.from_numpy(training).to(device),
+        leaf_counts=torch.from_numpy(store.leaf_counts[training]).float().to(device),
+        generator=generator,
     )
 
 
-def batch_loss(model: LHFGLP, batch: Batch, config: RunConfig, weights: Sequence[float]) -> Tensor:
-    """The hierarchical proportion loss of a batch, a scalar; ``weights`` are of the levels."""
-    return hierarchical_proportion_loss(
-        model(batch.images),
-        batch.bag_index,
-        batch.level_counts,
-        weights,
-        config.loss.reconstruction,
-        config.loss.sparsity,
-    )
+def run_progress(config: RunConfig, round: int) -> float:
+    """The share of the run that is done when the round starts; the last round trains at 1."""
+    return (round - 1) / max(config.rounds - 1, 1)
 
 
 def build_optimiser(
@@ -149,16 +132,10 @@ def _anchors(parameters: list[nn.Parameter], config: RunConfig) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def chunks(indices: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    """Consecutive pieces of at most ``size`` indices."""
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
-
-
-def seed_sequence(seed: int, site: str, round: int) -> tuple[int, int]:
-    """Two seeds for one site and round: for the order of the bags, and for torch."""
-    state = np.random.SeedSequence([seed, zlib.crc32(site.encode()), round]).generate_state(2)
-    return int(state[0]), int(state[1])
+def seed_sequence(seed: int, site: str, round: int) -> tuple[int, int, int]:
+    """Seeds for one site and round: for the order of the bags, for torch, and for the objective."""
+    state = np.random.SeedSequence([seed, zlib.crc32(site.encode()), round]).generate_state(3)
+    return int(state[0]), int(state[1]), int(state[2])
 
 
 def choose_device(name: str) -> torch.device:

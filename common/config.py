@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import ConfigError, require_file
+from common.methods import Method as Method
 
 Scalar = str | int | float | bool
 
@@ -30,17 +31,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True, protected_namespaces=()
     )
-
-
-class Method(StrEnum):
-    """What is learned from the bags (see ``docs/methods.md``)."""
-
-    LHFGLP = "lhfglp"
-    """All three parts: dictionary, masks, proportion loss at every level."""
-    DLLP_HIERARCHICAL = "dllp-hierarchical"
-    """The plain pipeline (backbone + one linear head a level), proportion loss at every level."""
-    DLLP = "dllp"
-    """The plain pipeline, proportion loss at the leaf only; coarse levels sum the leaves."""
 
 
 class Norm(StrEnum):
@@ -116,6 +106,16 @@ class LossConfig(Section):
     sparsity: float = Field(0.0001, ge=0, le=100, description="beta of the l1 norm of the codes")
 
 
+class Augmentation(StrEnum):
+    """How images are changed before each look at them; counts stay true."""
+
+    FULL = "full"
+    """Flips, quarter turns, small shifts, brightness and contrast."""
+    SHIFT = "shift"
+    """Without flips and turns: for classes that differ by them, as signs, letters and vehicles do."""
+    NONE = "none"
+
+
 class TrainConfig(Section):
     """Local training at a site."""
 
@@ -126,7 +126,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0001, ge=0, le=1)
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     clip_gradient: float = Field(5.0, gt=0, le=1e6, description="norm the step's gradient is clipped to")
-    augment: bool = Field(True, description="flips, quarter turns, small shifts, brightness")
+    augmentation: Augmentation = Field(
+        Augmentation.FULL, description="full: flips, quarter turns, shifts, light; shift: the last two; none"
+    )
     part: Part = Field(Part.AUTO, description="what is trained; auto: all, and norm-head under dp")
     held_back: float = Field(0.1, ge=0, le=0.9, description="share of bags held back for selection")
     device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
@@ -257,6 +259,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"federation.quorum = {self.federation.quorum} is above federation.sites = "
                 f"{self.federation.sites}: no round could ever be made"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_for_losses_of_one_bag_each(self) -> Self:
+        reason = self.model.method.why_not_private
+        if reason and (self.dp.epsilon or self.central_dp.noise_multiplier):
+            sound = ", ".join(method.value for method in Method if not method.why_not_private)
+            raise ValueError(
+                f"model.method = '{self.model.method.value}' is not offered under differential privacy: "
+                f"{reason}. The unit of privacy is the bag: use one of {sound}"
             )
         return self
 

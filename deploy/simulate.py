@@ -28,7 +28,7 @@ PRIVATE_DEFAULTS: Mapping[str, Scalar] = {
     "train.part": "head",
     "train.optimiser": "sgd",
     "train.learning-rate": 0.375,
-    "train.augment": False,
+    "train.augmentation": "none",
     "train.held-back": 0.0,
     "loss.coarse-weight": 3.0,
     "loss.anneal-from": 3.0,

@@ -77,7 +77,7 @@ def audit_site(
     if len(store) < 2:
         raise UserError(f"site {store.name!r} has {len(store)} bag(s); an audit needs at least two")
     started = time.monotonic()
-    config = config.with_changes({"train.augment": False})
+    config = config.with_changes({"train.augmentation": "none"})
     name = f"audit of {store.name}"  # with a seed, no number of the run itself may come again
     randomness: Randomness = SecureRandomness() if seed is None else InsecureSeededRandomness(seed, name)
     rng = np.random.default_rng(secrets.randbits(128) if seed is None else [seed, 1])

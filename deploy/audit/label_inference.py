@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from client.bags import BagStore
-from client.training import choose_device, chunks, make_batch
+from client.batch import chunks, make_batch
+from client.training import choose_device
 from common.config import RunConfig
 from common.lhfglp import LHFGLP
 from common.losses import bag_mean_probabilities
@@ -99,7 +100,7 @@ def _model_hit_rate(model: LHFGLP, store: BagStore, config: RunConfig, bags: NDA
     model.to(device).eval()
     guesses = []
     for some in chunks(bags, BAGS_AT_ONCE):
-        batch = make_batch(store, some, None).to(device)
+        batch = make_batch(store, some).to(device)
         predicted = bag_mean_probabilities(model(batch.images).scores[-1], batch.bag_index, len(some))
         guesses.append(predicted.argmax(dim=1).cpu().numpy())
     return hit_rate(np.concatenate(guesses), store.leaf_counts[bags])

@@ -394,7 +394,7 @@ def test_the_bag_store_works_without_any_label_source(site: Path) -> None:
     assert len(BagStore.open(site, 8)) == 3
 
 
-@pytest.mark.parametrize("module", ["bags", "augment", "site_files", "image_cache", "training"])
+@pytest.mark.parametrize("module", ["bags", "augment", "batch", "site_files", "image_cache", "training"])
 def test_what_training_reads_never_imports_the_labelled_images(module: str) -> None:
     path = Path(client.image_cache.__file__).with_name(f"{module}.py")
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import client.private_training as private
 from client.bags import BagStore
+from client.batch import Batch, make_batch
+from client.objectives import build_objective
 from client.private_training import BagDPOptimizer, bag_loss, train_round_privately
-from client.training import Batch, make_batch, train_round
+from client.training import make_setting, train_round
 from common.build import build_model
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
@@ -88,7 +90,7 @@ def loss_of(model: LHFGLP, batch: Batch, config: RunConfig) -> Tensor:
 
 
 def batches(store: BagStore) -> list[Batch]:
-    return [make_batch(store, np.array([bag]), None) for bag in range(len(store))]
+    return [make_batch(store, np.array([bag])) for bag in range(len(store))]
 
 
 def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
@@ -353,7 +355,7 @@ def test_a_sum_serves_one_step_only() -> None:
 def test_without_noise_and_clipping_it_is_the_non_private_step(store: BagStore) -> None:
     changes: dict[str, Scalar] = {
         "train__optimiser": "sgd",
-        "train__augment": False,
+        "train__augmentation": "none",
         "train__bags_per_step": 3,
         "train__clip_gradient": 1e6,
         "train__momentum": 0.0,
@@ -428,10 +430,12 @@ def test_a_bags_gradient_does_not_depend_on_the_bags_before_it(
     model.backbone.set_submodule("body", body)
     if seed_flows_on:
         monkeypatch.setattr(private.torch, "manual_seed", lambda seed: None)
-    arguments = (model, store, config)
-    alone = bag_loss(*arguments, 2, seed=5, weights=(1.0, 1.0))
-    bag_loss(*arguments, 0, seed=4, weights=(1.0, 1.0))
-    after_another = bag_loss(*arguments, 2, seed=5, weights=(1.0, 1.0))
+    nothing = np.zeros(0, dtype=np.int64)
+    objective = build_objective(make_setting(store, config, 1, nothing, torch.Generator()))
+    arguments = (objective, model, store, config)
+    alone = bag_loss(*arguments, 2, seed=5)
+    bag_loss(*arguments, 0, seed=4)
+    after_another = bag_loss(*arguments, 2, seed=5)
     assert torch.equal(alone, after_another) is not seed_flows_on
 
 
@@ -446,9 +450,9 @@ def test_held_back_bags_are_not_touched(store: BagStore, monkeypatch: pytest.Mon
     assert len(held_back) == 1
     touched: set[int] = set()
 
-    def watch(store: BagStore, bags: NDArray[np.int64], generator: torch.Generator | None) -> Batch:
+    def watch(store: BagStore, bags: NDArray[np.int64]) -> Batch:
         touched.update(bags.tolist())
-        return make_batch(store, bags, generator)
+        return make_batch(store, bags)
 
     monkeypatch.setattr(private, "make_batch", watch)
     plan = replace(make_plan(sigma=1.0, steps=4), number_of_bags=2, sample_rate=1.0)

@@ -44,7 +44,7 @@ def test_a_file_that_is_missing_or_no_toml_is_the_users_mistake(tmp_path: Path) 
 
 def test_settings_are_toml_scalars_or_text() -> None:
     assert parse_setting("rounds=3") == ("rounds", 3)
-    assert parse_setting("train.augment = false") == ("train.augment", False)
+    assert parse_setting("skip-bad = false") == ("skip-bad", False)
     assert parse_setting("model.backbone=resnet18") == ("model.backbone", "resnet18")
     for bad in ("rounds", "=3", "federation.allow=[1,2]"):
         with pytest.raises(ConfigError, match="--set"):

@@ -69,7 +69,8 @@ def test_flowers_own_command_runs_the_same_kit(consortium: Consortium, tmp_path:
         'model.backbone="colour-histogram"'
     )
     private = (
-        ' dp.epsilon=8.0 dp.steps-per-round=2 train.optimiser="sgd" train.held-back=0.0 train.augment=false'
+        ' dp.epsilon=8.0 dp.steps-per-round=2 train.optimiser="sgd" train.held-back=0.0'
+        ' train.augmentation="none"'
     )
     subprocess.run(
         [program("flwr"), "run", str(tmp_path / "app"), kit.connection, "--run-config", settings + private],

@@ -1,0 +1,24 @@
+"""Training objectives by name: the one place where ``model.method`` becomes a loss."""
+
+from collections.abc import Callable, Mapping
+
+from client.objectives.base import Objective as Objective
+from client.objectives.base import Setting as Setting
+from client.objectives.dllp import LeafProportions, LevelProportions
+from client.objectives.lhfglp import HierarchicalProportions
+from common.config import Method
+
+OBJECTIVES: Mapping[Method, Callable[[Setting], Objective]] = {
+    Method.LHFGLP: HierarchicalProportions,
+    Method.DLLP_HIERARCHICAL: LevelProportions,
+    Method.DLLP: LeafProportions,
+}
+
+
+def build_objective(setting: Setting) -> Objective:
+    """The objective of the run's method, for one round at one site.
+
+    Raises:
+        UserError: the method cannot be trained on this site's bags.
+    """
+    return OBJECTIVES[setting.config.model.method](setting)
