@@ -94,7 +94,7 @@ class _Arrays:
     def has(self, name: str) -> bool:
         return name in self._arrays
 
-    def get(self, name: str, kind: type[np.generic], shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    def get(self, name: str, kind: type[Any], shape: tuple[int, ...] | None = None) -> NDArray[Any]:
         """The array, if it is of this kind of type and, where one is given, of this shape."""
         if name not in self._arrays:
             raise UserError(
