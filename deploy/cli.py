@@ -208,7 +208,7 @@ def figures(
 
     With several runs (plain pipeline, plain LLP, LHFGLP), t-SNE and activation maps stand side by side.
     """
-    from deploy.figures import draw_figures
+    from deploy.figures.draw import draw_figures
 
     paths = draw_figures(runs, out)
     if json_:

@@ -39,20 +39,20 @@ def compare_command(
       fedbags compare benchmarks/short.toml --out compare/short
       fedbags compare SCENARIO.toml --out compare/mine --dry-run
     """
-    from deploy.compare import run
+    from deploy.compare import run, screen
 
     if dry_run:
         listed = run.list_cells(scenario, out, data=data, settings=set_ or [], passes=passes)
         if json_:
             typer.echo(json.dumps(listed, indent=2))
         else:
-            run.print_cells(listed)
+            screen.print_cells(listed)
         return
     outcome = run.compare(scenario, out, data=data, settings=set_ or [], passes=passes, only=only, jobs=jobs)
     if json_:
         typer.echo(json.dumps(outcome.table, indent=2))
     else:
-        run.print_table(outcome.table, out)
+        screen.print_table(outcome.table, out)
     _say_end(outcome)
 
 

@@ -251,7 +251,14 @@ def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
         raise UserError(f"{error}{hint}\nAnother place? Give it with --data.") from error
     if table.bad and not data.skip_bad:
         raise _refused(table, list(table.bad))
-    return table
+    if data.levels is None:
+        return table
+    if len(data.levels) != len(table.hierarchy.levels):
+        raise UserError(
+            f"[data] names {len(data.levels)} levels, but {table.file} has {len(table.hierarchy.levels)}: "
+            f"{', '.join(table.hierarchy.levels)}"
+        )
+    return replace(table, hierarchy=replace(table.hierarchy, levels=data.levels))
 
 
 def _refused(table: SourceTable, bad: list[BadRow]) -> DataError:

@@ -41,6 +41,8 @@ class Planned:
     cell: Cell
     run: Path
     identity: Identity
+    digest: str
+    """Of the data."""
     state: State
     differences: tuple[str, ...] = ()
     """Why it is CHANGED: ``key: was A, is B``."""
@@ -50,14 +52,14 @@ def plan(cell: Cell, runs: Path, digest: str) -> Planned:
     """Look at the cell's folder below ``runs``; ``digest`` is that of the data."""
     run, now = runs / cell.name, identity(cell, digest)
     if not run.exists():
-        return Planned(cell, run, now, State.NEW)
+        return Planned(cell, run, now, digest, State.NEW)
     try:
         before = Order.load(run).identity
     except (OSError, ValidationError):
-        return Planned(cell, run, now, State.CHANGED, (f"it holds no readable {ORDER}",))
+        return Planned(cell, run, now, digest, State.CHANGED, (f"it holds no readable {ORDER}",))
     if different := differences(before, now):
-        return Planned(cell, run, now, State.CHANGED, different)
-    return Planned(cell, run, now, State.DONE if (run / RESULT).exists() else State.STOPPED)
+        return Planned(cell, run, now, digest, State.CHANGED, different)
+    return Planned(cell, run, now, digest, State.DONE if (run / RESULT).exists() else State.STOPPED)
 
 
 def identity(cell: Cell, digest: str) -> Identity:

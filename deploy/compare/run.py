@@ -4,41 +4,26 @@ import fcntl
 import fnmatch
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from common.config import Scalar, parse_setting
 from common.errors import ConfigError, UserError
-from deploy.compare.cell import LOG, Order
+from deploy.compare.cell import Order
 from deploy.compare.cells import Cell, expand
-from deploy.compare.plan import Planned, State, plan, told
+from deploy.compare.plan import Planned, State, plan
 from deploy.compare.queue import run_all
-from deploy.compare.scenario import Scenario, Setting, check_settings
-from deploy.compare.table import (
-    CSV,
-    JSON,
-    MARKDOWN,
-    Row,
-    accuracy_cells,
-    accuracy_header,
-    by_setting,
-    read_rows,
-    summarise,
-    write_table,
-)
-from deploy.progress import counted
-from deploy.tables import console, table
+from deploy.compare.scenario import Scenario, check_settings
+from deploy.compare.screen import Board, preparing, say_plan
+from deploy.compare.table import Row, read_rows, summarise, write_table
 
-if TYPE_CHECKING:  # brings torch along, which a look at finished cells does not need
+if TYPE_CHECKING:  # brings torch along, which a faulty scenario need not wait for
     from deploy.compare.data import DataFolders
 
 RUNS, DATA, REPLACED, PLOTS, LOCK = "runs", "data", "replaced", "plots", ".lock"
-LOG_LINES = 12
 LOCK_SECONDS = 5.0
 """How long to wait for a comparison that was just killed to let go of the folder."""
 
@@ -48,10 +33,11 @@ class Outcome:
     """What a comparison came to."""
 
     table: dict[str, Any]
+    """The content of table.json."""
     failed: dict[str, str]
     """The end of its log for every cell that failed in this call."""
     stopped: bool
-    """Ctrl-C ended it early."""
+    """Whether Ctrl-C ended it early."""
 
 
 def compare(
@@ -64,11 +50,11 @@ def compare(
     only: str = "*",
     jobs: int | None = None,
 ) -> Outcome:
-    """Run every cell of a scenario that is not done, and write the table of all that are.
+    """Run every cell of a scenario that is not done; write table and plots of all that are.
 
     Args:
         file: the scenario.
-        out: folder of the comparison: ``runs/``, ``data/``, and the table.
+        out: folder of the comparison: ``runs/``, ``data/``, ``plots/`` and the table.
         data: stands in for the scenario's ``data.path``.
         settings: ``KEY=VALUE`` of the run configuration, which win over all that the file says.
         passes: wins over all passes of the file.
@@ -88,16 +74,52 @@ def compare(
         failed: dict[str, str] = {}
         stopped = False
         if todo:
-            prepare(todo, folders, out)
+            prepare(todo, folders, out / REPLACED)
+            board = Board(todo, lambda: tabulate(scenario, planned, out))
             try:
-                failed = work(scenario, planned, todo, out, jobs or default_jobs(todo))
+                with board:
+                    run_all([one.run for one in todo], jobs or default_jobs(todo), board.show, board.ended)
             except KeyboardInterrupt:
                 stopped = True
-        return Outcome(tabulate(scenario, planned, out), failed, stopped)
+            failed = board.failed
+        table = tabulate(scenario, planned, out)
+        if table["rows"]:
+            from deploy.compare.plots import draw_plots
+
+            draw_plots(summarise(table["rows"]), scenario.title, out / PLOTS)
+        return Outcome(table, failed, stopped)
+
+
+def list_cells(
+    file: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    settings: Sequence[str] = (),
+    passes: int | None = None,
+) -> list[dict[str, Any]]:
+    """Every cell of a scenario and its state; nothing is written. Arguments and errors as in compare."""
+    scenario, cells = read(file, settings, passes)
+    planned, _ = look(scenario, cells, out, file.resolve().parent, data)
+    return [
+        {
+            "cell": one.cell.name,
+            "state": one.state.value,
+            "passes": one.cell.passes,
+            "rounds": one.cell.config.rounds,
+            "images_per_step": one.cell.config.train.bags_per_step * one.cell.bag_size,
+            "differences": list(one.differences),
+        }
+        for one in planned
+    ]
 
 
 def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scenario, list[Cell]]:
-    """The scenario and its cells."""
+    """The scenario and its cells.
+
+    Raises:
+        UserError: what is wrong with the file or the settings.
+    """
     scenario = Scenario.load(file)
     overrides: dict[str, Scalar] = dict(parse_setting(text) for text in settings)
     try:
@@ -113,7 +135,7 @@ def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scena
 def look(
     scenario: Scenario, cells: Sequence[Cell], out: Path, folder: Path, data: Path | None
 ) -> tuple[list[Planned], "DataFolders"]:
-    """Every cell's state on disk, and the folders of its data."""
+    """Every cell's state on disk, and the folders of its data; ``folder`` is where relative paths start."""
     from deploy.compare.data import DataFolders, open_data
 
     opened = open_data(scenario.data, folder, data)
@@ -121,104 +143,52 @@ def look(
     return [plan(cell, (out / RUNS).resolve(), opened.digest) for cell in cells], folders
 
 
-def prepare(todo: Sequence[Planned], folders: "DataFolders", out: Path) -> None:
-    """Make the data folders, put changed runs aside, write every cell's order."""
+def prepare(todo: Sequence[Planned], folders: "DataFolders", replaced: Path) -> None:
+    """Make the data folders, move changed runs to ``replaced``, and write every cell's order.
+
+    Raises:
+        UserError: a model that cannot be built, or data that cannot be divided so.
+    """
     from deploy.simulate import check_model
 
     for config in {one.cell.config.model: one.cell.config for one in todo}.values():
         check_model(config)
-    with ExitStack() as bars:
-        folders.prepare((one.cell for one in todo), lambda what: bars.enter_context(counted(what)))
+    with preparing() as progress:
+        folders.prepare((one.cell for one in todo), progress)
     for one in todo:
-        cell = one.cell
         if one.state is State.CHANGED:
-            aside = out / REPLACED / f"{cell.name}_{time.strftime('%Y%m%d-%H%M%S')}"
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            one.run.rename(aside)
-        config = cell.config.with_changes(
-            {"run-dir": str(one.run), "sites-dir": str(folders.sites_dir(cell))}
-        )
-        row: dict[str, Scalar] = {
-            "method": cell.method,
-            "bag_size": cell.bag_size,
-            "seed": cell.seed,
-            "setting": cell.setting.value,
-            "passes": cell.passes,
-        }
-        if site := folders.site_name(cell):
-            row["site"] = site
-        Order(row=row, identity=one.identity, config=config.to_flat(), test=str(folders.test)).save(one.run)
+            replaced.mkdir(parents=True, exist_ok=True)
+            one.run.rename(replaced / f"{one.cell.name}_{time.strftime('%Y%m%d-%H%M%S')}")
+        order(one, folders).save(one.run)
 
 
-def work(
-    scenario: Scenario, planned: Sequence[Planned], todo: Sequence[Planned], out: Path, jobs: int
-) -> dict[str, str]:
-    """Run the cells with a bar; the table is written anew whenever one is done."""
-    failed: dict[str, str] = {}
-    by_run = {one.run: one.cell for one in todo}
-    sizes = {one.run: _size(one.cell) for one in todo}
-    ended: set[Path] = set()
-    started = time.monotonic()
-    with _bar() as bar:
-        task = bar.add_task("", total=sum(sizes.values()))
-
-        def show(running: Sequence[Path]) -> None:
-            at_work = ", ".join(by_run[run].name for run in running[:2]) + (
-                " ..." if len(running) > 2 else ""
-            )
-            text = f"{len(ended)} of {len(todo)} cells  {at_work}"
-            bar.update(task, completed=_done(sizes, ended), description=text)
-
-        def note(run: Path, status: int) -> None:
-            ended.add(run)
-            cell = by_run[run]
-            minutes = (time.monotonic() - started) / 60
-            if status:
-                failed[cell.name] = _end_of_log(run, status)
-                bar.console.print(
-                    f"{minutes:.1f} min: {cell.name} FAILED: {failed[cell.name].splitlines()[-1]}",
-                    markup=False,
-                )
-                return
-            (row,) = read_rows([run])
-            accuracies = ", ".join(f"{level['name']} {level['accuracy']:.3f}" for level in row["levels"])
-            bar.console.print(
-                f"{minutes:.1f} min: {cell.name}: {accuracies}, {row['seconds']:.0f} s", markup=False
-            )
-            tabulate(scenario, planned, out, draw=False)
-
-        show([])
-        run_all([one.run for one in todo], jobs, show, note)
-        show([])
-    return failed
+def order(one: Planned, folders: "DataFolders") -> Order:
+    """What the process of this cell is to do."""
+    cell = one.cell
+    places: dict[str, Scalar] = {"run-dir": str(one.run), "sites-dir": str(folders.sites_dir(cell))}
+    row: dict[str, Scalar] = {
+        "method": cell.method,
+        "bag_size": cell.bag_size,
+        "seed": cell.seed,
+        "setting": cell.setting.value,
+        "passes": cell.passes,
+    }
+    if site := folders.site_name(cell):
+        row["site"] = site
+    config = cell.config.with_changes(places).to_flat()
+    return Order(row=row, identity=one.identity, config=config, test=str(folders.test))
 
 
-def tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path, draw: bool = True) -> dict[str, Any]:
-    """Write the table of the cells that are done; changed ones are not, until they have run again."""
+def tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[str, Any]:
+    """Write the table of the cells that are done by now; a changed one is not, until it has run again."""
     rows: list[Row] = []
     missing = []
     for one in planned:
-        found = (
-            read_rows([one.run])
-            if plan(one.cell, one.run.parent, str(one.identity["data.digest"])).state is State.DONE
-            else []
-        )
-        rows += found
-        missing += [] if found else [one.cell.name]
+        if plan(one.cell, one.run.parent, one.digest).state is State.DONE:
+            rows += read_rows([one.run])
+        else:
+            missing.append(one.cell.name)
     return write_table(out, scenario.title, rows, missing)
-
-
-def say_plan(planned: Sequence[Planned], todo: Sequence[Planned]) -> None:
-    """How many cells there are of each state, and why finished ones run again."""
-    screen = console(stderr=True)
-    counts = {state: sum(one.state is state for one in planned) for state in State}
-    words = [f"{number} {state.value}" for state, number in counts.items() if number]
-    screen.print(f"{len(planned)} cells: {', '.join(words)}; {len(todo)} to run", markup=False)
-    for one in todo:
-        if one.state is State.CHANGED:
-            screen.print(
-                f"changed, runs again: {one.cell.name}: {told(one.differences)}", markup=False, soft_wrap=True
-            )
 
 
 def default_jobs(todo: Sequence[Planned]) -> int:
@@ -228,35 +198,6 @@ def default_jobs(todo: Sequence[Planned]) -> int:
     if any(choose_device(one.cell.config.train.device).type == "cuda" for one in todo):
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _size(cell: Cell) -> float:
-    """How much work a cell is, for the estimate: passes over all images."""
-    return cell.passes / (cell.division.sites if cell.setting is Setting.LOCAL_ONLY else 1)
-
-
-def _done(sizes: Mapping[Path, float], ended: set[Path]) -> float:
-    """Work done: that of the cells that ended, and of the others by their newest checkpoint."""
-    done = 0.0
-    for run, size in sizes.items():
-        if run in ended:
-            done += size
-            continue
-        newest = max((path.stem for path in (run / "checkpoints").glob("round-*.safetensors")), default="")
-        if newest:
-            rounds = _rounds(run)
-            done += size * min(1.0, int(newest.removeprefix("round-")) / rounds)
-    return done
-
-
-def _rounds(run: Path) -> int:
-    return int(Order.load(run).config["rounds"])
-
-
-def _end_of_log(run: Path, status: int) -> str:
-    lines = (run / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    ending = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-    return "\n".join([*lines[-LOG_LINES:], f"({ending}; all of it: {run / LOG})"])
 
 
 @contextmanager
@@ -286,58 +227,3 @@ def locked(out: Path) -> Iterator[None]:
                     ) from error
                 time.sleep(0.2)
         yield
-
-
-def list_cells(
-    file: Path, out: Path, *, data: Path | None, settings: Sequence[str], passes: int | None
-) -> list[dict[str, Any]]:
-    """Every cell of a scenario and its state; nothing is written."""
-    scenario, cells = read(file, settings, passes)
-    planned, _ = look(scenario, cells, out, file.resolve().parent, data)
-    return [
-        {
-            "cell": one.cell.name,
-            "state": one.state.value,
-            "passes": one.cell.passes,
-            "rounds": one.cell.config.rounds,
-            "images_per_step": one.cell.config.train.bags_per_step * one.cell.bag_size,
-            "differences": list(one.differences),
-        }
-        for one in planned
-    ]
-
-
-def print_cells(listed: Sequence[Mapping[str, Any]]) -> None:
-    """The cells as a table."""
-    cells = table(f"{len(listed)} cells", "cell", "state", "passes", "rounds", "images per step")
-    for one in listed:
-        cells.add_row(*(str(one[key]) for key in ("cell", "state", "passes", "rounds", "images_per_step")))
-    console().print(cells)
-
-
-def print_table(content: Mapping[str, Any], out: Path) -> None:
-    """Accuracies and costs per setting, and where the whole table is."""
-    screen = console()
-    for setting, lines in by_setting(summarise(content["rows"])).items():
-        names = list(dict.fromkeys(name for line in lines for name in line.levels))
-        shown = table(f"{content['title'] or 'comparison'}: {setting}", *accuracy_header(names))
-        for line in lines:
-            shown.add_row(*accuracy_cells(line, names))
-        screen.print(shown)
-    if content["missing"]:
-        screen.print(f"not in it yet: {len(content['missing'])} cell(s)", markup=False)
-    screen.print(f"{out / MARKDOWN}, {CSV}, {JSON}, {PLOTS}/", soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # Cells differ in speed: the estimate is from all that was seen in this call.
-    with Progress(*columns, console=console(stderr=True), speed_estimate_period=24 * 3600) as bar:
-        yield bar

@@ -67,6 +67,7 @@ class Data(Section):
     groups: Annotated[str, Field(pattern="^(bags|sites)$")] = "bags"
     partition: str = Field("dirichlet:0.5", description="iid, dirichlet:ALPHA or column:NAME")
     sites: Count = 5
+    levels: tuple[str, ...] | None = Field(None, description="names of the levels, instead of the source's")
     skip_bad: bool = Field(False, description="leave out what cannot be read")
     images_per_site: Count = Field(1200, description="synthetic only")
     image_size: Annotated[int, Field(strict=True, ge=16, le=1024)] = Field(48, description="synthetic only")

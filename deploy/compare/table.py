@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ COSTS = ("proportion_l1", "seconds", "memory_mb")
 JSON, CSV, MARKDOWN = "table.json", "table.csv", "table.md"
 
 NOTE = """\
-Accuracy, balanced accuracy and macro-F1 are of the same test images everywhere; mean ± standard deviation over
-the seeds (none with one seed). Every level is scored by the method's best reading: its own argmax, the best
-root-to-leaf path, or the leaves' probabilities summed up the tree; table.csv says which. L1 is between the
-predicted and the true leaf proportions of held-back bags, in [0, 2]; it depends on the size of the bags, so
-compare it at one bag size. Seconds and MB are of one process, on a machine that others may use."""
+Accuracy, balanced accuracy and macro-F1 are of the same test images everywhere: the mean, and after ± the
+standard deviation, over the seeds (with one seed there is none). Every level is scored by the method's best
+reading: its own argmax, the best root-to-leaf path, or the leaves' probabilities summed up the tree;
+table.csv says which. L1 is between the predicted and the true leaf proportions of held-back bags, in [0, 2];
+it depends on the size of the bags, so compare it at one bag size. Seconds and MB are of one process, on a
+machine that others may use."""
 
 Row = dict[str, Any]
 
@@ -43,8 +44,8 @@ class Statistic:
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def text(self, digits: int) -> str:
-        """``0.612 ± 0.010``."""
-        spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        """``0.612 ±0.010``."""
+        spread = "" if self.deviation is None else f" ±{self.deviation:.{digits}f}"
         return f"{self.mean:.{digits}f}{spread}"
 
 
@@ -184,7 +185,8 @@ def to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commits
         chosen = [line for line in lines if line.setting == setting]
         names = list(dict.fromkeys(name for line in chosen for name in line.levels))
         text += [f"## {setting[0].upper()}{setting[1:]}", ""]
-        text += _grid(accuracy_header(names), [accuracy_cells(line, names) for line in chosen])
+        costs = [[*accuracy_cells(line, names), "-".join(map(str, line.passes))] for line in chosen]
+        text += _grid([*accuracy_header(names), "passes"], costs)
         others = [(key, name) for key in FIGURES[1:] for name in names]
         header = ["method", "bag", *(f"{key.replace('_', ' ')}: {name}" for key, name in others)]
         body = [
@@ -203,14 +205,14 @@ def to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commits
 
 def accuracy_header(names: Sequence[str]) -> list[str]:
     """The columns of accuracy_cells."""
-    return ["method", "bag", "seeds", *names, "L1", "passes", "seconds", "MB"]
+    return ["method", "bag", "seeds", *names, "L1", "s", "MB"]
 
 
 def accuracy_cells(line: Line, names: Sequence[str]) -> list[str]:
     """A line's accuracy at every level, and what it cost."""
 
     def cost(key: str, digits: int) -> str:
-        return line.costs[key].text(digits) if key in line.costs else "-"
+        return f"{line.costs[key].mean:.{digits}f}" if key in line.costs else "-"
 
     return [
         line.method,
@@ -218,7 +220,6 @@ def accuracy_cells(line: Line, names: Sequence[str]) -> list[str]:
         str(line.seeds),
         *(line.levels[name]["accuracy"].text(3) for name in names),
         cost("proportion_l1", 3),
-        "-".join(map(str, line.passes)),
         cost("seconds", 0),
         cost("memory_mb", 0),
     ]
@@ -227,11 +228,3 @@ def accuracy_cells(line: Line, names: Sequence[str]) -> list[str]:
 def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     rules = ["---", *["---:"] * (len(header) - 1)]
     return [*(f"| {' | '.join(cells)} |" for cells in (header, rules, *body)), ""]
-
-
-def by_setting(lines: Sequence[Line]) -> Mapping[str, list[Line]]:
-    """Lines by setting, in order."""
-    groups: dict[str, list[Line]] = {}
-    for line in lines:
-        groups.setdefault(line.setting, []).append(line)
-    return groups
