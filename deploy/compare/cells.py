@@ -4,11 +4,15 @@ Pure: from the scenario to names and run configurations; opens no data.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from common.config import RunConfig, Scalar
 from common.errors import ConfigError
 from deploy.compare.scenario import Data, Entry, Grid, Scenario, Setting
+
+WEIGHTS = "model.weights"
+"""The one key of the run configuration that names a file."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,20 @@ class Cell:
     """Complete but for the places ``run-dir`` and ``sites-dir``."""
 
 
-def expand(
-    scenario: Scenario, overrides: Mapping[str, Scalar] | None = None, passes: int | None = None
-) -> list[Cell]:
-    """Every cell of a scenario, in its order: setting, bag size, seed, method, site.
+@dataclass(frozen=True)
+class Context:
+    """What a command says beside the file; it wins over all that the file says.
 
-    Args:
-        scenario: the file.
-        overrides: keys of the run configuration that win over all that the file says.
-        passes: wins over all passes of the file.
+    ``overrides`` are keys of the run configuration; ``folder`` is where relative paths of the file start.
+    """
+
+    folder: Path = Path()
+    overrides: Mapping[str, Scalar] = field(default_factory=dict)
+    passes: int | None = None
+
+
+def expand(scenario: Scenario, context: Context) -> list[Cell]:
+    """Every cell of a scenario, in its order: setting, bag size, seed, method, site.
 
     Raises:
         ConfigError: an entry without any cell, two different cells of one name, or a configuration that a
@@ -72,7 +81,7 @@ def expand(
     cells: dict[str, Cell] = {}
     for setting, grids in scenario.settings.items():
         for grid in grids:
-            for cell in _of_grid(scenario, setting, grid, overrides or {}, passes):
+            for cell in _of_grid(scenario, context, setting, grid):
                 if cells.setdefault(cell.name, cell) != cell:
                     raise ConfigError(
                         f"two parts of settings.{setting.value} mean {cell.name}, with different settings: "
@@ -87,9 +96,7 @@ def expand(
     return list(cells.values())
 
 
-def _of_grid(
-    scenario: Scenario, setting: Setting, grid: Grid, overrides: Mapping[str, Scalar], passes: int | None
-) -> Iterator[Cell]:
+def _of_grid(scenario: Scenario, context: Context, setting: Setting, grid: Grid) -> Iterator[Cell]:
     entries = [
         entry
         for entry in scenario.methods
@@ -101,25 +108,27 @@ def _of_grid(
                 # Bags of one image are the same at every bag size: the cells coincide.
                 fits = entry.sees_labels or bag_size in (entry.bag_sizes or (bag_size,))
                 if fits and seed in (entry.seeds or (seed,)):
-                    yield from _of_entry(scenario, setting, grid, entry, bag_size, seed, overrides, passes)
+                    yield from _of_entry(scenario, context, setting, grid, entry, bag_size, seed)
 
 
 def _of_entry(
     scenario: Scenario,
+    context: Context,
     setting: Setting,
     grid: Grid,
     entry: Entry,
     bag_size: int,
     seed: int,
-    overrides: Mapping[str, Scalar],
-    passes: int | None,
 ) -> Iterator[Cell]:
     if entry.sees_labels:
         bag_size = 1
     division = _division(scenario.data, setting, bag_size, seed)
-    passes = passes or entry.passes or grid.passes or scenario.passes
+    passes = context.passes or entry.passes or grid.passes or scenario.passes
     sites = division.sites if setting is Setting.FEDERATED else 1
-    chosen = {**scenario.run, **grid.set, **entry.set, **overrides}
+    chosen = {**scenario.run, **grid.set, **entry.set}
+    if chosen.get(WEIGHTS):
+        chosen[WEIGHTS] = str(context.folder / str(chosen[WEIGHTS]))
+    chosen |= context.overrides
     where = f"{entry.name} at bag size {bag_size}, {setting.value}"
     if "model.image-size" not in chosen:
         raise ConfigError("say the side of the model's input in pixels: model.image-size in [run]")

@@ -63,7 +63,7 @@ def open_data(data: Data, folder: Path, path: Path | None = None) -> OpenedData:
     Args:
         data: the scenario's table.
         folder: where its relative paths start.
-        path: stands in for ``data.path``.
+        path: stands in for ``data.path``; other files are looked for in the same place beside it.
 
     Raises:
         UserError: what the source raises; no split and no test-share; a group on both sides of the split.
@@ -232,13 +232,22 @@ class LinkedImages(FileImages):
 
 
 def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
-    given = path or (folder / data.path if data.path else None)
+    usual = folder / data.path if data.path else None
+
+    def beside(name: str) -> Path | None:
+        """Another file of the data set; where the set is elsewhere, it has the same place in it."""
+        if not name:
+            return None
+        if path is None or usual is None or Path(name).is_absolute():
+            return folder / name
+        return Path(os.path.normpath(path / os.path.relpath(folder / name, usual)))
+
     try:
         table = open_source(
             data.source,
-            images=given,
-            labels=folder / data.labels if data.labels else None,
-            hierarchy=folder / data.hierarchy if data.hierarchy else None,
+            images=path or usual,
+            labels=beside(data.labels),
+            hierarchy=beside(data.hierarchy),
             label_column=data.label_column,
             sites=data.sites,
             images_per_site=data.images_per_site,

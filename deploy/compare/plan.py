@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from common.config import RunConfig, Scalar
 from deploy.compare.cell import ORDER, RESULT, Order
-from deploy.compare.cells import Cell
+from deploy.compare.cells import WEIGHTS, Cell
 
 PLACES = ("run-dir", "sites-dir", "resume", "name", "train.device")
-"""Keys that say where and how a run is done, not what it computes."""
+"""Keys that say where and how a run is done, not what it computes; of the weights file the name counts."""
 DIFFERENCES_TOLD = 3
 
 Identity = dict[str, Scalar | None]
@@ -65,6 +65,7 @@ def plan(cell: Cell, runs: Path, digest: str) -> Planned:
 def identity(cell: Cell, digest: str) -> Identity:
     """Everything that the cell's figures depend on, except the code."""
     config = {key: value for key, value in cell.config.to_flat().items() if key not in PLACES}
+    config[WEIGHTS] = Path(str(config[WEIGHTS])).name
     division = {f"data.{key}": value for key, value in asdict(cell.division).items()}
     return {**config, **division, "data.digest": digest, "setting": cell.setting.value, "site": cell.site}
 

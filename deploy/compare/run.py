@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from common.config import Scalar, parse_setting
 from common.errors import ConfigError, UserError
 from deploy.compare.cell import Order
-from deploy.compare.cells import Cell, expand
+from deploy.compare.cells import Cell, Context, expand
 from deploy.compare.plan import Planned, State, plan
 from deploy.compare.queue import run_all
 from deploy.compare.scenario import Scenario, check_settings
@@ -127,7 +127,7 @@ def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scena
     except ValueError as error:
         raise ConfigError(f"--set: {error}") from error
     try:
-        return scenario, expand(scenario, overrides, passes)
+        return scenario, expand(scenario, Context(file.resolve().parent, overrides, passes))
     except ConfigError as error:
         raise ConfigError(f"the scenario {file}: {error}") from error
 
