@@ -53,5 +53,5 @@ def _build(config: ModelConfig, hierarchy: Hierarchy, seed: int, weights: Path |
             iterations=config.iterations,
             dictionary=config.dictionary and not plain,
             masks=config.masks and not plain,
-            leaf_only=config.method is Method.DLLP,
+            leaf_only=config.method.leaf_only,
         )

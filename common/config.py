@@ -116,6 +116,26 @@ class Augmentation(StrEnum):
     NONE = "none"
 
 
+class ObjectiveConfig(Section):
+    """What the methods beside LHFGLP can be tuned by; a key begins with its method (docs/methods.md)."""
+
+    vat_weight: float = Field(0.05, ge=0, le=100, description="llp-vat: weight of the consistency, final")
+    vat_radius: float = Field(
+        3.0, gt=0, le=1e4, description="llp-vat: norm of an image's change; pixels are in [-1, 1]"
+    )
+    rot_weight: float = Field(1.0, ge=0, le=100, description="rot: weight of the pseudo-labels")
+    rot_temperature: float = Field(
+        1.0, ge=0.05, le=100, description="rot: entropy of the pseudo-labels; small is hard"
+    )
+    llpfc_group: int = Field(
+        0, ge=0, le=100_000, description="llpfc: fewest bags of a group; 0: as many as leaves"
+    )
+    llpfc_regroup: int = Field(20, ge=1, le=100_000, description="llpfc: rounds between new groups")
+    mixbag_confidence: float = Field(
+        0.99, gt=0, lt=1, description="mixbag: confidence of the interval within which a class costs nothing"
+    )
+
+
 class TrainConfig(Section):
     """Local training at a site."""
 
@@ -246,6 +266,7 @@ class RunConfig(Section):
     resume: bool = Field(False, description="go on from the run folder's newest checkpoint")
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     dp: DPConfig = DPConfig()

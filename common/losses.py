@@ -108,9 +108,7 @@ def hierarchical_proportion_loss(
     return per_bag.mean()
 
 
-def level_weights(
-    config: LossConfig, levels: int, progress: float, leaf_only: bool = False
-) -> tuple[float, ...]:
+def level_weights(config: LossConfig, levels: int, progress: float) -> tuple[float, ...]:
     """The weight of each level, coarse to fine; the leaf's is 1.
 
     Args:
@@ -118,10 +116,7 @@ def level_weights(
             ``anneal_share`` of the run, then stay.
         levels: L >= 1.
         progress: share of the run that is done, in [0, 1].
-        leaf_only: the coarse levels have no term (their weight is 0), as in DLLP.
     """
-    if leaf_only:
-        return (0.0,) * (levels - 1) + (1.0,)
     passed = min(progress / config.anneal_share, 1.0) if config.anneal_share else 1.0
     coarse = config.anneal_from + passed * (config.coarse_weight - config.anneal_from)
     return (coarse,) * (levels - 1) + (1.0,)

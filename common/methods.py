@@ -16,7 +16,26 @@ class Method(StrEnum):
     DLLP_HIERARCHICAL = "dllp-hierarchical"
     """The plain pipeline (backbone + one linear head a level), proportion loss at every level."""
     DLLP = "dllp"
-    """The plain pipeline, proportion loss at the leaf only; coarse levels sum the leaves."""
+    """The plain pipeline with a leaf head only, proportion loss at the leaf; coarse levels sum the leaves."""
+    LLP_VAT = "llp-vat"
+    """As dllp, with virtual adversarial training beside the proportion loss."""
+    ROT = "rot"
+    """As dllp, with pseudo-labels by optimal transport under each bag's counts beside the proportion loss."""
+    LLPFC = "llpfc"
+    """As dllp, with the bag's number as a noisy label and forward correction in place of the loss."""
+    EASYLLP = "easyllp"
+    """As dllp, with an unbiased estimate of each image's loss in place of the proportion loss."""
+    MIXBAG = "mixbag"
+    """As dllp, with mixtures of two bags matched within a confidence interval."""
+    SUPERVISED = "supervised"
+    """A bound: as dllp, on bags of one image (labels). For comparisons only."""
+    SUPERVISED_HIERARCHICAL = "supervised-hierarchical"
+    """A bound: as dllp-hierarchical, on bags of one image (labels). For comparisons only."""
+
+    @property
+    def leaf_only(self) -> bool:
+        """Whether there is one head, at the leaf, whose probabilities are summed up the tree."""
+        return self not in (Method.LHFGLP, Method.DLLP_HIERARCHICAL, Method.SUPERVISED_HIERARCHICAL)
 
     @property
     def why_not_private(self) -> str:
@@ -31,4 +50,13 @@ class Method(StrEnum):
 
 
 _ONE_BAG_EACH = frozenset({Method.LHFGLP, Method.DLLP_HIERARCHICAL, Method.DLLP})
-_REASONS: Mapping[Method, str] = {}
+_BOUND = "it learns from labels, as a bound for comparisons"
+_REASONS: Mapping[Method, str] = {
+    Method.LLP_VAT: "its random numbers flow on from bag to bag",
+    Method.ROT: "its pseudo-labels have not been examined, although each is made within a bag",
+    Method.LLPFC: "its loss of a bag looks at the counts of other bags of the site",
+    Method.EASYLLP: "its loss of a bag looks at the counts of the whole site",
+    Method.MIXBAG: "its loss mixes two bags",
+    Method.SUPERVISED: _BOUND,
+    Method.SUPERVISED_HIERARCHICAL: _BOUND,
+}

@@ -81,7 +81,7 @@ def simulate(
     sites_dir: Annotated[Path | None, typer.Option(help="Folder of site folders.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Federated rounds.", min=1)] = None,
     local_epochs: Annotated[int | None, typer.Option(help="Passes per round at a site.", min=1)] = None,
-    method: Annotated[str | None, typer.Option(help="lhfglp, dllp-hierarchical or dllp.")] = None,
+    method: Annotated[str | None, typer.Option(help="lhfglp, dllp, rot, ...: see docs/methods.md.")] = None,
     backbone: Annotated[str | None, typer.Option(help="resnet-small, or any torchvision model.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes data, weights and order.", min=0)] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME-TIME].")] = None,

@@ -5,13 +5,26 @@ from collections.abc import Callable, Mapping
 from client.objectives.base import Objective as Objective
 from client.objectives.base import Setting as Setting
 from client.objectives.dllp import LeafProportions, LevelProportions
+from client.objectives.easyllp import DebiasedLoss
 from client.objectives.lhfglp import HierarchicalProportions
+from client.objectives.llpfc import ForwardCorrection
+from client.objectives.mixbag import MixedBags
+from client.objectives.rot import TransportedLabels
+from client.objectives.supervised import LeafLabels, LevelLabels
+from client.objectives.vat import VirtualAdversarial
 from common.config import Method
 
 OBJECTIVES: Mapping[Method, Callable[[Setting], Objective]] = {
     Method.LHFGLP: HierarchicalProportions,
     Method.DLLP_HIERARCHICAL: LevelProportions,
     Method.DLLP: LeafProportions,
+    Method.LLP_VAT: VirtualAdversarial,
+    Method.ROT: TransportedLabels,
+    Method.LLPFC: ForwardCorrection,
+    Method.EASYLLP: DebiasedLoss,
+    Method.MIXBAG: MixedBags,
+    Method.SUPERVISED: LeafLabels,
+    Method.SUPERVISED_HIERARCHICAL: LevelLabels,
 }
 
 

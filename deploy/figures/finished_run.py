@@ -87,7 +87,7 @@ class FinishedRun:
     @property
     def method(self) -> str:
         """The method's name as titles write it."""
-        return METHOD_TITLES[self.config.model.method]
+        return METHOD_TITLES.get(self.config.model.method, self.config.model.method.value)
 
     @property
     def name(self) -> str:

@@ -315,4 +315,4 @@ def test_methods_share_their_weights_and_leave_the_generator_alone(method: Metho
         if name.startswith("backbone."):
             assert torch.equal(value, other[name])
     assert bool(model.blocks) == (method is Method.LHFGLP)
-    assert len(model.heads) == (1 if method is Method.DLLP else 3)
+    assert len(model.heads) == (1 if method.leaf_only else 3)

@@ -138,5 +138,4 @@ def test_level_weights_fall_from_coarse_to_fine() -> None:
     assert level_weights(config, 3, 0.5) == pytest.approx((0.2, 0.2, 1.0))
     assert level_weights(config, 3, 1.0) == pytest.approx((0.2, 0.2, 1.0))
     assert level_weights(config, 1, 0.3) == (1.0,)
-    assert level_weights(config, 3, 0.0, leaf_only=True) == (0.0, 0.0, 1.0)
     assert level_weights(LossConfig(anneal_share=0.0, coarse_weight=0.2), 2, 0.0) == pytest.approx((0.2, 1.0))

@@ -1,0 +1,54 @@
+"""EasyLLP: an unbiased estimate of the loss of every image from its bag's counts and the class priors.
+
+Busa-Fekete et al. 2023, "Easy learning from label proportions" (arXiv 2302.03115), the debiased loss, in its
+multi-class form. In a bag of k independent images with proportions q, and class priors pi, the expectation
+of k q_c given one image x is P(c | x) + (k - 1) pi_c. So
+
+    sum_c (k q_c - (k - 1) pi_c) l(p(x), c), averaged over a bag's images, then over bags
+
+has the expectation of the loss l under the unknown labels. The weights sum to 1 and may be negative.
+
+Departures: l is the squared error |p - e_c|^2 (Brier), which is bounded. The logarithmic loss with negative
+weights is not bounded from below, and training on it runs away. The priors are the proportions of the site's
+own training bags.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from client.batch import Batch
+from client.objectives.base import Setting
+from common.lhfglp import LHFGLP
+from common.losses import bag_means
+
+
+class DebiasedLoss:
+    """The squared error of each image against its debiased label, averaged over images, then bags."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.priors = setting.leaf_counts.sum(dim=0) / setting.leaf_counts.sum()
+
+    def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
+        """See ``Objective``."""
+        weights = debiased_labels(batch.level_counts[-1], self.priors)[batch.bag_index]
+        predicted = F.softmax(model(batch.images).scores[-1].float(), dim=1)
+        per_image = (weights * squared_errors(predicted)).sum(dim=1)
+        return bag_means(per_image, batch.bag_index, len(batch)).mean()
+
+
+def debiased_labels(counts: Tensor, priors: Tensor) -> Tensor:
+    """k q - (k - 1) pi for every bag: the weight of each class for each of its images.
+
+    Args:
+        counts: k q, shape (B, C); a row sums to k >= 1.
+        priors: pi, shape (C,), sums to 1.
+
+    Returns:
+        Shape (B, C); rows sum to 1; entries from -(k - 1) to k. With k = 1 the label itself.
+    """
+    return counts - (counts.sum(dim=1, keepdim=True) - 1) * priors
+
+
+def squared_errors(predicted: Tensor) -> Tensor:
+    """|p - e_c|^2 for every image and class c, shape (N, C), in [0, 2]."""
+    return predicted.square().sum(dim=1, keepdim=True) - 2 * predicted + 1
