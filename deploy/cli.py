@@ -33,7 +33,7 @@ Start here:
   fedbags bags build --help             turn a folder of images into hospitals
   fedbags simulate --sites-dir SITES    train on them
   fedbags predict RUN IMAGE...          use the trained model
-  fedbags compare SCENARIO.toml         methods side by side, to a table
+  fedbags compare SCENARIO --out DIR    methods side by side, to a table
 """
 
 typer.core.HAS_RICH = False

@@ -59,6 +59,8 @@ def work(run: Path) -> None:
     Raises:
         FedbagsError: what the run raises.
     """
+    started = time.monotonic()
+    order = Order.load(run)
     # Imported here: they bring torch and Flower along, for which whoever only reads results need not wait.
     import torch
 
@@ -68,8 +70,6 @@ def work(run: Path) -> None:
     from deploy.compare.scoring import score
     from deploy.simulate import run_engine
 
-    started = time.monotonic()
-    order = Order.load(run)
     folder = RunFolder(run)
     config = RunConfig.from_flat(order.config).with_changes({"resume": folder.config.exists()})
     torch.set_num_threads(config.train.threads)

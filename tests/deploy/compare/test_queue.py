@@ -1,0 +1,95 @@
+"""Processes of cells: many at once, a failing one, Ctrl-C, and a queue that is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from deploy.compare.cell import LOG, ORDER
+from deploy.compare.queue import run_all
+from deploy.compare.screen import end_of_log
+from deploy.flower_engine import descendants
+
+PATIENCE = 120.0
+"""Seconds that a machine with other work may take to start an interpreter."""
+
+
+def endless(folder: Path) -> Path:
+    """A cell that waits forever: its order is a pipe that nobody writes to."""
+    folder.mkdir()
+    os.mkfifo(folder / ORDER)
+    return folder
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_cell_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()  # no order
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / ORDER).write_text("{}")
+    most = 0
+
+    def look(running: Sequence[Path]) -> None:
+        nonlocal most
+        most = max(most, len(running))
+
+    ended: dict[str, int] = {}
+    folders = [tmp_path / "empty", tmp_path / "wrong"]
+    run_all(folders, 2, look, lambda folder, status: ended.update({folder.name: status}))
+    assert ended == {"empty": 1, "wrong": 1}
+    assert most == 2
+    told = end_of_log(tmp_path / "empty", 1)
+    assert "FileNotFoundError" in told
+    assert told.endswith(f"(exit status 1; all of it: {tmp_path / 'empty' / LOG})")
+
+
+def test_ctrl_c_ends_the_cells(tmp_path: Path) -> None:
+    folders = [endless(tmp_path / "a"), endless(tmp_path / "b"), endless(tmp_path / "later")]
+    children: set[int] = set()
+
+    def look(running: Sequence[Path]) -> None:
+        assert len(running) <= 2
+        children.update(descendants(os.getpid()))
+        if len(children) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # as Ctrl-C: see run_all
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(folders, 2, look, lambda folder, status: pytest.fail("no cell ends by itself"))
+    assert not children & set(descendants(os.getpid()))
+    assert not (tmp_path / "later" / LOG).exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_cells_do_not_outlive_a_queue_that_is_killed(tmp_path: Path) -> None:
+    endless(tmp_path / "cell")
+    code = (
+        "import sys; from pathlib import Path; from deploy.compare.queue import run_all; "
+        "run_all([Path(sys.argv[1])], 1, lambda running: None, lambda folder, status: None)"
+    )
+    with subprocess.Popen([sys.executable, "-P", "-c", code, str(tmp_path / "cell")]) as queue:
+        try:
+            wait_for(lambda: descendants(queue.pid))
+            (cell,) = descendants(queue.pid)
+            # It must have come so far that it listens for the end of its parent.
+            wait_for(lambda: len(list(Path(f"/proc/{cell}/task").iterdir())) > 1)
+        finally:
+            queue.kill()
+    wait_for(lambda: not _lives(cell))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
