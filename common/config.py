@@ -77,6 +77,7 @@ class ModelConfig(Section):
     iterations: int = Field(3, ge=1, le=50, description="unrolled ISTA steps (T)")
     dictionary: bool = Field(True, description="switch for the sparse dictionary blocks")
     masks: bool = Field(True, description="switch for the category-aware masks")
+    tied: bool = Field(True, description="switch for one distribution over the tree's paths")
 
 
 class Part(StrEnum):
@@ -104,6 +105,16 @@ class LossConfig(Section):
     anneal_share: float = Field(0.5, ge=0, le=1, description="share of the rounds the fall takes")
     reconstruction: float = Field(0.01, ge=0, le=100, description="alpha of the reconstruction error")
     sparsity: float = Field(0.0001, ge=0, le=100, description="beta of the l1 norm of the codes")
+    refinement: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="lhfglp: share of refined labels in the loss; 0: off",
+    )
+    refine_from: float = Field(0.15, ge=0, le=1, description="share of the rounds before refinement begins")
+    temperature: float = Field(
+        0.5, ge=0.05, le=100, description="entropy of refined labels; 1 is an E-step, small is hard"
+    )
 
 
 class Augmentation(StrEnum):
