@@ -73,21 +73,47 @@ def evaluate_labelled(model: LHFGLP, test: "LabelledImages", config: RunConfig) 
         ``confusion.argmax.LEVEL`` and ``confusion.path.LEVEL``: C_l * C_l counts, row by row, rows the
         true class.
     """
-    device = choose_device(config.train.device)
-    model.to(device).eval()
-    tree = test.hierarchy
-    argmax, path = [], []
-    for rows in chunks(np.arange(len(test.labels)), IMAGES_AT_ONCE):
-        output = model(to_tensor(test.images[rows[0] : rows[-1] + 1]).to(device))
-        argmax.append(torch.stack([p.argmax(1) for p in log_probabilities(output)], dim=1).cpu())
-        path.append(consistent_prediction(output, tree).cpu())
-    truth = torch.from_numpy(tree.paths[test.labels])
+    predicted = read_predictions(model, test.images, choose_device(config.train.device))
     metrics: dict[str, Metric] = {}
-    for decoder, predicted in (("argmax", torch.cat(argmax)), ("path", torch.cat(path))):
-        for level, size in enumerate(tree.sizes):
-            metrics[f"confusion.{decoder}.{level}"] = _confusion(predicted[:, level], truth[:, level], size)
+    for reading in ("argmax", "path"):
+        for level, counts in enumerate(confusion_counts(predicted[reading], test)):
+            metrics[f"confusion.{reading}.{level}"] = tuple(counts.flatten().tolist())
     return metrics
 
 
-def _confusion(predicted: torch.Tensor, truth: torch.Tensor, size: int) -> tuple[int, ...]:
-    return tuple(torch.bincount(truth * size + predicted, minlength=size * size).tolist())
+@torch.no_grad()
+def read_predictions(
+    model: LHFGLP, images: NDArray[np.uint8], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The class of every image at every level, in each way to read it off the model.
+
+    Args:
+        model: is moved to the device and put into evaluation mode.
+        images: shape (N, S, S, 3).
+
+    Returns:
+        Shape (N, L) int64 by reading: ``argmax`` (each level by itself), ``path`` (the best root-to-leaf
+        path) and ``rolled-up`` (each level by the leaves' probabilities, summed up the tree).
+    """
+    model.to(device).eval()
+    tree = model.hierarchy
+    readings: dict[str, list[torch.Tensor]] = {"argmax": [], "path": [], "rolled-up": []}
+    for rows in chunks(np.arange(len(images)), IMAGES_AT_ONCE):
+        output = model(to_tensor(images[rows[0] : rows[-1] + 1]).to(device))
+        levels = log_probabilities(output)
+        readings["argmax"].append(torch.stack([level.argmax(1) for level in levels], dim=1).cpu())
+        readings["path"].append(consistent_prediction(output, tree).cpu())
+        summed = tree.roll_up(levels[-1].exp().cpu().double().numpy())
+        rolled = np.stack([level.argmax(axis=1) for level in summed], axis=1)
+        readings["rolled-up"].append(torch.from_numpy(rolled))
+    return {reading: torch.cat(parts) for reading, parts in readings.items()}
+
+
+def confusion_counts(predicted: torch.Tensor, test: "LabelledImages") -> list[NDArray[np.int64]]:
+    """Per level (C_l, C_l) counts, rows the true class; ``predicted`` has shape (N, L)."""
+    truth = torch.from_numpy(test.hierarchy.paths[test.labels])
+    counts = []
+    for level, size in enumerate(test.hierarchy.sizes):
+        pairs = truth[:, level] * size + predicted[:, level]
+        counts.append(torch.bincount(pairs, minlength=size * size).numpy().reshape(size, size))
+    return counts

@@ -36,7 +36,9 @@ def build(
     source: Annotated[SourceKind, typer.Option(help="What the images come as.")] = SourceKind.TABLE,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of images (table, dicom), root of the data set, or .npz (medmnist)."),
+        typer.Option(
+            help="Folder of images (table, dicom), root of the data set, or .npz (medmnist, archive)."
+        ),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Label table (table, dicom).")] = None,
     hierarchy: Annotated[
@@ -49,8 +51,11 @@ def build(
         str | None, typer.Option(help="Column whose 'test' rows become test.csv.")
     ] = None,
     group_column: Annotated[
-        str | None, typer.Option(help="Column (patient, lesion) that is never divided over bags.")
+        str | None, typer.Option(help="Column (patient, lesion) that is never divided over sites.")
     ] = None,
+    groups: Annotated[
+        str, typer.Option(help="bags: nor over bags. sites: the bags of a site are filled without regard.")
+    ] = "bags",
     bag_size: Annotated[int, typer.Option(min=1, help="Images per bag.")] = 16,
     minimum_bag_size: Annotated[int, typer.Option(min=1, help="Images; no smaller bag is made.")] = 4,
     sites: Annotated[int | None, typer.Option(min=1, help="Number of sites; 5 unless a column says.")] = None,
@@ -110,6 +115,7 @@ def build(
             partition=partition or usual[0],
             bags=bags or usual[1],
             group_column=group_column,
+            groups=groups,
             split_column=split_column,
             seed=seed,
             skip_bad=skip_bad,

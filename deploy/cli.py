@@ -17,6 +17,7 @@ from deploy import (
     approve_cli,
     audit_cli,
     bags_cli,
+    compare_cli,
     consortium_cli,
     ledger_cli,
     provision_cli,
@@ -32,6 +33,7 @@ Start here:
   fedbags bags build --help             turn a folder of images into hospitals
   fedbags simulate --sites-dir SITES    train on them
   fedbags predict RUN IMAGE...          use the trained model
+  fedbags compare SCENARIO.toml         methods side by side, to a table
 """
 
 typer.core.HAS_RICH = False
@@ -53,6 +55,7 @@ app.add_typer(site_app, name="site")
 app.add_typer(runs_app, name="runs")
 
 site_app.command("approve")(approve_cli.approve_command)
+app.command("compare")(compare_cli.compare_command)
 app.command("report")(report_cli.report_command)
 app.command("audit")(audit_cli.audit_command)
 app.command()(watch_cli.status)
@@ -205,7 +208,7 @@ def figures(
 
     With several runs (plain pipeline, plain LLP, LHFGLP), t-SNE and activation maps stand side by side.
     """
-    from deploy.figures import draw_figures
+    from deploy.figures.draw import draw_figures
 
     paths = draw_figures(runs, out)
     if json_:

@@ -107,7 +107,7 @@ def simulate(
         run_engine(config, engine, default_workers(len(sites)) if workers is None else workers)
     summary = read_summary(run)
     if figures:
-        from deploy.figures import draw_figures
+        from deploy.figures.draw import draw_figures
 
         draw_figures([run], None)
     if figures and config.dp.epsilon:

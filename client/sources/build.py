@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from client.bags import write_quarantine
 from client.image_cache import CHUNK, Progress
 from client.sources.division import column, divide, make_bags
+from client.sources.partition import Indices
 from client.sources.report import BuildReport, make_report
 from client.sources.site_writer import SitePlan, write_site
 from client.sources.source_table import TEST_WORDS, TRAIN_WORDS, SourceTable, image_fault
@@ -33,6 +34,7 @@ def build_sites(
     partition: str = "iid",
     bags: str = "random",
     group_column: str | None = None,
+    groups: str = "bags",
     split_column: str | None = None,
     seed: int = 0,
     skip_bad: bool = False,
@@ -48,8 +50,10 @@ def build_sites(
         sites: number of sites (5 if None); with ``column:NAME`` the column's values decide.
         partition: ``iid``, ``dirichlet:ALPHA`` (per leaf class) or ``column:NAME``.
         bags: ``random``, ``column:NAME`` (a bag holds one value) or ``similarity``.
-        group_column: patient or lesion ids: a group is never divided over bags, except where a
+        group_column: patient or lesion ids: a group is never divided over sites, except where a
             column partition or the split does so, which the report says. The source's own if None.
+        groups: ``bags``: a group is not divided over bags either; ``sites``: bags are filled image by
+            image, whatever the groups.
         split_column: rows that it calls test become test.csv. The source's own if None.
         seed: fixes the result.
         skip_bad: leave bad rows out and list them in ``out/quarantine.csv``.
@@ -60,14 +64,12 @@ def build_sites(
         DataError: bad rows, all of them.
         UserError: a wrong option, ``out`` exists or cannot be written, or too few images.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; remove it or choose another --out")
     if not 1 <= minimum_bag_size <= bag_size:
         raise UserError(f"bag size {bag_size}: it must be at least the minimum bag size, {minimum_bag_size}")
-    rng = np.random.default_rng(seed)
-    steps = _Steps(2 * len(source), progress)
+    _refuse_existing(out)
     bad = list(source.bad)
-    is_train, is_test = _read_split(source, split_column or source.split_column, bad)
+    steps = _Steps(2 * len(source), progress)
+    is_train, is_test = read_split(source, split_column or source.split_column, bad)
     good = _check_images(source, bad, steps)
     if bad and not skip_bad:
         raise DataError(
@@ -75,14 +77,66 @@ def build_sites(
             sorted(bad, key=lambda row: row.row or 0),
             "Mend these rows, or leave them out with --skip-bad.",
         )
+    return write_sites(
+        source,
+        out,
+        np.flatnonzero(is_train & good),
+        np.flatnonzero(is_test & good),
+        bag_size=bag_size,
+        sites=sites,
+        partition=partition,
+        bags=bags,
+        group_column=group_column,
+        groups=groups,
+        seed=seed,
+        minimum_bag_size=minimum_bag_size,
+        bad=bad,
+        step=steps,
+    )
+
+
+def write_sites(
+    source: SourceTable,
+    out: Path,
+    train: Indices,
+    test: Indices,
+    *,
+    bag_size: int,
+    sites: int | None,
+    partition: str,
+    bags: str,
+    group_column: str | None,
+    groups: str,
+    seed: int,
+    minimum_bag_size: int,
+    bad: Sequence[BadRow] = (),
+    step: Callable[[], None] = lambda: None,
+) -> BuildReport:
+    """The second half of build_sites: divide and write images that are known to be usable.
+
+    Args:
+        train, test: indices of the images to use.
+        bad: rows for ``out/quarantine.csv``.
+        step: called for every image written.
+        source, out, bag_size, sites, partition, bags, group_column, groups, seed, minimum_bag_size: as in
+            build_sites.
+
+    Raises:
+        UserError: see build_sites.
+    """
+    if groups not in ("bags", "sites"):
+        raise UserError(f"--groups {groups!r}: write bags or sites: what no group is divided over")
+    _refuse_existing(out)
+    rng = np.random.default_rng(seed)
     chosen = group_column or source.group_column
-    groups = column(source, chosen) if chosen else None
-    train, test = np.flatnonzero(is_train & good), np.flatnonzero(is_test & good)
+    group_of = column(source, chosen) if chosen else None
     if not len(train):
         raise UserError(f"{source.file} holds no usable training image")
-    names, parts = divide(source, train, test, groups, partition, sites, bag_size, rng)
+    names, parts = divide(source, train, test, group_of, partition, sites, bag_size, rng)
     plans = []
     for name, (units, test_images) in zip(names, parts, strict=True):
+        if groups == "sites":
+            units = [np.array([index]) for unit in units for index in unit.tolist()]
         made = make_bags(source, units, bags, bag_size, minimum_bag_size, rng)
         if not made or min(len(bag) for bag in made) < minimum_bag_size:
             raise UserError(
@@ -90,8 +144,13 @@ def build_sites(
                 f"for one bag of {minimum_bag_size}: ask for fewer sites, or a larger ALPHA"
             )
         plans.append(SitePlan(name, made, test_images))
-    _write_all(source, out, plans, groups, minimum_bag_size, bad, rng, steps)
-    return make_report(source, out, plans, groups, test, len(bad))
+    _write_all(source, out, plans, group_of, minimum_bag_size, bad, rng, step)
+    return make_report(source, out, plans, group_of, test, len(bad))
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; remove it or choose another --out")
 
 
 class _Steps:
@@ -106,11 +165,11 @@ class _Steps:
             self._progress(self._done, self._total)
 
 
-def _read_split(
+def read_split(
     source: SourceTable, name: str | None, bad: list[BadRow]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Per image: is it a training row, is it a test row. A word that is neither makes a bad row:
-    guessing could put test images into training."""
+    """Per image: is it a training row, is it a test row. A word that is neither makes a row for ``bad``:
+    guessing could put test images into training. Without a column all are training rows."""
     if name is None:
         return np.ones(len(source), dtype=np.bool_), np.zeros(len(source), dtype=np.bool_)
     words = [cell.lower() for cell in column(source, name)]
@@ -143,9 +202,9 @@ def _write_all(
     plans: Sequence[SitePlan],
     groups: Sequence[str] | None,
     minimum_bag_size: int,
-    bad: list[BadRow],
+    bad: Sequence[BadRow],
     rng: np.random.Generator,
-    steps: _Steps,
+    step: Callable[[], None],
 ) -> None:
     """Write everything beside ``out`` and rename it: there is the whole of it or nothing."""
     temporary: Path | None = None
@@ -154,8 +213,8 @@ def _write_all(
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         temporary.chmod(0o755)
         for plan in plans:
-            write_site(temporary / plan.name, source, plan, groups, minimum_bag_size, rng, steps)
-        write_quarantine(temporary, bad)
+            write_site(temporary / plan.name, source, plan, groups, minimum_bag_size, rng, step)
+        write_quarantine(temporary, list(bad))
         temporary.rename(out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

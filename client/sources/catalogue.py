@@ -21,6 +21,7 @@ class SourceKind(StrEnum):
     AIRCRAFT = "aircraft"
     CARS = "cars"
     DICOM = "dicom"
+    ARCHIVE = "archive"
 
 
 def open_source(
@@ -41,7 +42,7 @@ def open_source(
     Args:
         kind: one of SourceKind.
         images: folder of images (table, dicom), root folder (folders, cub, aircraft, cars) or .npz file
-            (medmnist).
+            (medmnist, archive).
         labels: label table (table, dicom).
         hierarchy: label tree as CSV (table, dicom, medmnist).
         label_column: column of leaf names (table, dicom).
@@ -83,6 +84,10 @@ def _open(
         from client.sources.medmnist import medmnist_source
 
         return medmnist_source(images, hierarchy)
+    if kind is SourceKind.ARCHIVE:
+        from client.sources.archive import archive_source
+
+        return archive_source(images)
     if kind in (SourceKind.CUB, SourceKind.AIRCRAFT, SourceKind.CARS):
         from client.sources import fine_grained
 

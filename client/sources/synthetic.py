@@ -110,7 +110,7 @@ def synthetic_source(
         leaves.append(drawn)
         images.append(draw_lesions(drawn, image_size, stain, rng))
         columns["hospital"] += [f"hospital-{site:0{len(str(sites))}d}"] * len(drawn)
-        columns["session"] += [str(day) for day in session] + ["test"] * test_images_per_site
+        columns["session"] += [f"{site}.{day}" for day in session] + ["test"] * test_images_per_site
         columns["split"] += ["train"] * images_per_site + ["test"] * test_images_per_site
     pixels = np.concatenate(images)
     return SourceTable(

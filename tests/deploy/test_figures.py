@@ -16,9 +16,9 @@ from common.config import Method, ModelConfig, RunConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
 from common.model_file import ModelCard, save_model
-from deploy.figures import confusion_names, draw_figures
 from deploy.figures.activation import activate, choose_images, last_feature_map
 from deploy.figures.confusion import draw_confusion, row_shares, tree_order
+from deploy.figures.draw import confusion_names, draw_figures
 from deploy.figures.embedding import draw_bags
 from deploy.figures.finished_run import FinishedRun, labels
 from deploy.figures.samples import TestSample, find_sites, read_sample

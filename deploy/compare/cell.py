@@ -1,0 +1,140 @@
+"""One cell in a process of its own: train, score the selected model once, write result.json.
+
+    python -P -m deploy.compare.cell RUN_FOLDER
+
+The run folder holds order.json, what to do. A process of its own makes time and peak memory the cell's, and
+a crash nobody else's. It ends when its standard input does, which is when whoever started it is gone.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from common.config import RunConfig, Scalar
+from common.errors import FedbagsError
+from server.run_folder import RunFolder, write_text
+
+ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
+
+
+class Order(BaseModel):
+    """What a cell is to do.
+
+    Attributes:
+        row: what identifies the cell in the table: method, bag_size, seed, setting, passes (and site).
+        identity: everything that its figures depend on, by name.
+        config: the complete flat configuration of the run.
+        test: the folder of the test images.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row: dict[str, Scalar]
+    identity: dict[str, Scalar | None]
+    config: dict[str, Scalar]
+    test: str
+
+    def save(self, run: Path) -> None:
+        """Write it to the run folder."""
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / ORDER, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, run: Path) -> "Order":
+        """Read it from the run folder."""
+        return cls.model_validate_json((run / ORDER).read_bytes())
+
+
+def work(run: Path) -> None:
+    """Train, or go on with the training of, the run in this folder; then score it.
+
+    Raises:
+        FedbagsError: what the run raises.
+    """
+    # Imported here: they bring torch and Flower along, for which whoever only reads results need not wait.
+    import torch
+
+    from client.labelled import LabelledImages
+    from client.training import choose_device
+    from common.model_file import load_model
+    from deploy.compare.scoring import score
+    from deploy.simulate import run_engine
+
+    started = time.monotonic()
+    order = Order.load(run)
+    folder = RunFolder(run)
+    config = RunConfig.from_flat(order.config).with_changes({"resume": folder.config.exists()})
+    torch.set_num_threads(config.train.threads)
+    ready = time.monotonic()
+    if not folder.summary.exists():
+        run_engine(config, "local", workers=0)
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    trained = time.monotonic()
+    test = LabelledImages.open(Path(order.test), config.model.image_size)
+    assert test is not None  # the folder was made with test images
+    device = choose_device(config.train.device)
+    levels = score(load_model(run)[0], test, device)
+    result: dict[str, Any] = {
+        **order.row,
+        "seconds": summary["seconds"],
+        "levels": levels,
+        "proportion_l1": summary["bags"][-1]["l1"] if summary["bags"] else None,
+        "rounds": summary["rounds"],
+        "selected_round": summary["selected_round"],
+        "memory_mb": round(peak_memory() / 2**20, 1),
+        "gpu_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+        if device.type == "cuda"
+        else None,
+        "cpu_seconds": round(sum(os.times()[:2]), 1),
+        "overhead_seconds": round(ready - started + time.monotonic() - trained, 1),
+        "run": run.name,
+        "commit": summary["code"]["commit"],
+    }
+    write_text(run / RESULT, json.dumps(result, indent=2) + "\n")
+
+
+def peak_memory() -> int:
+    """The most memory that this process held at once, in bytes.
+
+    Linux's own count of a process (VmHWM) begins with its program; ru_maxrss would count what its parent
+    held when it was started, if that was more.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def end_with_parent() -> None:
+    """Leave at once when standard input ends: the queue holds its other end and never writes."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(128 + signal.SIGHUP)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> None:
+    """Do what the order in the given run folder says; exit 0 done, 1 not."""
+    end_with_parent()
+    try:
+        work(Path(sys.argv[1]))
+    except FedbagsError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

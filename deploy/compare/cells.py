@@ -1,0 +1,181 @@
+"""The cells that a scenario means: one for each method, bag size, seed, setting and, local-only, site.
+
+Pure: from the scenario to names and run configurations; opens no data.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.config import RunConfig, Scalar
+from common.errors import ConfigError
+from deploy.compare.scenario import Data, Entry, Grid, Scenario, Setting
+
+WEIGHTS = "model.weights"
+"""The one key of the run configuration that names a file."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the training images become sites and bags: cells with the same one share the folder."""
+
+    bags: str
+    groups: str
+    bag_size: int
+    seed: int
+    partition: str
+    sites: int
+
+    @property
+    def name(self) -> str:
+        """A folder name that tells this division from every other."""
+        words = (
+            self.partition,
+            f"{self.sites}-sites",
+            self.bags,
+            self.groups,
+            f"bag{self.bag_size}",
+            f"seed{self.seed}",
+        )
+        return "_".join(word.replace(":", "-").replace("/", "-") for word in words)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to train and score."""
+
+    name: str
+    """Unique, and the name of its run folder."""
+    method: str
+    """The row's name in the table."""
+    setting: Setting
+    bag_size: int
+    seed: int
+    passes: int
+    site: int | None
+    """1-based, for a local-only cell."""
+    division: Division
+    config: RunConfig
+    """Complete but for the places ``run-dir`` and ``sites-dir``."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a command says beside the file; it wins over all that the file says.
+
+    ``overrides`` are keys of the run configuration; ``folder`` is where relative paths of the file start.
+    """
+
+    folder: Path = Path()
+    overrides: Mapping[str, Scalar] = field(default_factory=dict)
+    passes: int | None = None
+
+
+def expand(scenario: Scenario, context: Context) -> list[Cell]:
+    """Every cell of a scenario, in its order: setting, bag size, seed, method, site.
+
+    Raises:
+        ConfigError: an entry without any cell, two different cells of one name, or a configuration that a
+            run would refuse.
+    """
+    cells: dict[str, Cell] = {}
+    for setting, grids in scenario.settings.items():
+        for grid in grids:
+            for cell in _of_grid(scenario, context, setting, grid):
+                if cells.setdefault(cell.name, cell) != cell:
+                    raise ConfigError(
+                        f"two parts of settings.{setting.value} mean {cell.name}, with different settings: "
+                        "let each name other methods, bag-sizes or seeds"
+                    )
+    used = {cell.method for cell in cells.values()}
+    if idle := [entry.name for entry in scenario.methods if entry.name not in used]:
+        raise ConfigError(
+            f"no cell is left for {', '.join(idle)}: settings, bag-sizes and seeds of the entry and those of "
+            "[settings] have nothing in common"
+        )
+    return list(cells.values())
+
+
+def _of_grid(scenario: Scenario, context: Context, setting: Setting, grid: Grid) -> Iterator[Cell]:
+    entries = [
+        entry
+        for entry in scenario.methods
+        if entry.name in (grid.methods or (entry.name,)) and setting in (entry.settings or (setting,))
+    ]
+    for bag_size in grid.bag_sizes or scenario.bag_sizes:
+        for seed in grid.seeds or scenario.seeds:
+            for entry in entries:
+                # Bags of one image are the same at every bag size: the cells coincide.
+                fits = entry.sees_labels or bag_size in (entry.bag_sizes or (bag_size,))
+                if fits and seed in (entry.seeds or (seed,)):
+                    yield from _of_entry(scenario, context, setting, grid, entry, bag_size, seed)
+
+
+def _of_entry(
+    scenario: Scenario,
+    context: Context,
+    setting: Setting,
+    grid: Grid,
+    entry: Entry,
+    bag_size: int,
+    seed: int,
+) -> Iterator[Cell]:
+    if entry.sees_labels:
+        bag_size = 1
+    division = _division(scenario.data, setting, bag_size, seed)
+    passes = context.passes or entry.passes or grid.passes or scenario.passes
+    sites = division.sites if setting is Setting.FEDERATED else 1
+    chosen = {**scenario.run, **grid.set, **entry.set}
+    if chosen.get(WEIGHTS):
+        chosen[WEIGHTS] = str(context.folder / str(chosen[WEIGHTS]))
+    chosen |= context.overrides
+    where = f"{entry.name} at bag size {bag_size}, {setting.value}"
+    if "model.image-size" not in chosen:
+        raise ConfigError("say the side of the model's input in pixels: model.image-size in [run]")
+    try:
+        config = RunConfig().with_changes(
+            {
+                "train.bags-per-step": scenario.images_per_step // bag_size,
+                **chosen,
+                "model.method": entry.method.value,
+                "seed": seed,
+                "federation.sites": sites,
+            }
+        )
+        rounds, rest = divmod(passes, config.train.local_epochs)
+        if rest or not rounds:
+            raise ConfigError(
+                f"passes = {passes} is no multiple of train.local-epochs = {config.train.local_epochs}"
+            )
+        config = config.with_changes({"rounds": rounds})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    name = f"{entry.name}_bag{bag_size}_seed{seed}_{setting.value}"
+    alone: tuple[int | None, ...] = (None,)
+    if setting is Setting.LOCAL_ONLY:
+        alone = tuple(range(1, division.sites + 1))
+    for site in alone:
+        full = name if site is None else f"{name}_site{site}"
+        yield Cell(
+            name=full,
+            method=entry.name,
+            setting=setting,
+            bag_size=bag_size,
+            seed=seed,
+            passes=passes,
+            site=site,
+            division=division,
+            config=config,
+        )
+
+
+def _division(data: Data, setting: Setting, bag_size: int, seed: int) -> Division:
+    pooled, single = setting is Setting.POOLED, bag_size == 1
+    return Division(
+        bags="random" if single else data.bags,
+        groups="sites" if single else data.groups,
+        bag_size=bag_size,
+        seed=seed,
+        partition="iid" if pooled else data.partition,
+        sites=1 if pooled else data.sites,
+    )

@@ -1,0 +1,363 @@
+"""The data of a comparison on disk: every image once, one test set, and a folder of sites per division.
+
+OUT/data/DIGEST/images/     every training image, named by number in random order
+OUT/data/DIGEST/test/       the test images with their labels; training never sees this folder
+OUT/data/DIGEST/DIVISION/   site folders (docs/data.md) whose images are hard links to those of images/
+OUT/data/DIGEST/DIVISION.alone/siteK/   one of those sites by itself, as a link
+
+The digest is of the content, so that other data never meet old folders. All of it can be deleted at any
+time. Knows nothing of methods or runs.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.bags import BagStore
+from client.csv_tables import write_csv
+from client.image_cache import Progress
+from client.labelled import LabelledImages
+from client.locate import site_folders
+from client.site import SiteConfig
+from client.site_files import TEST_FILE
+from client.sources.build import read_split, write_sites
+from client.sources.catalogue import SourceKind, open_source
+from client.sources.division import column
+from client.sources.partition import Indices, units_of
+from client.sources.source_table import ArrayImages, FileImages, SourceTable, image_fault
+from common.errors import BadRow, DataError, UserError
+from deploy.compare.cells import Cell, Division
+from deploy.compare.scenario import Data
+
+SPLIT_SEED = 0
+"""The test images and a limit are the same for every cell, whatever its seed."""
+SMALLEST_BAG = 4
+"""Images: the policy of the site folders, where bags are larger than that."""
+LIST = "images.json"
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """A source with its training and test images, as indices into the table."""
+
+    table: SourceTable
+    train: Indices
+    test: Indices
+    group_column: str | None
+    digest: str
+
+
+def open_data(data: Data, folder: Path, path: Path | None = None) -> OpenedData:
+    """Read a scenario's source; no image file is opened yet.
+
+    Args:
+        data: the scenario's table.
+        folder: where its relative paths start.
+        path: stands in for ``data.path``; other files are looked for in the same place beside it.
+
+    Raises:
+        UserError: what the source raises; no split and no test-share; a group on both sides of the split.
+        DataError: rows that cannot be used.
+    """
+    table = _open_table(data, folder, path)
+    group_column = data.group_column or table.group_column
+    groups = column(table, group_column) if group_column else None
+    train, test = _split(table, data, groups)
+    if groups is not None and (shared := {groups[i] for i in train} & {groups[i] for i in test}):
+        raise UserError(
+            f"{len(shared)} group(s) of column {group_column!r} have training and test images, such as "
+            f"{min(shared)!r}: the test would reward recognising them. Mend the split, or use test-share."
+        )
+    rng = np.random.default_rng(SPLIT_SEED)
+    train, test = (_at_most(part, data.limit, groups, rng) for part in (train, test))
+    if not len(test):
+        raise UserError(f"{table.file} has no test image: nothing could be compared")
+    return OpenedData(table, train, test, group_column, _digest(table, train, test, group_column))
+
+
+class DataFolders:
+    """What lies below OUT/data for one source; makes what is missing, each folder whole or not at all."""
+
+    def __init__(self, root: Path, opened: OpenedData, skip_bad: bool) -> None:
+        self.root = root / opened.digest[:12]
+        self._opened, self._skip_bad = opened, skip_bad
+
+    @property
+    def test(self) -> Path:
+        """The folder of the test images, as LabelledImages.open reads it."""
+        return self.root / "test"
+
+    def sites_dir(self, cell: Cell) -> Path:
+        """The folder of site folders that this cell trains on."""
+        whole = self.root / cell.division.name
+        return whole if cell.site is None else self.root / f"{cell.division.name}.alone" / f"site{cell.site}"
+
+    def site_name(self, cell: Cell) -> str | None:
+        """The name of a local-only cell's site; its folder must have been made."""
+        return None if cell.site is None else site_folders(self.sites_dir(cell))[0].name
+
+    def prepare(self, cells: Iterable[Cell], progress: Callable[[str], Progress]) -> None:
+        """Make every folder that these cells need, and decode its images to the cells' sizes.
+
+        Args:
+            progress: given what is being made, returns where to count its images.
+
+        Raises:
+            UserError: a faulty division, or the disk refuses.
+            DataError: images that cannot be decoded.
+        """
+        cells = list(cells)
+        if not cells:
+            return
+        self._store_images(progress("storing the images"))
+        for division in dict.fromkeys(cell.division for cell in cells):
+            self._divide(division, progress(f"dividing: {division.name}"))
+        for site, size in dict.fromkeys(
+            (site, cell.config.model.image_size)
+            for cell in cells
+            for site in site_folders(self.sites_dir(cell))
+        ):
+            # A site and its link are one folder.
+            BagStore.open(site.resolve(), size, progress=progress(f"decoding: {site.parent.name}"))
+        for size in dict.fromkeys(cell.config.model.image_size for cell in cells):
+            LabelledImages.open(self.test, size, progress=progress("decoding: test images"))
+
+    def _store_images(self, progress: Progress) -> None:
+        if (self.root / LIST).is_file():
+            return
+        opened, table, bad = self._opened, self._opened.table, list[BadRow]()
+        with _whole(self.root) as folder:
+            rng = np.random.default_rng(SPLIT_SEED)
+            done, total = 0, len(opened.train) + len(opened.test)
+            names: dict[str, list[str | None]] = {}
+            for part, indices in (("images", opened.train), ("test/test", opened.test)):
+                (folder / part).mkdir(parents=True)
+                names[part] = [None] * len(indices)
+                for number, position in enumerate(rng.permutation(len(indices)).tolist(), start=1):
+                    index = int(indices[position])
+                    if fault := image_fault(table.images, index):
+                        bad.append(BadRow(table.file, table.lines[index], fault))
+                    else:
+                        stem = folder / part / f"{number:06d}"
+                        names[part][position] = stem.name + table.images.write(index, stem)
+                    done += 1
+                    progress(done, total)
+            if bad and not self._skip_bad:
+                raise _refused(table, bad)
+            leaves = table.hierarchy.classes[-1]
+            rows = [
+                (f"test/{name}", leaves[table.labels[index]])
+                for name, index in zip(names["test/test"], opened.test.tolist(), strict=True)
+                if name is not None
+            ]
+            write_csv(folder / "test" / TEST_FILE, ("path", "label"), rows)
+            table.hierarchy.to_csv(folder / "test" / "hierarchy.csv")
+            SiteConfig(name="test").save(folder / "test")
+            (folder / LIST).write_text(json.dumps(names["images"]), encoding="utf-8")
+
+    def _divide(self, division: Division, progress: Progress) -> None:
+        out = self.root / division.name
+        if not out.exists():
+            table = self._training_table()
+            done = 0
+
+            def step() -> None:
+                nonlocal done
+                done += 1
+                progress(done, len(table))
+
+            write_sites(
+                table,
+                out,
+                np.arange(len(table)),
+                np.zeros(0, dtype=np.int64),
+                bag_size=division.bag_size,
+                sites=division.sites,
+                partition=division.partition,
+                bags=division.bags,
+                group_column=self._opened.group_column,
+                groups=division.groups,
+                seed=division.seed,
+                minimum_bag_size=min(SMALLEST_BAG, division.bag_size),
+                step=step,
+            )
+        alone = out.with_name(f"{out.name}.alone")
+        if not alone.exists():
+            with _whole(alone) as folder:
+                for number, site in enumerate(site_folders(out), start=1):
+                    (folder / f"site{number}").mkdir()
+                    (folder / f"site{number}" / site.name).symlink_to(Path("..", "..", out.name, site.name))
+
+    def _training_table(self) -> SourceTable:
+        """The stored training images as a table without a split."""
+        names = json.loads((self.root / LIST).read_text(encoding="utf-8"))
+        table = self._opened.table
+        kept = [
+            (self.root / "images" / name, index)
+            for name, index in zip(names, self._opened.train.tolist(), strict=True)
+            if name is not None
+        ]
+        rows = [index for _, index in kept]
+        return replace(
+            table,
+            images=LinkedImages([path for path, _ in kept]),
+            labels=table.labels[rows],
+            lines=[table.lines[index] for index in rows],
+            columns={name: [cells[index] for index in rows] for name, cells in table.columns.items()},
+            split_column=None,
+            bad=(),
+        )
+
+
+class LinkedImages(FileImages):
+    """Image files of which a site folder gets a hard link: no pixel is stored twice."""
+
+    def write(self, index: int, stem: Path) -> str:
+        path = self.paths[index]
+        try:
+            os.link(path, stem.with_suffix(path.suffix))
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, stem.with_suffix(path.suffix))
+        return path.suffix
+
+
+def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
+    usual = folder / data.path if data.path else None
+
+    def beside(name: str) -> Path | None:
+        """Another file of the data set; where the set is elsewhere, it has the same place in it."""
+        if not name:
+            return None
+        if path is None or usual is None or Path(name).is_absolute():
+            return folder / name
+        return Path(os.path.normpath(path / os.path.relpath(folder / name, usual)))
+
+    try:
+        table = open_source(
+            data.source,
+            images=path or usual,
+            labels=beside(data.labels),
+            hierarchy=beside(data.hierarchy),
+            label_column=data.label_column,
+            sites=data.sites,
+            images_per_site=data.images_per_site,
+            image_size=data.image_size,
+        )
+    except UserError as error:
+        if isinstance(error, DataError) or data.source is SourceKind.SYNTHETIC:
+            raise
+        hint = f"\n{data.origin}" if data.origin else ""
+        raise UserError(f"{error}{hint}\nAnother place? Give it with --data.") from error
+    if table.bad and not data.skip_bad:
+        raise _refused(table, list(table.bad))
+    if data.levels is None:
+        return table
+    if len(data.levels) != len(table.hierarchy.levels):
+        raise UserError(
+            f"[data] names {len(data.levels)} levels, but {table.file} has {len(table.hierarchy.levels)}: "
+            f"{', '.join(table.hierarchy.levels)}"
+        )
+    return replace(table, hierarchy=replace(table.hierarchy, levels=data.levels))
+
+
+def _refused(table: SourceTable, bad: list[BadRow]) -> DataError:
+    return DataError(
+        f"{table.file} holds {len(bad)} bad row(s)",
+        sorted(bad, key=lambda row: row.row or 0),
+        "Mend these rows, or leave them out with skip-bad = true in [data].",
+    )
+
+
+def _split(table: SourceTable, data: Data, groups: Sequence[str] | None) -> tuple[Indices, Indices]:
+    name = data.split_column or table.split_column
+    everything = np.arange(len(table))
+    if data.test_share is not None:
+        if data.split_column:
+            raise UserError("[data] has split-column and test-share: say one of them")
+        rng = np.random.default_rng(SPLIT_SEED)
+        test = _at_most(everything, round(data.test_share * len(table)), groups, rng)
+        return np.setdiff1d(everything, test), test
+    if name is None:
+        raise UserError(
+            f"{table.file} has no split into training and test images: say split-column or test-share "
+            "in [data]"
+        )
+    bad: list[BadRow] = []
+    is_train, is_test = read_split(table, name, bad)
+    if bad and not data.skip_bad:
+        raise _refused(table, bad)
+    return np.flatnonzero(is_train), np.flatnonzero(is_test)
+
+
+def _at_most(
+    images: Indices, number: int | None, groups: Sequence[str] | None, rng: np.random.Generator
+) -> Indices:
+    """At most this many images, drawn at random in whole groups, in their order."""
+    if number is None or len(images) <= number:
+        return images
+    units = units_of(images, groups)
+    drawn, held = [], 0
+    for position in rng.permutation(len(units)).tolist():
+        if held + len(units[position]) <= number:
+            drawn.append(units[position])
+            held += len(units[position])
+    return np.sort(np.concatenate(drawn)) if drawn else images[:0]
+
+
+def _digest(table: SourceTable, train: Indices, test: Indices, group_column: str | None) -> str:
+    """SHA-256 of all that cells could depend on: pixels of arrays, of files their names and sizes."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        digest.update(json.dumps(value, sort_keys=True).encode() + b"\0")
+
+    add(
+        [
+            table.hierarchy.to_dict(),
+            group_column,
+            {name: list(cells) for name, cells in table.columns.items()},
+        ]
+    )
+    arrays: list[NDArray[Any]] = [table.labels, train, test]
+    for array in arrays:
+        add([len(array), hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()])
+    for index in (*train.tolist(), *test.tolist()):
+        if isinstance(table.images, ArrayImages):
+            digest.update(table.images.get(index).tobytes())
+        else:
+            add([Path(table.images.name(index)).name, table.images.size(index)])
+    return digest.hexdigest()
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when all is in it.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written: {error.strerror or error}\n"
+            "Choose a folder that you may write to, with space left, with --out."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

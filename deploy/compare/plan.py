@@ -1,0 +1,87 @@
+"""Which cells are done, which go on, and which must run anew, told from what their folders hold.
+
+A cell is done when its folder holds a result and an order with the same identity: everything that its
+figures depend on, by name, so that a difference can be told. Starts nothing.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from common.config import RunConfig, Scalar
+from deploy.compare.cell import ORDER, RESULT, Order
+from deploy.compare.cells import WEIGHTS, Cell
+
+PLACES = ("run-dir", "sites-dir", "resume", "name", "train.device")
+"""Keys that say where and how a run is done, not what it computes; of the weights file the name counts."""
+DIFFERENCES_TOLD = 3
+
+Identity = dict[str, Scalar | None]
+
+
+class State(StrEnum):
+    """What a cell's folder holds."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    """An order with the same identity, without a result: it goes on from its checkpoint."""
+    CHANGED = "changed"
+    """The run of another configuration."""
+    NEW = "new"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell, its folder and its state."""
+
+    cell: Cell
+    run: Path
+    identity: Identity
+    digest: str
+    """Of the data."""
+    state: State
+    differences: tuple[str, ...] = ()
+    """Why it is CHANGED: ``key: was A, is B``."""
+
+
+def plan(cell: Cell, runs: Path, digest: str) -> Planned:
+    """Look at the cell's folder below ``runs``; ``digest`` is that of the data."""
+    run, now = runs / cell.name, identity(cell, digest)
+    if not run.exists():
+        return Planned(cell, run, now, digest, State.NEW)
+    try:
+        before = Order.load(run).identity
+    except (OSError, ValidationError):
+        return Planned(cell, run, now, digest, State.CHANGED, (f"it holds no readable {ORDER}",))
+    if different := differences(before, now):
+        return Planned(cell, run, now, digest, State.CHANGED, different)
+    return Planned(cell, run, now, digest, State.DONE if (run / RESULT).exists() else State.STOPPED)
+
+
+def identity(cell: Cell, digest: str) -> Identity:
+    """Everything that the cell's figures depend on, except the code."""
+    config = {key: value for key, value in cell.config.to_flat().items() if key not in PLACES}
+    config[WEIGHTS] = Path(str(config[WEIGHTS])).name
+    division = {f"data.{key}": value for key, value in asdict(cell.division).items()}
+    return {**config, **division, "data.digest": digest, "setting": cell.setting.value, "site": cell.site}
+
+
+def differences(before: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> tuple[str, ...]:
+    """What differs, in words. A key that the older code did not have counts as its default."""
+    usual = RunConfig().to_flat()
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        was, is_ = before.get(key, usual.get(key)), now.get(key)
+        if was != is_:
+            found.append(f"{key}: was {json.dumps(was)}, is {json.dumps(is_)}")
+    return tuple(found)
+
+
+def told(found: tuple[str, ...]) -> str:
+    """The first differences in one line."""
+    more = len(found) - DIFFERENCES_TOLD
+    return "; ".join(found[:DIFFERENCES_TOLD]) + (f"; and {more} more" if more > 0 else "")

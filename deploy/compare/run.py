@@ -1,0 +1,229 @@
+"""A whole comparison: from a scenario file to a table, whatever of it was done before."""
+
+import fcntl
+import fnmatch
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.config import Scalar, parse_setting
+from common.errors import ConfigError, UserError
+from deploy.compare.cell import Order
+from deploy.compare.cells import Cell, Context, expand
+from deploy.compare.plan import Planned, State, plan
+from deploy.compare.queue import run_all
+from deploy.compare.scenario import Scenario, check_settings
+from deploy.compare.screen import Board, preparing, say_plan
+from deploy.compare.table import Row, read_rows, summarise, write_table
+
+if TYPE_CHECKING:  # brings torch along, which a faulty scenario need not wait for
+    from deploy.compare.data import DataFolders
+
+RUNS, DATA, REPLACED, PLOTS, LOCK = "runs", "data", "replaced", "plots", ".lock"
+LOCK_SECONDS = 5.0
+"""How long to wait for a comparison that was just killed to let go of the folder."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison came to."""
+
+    table: dict[str, Any]
+    """The content of table.json."""
+    failed: dict[str, str]
+    """The end of its log for every cell that failed in this call."""
+    stopped: bool
+    """Whether Ctrl-C ended it early."""
+
+
+def compare(
+    file: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    settings: Sequence[str] = (),
+    passes: int | None = None,
+    only: str = "*",
+    jobs: int | None = None,
+) -> Outcome:
+    """Run every cell of a scenario that is not done; write table and plots of all that are.
+
+    Args:
+        file: the scenario.
+        out: folder of the comparison: ``runs/``, ``data/``, ``plots/`` and the table.
+        data: stands in for the scenario's ``data.path``.
+        settings: ``KEY=VALUE`` of the run configuration, which win over all that the file says.
+        passes: wins over all passes of the file.
+        only: a pattern (``*`` and ``?``): cells of other names are not run.
+        jobs: cells at once; as many as cores if None, or one on a GPU.
+
+    Raises:
+        UserError: a faulty scenario or faulty data; nothing was started.
+    """
+    scenario, cells = read(file, settings, passes)
+    with locked(out):
+        planned, folders = look(scenario, cells, out, file.resolve().parent, data)
+        todo = [
+            one for one in planned if one.state is not State.DONE and fnmatch.fnmatch(one.cell.name, only)
+        ]
+        say_plan(planned, todo)
+        failed: dict[str, str] = {}
+        stopped = False
+        if todo:
+            prepare(todo, folders, out / REPLACED)
+            board = Board(todo, lambda: tabulate(scenario, planned, out))
+            try:
+                with board:
+                    run_all([one.run for one in todo], jobs or default_jobs(todo), board.show, board.ended)
+            except KeyboardInterrupt:
+                stopped = True
+            failed = board.failed
+        table = tabulate(scenario, planned, out)
+        if table["rows"]:
+            from deploy.compare.plots import draw_plots
+
+            draw_plots(summarise(table["rows"]), scenario.title, out / PLOTS)
+        return Outcome(table, failed, stopped)
+
+
+def list_cells(
+    file: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    settings: Sequence[str] = (),
+    passes: int | None = None,
+) -> list[dict[str, Any]]:
+    """Every cell of a scenario and its state; nothing is written. Arguments and errors as in compare."""
+    scenario, cells = read(file, settings, passes)
+    planned, _ = look(scenario, cells, out, file.resolve().parent, data)
+    return [
+        {
+            "cell": one.cell.name,
+            "state": one.state.value,
+            "passes": one.cell.passes,
+            "rounds": one.cell.config.rounds,
+            "images_per_step": one.cell.config.train.bags_per_step * one.cell.bag_size,
+            "differences": list(one.differences),
+        }
+        for one in planned
+    ]
+
+
+def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scenario, list[Cell]]:
+    """The scenario and its cells.
+
+    Raises:
+        UserError: what is wrong with the file or the settings.
+    """
+    scenario = Scenario.load(file)
+    overrides: dict[str, Scalar] = dict(parse_setting(text) for text in settings)
+    try:
+        check_settings(overrides)
+    except ValueError as error:
+        raise ConfigError(f"--set: {error}") from error
+    try:
+        return scenario, expand(scenario, Context(file.resolve().parent, overrides, passes))
+    except ConfigError as error:
+        raise ConfigError(f"the scenario {file}: {error}") from error
+
+
+def look(
+    scenario: Scenario, cells: Sequence[Cell], out: Path, folder: Path, data: Path | None
+) -> tuple[list[Planned], "DataFolders"]:
+    """Every cell's state on disk, and the folders of its data; ``folder`` is where relative paths start."""
+    from deploy.compare.data import DataFolders, open_data
+
+    opened = open_data(scenario.data, folder, data)
+    folders = DataFolders((out / DATA).resolve(), opened, scenario.data.skip_bad)
+    return [plan(cell, (out / RUNS).resolve(), opened.digest) for cell in cells], folders
+
+
+def prepare(todo: Sequence[Planned], folders: "DataFolders", replaced: Path) -> None:
+    """Make the data folders, move changed runs to ``replaced``, and write every cell's order.
+
+    Raises:
+        UserError: a model that cannot be built, or data that cannot be divided so.
+    """
+    from deploy.simulate import check_model
+
+    for config in {one.cell.config.model: one.cell.config for one in todo}.values():
+        check_model(config)
+    with preparing() as progress:
+        folders.prepare((one.cell for one in todo), progress)
+    for one in todo:
+        if one.state is State.CHANGED:
+            replaced.mkdir(parents=True, exist_ok=True)
+            one.run.rename(replaced / f"{one.cell.name}_{time.strftime('%Y%m%d-%H%M%S')}")
+        order(one, folders).save(one.run)
+
+
+def order(one: Planned, folders: "DataFolders") -> Order:
+    """What the process of this cell is to do."""
+    cell = one.cell
+    places: dict[str, Scalar] = {"run-dir": str(one.run), "sites-dir": str(folders.sites_dir(cell))}
+    row: dict[str, Scalar] = {
+        "method": cell.method,
+        "bag_size": cell.bag_size,
+        "seed": cell.seed,
+        "setting": cell.setting.value,
+        "passes": cell.passes,
+    }
+    if site := folders.site_name(cell):
+        row["site"] = site
+    config = cell.config.with_changes(places).to_flat()
+    return Order(row=row, identity=one.identity, config=config, test=str(folders.test))
+
+
+def tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[str, Any]:
+    """Write the table of the cells that are done by now; a changed one is not, until it has run again."""
+    rows: list[Row] = []
+    missing = []
+    for one in planned:
+        if plan(one.cell, one.run.parent, one.digest).state is State.DONE:
+            rows += read_rows([one.run])
+        else:
+            missing.append(one.cell.name)
+    return write_table(out, scenario.title, rows, missing)
+
+
+def default_jobs(todo: Sequence[Planned]) -> int:
+    """As many as cores; one where the cells share a GPU."""
+    from client.training import choose_device
+
+    if any(choose_device(one.cell.config.train.device).type == "cuda" for one in todo):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder: two comparisons in it would write the same runs.
+
+    Raises:
+        UserError: another one does, or the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stream = (out / LOCK).open("w")
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error.strerror or error}\nChoose another folder with --out."
+        ) from error
+    with stream:
+        until = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"another comparison is at work in {out}: wait for it, or choose another --out"
+                    ) from error
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,47 @@
+"""Score one trained model on labelled test images, every method by its best reading.
+
+Methods differ in which of their outputs is good: a method that learns at the leaf alone is best read at
+coarse levels from the leaves' summed probabilities, another from its own coarse heads. To compare methods
+and not decoders, each level is scored by the reading with the highest accuracy, and the row says which.
+"""
+
+from typing import Any
+
+import torch
+
+from client.evaluation import confusion_counts, read_predictions
+from client.labelled import LabelledImages
+from common.hierarchy import Hierarchy
+from common.lhfglp import LHFGLP
+from server.evaluation import Confusion, level_figures
+
+FIGURES = ("accuracy", "balanced_accuracy", "macro_f1")
+
+
+def score(model: LHFGLP, test: LabelledImages, device: torch.device) -> list[dict[str, Any]]:
+    """One row per level, coarse to fine: see best_readings."""
+    predicted = read_predictions(model, test.images, device)
+    readings = {reading: confusion_counts(classes, test) for reading, classes in predicted.items()}
+    return best_readings(test.hierarchy, readings)
+
+
+def best_readings(tree: Hierarchy, readings: dict[str, Confusion]) -> list[dict[str, Any]]:
+    """Figures per level of the reading that is most accurate there.
+
+    Args:
+        tree: the label tree.
+        readings: per reading one (C_l, C_l) array of counts per level, rows the true class; of equally
+            accurate readings the first is taken.
+
+    Returns:
+        Per level ``{"name", "accuracy", "balanced_accuracy", "macro_f1", "reading", "accuracies"}``, the
+        last being the accuracy of every reading.
+    """
+    figures = {reading: level_figures(tree, counts, counts) for reading, counts in readings.items()}
+    rows = []
+    for level, name in enumerate(tree.levels):
+        accuracies = {reading: levels[level]["accuracy"] for reading, levels in figures.items()}
+        best = max(accuracies, key=accuracies.__getitem__)
+        chosen = {key: figures[best][level][key] for key in FIGURES}
+        rows.append({"name": name, **chosen, "reading": best, "accuracies": accuracies})
+    return rows

@@ -1,0 +1,230 @@
+"""The table of a comparison: one row per cell as JSON and CSV, means over seeds as Markdown.
+
+Reads result files only; knows nothing of how they were made.
+"""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from deploy.compare.cell import RESULT
+from server.run_folder import write_text
+
+FIGURES = ("accuracy", "balanced_accuracy", "macro_f1")
+COSTS = ("proportion_l1", "seconds", "memory_mb")
+JSON, CSV, MARKDOWN = "table.json", "table.csv", "table.md"
+
+NOTE = """\
+Accuracy, balanced accuracy and macro-F1 are of the same test images everywhere: the mean, and after ± the
+standard deviation, over the seeds (with one seed there is none). Every level is scored by the method's best
+reading: its own argmax, the best root-to-leaf path, or the leaves' probabilities summed up the tree;
+table.csv says which. L1 is between the predicted and the true leaf proportions of held-back bags, in [0, 2];
+it depends on the size of the bags, so compare it at one bag size. Seconds and MB are of one process, on a
+machine that others may use."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A mean over seeds, and the standard deviation where there are two or more."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Statistic":
+        """Of at least one value."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def text(self, digits: int) -> str:
+        """``0.612 ±0.010``."""
+        spread = "" if self.deviation is None else f" ±{self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method at one bag size in one setting, over its seeds.
+
+    ``setting`` tells the two readings of local-only apart: the mean over the sites and the best of them.
+    ``levels`` maps a level's name to its FIGURES, ``costs`` has those of COSTS that are known.
+    """
+
+    method: str
+    bag_size: int
+    setting: str
+    passes: tuple[int, ...]
+    seeds: int
+    levels: dict[str, dict[str, Statistic]]
+    costs: dict[str, Statistic]
+
+
+def read_rows(runs: Iterable[Path]) -> list[Row]:
+    """The results of the folders that have one, in their order."""
+    return [json.loads((run / RESULT).read_text(encoding="utf-8")) for run in runs if (run / RESULT).exists()]
+
+
+def summarise(rows: Sequence[Row]) -> list[Line]:
+    """Means and deviations over the seeds, in the order in which settings, sizes and methods first appear."""
+    groups: dict[tuple[str, int, str], dict[int, list[Row]]] = {}
+    for row in rows:
+        seeds = groups.setdefault((row["setting"], row["bag_size"], row["method"]), {})
+        seeds.setdefault(row["seed"], []).append(row)
+    lines = []
+    for (setting, bag_size, method), seeds in groups.items():
+        by_seed = list(seeds.values())
+        if "site" not in by_seed[0][0]:
+            lines.append(_line(method, bag_size, setting, [_mean(sites) for sites in by_seed]))
+            continue
+        number = max(len(sites) for sites in by_seed)
+        best = [max(sites, key=lambda row: row["levels"][-1]["accuracy"]) for sites in by_seed]
+        lines.append(
+            _line(method, bag_size, f"{setting}, mean of {number} sites", [_mean(sites) for sites in by_seed])
+        )
+        lines.append(_line(method, bag_size, f"{setting}, best site", best))
+    return lines
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    """The mean of several rows of one seed, as one row."""
+    first = rows[0]
+    levels = [
+        {
+            "name": level["name"],
+            **{key: statistics.fmean(row["levels"][number][key] for row in rows) for key in FIGURES},
+        }
+        for number, level in enumerate(first["levels"])
+    ]
+    known = {key: [row[key] for row in rows if row.get(key) is not None] for key in COSTS}
+    costs = {key: statistics.fmean(values) if values else None for key, values in known.items()}
+    return {**first, "levels": levels, **costs}
+
+
+def _line(method: str, bag_size: int, setting: str, rows: Sequence[Row]) -> Line:
+    names = [level["name"] for level in rows[0]["levels"]]
+    known = {key: [row[key] for row in rows if row.get(key) is not None] for key in COSTS}
+    return Line(
+        method=method,
+        bag_size=bag_size,
+        setting=setting,
+        passes=tuple(sorted({row["passes"] for row in rows})),
+        seeds=len(rows),
+        levels={
+            name: {key: Statistic.of([row["levels"][number][key] for row in rows]) for key in FIGURES}
+            for number, name in enumerate(names)
+        },
+        costs={key: Statistic.of(values) for key, values in known.items() if values},
+    )
+
+
+def write_table(out: Path, title: str, rows: Sequence[Row], missing: Sequence[str]) -> dict[str, Any]:
+    """Write table.json, table.csv and table.md.
+
+    Args:
+        out: the comparison's folder.
+        title: of the scenario.
+        rows: of the cells that are done.
+        missing: names of those that are not.
+
+    Returns:
+        The content of table.json.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    commits = sorted({row["commit"] or "unknown" for row in rows})
+    content = {"title": title, "commit": ", ".join(commits), "missing": list(missing), "rows": list(rows)}
+    texts = {
+        JSON: json.dumps(content, indent=2) + "\n",
+        CSV: to_csv(rows),
+        MARKDOWN: to_markdown(title, rows, missing, commits),
+    }
+    for name, text in texts.items():
+        try:
+            write_text(out / name, text)
+        except OSError as error:
+            raise UserError(
+                f"{out / name} cannot be written: {error.strerror or error}\n"
+                "Choose a folder that you may write to, with space left, with --out."
+            ) from error
+    return content
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line per row; the figures of level ``NAME`` are columns ``NAME.accuracy`` and so on."""
+    flat = [_flat(row) for row in rows]
+    header = list(dict.fromkeys(key for row in flat for key in row))
+    stream = io.StringIO(newline="")
+    table = csv.DictWriter(stream, header, lineterminator="\n")
+    table.writeheader()
+    table.writerows(flat)
+    return stream.getvalue()
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    flat = {key: value for key, value in row.items() if key != "levels"}
+    for level in row["levels"]:
+        flat |= {f"{level['name']}.{key}": level[key] for key in (*FIGURES, "reading")}
+    return flat
+
+
+def to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commits: Sequence[str]) -> str:
+    """Per setting a table of accuracies and costs, and one of balanced accuracies and macro-F1."""
+    text = [f"# {title or 'Comparison'}", ""]
+    if missing:
+        text += [f"{len(missing)} cell(s) are not in it: {', '.join(missing)}", ""]
+    lines = summarise(rows)
+    for setting in dict.fromkeys(line.setting for line in lines):
+        chosen = [line for line in lines if line.setting == setting]
+        names = list(dict.fromkeys(name for line in chosen for name in line.levels))
+        text += [f"## {setting[0].upper()}{setting[1:]}", ""]
+        costs = [[*accuracy_cells(line, names), "-".join(map(str, line.passes))] for line in chosen]
+        text += _grid([*accuracy_header(names), "passes"], costs)
+        others = [(key, name) for key in FIGURES[1:] for name in names]
+        header = ["method", "bag", *(f"{key.replace('_', ' ')}: {name}" for key, name in others)]
+        body = [
+            [line.method, str(line.bag_size), *(line.levels[name][key].text(3) for key, name in others)]
+            for line in chosen
+        ]
+        text += _grid(header, body)
+    text += [
+        NOTE,
+        "",
+        f"Code: {', '.join(commits) or 'unknown'}.",
+        "",
+    ]
+    return "\n".join(text)
+
+
+def accuracy_header(names: Sequence[str]) -> list[str]:
+    """The columns of accuracy_cells."""
+    return ["method", "bag", "seeds", *names, "L1", "s", "MB"]
+
+
+def accuracy_cells(line: Line, names: Sequence[str]) -> list[str]:
+    """A line's accuracy at every level, and what it cost."""
+
+    def cost(key: str, digits: int) -> str:
+        return f"{line.costs[key].mean:.{digits}f}" if key in line.costs else "-"
+
+    return [
+        line.method,
+        str(line.bag_size),
+        str(line.seeds),
+        *(line.levels[name]["accuracy"].text(3) for name in names),
+        cost("proportion_l1", 3),
+        cost("seconds", 0),
+        cost("memory_mb", 0),
+    ]
+
+
+def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    rules = ["---", *["---:"] * (len(header) - 1)]
+    return [*(f"| {' | '.join(cells)} |" for cells in (header, rules, *body)), ""]
