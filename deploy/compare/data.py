@@ -232,7 +232,7 @@ class LinkedImages(FileImages):
 
 
 def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
-    usual = folder / data.path if data.path else None
+    usual = Path(os.path.normpath(folder / data.path)) if data.path else None
 
     def beside(name: str) -> Path | None:
         """Another file of the data set; where the set is elsewhere, it has the same place in it."""

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from client.sources.catalogue import SourceKind
-from common.config import Method, RunConfig, Scalar, Section, flatten
+from common.config import RunConfig, Scalar, Section, flatten
 from common.errors import ConfigError, require_file
+from common.methods import Method
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
@@ -23,7 +24,7 @@ Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][
 OWN_KEYS = ("name", "seed", "rounds", "run-dir", "sites-dir", "resume", "model.method", "federation.sites")
 """Keys of the run configuration that each cell sets for itself."""
 
-SUPERVISED = frozenset({"supervised", "supervised-hierarchical"})
+SUPERVISED = frozenset({Method.SUPERVISED, Method.SUPERVISED_HIERARCHICAL})
 """Methods that learn from labels: bags of one image, whose counts are its label."""
 
 
@@ -96,7 +97,7 @@ class Entry(_Overrides):
     @property
     def sees_labels(self) -> bool:
         """Whether it is a supervised upper bound."""
-        return self.method.value in SUPERVISED
+        return self.method in SUPERVISED
 
 
 class Scenario(Section):
@@ -168,7 +169,9 @@ class Scenario(Section):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            lines = "\n".join(f"  {_fault(fault, content)}" for fault in error.errors())
+            # A list whose items are faulty is empty to pydantic: the items' faults are the ones to tell.
+            faults = [fault for fault in error.errors() if fault["type"] != "too_short" or not fault["input"]]
+            lines = "\n".join(f"  {_fault(fault, content)}" for fault in faults)
             raise ConfigError(
                 f"the scenario {path} is faulty:\n{lines}\ndocs/compare.md lists the keys."
             ) from error
@@ -222,7 +225,8 @@ def _where(place: Sequence[str | int], content: Mapping[str, Any]) -> str:
         entry = entries[number] if isinstance(entries, list) and number < len(entries) else {}
         name = entry.get("name", "without name") if isinstance(entry, Mapping) else "no table"
         return " ".join([f"[[methods]] {number + 1} ({name})", ".".join(map(str, place[2:]))]).strip()
-    return ".".join(str(part) for part in place)
+    single = len(place) > 2 and place[0] == "settings" and not isinstance(content["settings"][place[1]], list)
+    return ".".join(str(part) for number, part in enumerate(place) if not (single and number == 2))
 
 
 def _known_keys(place: Sequence[str | int]) -> list[str]:

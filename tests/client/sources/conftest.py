@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from client.sources.source_table import SourceTable
+from tests.client.sources.layouts import draw_image
 
 Draw = Callable[[Path], None]
 
@@ -15,14 +14,7 @@ Draw = Callable[[Path], None]
 @pytest.fixture
 def draw() -> Draw:
     """Write a small image of random pixels, different for every name."""
-
-    def write(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        seed = sum(path.name.encode())
-        pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-
-    return write
+    return draw_image
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from client.sources.fine_grained import HIERARCHIES
 from client.sources.source_table import SourceTable
 from common.errors import DataError, UserError
 from common.hierarchy import Hierarchy
+from tests.client.sources.layouts import CARS, structs, write_aircraft, write_cars, write_cub
 
 Draw = Callable[[Path], None]
 LeafNames = Callable[[SourceTable], list[str]]
@@ -153,23 +154,8 @@ def test_the_official_trees(file: str, sizes: tuple[int, ...]) -> None:
 
 
 @pytest.fixture
-def cub(tmp_path: Path, draw: Draw) -> Path:
-    root = tmp_path / "CUB_200_2011"
-    names = [
-        f"001.Black_footed_Albatross/Black_{number}.jpg" if number % 2 else f"200.Common_Y/Y_{number}.jpg"
-        for number in range(1, 9)
-    ]
-    for name in names:
-        draw(root / "images" / name)
-    lines = {
-        "classes.txt": ["1 001.Black_footed_Albatross", "200 200.Common_Yellowthroat"],
-        "images.txt": [f"{number} {name}" for number, name in enumerate(names, start=1)],
-        "image_class_labels.txt": [f"{number} {1 if number % 2 else 200}" for number in range(1, 9)],
-        "train_test_split.txt": [f"{number} {int(number <= 6)}" for number in range(1, 9)],
-    }
-    for file, content in lines.items():
-        (root / file).write_text("\n".join(content) + "\n")
-    return root
+def cub(tmp_path: Path) -> Path:
+    return write_cub(tmp_path / "CUB_200_2011")
 
 
 def test_cub(cub: Path, tmp_path: Path, leaf_names: LeafNames) -> None:
@@ -204,37 +190,15 @@ def test_a_cub_image_without_a_split_is_a_bad_row(cub: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("trainval", [True, False])
-def test_aircraft(tmp_path: Path, draw: Draw, leaf_names: LeafNames, trainval: bool) -> None:
-    data = tmp_path / "fgvc-aircraft-2013b/data"
-    for number in range(12):
-        draw(data / "images" / f"{number:07d}.jpg")
-    lines = [f"{number:07d} {'707-320' if number % 2 else 'Cessna 172'}\n" for number in range(12)]
-    splits = {"trainval": lines[:8]} if trainval else {"train": lines[:4], "val": lines[4:8]}
-    for split, content in {**splits, "test": lines[8:]}.items():
-        (data / f"images_variant_{split}.txt").write_text("".join(content))
-    table = open_source("aircraft", images=data.parent)
+def test_aircraft(tmp_path: Path, leaf_names: LeafNames, trainval: bool) -> None:
+    root = write_aircraft(tmp_path / "fgvc-aircraft-2013b", trainval=trainval)
+    table = open_source("aircraft", images=root)
     assert leaf_names(table)[:2] == ["Cessna 172", "707-320"]
     check_build(table, tmp_path / "out", train=8, test=4)
 
 
-CARS = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Ram C/V Cargo Van Minivan 2012"]
-
-
-def structs(fields: list[tuple[object, ...]], names: tuple[str, ...]) -> np.ndarray:
-    return np.array([fields], dtype=[(name, object) for name in names])
-
-
-def test_cars_devkit(tmp_path: Path, draw: Draw, leaf_names: LeafNames) -> None:
-    root = tmp_path / "cars"
-    (root / "devkit").mkdir(parents=True)
-    savemat(root / "devkit/cars_meta.mat", {"class_names": np.array([CARS], dtype=object)})
-    for split, number in (("train", 6), ("test", 3)):
-        notes = [(1, 2, 3, 4, 1 + index % 3, f"{index + 1:05d}.jpg") for index in range(number)]
-        for note in notes:
-            draw(root / f"cars_{split}" / str(note[-1]))
-        names = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")
-        file = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
-        savemat(root / "devkit" / file, {"annotations": structs(notes, names)})
+def test_cars_devkit(tmp_path: Path, leaf_names: LeafNames) -> None:
+    root = write_cars(tmp_path / "cars")
     table = open_source("cars", images=root)
     assert leaf_names(table)[:3] == CARS
     check_build(table, tmp_path / "out", train=6, test=3)
