@@ -29,13 +29,13 @@ from client.training import (
     build_optimiser,
     choose_device,
     make_setting,
-    run_progress,
     seed_sequence,
 )
 from common.config import RunConfig, Strategy
 from common.errors import ConfigError, RunError
 from common.lhfglp import LHFGLP
 from common.privacy.plan import PrivacyPlan
+from common.schedule import run_progress
 
 log = logging.getLogger("fedbags.client")
 
@@ -181,7 +181,8 @@ def train_round_privately(
         )
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = BagDPOptimizer(build_optimiser(parameters, config, run_progress(config, round)), plan, round)
+    progress = run_progress(round, config.rounds)
+    optimiser = BagDPOptimizer(build_optimiser(parameters, config, progress), plan, round)
     if config.federation.strategy is Strategy.FEDPROX:
         pull_towards_server(optimiser, config.federation.proximal_mu)
     buffers = {name: buffer._version for name, buffer in model.named_buffers()}

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,7 @@ from client.objectives import Setting, build_objective
 from common.config import RunConfig, Strategy
 from common.errors import RunError
 from common.lhfglp import LHFGLP
-
-FLOOR = 0.05
-"""The learning rate falls along half a cosine to this share of its start."""
+from common.schedule import cosine_decay, run_progress
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class TrainingResult:
 
 
 def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -> TrainingResult:
-    """Train the model in place for ``train.local-epochs`` passes over the site's training bags.
+    """Train the model in place for ``train.local-epochs`` passes over the site's training bags (or a part).
 
     Everything random is fixed by (run seed, site name, round), so a round can be repeated anywhere.
 
@@ -49,20 +48,20 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
     device = choose_device(config.train.device)
     model.to(device).train()
     seeds = seed_sequence(config.seed, store.name, round)
-    order, torch_seed = np.random.default_rng(seeds[0]), seeds[1]
+    torch_seed = seeds[1]
     generator = torch.Generator().manual_seed(torch_seed)
     training, _ = store.split(config.train.held_back, config.seed)
     objective = build_objective(
         make_setting(store, config, round, training, torch.Generator().manual_seed(seeds[2]))
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = build_optimiser(parameters, config, run_progress(config, round))
+    optimiser = build_optimiser(parameters, config, run_progress(round, config.rounds))
     anchors = _anchors(parameters, config)
     losses, images = [], 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed)  # dropout and stochastic depth of the backbone
-        for _ in range(config.train.local_epochs):
-            for bags in chunks(order.permutation(training), config.train.bags_per_step):
+        for seen in passes_of_round(training, config, store.name, round):
+            for bags in chunks(seen, config.train.bags_per_step):
                 batch = make_batch(store, bags).augmented(config.train.augmentation, generator).to(device)
                 loss = objective(model, batch)
                 if anchors:
@@ -77,6 +76,24 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
     if not math.isfinite(mean_loss):
         raise RunError("local training diverged: the loss is not finite; lower train.learning-rate")
     return TrainingResult(mean_loss, len(losses), len(training), images)
+
+
+def passes_of_round(
+    training: NDArray[np.int64], config: RunConfig, site: str, round: int
+) -> Iterator[NDArray[np.int64]]:
+    """The bags that a round trains on, in order: whole passes, or this round's part of one.
+
+    With ``train.rounds-per-pass`` = k > 1 the k rounds of a pass share one order of the bags and take its k
+    parts in turn, so that every bag is seen once in k rounds; where there are fewer bags than parts, an empty
+    part is one bag, so that the site has something to say in every round.
+    """
+    parts = config.train.rounds_per_pass
+    number, part = divmod(round - 1, parts)
+    order = np.random.default_rng(seed_sequence(config.seed, site, number + 1)[0])
+    for _ in range(config.train.local_epochs):
+        bags = order.permutation(training)
+        start, end = part * len(bags) // parts, (part + 1) * len(bags) // parts
+        yield bags[start : max(end, start + 1)]
 
 
 def make_setting(
@@ -97,16 +114,11 @@ def make_setting(
         hierarchy=store.hierarchy,
         site=store.name,
         round=round,
-        progress=run_progress(config, round),
+        progress=run_progress(round, config.rounds),
         bags=torch.from_numpy(training).to(device),
         leaf_counts=torch.from_numpy(store.leaf_counts[training]).float().to(device),
         generator=generator,
     )
-
-
-def run_progress(config: RunConfig, round: int) -> float:
-    """The share of the run that is done when the round starts; the last round trains at 1."""
-    return (round - 1) / max(config.rounds - 1, 1)
 
 
 def build_optimiser(
@@ -114,7 +126,7 @@ def build_optimiser(
 ) -> torch.optim.Optimizer:
     """A fresh optimiser (its moments would be a site's state) at the round's learning rate."""
     train = config.train
-    rate = train.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+    rate = train.learning_rate * cosine_decay(progress)
     if train.optimiser == "sgd":
         return torch.optim.SGD(parameters, lr=rate, momentum=train.momentum, weight_decay=train.weight_decay)
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=train.weight_decay)

@@ -53,5 +53,6 @@ def _build(config: ModelConfig, hierarchy: Hierarchy, seed: int, weights: Path |
             iterations=config.iterations,
             dictionary=config.dictionary and not plain,
             masks=config.masks and not plain,
+            tied=config.tied and not plain,
             leaf_only=config.method.leaf_only,
         )

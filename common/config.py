@@ -77,6 +77,7 @@ class ModelConfig(Section):
     iterations: int = Field(3, ge=1, le=50, description="unrolled ISTA steps (T)")
     dictionary: bool = Field(True, description="switch for the sparse dictionary blocks")
     masks: bool = Field(True, description="switch for the category-aware masks")
+    tied: bool = Field(True, description="switch for one distribution over the tree's paths")
 
 
 class Part(StrEnum):
@@ -104,6 +105,16 @@ class LossConfig(Section):
     anneal_share: float = Field(0.5, ge=0, le=1, description="share of the rounds the fall takes")
     reconstruction: float = Field(0.01, ge=0, le=100, description="alpha of the reconstruction error")
     sparsity: float = Field(0.0001, ge=0, le=100, description="beta of the l1 norm of the codes")
+    refinement: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="lhfglp: share of refined labels in the loss; 0: off",
+    )
+    refine_from: float = Field(0.15, ge=0, le=1, description="share of the rounds before refinement begins")
+    temperature: float = Field(
+        0.5, ge=0.05, le=100, description="entropy of refined labels; 1 is an E-step, small is hard"
+    )
 
 
 class Augmentation(StrEnum):
@@ -140,6 +151,9 @@ class TrainConfig(Section):
     """Local training at a site."""
 
     local_epochs: int = Field(1, ge=1, le=1000, description="passes over the site's bags per round")
+    rounds_per_pass: int = Field(
+        1, ge=1, le=100_000, description="rounds that share one pass; above 1 sites are averaged more often"
+    )
     bags_per_step: int = Field(2, ge=1, le=4096, description="bags per optimiser step")
     optimiser: Annotated[str, Field(pattern="^(sgd|adamw)$")] = "adamw"
     learning_rate: float = Field(0.002, gt=0, le=10, description="at round 1; cosine to 5% at the end")
@@ -174,6 +188,9 @@ class FederationConfig(Section):
     transport: Transport = Transport.FLOAT32
     proximal_mu: float = Field(0.01, ge=0, le=100, description="FedProx: weight of the proximal term")
     server_learning_rate: float = Field(1.0, gt=0, le=100, description="fedavgm, fedadam, fedyogi")
+    server_decay: bool = Field(
+        False, description="fedavgm, fedadam, fedyogi: the server's rate falls as the sites' does"
+    )
     server_momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm momentum; fedadam/fedyogi beta 1")
     trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed-mean: share cut at each end")
     byzantine: int = Field(0, ge=0, le=100_000, description="krum: sites assumed malicious")
@@ -291,6 +308,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.method = '{self.model.method.value}' is not offered under differential privacy: "
                 f"{reason}. The unit of privacy is the bag: use one of {sound}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_round_is_whole_passes_or_a_part_of_one(self) -> Self:
+        if self.train.rounds_per_pass > 1 and self.train.local_epochs > 1:
+            raise ValueError(
+                f"train.rounds-per-pass = {self.train.rounds_per_pass} makes a round a part of a pass, and "
+                f"train.local-epochs = {self.train.local_epochs} several passes: set one of them to 1"
             )
         return self
 

@@ -10,7 +10,7 @@ here names its textbook source. Knows nothing of bags, losses, files or configur
         m    = sparsemax(scores of the level above)[parent of each atom's class], its largest scaled to 1
         z    = T steps of ISTA on  1/2 ||h/|h| - D m z||^2 + lambda ||z||_1
         h    = h + |h| D m z                              z = 0 leaves the feature as it was
-        scores = W h + b
+        scores = W h + b  (+ the score of the parent, with tied scores)
 """
 
 import math
@@ -134,7 +134,8 @@ class LHFGLPOutput(NamedTuple):
     """What the model says of N images."""
 
     scores: tuple[Tensor, ...]
-    """Per level (N, C_l): logits; with ``leaf_only`` log-probabilities, coarse ones summed up the tree."""
+    """Per level (N, C_l): logits; with ``tied`` or ``leaf_only`` log-probabilities, coarse ones summed up the
+    tree from the leaves."""
     codes: tuple[Tensor, ...]
     """Per level (N, K_l): the sparse codes; atom j belongs to class j // k. Empty without dictionary."""
     features: Tensor
@@ -159,10 +160,15 @@ class LHFGLP(nn.Module):
         dictionary: build the dictionary blocks.
         masks: weight each atom by the plausibility of its class's parent. Masks act on atoms: without a
             dictionary there is nothing to act on, and the switch has no effect.
+        tied: one distribution over root-to-leaf paths, p(path) proportional to exp(sum of its nodes' scores),
+            whose marginals are the probabilities of every level: the label tree as a hierarchy-and-exclusion
+            graph (Deng et al. 2014), whose legal states are here the paths to a leaf. So levels
+            cannot contradict each other, and what is learned of a parent moves all its leaves. Without it
+            each level has a softmax of its own.
         leaf_only: one head, at the leaf; coarse scores are its probabilities summed up the tree.
 
     Raises:
-        ValueError: ``leaf_only`` with a dictionary; the coarse blocks would feed no head.
+        ValueError: ``leaf_only`` with a dictionary or with ``tied``; there would be coarse parts without use.
     """
 
     def __init__(
@@ -174,15 +180,17 @@ class LHFGLP(nn.Module):
         iterations: int,
         dictionary: bool,
         masks: bool,
+        tied: bool,
         leaf_only: bool,
     ) -> None:
         super().__init__()
-        if leaf_only and dictionary:
-            raise ValueError("a dictionary needs a head at every level; leaf_only has one at the leaf")
+        if leaf_only and (dictionary or tied):
+            raise ValueError("dictionary and tied scores need a head at every level; leaf_only has one")
         n_features = backbone.n_features
         assert isinstance(n_features, int)
         self.hierarchy = hierarchy
         self.masks = masks
+        self.tied = tied
         self.leaf_only = leaf_only
         self.backbone = backbone
         headed = hierarchy.sizes[-1:] if leaf_only else hierarchy.sizes
@@ -221,8 +229,12 @@ class LHFGLP(nn.Module):
                 codes.append(code)
                 error = error + level_error
                 l1 = l1 + _full(code).abs().sum(dim=1)
-            scores_per_level.append(head(refined))
-        return LHFGLPOutput(tuple(scores_per_level), tuple(codes), features, error, l1)
+            score = head(refined)
+            if self.tied and level:
+                score = score + scores_per_level[-1][:, self.get_buffer(f"parents_{level}")]
+            scores_per_level.append(score)
+        scores = self._sum_up_the_tree(scores_per_level[-1]) if self.tied else tuple(scores_per_level)
+        return LHFGLPOutput(scores, tuple(codes), features, error, l1)
 
     def _parents(self, level: int, scores: Sequence[Tensor]) -> Tensor | None:
         """The parent's probability for each class of ``level``, (N, C_l); None where nothing is masked."""

@@ -108,6 +108,35 @@ def hierarchical_proportion_loss(
     return per_bag.mean()
 
 
+def refined_label_loss(
+    log_probabilities: Sequence[Tensor],
+    bag_index: Tensor,
+    leaf_labels: Tensor,
+    leaf_paths: Tensor,
+    level_weights: Sequence[float],
+) -> Tensor:
+    """sum_l w_l times the mean over a bag's images of -sum_c Q_{i,l,c} log p_{i,l,c}, per bag.
+
+    The labels of a coarse level are those of the leaves summed up the tree, as its counts are.
+
+    Args:
+        log_probabilities: per level, shape (N, C_l).
+        bag_index: shape (N,), int64; the images of a bag are consecutive.
+        leaf_labels: Q at the leaf, shape (N, C_L), rows sum to 1; without a graph.
+        leaf_paths: shape (C_L, L) int64, the class of each leaf at every level.
+        level_weights: w_l >= 0 per level; a level of weight 0 costs nothing.
+
+    Returns:
+        Shape (B,).
+    """
+    per_image = leaf_labels.new_zeros(len(leaf_labels))
+    for level, (predicted, weight) in enumerate(zip(log_probabilities, level_weights, strict=True)):
+        if weight:
+            labels = torch.zeros_like(predicted).index_add(1, leaf_paths[:, level], leaf_labels)
+            per_image = per_image - weight * (labels * predicted).sum(dim=1)
+    return bag_means(per_image, bag_index, int(bag_index[-1]) + 1)
+
+
 def level_weights(config: LossConfig, levels: int, progress: float) -> tuple[float, ...]:
     """The weight of each level, coarse to fine; the leaf's is 1.
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from common.config import CentralDPConfig, FederationConfig, Strategy
 from common.messages import FloatArray, ModelUpdate
+from common.schedule import cosine_decay, run_progress
 
 _WEIGHT = "weight"
 _STATE = ("current_arrays", "momentum_vector", "m_t", "v_t")
@@ -86,6 +87,7 @@ class ServerOptimiser:
 
     def __init__(self, config: FederationConfig, central: CentralDPConfig = _NO_CENTRAL_DP) -> None:
         self._strategy: flower.Strategy = _flower_strategy(config)
+        self._rate, self._decays = config.server_learning_rate, config.server_decay
         self._compares = config.strategy in _ROBUST
         self._equal_weights = False
         if central.noise_multiplier:
@@ -100,18 +102,29 @@ class ServerOptimiser:
         """A fresh collector for one round."""
         return Collected(self._equal_weights) if self._compares else StreamingMean()
 
-    def step(self, current: Arrays, collected: Aggregator, round: int) -> dict[str, FloatArray]:
+    def step(self, current: Arrays, collected: Aggregator, round: int, rounds: int) -> dict[str, FloatArray]:
         """The next model from the current one and the round's updates (at least one).
+
+        Args:
+            current: the model that the sites were given.
+            collected: their updates.
+            round: 1-based.
+            rounds: of the run; with ``federation.server-decay`` the server's learning rate falls over them.
 
         Returns:
             float32 arrays under the names of ``current``.
         """
-        # Flower sets this in configure_train, which also picks nodes: that is our job.
+        rate = self._rate * (cosine_decay(run_progress(round, rounds)) if self._decays else 1.0)
+        # Flower sets the arrays in configure_train, which also picks nodes: that is our job.
         match self._strategy:
-            case flower.FedAvgM() | flower.DifferentialPrivacyServerSideFixedClipping():
+            case flower.FedAvgM():
+                self._strategy.current_arrays = _record(current)
+                self._strategy.server_learning_rate = rate
+            case flower.DifferentialPrivacyServerSideFixedClipping():
                 self._strategy.current_arrays = _record(current)
             case flower.FedAdam() | flower.FedYogi():
                 self._strategy.current_arrays = dict(current)
+                self._strategy.eta = rate
         arrays, _ = self._strategy.aggregate_train(round, collected.replies())
         if arrays is None:
             raise ValueError("the strategy returned no model")

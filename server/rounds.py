@@ -119,7 +119,7 @@ class Rounds:
         reference = trainable_arrays(self.model)
         collect = self._collect_masked if self.config.secure_aggregation.enabled else self._collect
         collected, losses = collect(number, reference)
-        load_arrays(self.model, self.optimiser.step(reference, collected, number))
+        load_arrays(self.model, self.optimiser.step(reference, collected, number, self.config.rounds))
         mean_loss = sum(losses.values()) / len(losses) if losses else None
         self.folder.event("round", round=number, updates=collected.count, loss=mean_loss)
         log.info("round %d: %d updates, mean loss %s", number, collected.count, mean_loss)

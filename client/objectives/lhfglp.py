@@ -1,33 +1,55 @@
-"""LHFGLP's objective: proportion matching at every level, and the price of the sparse codes.
+"""LHFGLP's objective: proportions matched at every level, refined labels, and the price of the sparse codes.
 
-    sum_l w_l KL(q_l || p_l) + alpha * reconstruction + beta * ||z||_1, averaged over bags
+    (1 - mu) sum_l w_l KL(q_l || p_l)  -  mu sum_l w_l mean_i sum_c Q_ilc log p_ilc
+        +  alpha * reconstruction  +  beta * ||z||_1,  averaged over bags
 
-The parts come from the public description of LHFGLP (Chang et al. 2025, arXiv 2505.23031), whose exact
-equations are not public; ``common.losses`` names the source of each. Each term looks at one bag.
+The first and the last two terms come from the public description of LHFGLP (Chang et al. 2025, arXiv
+2505.23031), whose exact equations are not public; ``common.losses`` names the source of each. The second is
+ours. Matching says nothing of which image of a bag is which; the refined labels Q do: the model's own leaf
+probabilities, sharpened and scaled until they add up to the bag's counts (``transport``), and summed up the
+tree. They are constants in the gradient, so this alternates between labels and parameters as expectation
+maximisation does. It begins after ``loss.refine-from`` of the run, when the coarse levels are learned and
+tied scores carry them to the leaf.
+
+Every term looks at one bag, which is what bag-level privacy needs.
 """
 
+import torch
 from torch import Tensor
 
 from client.batch import Batch
 from client.objectives.base import Setting
-from common.lhfglp import LHFGLP
-from common.losses import hierarchical_proportion_loss, level_weights
+from client.objectives.transport import pseudo_labels
+from common.lhfglp import LHFGLP, log_probabilities
+from common.losses import hierarchical_proportion_loss, level_weights, refined_label_loss
 
 
 class HierarchicalProportions:
-    """The hierarchical proportion loss at the round's level weights."""
+    """The loss at the round's level weights and share of refinement."""
 
     def __init__(self, setting: Setting) -> None:
         self.config = setting.config.loss
         self.weights = level_weights(self.config, len(setting.hierarchy.levels), setting.progress)
+        self.leaf_paths = torch.as_tensor(setting.hierarchy.paths, device=setting.bags.device)
+        self.share = self.config.refinement if setting.progress >= self.config.refine_from else 0.0
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
         """See ``Objective``."""
-        return hierarchical_proportion_loss(
-            model(batch.images),
+        output = model(batch.images)
+        loss = hierarchical_proportion_loss(
+            output,
             batch.bag_index,
             batch.level_counts,
-            self.weights,
+            [(1 - self.share) * weight for weight in self.weights],
             self.config.reconstruction,
             self.config.sparsity,
         )
+        if not self.share:
+            return loss
+        predicted = log_probabilities(output)
+        with torch.no_grad():
+            labels = pseudo_labels(
+                predicted[-1], batch.bag_index, batch.level_counts[-1], self.config.temperature
+            )
+        refined = refined_label_loss(predicted, batch.bag_index, labels, self.leaf_paths, self.weights)
+        return loss + self.share * refined.mean()

@@ -142,7 +142,7 @@ def _of_entry(
                 "federation.sites": sites,
             }
         )
-        rounds, rest = divmod(passes, config.train.local_epochs)
+        rounds, rest = divmod(passes * config.train.rounds_per_pass, config.train.local_epochs)
         if rest or not rounds:
             raise ConfigError(
                 f"passes = {passes} is no multiple of train.local-epochs = {config.train.local_epochs}"

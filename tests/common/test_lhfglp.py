@@ -41,7 +41,9 @@ class Flatten(nn.Module):
 def make(tree: Hierarchy) -> Make:
     """Build a small model from seed 0 with the given switches."""
 
-    def build(dictionary: bool = True, masks: bool = True, leaf_only: bool = False) -> LHFGLP:
+    def build(
+        dictionary: bool = True, masks: bool = True, tied: bool = False, leaf_only: bool = False
+    ) -> LHFGLP:
         torch.manual_seed(0)
         return LHFGLP(
             Flatten(),
@@ -50,6 +52,7 @@ def make(tree: Hierarchy) -> Make:
             iterations=4,
             dictionary=dictionary,
             masks=masks,
+            tied=tied,
             leaf_only=leaf_only,
         )
 
@@ -263,6 +266,36 @@ def test_leaf_only_is_stable_where_probabilities_underflow(make: Make, images: T
 def test_leaf_only_with_a_dictionary_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="head at every level"):
         make(dictionary=True, leaf_only=True)
+    with pytest.raises(ValueError, match="head at every level"):
+        make(dictionary=False, tied=True, leaf_only=True)
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_tied_scores_are_one_distribution_over_the_paths(
+    make: Make, images: Tensor, tree: Hierarchy, dictionary: bool
+) -> None:
+    own = make(dictionary=dictionary, masks=False)(images).scores
+    tied = make(dictionary=dictionary, masks=False, tied=True)(images).scores
+    paths = torch.as_tensor(tree.paths)
+    path_scores = torch.stack([own[level][:, paths[:, level]] for level in range(3)]).sum(dim=0)
+    leaf = path_scores.softmax(dim=1)
+    for level, size in enumerate(tree.sizes):
+        for c in range(size):
+            below = leaf[:, paths[:, level] == c].sum(dim=1)
+            torch.testing.assert_close(tied[level][:, c].exp(), below)
+
+
+def test_tied_scores_carry_what_is_learned_of_a_parent_to_its_leaves(
+    make: Make, images: Tensor, tree: Hierarchy
+) -> None:
+    model = make(dictionary=False, masks=False, tied=True)
+    before = model(images).scores[-1].exp()
+    with torch.no_grad():
+        model.heads[0].bias[0] += 1.0
+    after = model(images).scores[-1].exp()
+    inside = torch.as_tensor(tree.paths)[:, 0] == 0
+    assert (after[:, inside] > before[:, inside]).all()
+    assert (after[:, ~inside] < before[:, ~inside]).all()
 
 
 def test_predictions_are_consistent_and_probabilities_sum_to_one(
@@ -291,7 +324,14 @@ def test_bfloat16_autocast_trains(make: Make, images: Tensor) -> None:
 def test_shallow_trees_and_single_classes(levels: int, images: Tensor) -> None:
     hierarchy = Hierarchy.from_rows(["a", "b"][:levels], [["only"] * levels])
     model = LHFGLP(
-        Flatten(), hierarchy, atoms_per_class=2, iterations=1, dictionary=True, masks=True, leaf_only=False
+        Flatten(),
+        hierarchy,
+        atoms_per_class=2,
+        iterations=1,
+        dictionary=True,
+        masks=True,
+        tied=True,
+        leaf_only=False,
     )
     assert [scores.shape for scores in model(images).scores] == [(6, 1)] * levels
 

@@ -30,7 +30,7 @@ def one_step(config: FederationConfig, updates: list[tuple[ModelUpdate, float]],
         collected = optimiser.aggregator()
         for item, weight in updates:
             collected.add(item, weight)
-        current = optimiser.step(current, collected, number)
+        current = optimiser.step(current, collected, number, 3)
     return current
 
 
@@ -95,13 +95,13 @@ def test_optimiser_state_survives_a_checkpoint(strategy: Strategy) -> None:
     for number in (1, 2):
         collected = first.aggregator()
         collected.add(update(1.0), 1.0)
-        current = first.step(current, collected, number)
+        current = first.step(current, collected, number, 4)
     second = ServerOptimiser(config)
     second.load_state(first.state())
     for number in (3, 4):
         collected = second.aggregator()
         collected.add(update(1.0), 1.0)
-        current = second.step(current, collected, number)
+        current = second.step(current, collected, number, 4)
     for name in current:
         np.testing.assert_array_equal(current[name], unbroken[name])
 
@@ -136,7 +136,7 @@ def test_central_noise_has_the_size_that_its_clip_norm_asks_for() -> None:
         loud = {"w": np.full(20_000, 1e3, np.float32)}
         update = ModelUpdate(sender="n", round=1, arrays=loud, metrics={"num-bags": 1})
         collected.add(update, weight)
-    result = optimiser.step(current, collected, 1)["w"]
+    result = optimiser.step(current, collected, 1, 1)["w"]
     assert result.std() == pytest.approx(2.0 * 0.5 / sites, rel=0.05)
     # Four clipped updates of norm 0.5 in the same direction: their mean has norm 0.5.
     assert result.mean() * np.sqrt(20_000) == pytest.approx(0.5, abs=4 * 0.25)

@@ -19,8 +19,11 @@ LEAF_KL = np.array([2 * 0.5 * np.log(0.5 / 0.25), np.log(1 / 0.7)])
 COARSE_KL = np.array([0.5 * np.log(0.5 / 0.45) + 0.5 * np.log(0.5 / 0.55), np.log(1 / 0.9)])
 
 
+MATCHING_ALONE = {"refinement": 0.0}
+
+
 def loss_by(method: Method, progress: float = 1.0) -> float:
-    objective = build_objective(setting_of(method, LEAF_COUNTS, progress=progress))
+    objective = build_objective(setting_of(method, LEAF_COUNTS, progress=progress, loss=MATCHING_ALONE))
     batch = batch_of([2, 1], COARSE_COUNTS, LEAF_COUNTS)
     return objective(GivenScores(COARSE.log(), LEAF.log()), batch).item()
 
@@ -38,7 +41,7 @@ def test_levels_are_added_by_their_weights(method: Method, progress: float, coar
 def test_lhfglp_adds_the_price_of_its_codes() -> None:
     toy = Toy.draw(3, 4, 8, torch.Generator().manual_seed(0))
     batch, model = toy.batch(torch.arange(3)), toy_model(Method.LHFGLP)
-    setting = setting_of(Method.LHFGLP, toy.leaf_counts)
+    setting = setting_of(Method.LHFGLP, toy.leaf_counts, loss=MATCHING_ALONE)
     output, loss = model(batch.images), setting.config.loss
     expected = build_objective(setting_of(Method.DLLP_HIERARCHICAL, toy.leaf_counts))(model, batch)
     for bag in range(3):

@@ -20,7 +20,14 @@ def linear_model(weight: Tensor) -> LHFGLP:
     backbone = nn.Flatten()
     backbone.n_features = 12
     model = LHFGLP(
-        backbone, TREE, atoms_per_class=1, iterations=1, dictionary=False, masks=False, leaf_only=True
+        backbone,
+        TREE,
+        atoms_per_class=1,
+        iterations=1,
+        dictionary=False,
+        masks=False,
+        tied=False,
+        leaf_only=True,
     )
     with torch.no_grad():
         model.heads[0].weight.copy_(weight)

@@ -1,5 +1,6 @@
 """A problem small enough for seconds: four classes of tiny images, in random bags of four to eight."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,10 +66,12 @@ def setting_of(
     round: int = 1,
     progress: float = 1.0,
     seed: int = 0,
+    loss: Mapping[str, float] | None = None,
     **options: float,
 ) -> Setting:
-    """What an objective is told; ``options`` are keys of the section ``objective``."""
+    """What an objective is told; ``options`` are keys of the section ``objective``, ``loss`` of ``loss``."""
     changes = {f"objective.{key.replace('_', '-')}": value for key, value in options.items()}
+    changes |= {f"loss.{key}": value for key, value in (loss or {}).items()}
     return Setting(
         config=RunConfig().with_changes({"model.method": method.value, **changes}),
         hierarchy=hierarchy,
@@ -128,6 +131,7 @@ def toy_model(method: Method) -> LHFGLP:
         iterations=2,
         dictionary=blocks,
         masks=blocks,
+        tied=blocks,
         leaf_only=method.leaf_only,
     )
 
