@@ -16,7 +16,7 @@ from types import FrameType
 
 from deploy.compare.cell import LOG
 
-INTERVAL = 0.2
+INTERVAL = 0.5
 GRACE = 10.0
 """Seconds that a cell gets to end when the comparison is stopped."""
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -33,7 +33,7 @@ def run_all(
     Args:
         folders: run folders with an order; the log of a cell is appended to LOG there.
         jobs: processes at once.
-        look: called a few times a second with the folders at work.
+        look: called twice a second with the folders at work.
         ended: called with a folder and its process's exit status (negative: the signal that ended it).
 
     Raises:

@@ -75,6 +75,7 @@ def compare(
         stopped = False
         if todo:
             prepare(todo, folders, out / REPLACED)
+            del folders  # and with it the source's images: the cells need the memory
             board = Board(todo, lambda: tabulate(scenario, planned, out))
             try:
                 with board:

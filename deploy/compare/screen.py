@@ -70,6 +70,7 @@ class Board:
         self._cells = {one.run: one.cell for one in todo}
         self._changed = changed
         self._ended: set[Path] = set()
+        self._share = {run: share_done(run, cell.config.rounds) for run, cell in self._cells.items()}
         self._started = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -80,6 +81,7 @@ class Board:
             console=console(stderr=True),
             # Cells differ in speed: the estimate is from all that was seen in this call.
             speed_estimate_period=24 * 3600,
+            refresh_per_second=2,
         )
         self._task = self._bar.add_task("", total=sum(map(work_of, self._cells.values())))
 
@@ -97,16 +99,16 @@ class Board:
         """Move the bar; ``running`` are the folders of the cells at work."""
         names = ", ".join(self._cells[run].name for run in running[:NAMES_SHOWN])
         more = " ..." if len(running) > NAMES_SHOWN else ""
-        done = sum(
-            work_of(cell) * (1.0 if run in self._ended else share_done(run, cell.config.rounds))
-            for run, cell in self._cells.items()
-        )
+        for run in running:
+            self._share[run] = share_done(run, self._cells[run].config.rounds)
+        done = sum(work_of(cell) * self._share[run] for run, cell in self._cells.items())
         text = f"{len(self._ended)} of {len(self._cells)} cells  {names}{more}".rstrip()
         self._bar.update(self._task, completed=done, description=text)
 
     def ended(self, run: Path, status: int) -> None:
         """Tell how a cell ended, by its process's exit status."""
         self._ended.add(run)
+        self._share[run] = 1.0
         name = self._cells[run].name
         if status:
             self.failed[name] = end_of_log(run, status)

@@ -13,7 +13,6 @@ import pytest
 from deploy.compare.cell import LOG, ORDER
 from deploy.compare.queue import run_all
 from deploy.compare.screen import end_of_log
-from deploy.flower_engine import descendants
 
 PATIENCE = 120.0
 """Seconds that a machine with other work may take to start an interpreter."""
@@ -24,6 +23,20 @@ def endless(folder: Path) -> Path:
     folder.mkdir()
     os.mkfifo(folder / ORDER)
     return folder
+
+
+def fields(pid: int | str) -> list[str]:
+    """Of /proc/PID/stat, behind the name: state, parent, ...; nothing once the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def children(parent: int) -> set[int]:
+    """Processes that this one has started and that have not ended."""
+    everyone = {int(path.name): fields(path.name) for path in Path("/proc").glob("[0-9]*")}
+    return {pid for pid, stat in everyone.items() if stat and stat[0] != "Z" and int(stat[1]) == parent}
 
 
 def wait_for(what: Callable[[], object]) -> None:
@@ -55,20 +68,21 @@ def test_a_cell_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_the_cells(tmp_path: Path) -> None:
     folders = [endless(tmp_path / "a"), endless(tmp_path / "b"), endless(tmp_path / "later")]
-    children: set[int] = set()
+    before, started = children(os.getpid()), set[int]()
 
     def look(running: Sequence[Path]) -> None:
         assert len(running) <= 2
-        children.update(descendants(os.getpid()))
-        if len(children) == 2:
+        started.update(children(os.getpid()) - before)
+        if len(started) == 2:
             os.kill(os.getpid(), signal.SIGTERM)  # as Ctrl-C: see run_all
 
-    before = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run_all(folders, 2, look, lambda folder, status: pytest.fail("no cell ends by itself"))
-    assert not children & set(descendants(os.getpid()))
+    assert len(started) == 2
+    assert not started & children(os.getpid())
     assert not (tmp_path / "later" / LOG).exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_cells_do_not_outlive_a_queue_that_is_killed(tmp_path: Path) -> None:
@@ -79,17 +93,10 @@ def test_cells_do_not_outlive_a_queue_that_is_killed(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, "-P", "-c", code, str(tmp_path / "cell")]) as queue:
         try:
-            wait_for(lambda: descendants(queue.pid))
-            (cell,) = descendants(queue.pid)
+            wait_for(lambda: children(queue.pid))
+            (cell,) = children(queue.pid)
             # It must have come so far that it listens for the end of its parent.
             wait_for(lambda: len(list(Path(f"/proc/{cell}/task").iterdir())) > 1)
         finally:
             queue.kill()
-    wait_for(lambda: not _lives(cell))
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_for(lambda: not fields(cell) or fields(cell)[0] == "Z")
