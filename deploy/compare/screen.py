@@ -19,7 +19,6 @@ from deploy.progress import bars
 from deploy.tables import console, table
 
 LOG_LINES = 12
-NAMES_SHOWN = 2
 LINES_TOLD = 5
 
 Move = Callable[[int, int], None]
@@ -97,12 +96,12 @@ class Board:
 
     def show(self, running: Sequence[Path]) -> None:
         """Move the bar; ``running`` are the folders of the cells at work."""
-        names = ", ".join(self._cells[run].name for run in running[:NAMES_SHOWN])
-        more = " ..." if len(running) > NAMES_SHOWN else ""
+        names = "".join(f"  {self._cells[run].name}" for run in running[:1])
+        more = f" + {len(running) - 1}" if len(running) > 1 else ""
         for run in running:
             self._share[run] = share_done(run, self._cells[run].config.rounds)
         done = sum(work_of(cell) * self._share[run] for run, cell in self._cells.items())
-        text = f"{len(self._ended)} of {len(self._cells)} cells  {names}{more}".rstrip()
+        text = f"{len(self._ended)} of {len(self._cells)} cells{names}{more}"
         self._bar.update(self._task, completed=done, description=text)
 
     def ended(self, run: Path, status: int) -> None:
