@@ -17,8 +17,8 @@ MOST_STEPS = 100
 TOLERANCE = 0.01
 """Images by which a class's sum may miss its count when the scaling stops."""
 FARTHEST = -300.0
-"""Exponents below an image's likeliest class, in nats / tau, beyond which classes are equally unlikely: keeps
-the scales within float64."""
+"""Exponent below that of an image's likeliest class from which on classes are equally unlikely: so the plan's
+scales stay within float64."""
 
 
 def pseudo_labels(predicted: Tensor, bag_index: Tensor, counts: Tensor, temperature: float) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from common.config import CentralDPConfig, FederationConfig, RunConfig, Strategy
 from common.errors import ConfigError
 from common.messages import FloatArray, ModelUpdate
+from common.schedule import FLOOR
 from server.aggregation import Collected, ServerOptimiser, StreamingMean
 from server.central_dp import central_statement
 
@@ -162,3 +163,18 @@ def test_the_statement_of_central_noise_names_unit_and_limits() -> None:
     assert statement["epsilon"]["add-remove"] < statement["epsilon"]["replace-one"]
     assert any("trusted" in limit for limit in statement["limits"])
     assert central_statement(RunConfig(), rounds=100) is None
+
+
+@pytest.mark.parametrize("strategy", [Strategy.FEDADAM, Strategy.FEDYOGI, Strategy.FEDAVGM])
+def test_the_servers_rate_falls_with_the_sites(strategy: Strategy) -> None:
+    """A constant update moves the model by the rate: at the last round by FLOOR of what it was."""
+
+    def moved(decays: bool, round: int) -> float:
+        config = FederationConfig(strategy=strategy, server_learning_rate=0.5, server_decay=decays)
+        optimiser = ServerOptimiser(config)
+        collected = optimiser.aggregator()
+        collected.add(update(1.0), 1.0)
+        return float(optimiser.step(model(), collected, round, 10)["b"][0])
+
+    assert moved(True, 10) == pytest.approx(FLOOR * moved(False, 10), rel=1e-5)
+    assert moved(True, 1) == pytest.approx(moved(False, 1))
