@@ -4,10 +4,10 @@ The supervisor starts it in place of ``flower-supernode``, with the same argumen
 
     python -P -m deploy.consortium.supernode ARGUMENTS
 
-One name in Flower is replaced and nothing else: the module ``time``, in the SuperNode's main loop alone. There
-an empty answer is followed by a fixed pause of 3 s, and each wave of messages to the sites waits for its end.
-The pause decides nothing but speed: with a Flower whose loop is another one, Flower's own pause stays, and the
-log says so.
+One name in Flower is replaced and nothing else: the module ``time``, in the SuperNode's main loop alone.
+There an empty answer is followed by a fixed pause of 3 s, and each wave of messages to the sites waits for
+its end. The pause decides nothing but speed: with a Flower whose loop is another one, Flower's own pause
+stays, and the log says so.
 """
 
 import importlib
@@ -46,7 +46,11 @@ class Time:
 
 
 def shorten_pause(flower: ModuleType) -> bool:
-    """Shorten the pause in the module of Flower's main loop; False, and nothing done, if it is another loop."""
+    """Shorten the pause in the module of Flower's main loop.
+
+    Returns:
+        False, with nothing done, if that is another loop than the one known here.
+    """
     try:
         source = inspect.getsource(flower)
     except (OSError, TypeError):
@@ -68,8 +72,8 @@ def main() -> None:
 
     if not shorten_pause(importlib.import_module("flwr.supernode.start_client_internal")):
         log.warning(
-            "this version of Flower waits for messages in another way than fedbags knows: its own pause stays, "
-            "and rounds take some seconds longer"
+            "this version of Flower waits for messages in another way than fedbags knows: its own pause "
+            "stays, and rounds take some seconds longer"
         )
     flower_supernode()
 

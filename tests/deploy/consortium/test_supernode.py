@@ -1,4 +1,4 @@
-"""The site's SuperNode is Flower's own, but for one pause: in the pinned Flower, and left alone in another."""
+"""The SuperNode of a site is Flower's own but for one pause; with another Flower that is left alone too."""
 
 import importlib.util
 import subprocess
