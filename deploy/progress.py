@@ -78,7 +78,7 @@ class Answers:
                 self.silent.discard(event["site"])
 
     def without(self) -> str:
-        """Names the sites that still keep the round; empty while none has answered, for then nobody is late."""
+        """Names the sites that still keep the round; none before the first answer, when nobody is late."""
         if not self.silent or self.silent == self.sites:
             return ""
         some = sorted(self.silent)[:3]
