@@ -1,13 +1,14 @@
-"""Flower's SuperNode, which asks the coordinator for messages more often than it does by itself.
+"""Flower's SuperNode, which asks the coordinator for messages more often while a run goes on.
 
 The supervisor starts it in place of ``flower-supernode``, with the same arguments::
 
     python -P -m deploy.consortium.supernode ARGUMENTS
 
 One name in Flower is replaced and nothing else: the module ``time``, in the SuperNode's main loop alone.
-There an empty answer is followed by a fixed pause of 3 s, and each wave of messages to the sites waits for
-its end. The pause decides nothing but speed: with a Flower whose loop is another one, Flower's own pause
-stays, and the log says so.
+There an empty answer is followed by a fixed pause of 3 s, which each wave of messages to the sites has to
+wait out. Here the pause is short after a message and grows with the time without one, up to Flower's own.
+It decides nothing but speed: with a Flower whose loop is another one, Flower's own pause stays, and the log
+says so.
 """
 
 import importlib
@@ -19,9 +20,12 @@ from typing import Any
 
 log = logging.getLogger("fedbags.supernode")
 
-PAUSE = 0.5
-"""Seconds between two empty answers. Two small requests a second at the coordinator for each site that has no
-work, in place of one in three seconds."""
+SHORTEST = 0.5
+"""Seconds between two questions right after a message. Each question costs the SuperLink some 14 ms of a
+core: too much for many sites to ask so often for long, so ``SHARE`` lets the pause grow."""
+
+SHARE = 0.1
+"""The pause as a share of the time that was waited since the last message: a site loses no more of it."""
 
 FLOWERS_PAUSE = 3
 FLOWERS_LOOP = """
@@ -31,15 +35,23 @@ FLOWERS_LOOP = """
                 time.sleep(3)
                 continue
 """
-"""The place, as it is in Flower 1.41.0 and 1.42.0; nothing else in its module may sleep as long."""
+"""The place, as it is in Flower 1.41.0 and 1.42.0; nothing else in its module sleeps as long."""
 
 
 class Time:
-    """Stands in for the module ``time``: the one pause is shorter, everything else is as it was."""
+    """Stands in for the module ``time``: the one pause is ours, everything else is as it was."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
 
     def sleep(self, seconds: float) -> None:
         """Sleep, less long for Flower's pause."""
-        time.sleep(PAUSE if seconds == FLOWERS_PAUSE else seconds)
+        if seconds == FLOWERS_PAUSE:
+            seconds = min(max(SHORTEST, SHARE * self._waited), FLOWERS_PAUSE)
+            self._waited += seconds
+        else:  # the other pauses of the module wait for the app's reply: a message has come
+            self._waited = 0.0
+        time.sleep(seconds)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)

@@ -260,7 +260,7 @@ def test_questions_for_work_do_not_fill_the_disk(door: Door) -> None:
 def test_fifty_sites_behind_one_address_ask_for_work_well_within_the_limit(kit: CoordinatorKit) -> None:
     limit = re.search(r"rate=(\d+)r/s", (kit.folder / "nginx.conf").read_text(encoding="utf-8"))
     assert limit is not None
-    assert int(limit[1]) / 4 >= 50 / supernode.PAUSE
+    assert int(limit[1]) / 4 >= 50 / supernode.SHORTEST
 
 
 def test_a_missing_nginx_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

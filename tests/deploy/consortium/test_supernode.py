@@ -67,7 +67,41 @@ def test_flowers_loop_pauses_as_we_say(monkeypatch: pytest.MonkeyPatch, slept: l
     slept.clear()
     assert supernode.shorten_pause(flower)
     ask_in_vain(monkeypatch, 3)
-    assert slept == [supernode.PAUSE] * 2
+    assert slept == [supernode.SHORTEST] * 2
+
+
+def test_the_longer_nothing_comes_the_longer_the_pause_up_to_flowers_own(slept: list[float]) -> None:
+    assert supernode.shorten_pause(flower)
+    for _ in range(60):
+        flower.time.sleep(supernode.FLOWERS_PAUSE)
+    assert slept == sorted(slept)
+    assert slept[0] == supernode.SHORTEST
+    assert slept[-1] == supernode.FLOWERS_PAUSE
+    assert all(
+        pause <= max(supernode.SHORTEST, supernode.SHARE * sum(slept[:before]))
+        for before, pause in enumerate(slept)
+    )
+    assert (
+        len([pause for pause in slept if pause < supernode.FLOWERS_PAUSE]) < 35
+    )  # questions of a first minute
+
+
+def test_a_message_makes_the_pause_short_again(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+    """Flower's own function waits for a reply between two looks, which come from this list."""
+    assert supernode.shorten_pause(flower)
+    flower.time._waited = 100.0
+    looks: list[list[object]] = [[], []]
+
+    class State:
+        def get_messages_legacy(self, **_: object) -> list[object]:
+            if not looks:
+                raise Enough
+            return looks.pop()
+
+    with pytest.raises(Enough):
+        flower._push_messages(state=State(), object_store=None, send=None, push_object=None)
+    flower.time.sleep(supernode.FLOWERS_PAUSE)
+    assert slept == [0.5, 0.5, supernode.SHORTEST]
 
 
 def test_no_other_pause_and_no_other_module_is_touched(slept: list[float]) -> None:
@@ -119,7 +153,7 @@ def test_another_loop_keeps_its_pause(module: Callable[[str], ModuleType], sourc
 
 
 def run(command: tuple[str, ...], *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_arguments_exit_codes_and_words_are_flowers(tmp_path: Path) -> None:
