@@ -12,8 +12,9 @@ app, each approved at the sites with `fedbags site approve`. The modes of a fedb
 
 ``*_overhead_s`` is, for each round, the time from the end of the one before to its own end, less local
 training at the slowest site (the clock of deployed_apps.py around it), less the median trivial round. A
-SuperNode without work asks every 3 s, so that a wave takes 3 s and what its slowest answer took, or more if
-another node has just asked: one figure hides that, and the smallest, the median and the largest are given.
+site asks for messages twice a second in short rounds (deploy/consortium/supernode.py) and looks as often for
+its app's reply, so a wave's seconds depend on where in these pauses it falls: the smallest, the median and
+the largest are given. Other work on the machine's cores makes all of them larger.
 
 The stricter of two trivial rounds is taken off: ``trivial_round_s`` waits for replies as closely as we do.
 ``flower_trivial_round_s`` is the same through Flower's own ``send_and_receive``, which looks every 3 s.

@@ -2,8 +2,9 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,6 +50,41 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
         yield move
 
 
+@dataclass
+class Answers:
+    """Which sites have answered in the round that is under way."""
+
+    sites: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
+    round: int = 0
+    """The last finished one."""
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Take in one more event of the run."""
+        match event["event"]:
+            case "enrolled" | "resumed":
+                self.sites, self.round = set(event["sites"]), event["round"]
+                self.silent = set(self.sites)
+            case "joined":
+                self.sites.add(event["site"])
+                self.silent.add(event["site"])
+            # A statement comes with every answer; of masked updates it is all that is seen before their sum.
+            case "update" | "statement" if event["round"] > self.round:
+                self.silent.discard(event["site"])
+            case "round":
+                self.round, self.silent = event["round"], set(self.sites)
+            case "left":
+                self.sites.discard(event["site"])
+                self.silent.discard(event["site"])
+
+    def without(self) -> str:
+        """Names the sites that still keep the round; none before the first answer, when nobody is late."""
+        if not self.silent or self.silent == self.sites:
+            return ""
+        some = sorted(self.silent)[:3]
+        return f" (without {', '.join(some)}{' ...' if len(self.silent) > len(some) else ''})"
+
+
 class Follower:
     """Shows the rounds of a run while it goes on, by reading the events that the server writes.
 
@@ -75,26 +111,18 @@ class Follower:
         with bars() as progress:
             rounds = progress.add_task("rounds", total=self._rounds)
             sites = progress.add_task("sites", total=None)
-            names: set[str] = set()
-            silent: set[str] = set()
+            answers = Answers()
             while True:
                 ending = self._stop.is_set()
                 for event in self._new_events():
+                    answers.note(event)
                     match event["event"]:
                         case "enrolled" | "resumed":
-                            names = set(event["sites"])
                             progress.update(rounds, completed=event["round"])
-                            silent = set(names)
-                        case "joined":
-                            names.add(event["site"])
-                            silent.add(event["site"])
-                        case "update":
-                            silent.discard(event["site"])
                         case "round":
                             loss = event["loss"]
                             text = f"rounds (loss {loss:.3f})" if loss is not None else "rounds"
                             progress.update(rounds, completed=event["round"], description=text)
-                            silent = set(names)
                         case "left-out":
                             progress.console.print(
                                 f"round {event['round']}: {event['site']} left out of {event['phase']}: "
@@ -106,14 +134,12 @@ class Follower:
                                 + (f" of {', '.join(event['sites'])}" if event["sites"] else "")
                             )
                         case "left":
-                            names.discard(event["site"])
-                            silent.discard(event["site"])
                             progress.console.print(f"round {event['round']}: {event['site']} left")
                     progress.update(
                         sites,
-                        total=len(names) or None,
-                        completed=len(names) - len(silent),
-                        description=f"sites{_without(silent)}",
+                        total=len(answers.sites) or None,
+                        completed=len(answers.sites) - len(answers.silent),
+                        description=f"sites{answers.without()}",
                     )
                 if ending:
                     return
@@ -129,9 +155,3 @@ class Follower:
                     return
                 self._position += len(line)
                 yield json.loads(line)
-
-
-def _without(silent: set[str]) -> str:
-    """Names the sites that have not answered in this round; all of them only if they are few."""
-    some = sorted(silent)[:3]
-    return f" (without {', '.join(some)}{' ...' if len(silent) > len(some) else ''})" if silent else ""

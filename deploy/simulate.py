@@ -25,6 +25,8 @@ PRIVATE_DEFAULTS: Mapping[str, Scalar] = {
     "rounds": 20,
     "model.backbone": "colour-histogram",
     "model.atoms-per-class": 1,
+    "model.tied": False,
+    "loss.refinement": 0.0,
     "train.part": "head",
     "train.optimiser": "sgd",
     "train.learning-rate": 0.375,

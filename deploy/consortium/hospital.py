@@ -15,7 +15,7 @@ from deploy.consortium.daemon import COMMAND
 from deploy.consortium.flower import NODE_ID_TEXT, SUPERNODE_CONNECTION, environment, explain
 from deploy.consortium.kit import SiteKit
 from deploy.consortium.kit_check import check_site
-from deploy.consortium.preflight import flower_program, reach_server, require_ports
+from deploy.consortium.preflight import reach_server, require_ports
 from deploy.consortium.program import Ending, Program, Remedy, says
 from deploy.consortium.settings import LOOPBACK
 from deploy.consortium.supervisor import Supervisor
@@ -37,7 +37,6 @@ def check(kit: SiteKit) -> str:
             differ; nothing was started.
     """
     check_site(kit)
-    flower_program("flower-supernode")
     node_config(kit)
     runtime = ("runtime-port, for the SuperNode", LOOPBACK, kit.ports.runtime_port)
     require_ports([runtime, *exporter.ports(kit)])
@@ -71,7 +70,7 @@ def programs(kit: SiteKit) -> list[Program]:
         Program(
             SUPERNODE,
             (
-                flower_program("flower-supernode"),
+                sys.executable, "-P", "-m", "deploy.consortium.supernode",
                 "--superlink", kit.server_address,
                 "--root-certificates", str(kit.ca_certificate),
                 "--auth-supernode-private-key", str(kit.node_key),

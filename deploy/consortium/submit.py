@@ -107,14 +107,13 @@ def make_known(kit: CoordinatorKit, run: Path) -> None:
 def expected_sites(
     kit: CoordinatorKit, options: Mapping[str, Scalar], config_file: Path | None
 ) -> Mapping[str, Scalar]:
-    """The options; where neither they nor a file say it, all sites that have a key are waited for, and only
-    every fourth round looks at held-back bags: every wave of messages costs the SuperNodes' 3 s pause."""
+    """The options; where neither they nor a file say it, all sites that have a key are waited for."""
     sites = len(kit.registered_sites)
     if not sites:
         raise UserError(
             f"no site of {kit.consortium} has a key yet: `fedbags provision add-key KITS SITE node.pub`"
         )
-    return options if config_file else {"federation.sites": sites, "evaluation.every": 4, **options}
+    return options if config_file else {"federation.sites": sites, **options}
 
 
 def changes(app: bytes, config: RunConfig) -> Mapping[str, Scalar]:

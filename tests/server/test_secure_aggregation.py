@@ -167,6 +167,13 @@ def test_what_is_known_of_a_site_in_clear_is_what_its_policy_lets_out(config: Co
     assert (round_event["updates"], round_event["loss"]) == (3, None)
 
 
+def test_a_masked_update_is_told_of_when_it_comes(config: Config, tmp_path: Path) -> None:
+    run(config("run", ONE_ROUND))
+    events = [event for event in read_events(tmp_path / "run" / "metrics.jsonl") if event.get("round") == 1]
+    kinds = [event["event"] for event in events if event["event"] in ("statement", "update", "round")]
+    assert kinds == ["statement"] * 3 + ["update"] * 3 + ["round"]
+
+
 def test_the_weights_are_those_of_the_training_bags(sites_dir: Path) -> None:
     for site in sorted(sites_dir.iterdir()):
         store = BagStore.open(site, 16)

@@ -21,7 +21,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supernode import fleet_http_client
 
 from common.errors import UserError
-from deploy.consortium import preflight
+from deploy.consortium import preflight, supernode
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.program import answers
 from deploy.consortium.provision import provision
@@ -240,6 +240,27 @@ def test_the_log_names_nobody(door: Door) -> None:
     assert text.count("\n") > 10
     assert not re.search(r"127\.0\.0\.1|patient|secret|/", text)
     assert not list((door.kit.state / "nginx").rglob("*/*"))
+
+
+def test_questions_for_work_do_not_fill_the_disk(door: Door) -> None:
+    log = door.kit.logs / "access.log"
+
+    def lines() -> int:
+        time.sleep(0.2)
+        return log.read_text(encoding="utf-8").count("\n")
+
+    before = lines()
+    assert door.ask("POST", "/v1/fleet/pull-messages", b"")[0] == 200
+    assert lines() == before
+    assert door.ask("GET", "/v1/fleet/pull-messages")[0] == 403
+    assert door.ask("POST", "/v1/fleet/push-messages", b"")[0] == 200
+    assert lines() == before + 2
+
+
+def test_fifty_sites_behind_one_address_ask_for_work_well_within_the_limit(kit: CoordinatorKit) -> None:
+    limit = re.search(r"rate=(\d+)r/s", (kit.folder / "nginx.conf").read_text(encoding="utf-8"))
+    assert limit is not None
+    assert int(limit[1]) / 4 >= 50 / supernode.SHORTEST
 
 
 def test_a_missing_nginx_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,46 @@
+"""What the bars say of the sites of a round that is under way."""
+
+from typing import Any
+
+from deploy.progress import Answers
+
+SITES = ["a", "b", "c", "d", "e"]
+
+
+def after(*events: dict[str, Any]) -> Answers:
+    """A run of five sites whose second round is under way, after these events of it."""
+    found = Answers()
+    for event in ({"event": "enrolled", "round": 0, "sites": SITES}, {"event": "round", "round": 1}, *events):
+        found.note(event)
+    return found
+
+
+def of(kind: str, *sites: str, round: int = 2) -> list[dict[str, Any]]:
+    return [{"event": kind, "round": round, "site": site} for site in sites]
+
+
+def test_before_the_first_answer_nobody_is_said_to_be_missing() -> None:
+    answers = after()
+    assert (answers.without(), len(answers.silent)) == ("", 5)
+
+
+def test_those_who_have_not_answered_yet_are_named_if_they_are_few() -> None:
+    assert after(*of("update", "a")).without() == " (without b, c, d ...)"
+    assert after(*of("update", "a", "b", "d")).without() == " (without c, e)"
+    assert after(*of("update", *SITES)).without() == ""
+
+
+def test_a_masked_update_counts_when_it_has_come_and_not_when_the_sum_is_unmasked() -> None:
+    masked = of("statement", "a", "b", "c", "d")
+    assert after(*masked).without() == " (without e)"
+    assert after(*masked, *of("update", "a", "b", "c", "d")).without() == " (without e)"
+
+
+def test_what_a_look_at_held_back_bags_spends_is_no_answer_to_the_next_round() -> None:
+    assert after(*of("statement", "a", "b", round=1)).silent == set(SITES)
+
+
+def test_who_left_is_not_missing_and_who_joined_is() -> None:
+    answers = after(*of("update", "a", "b"), *of("left", "c"), *of("joined", "f"))
+    assert answers.without() == " (without d, e, f)"
+    assert answers.sites == {"a", "b", "d", "e", "f"}
