@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -29,6 +30,23 @@ def test_synthetic_sites_by_command(tmp_path: Path) -> None:
     report = json.loads(text)
     assert [site["bags"] for site in report["sites"]] == [5, 5]
     assert len(BagStore.open(tmp_path / "json/hospital-2", 16)) == 5
+
+
+def test_an_archive_whose_groups_keep_within_sites(tmp_path: Path) -> None:
+    labels = np.arange(64) % 2
+    np.savez(
+        tmp_path / "x.npz", x=np.zeros((64, 8, 8), np.uint8), y1=labels, is_test=np.zeros(64, np.bool_),
+        names1=["a", "b"], group=np.arange(64) // 4,
+    )  # fmt: skip
+    options = ["--source", "archive", "--images", str(tmp_path / "x.npz"), "--sites", "2", "--json"]
+    most = {
+        groups: json.loads(
+            build(*options, "--bag-size", "4", "--groups", groups, "--out", str(tmp_path / groups))
+        )["max_bags_per_group"]
+        for groups in ("bags", "sites")
+    }
+    assert most["bags"] == 1
+    assert most["sites"] > 1
 
 
 def test_bad_rows_with_and_without_skip_bad(tmp_path: Path) -> None:
