@@ -23,6 +23,8 @@ from tests.client.sources.layouts import write_aircraft, write_cars, write_cub, 
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[3]
+PATIENCE = 1800.0
+"""Seconds for a few short runs on a machine with other work."""
 
 EVERYTHING = """
 [settings.pooled]
@@ -261,17 +263,17 @@ def test_killed_after_the_first_cell_the_same_command_finishes(scenario: Write, 
     out = tmp_path / "out"
     command = [
         sys.executable, "-P", "-c", "from deploy.cli import main; main()",
-        "compare", str(scenario(TWO, passes="30")), "--out", str(out), "--jobs", "1", "--json",
+        "compare", str(scenario(TWO, passes="8")), "--out", str(out), "--jobs", "1", "--json",
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
-        until = time.monotonic() + 600
+        until = time.monotonic() + PATIENCE
         while not results(out):
             assert time.monotonic() < until
             assert killed.poll() is None
             time.sleep(0.05)
         os.kill(killed.pid, signal.SIGKILL)
     before = results(out)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
     assert [row["method"] for row in table["rows"]] == ["first", "second"]
