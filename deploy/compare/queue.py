@@ -46,13 +46,13 @@ def run_all(
                 while waiting and len(running) < jobs:
                     folder = waiting.popleft()
                     running[folder] = _start(folder)
+                look(list(running))
                 time.sleep(INTERVAL)
                 for folder, process in list(running.items()):
                     if (status := process.poll()) is not None:
                         del running[folder]
                         _close(process)
                         ended(folder, status)
-                look(list(running))
         finally:
             _end(list(running.values()))
 
