@@ -42,9 +42,10 @@ from torchvision.models.resnet import BasicBlock
 
 from client.private_training import BagDPOptimizer
 from common.build import build_model
-from common.config import LossConfig, Method, ModelConfig
+from common.config_tables import LossConfig, ModelConfig
 from common.hierarchy import Hierarchy
 from common.losses import hierarchical_proportion_loss, level_weights
+from common.methods import Method
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import SecureRandomness
 

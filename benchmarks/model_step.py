@@ -23,9 +23,10 @@ from collections.abc import Callable
 import torch
 
 from common.build import build_model
-from common.config import LossConfig, Method, ModelConfig
+from common.config_tables import LossConfig, ModelConfig
 from common.hierarchy import Hierarchy
 from common.losses import hierarchical_proportion_loss, level_weights
+from common.methods import Method
 
 BAG = 16
 TREES = {"27 leaves": (3, 9, 27), "200 leaves": (13, 38, 200)}

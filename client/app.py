@@ -16,7 +16,8 @@ from client.release import private_release, release_proportions
 from client.site import SITE_FILE, ReleaseProportions
 from client.training import TrainingResult, train_round
 from common.build import rebuild_model
-from common.config import ModelConfig, RunConfig
+from common.config import RunConfig
+from common.config_tables import ModelConfig
 from common.errors import SecureAggregationRefused
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP

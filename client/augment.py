@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from common.config import Augmentation
+from common.config_tables import Augmentation
 from common.losses import bag_means
 
 JITTER = 0.1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from client.augment import augment_images
 from client.bags import BagStore, to_tensor
-from common.config import Augmentation
+from common.config_tables import Augmentation
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from client.locate import find_site
 from client.refusal import BudgetRefused
 from client.site import PrivateMetrics, SiteConfig
-from common.config import DPConfig, RunConfig
+from common.config import RunConfig
+from common.config_tables import DPConfig
 from common.errors import (
     ConfigError,
     DataError,

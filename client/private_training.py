@@ -31,7 +31,8 @@ from client.training import (
     make_setting,
     seed_sequence,
 )
-from common.config import RunConfig, Strategy
+from common.config import RunConfig
+from common.config_tables import Strategy
 from common.errors import ConfigError, RunError
 from common.lhfglp import LHFGLP
 from common.privacy.plan import PrivacyPlan

@@ -14,7 +14,8 @@ from typing import Self
 import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
-from common.config import Section, flatten
+from common.config import flatten
+from common.config_tables import Section
 from common.errors import ConfigError, require_file
 
 SITE_FILE = "site.toml"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from client.bags import BagStore
 from client.batch import chunks, make_batch
 from client.objectives import Setting, build_objective
-from common.config import RunConfig, Strategy
+from common.config import RunConfig
+from common.config_tables import Strategy
 from common.errors import RunError
 from common.lhfglp import LHFGLP
 from common.schedule import cosine_decay, run_progress

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from common.colour_histogram import ColourHistogram
-from common.config import Norm
+from common.config_tables import Norm
 from common.errors import ConfigError, UserError, require_file
 from common.small_resnet import SmallResNet
 

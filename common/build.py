@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from common.backbones import build_backbone
-from common.config import Method, ModelConfig, Norm
+from common.config_tables import ModelConfig, Norm
 from common.errors import ConfigError
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP
+from common.methods import Method
 
 
 def build_model(config: ModelConfig, hierarchy: Hierarchy, seed: int) -> LHFGLP:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import LossConfig
+from common.config_tables import LossConfig
 from common.lhfglp import LHFGLPOutput
 
 SMALLEST_PREDICTED = 1e-7

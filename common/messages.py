@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError
 
-from common.config import Transport
+from common.config_tables import Transport
 from common.errors import RunError
 from common.hierarchy import Hierarchy
 from common.record import Record as Record

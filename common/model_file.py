@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from common.build import rebuild_model
-from common.config import ModelConfig
+from common.config_tables import ModelConfig
 from common.errors import DataError, UserError, require_file
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import RecordDict
 from numpy.typing import NDArray
 
-from common.config import FederationConfig
+from common.config_tables import FederationConfig
 from common.messages import (
     FloatArray,
     MessageError,

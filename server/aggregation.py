@@ -16,7 +16,7 @@ from flwr.app.metadata import Metadata
 from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
-from common.config import CentralDPConfig, FederationConfig, Strategy
+from common.config_tables import CentralDPConfig, FederationConfig, Strategy
 from common.messages import FloatArray, ModelUpdate
 from common.schedule import cosine_decay, run_progress
 

@@ -11,7 +11,7 @@ from collections import Counter
 
 from flwr.serverapp import Grid
 
-from common.config import FederationConfig
+from common.config_tables import FederationConfig
 from common.errors import RunError
 from server.checkpoint import LeftOut, ServerState
 from server.enrolment import ATTEMPTS, Roster, allowed_names, enrol, majority_tree

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from common.config import FederationConfig
+from common.config_tables import FederationConfig
 from common.hierarchy import Hierarchy
 from common.messages import MessageError, ProportionRelease, SiteError, check_only, from_records
 from server.exchange import Note, Reply, ask

@@ -12,7 +12,8 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from common.config import RunConfig, Strategy
+from common.config import RunConfig
+from common.config_tables import Strategy
 from common.lhfglp import LHFGLP
 from common.messages import (
     FloatArray,

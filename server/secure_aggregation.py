@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from flwr.app import RecordDict
 
-from common.config import SecureAggregationConfig
+from common.config_tables import SecureAggregationConfig
 from common.errors import RunError
 from common.messages import (
     FloatArray,

@@ -137,7 +137,8 @@ def look(
     scenario: Scenario, cells: Sequence[Cell], out: Path, folder: Path, data: Path | None
 ) -> tuple[list[Planned], "DataFolders"]:
     """Every cell's state on disk, and the folders of its data; ``folder`` is where relative paths start."""
-    from deploy.compare.data import DataFolders, open_data
+    from deploy.compare.data import DataFolders
+    from deploy.compare.source import open_data
 
     opened = open_data(scenario.data, folder, data)
     folders = DataFolders((out / DATA).resolve(), opened, scenario.data.skip_bad)

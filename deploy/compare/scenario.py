@@ -13,7 +13,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from client.sources.catalogue import SourceKind
-from common.config import RunConfig, Scalar, Section, flatten
+from common.config import RunConfig, Scalar, flatten
+from common.config_tables import Section
 from common.errors import ConfigError, require_file
 from common.methods import Method
 

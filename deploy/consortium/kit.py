@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
-from common.config import Section
+from common.config_tables import Section
 from common.errors import UserError, require_file
 from deploy.consortium.settings import (
     LOOPBACK,

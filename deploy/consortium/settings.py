@@ -11,7 +11,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from common.config import Section
+from common.config_tables import Section
 from common.errors import require_file
 from deploy.consortium.toml_file import read_toml, validated
 

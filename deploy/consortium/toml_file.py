@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from common.config import Section
+from common.config_tables import Section
 from common.errors import ConfigError
 
 Model = TypeVar("Model", bound=Section)

@@ -9,10 +9,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import Method, RunConfig
+from common.config import RunConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP
+from common.methods import Method
 from common.model_file import load_model
 from server.run_folder import RunFolder, read_events
 

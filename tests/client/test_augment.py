@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from client.augment import JITTER, augment_images
-from common.config import Augmentation
+from common.config_tables import Augmentation
 
 
 def generator(seed: int) -> torch.Generator:

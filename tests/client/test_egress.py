@@ -13,7 +13,8 @@ from client.app import app
 from client.egress import SiteError, check_reply
 from client.site import PrivateMetrics, SiteConfig, SitePolicy
 from common.build import build_model
-from common.config import DPConfig, RunConfig
+from common.config import RunConfig
+from common.config_tables import DPConfig
 from common.errors import ConfigError, DataError, EgressError, RunError, UserError
 from common.hierarchy import Hierarchy
 from common.messages import (

@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from common.backbones import Backbone, backbone_names, build_backbone
 from common.build import build_model
-from common.config import ModelConfig, Norm
+from common.config_tables import ModelConfig, Norm
 from common.errors import ConfigError, UserError
 from common.hierarchy import Hierarchy
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Method, RunConfig, flatten, parse_setting
+from common.config import RunConfig, flatten, parse_setting
 from common.errors import ConfigError, UserError
+from common.methods import Method
 
 ROOT = Path(__file__).parents[2]
 

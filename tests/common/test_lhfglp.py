@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.build import build_model
-from common.config import Method, ModelConfig
+from common.config_tables import ModelConfig
 from common.hierarchy import Hierarchy
 from common.lhfglp import (
     LHFGLP,
@@ -19,6 +19,7 @@ from common.lhfglp import (
     log_probabilities,
     soft_threshold,
 )
+from common.methods import Method
 
 Make = Callable[..., LHFGLP]
 

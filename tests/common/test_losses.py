@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.config import LossConfig
+from common.config_tables import LossConfig
 from common.lhfglp import LHFGLPOutput
 from common.losses import (
     bag_mean_probabilities,

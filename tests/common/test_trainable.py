@@ -3,8 +3,9 @@
 import pytest
 
 from common.build import build_model
-from common.config import Method, ModelConfig
+from common.config_tables import ModelConfig
 from common.hierarchy import Hierarchy
+from common.methods import Method
 from common.model_file import trainable_arrays
 from common.trainable import Part, trainable_parameters
 

@@ -9,7 +9,8 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from common.config import RunConfig, Transport
+from common.config import RunConfig
+from common.config_tables import Transport
 from common.errors import RunError
 from common.messages import ModelUpdate, PrivacyStatement, from_records, to_records
 from deploy.local_grid import LocalGrid, become_server

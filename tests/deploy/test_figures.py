@@ -12,9 +12,11 @@ from PIL import Image
 
 from client.site import SiteConfig
 from common.build import build_model
-from common.config import Method, ModelConfig, RunConfig
+from common.config import RunConfig
+from common.config_tables import ModelConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
+from common.methods import Method
 from common.model_file import ModelCard, save_model
 from deploy.figures.activation import activate, choose_images, last_feature_map
 from deploy.figures.confusion import draw_confusion, row_shares, tree_order

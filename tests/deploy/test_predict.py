@@ -10,10 +10,11 @@ from PIL import Image
 from client.bags import to_tensor
 from client.image_cache import square, to_rgb
 from common.build import build_model
-from common.config import Method, ModelConfig
+from common.config_tables import ModelConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
 from common.lhfglp import consistent_prediction, log_probabilities
+from common.methods import Method
 from common.model_file import ModelCard, load_model, save_model
 from deploy.predict import predict_images, print_predictions
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.config import FederationConfig
+from common.config_tables import FederationConfig
 from common.messages import FloatArray, ModelUpdate
 from server.acceptance import fault_of, is_replay
 

@@ -7,7 +7,8 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import CentralDPConfig, FederationConfig, RunConfig, Strategy
+from common.config import RunConfig
+from common.config_tables import CentralDPConfig, FederationConfig, Strategy
 from common.errors import ConfigError
 from common.messages import FloatArray, ModelUpdate
 from common.schedule import FLOOR

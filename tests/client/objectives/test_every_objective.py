@@ -8,8 +8,9 @@ import torch
 
 import client.private_training as private
 from client.objectives import OBJECTIVES, build_objective
-from common.config import Method, RunConfig
+from common.config import RunConfig
 from common.errors import ConfigError, UserError
+from common.methods import Method
 
 from .toy import Toy, accuracy_after_training, setting_of, toy_model
 

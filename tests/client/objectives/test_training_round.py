@@ -12,8 +12,9 @@ from client.csv_tables import write_csv
 from client.site import SiteConfig, SitePolicy
 from client.training import train_round
 from common.build import build_model
-from common.config import Method, RunConfig
+from common.config import RunConfig
 from common.errors import DataError, UserError
+from common.methods import Method
 from common.model_file import all_arrays
 
 BOUNDS = (Method.SUPERVISED, Method.SUPERVISED_HIERARCHICAL)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from client.batch import Batch
 from client.objectives import Setting, build_objective
-from common.config import Method, RunConfig
+from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP, LHFGLPOutput
+from common.methods import Method
 
 TREE = Hierarchy(("group", "leaf"), (("x", "y"), ("a", "b", "c", "d")), ((), (0, 0, 1, 1)))
 CENTRES = 0.5 * torch.tensor([[1.0, 1, 0], [1, -1, 0], [-1, 1, 0], [-1, -1, 0]])

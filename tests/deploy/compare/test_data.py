@@ -12,8 +12,9 @@ from client.labelled import LabelledImages
 from client.locate import site_folders
 from common.errors import DataError, UserError
 from deploy.compare.cells import Cell, Context, expand
-from deploy.compare.data import DataFolders, open_data
+from deploy.compare.data import DataFolders
 from deploy.compare.scenario import Scenario, Setting
+from deploy.compare.source import open_data
 from tests.client.sources.layouts import draw_image
 from tests.deploy.compare.conftest import LEAVES, SIZE, TEST, TRAIN, write_archive
 

@@ -1,0 +1,261 @@
+"""The tables of a run's configuration: one class each, with the bounds and meaning of every key.
+
+What holds between tables, and the forms in which a configuration travels, is in ``common.config``.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.methods import Method
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Section(BaseModel):
+    """A frozen table of the configuration: strict about unknown keys, kebab-case outside."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True, protected_namespaces=()
+    )
+
+
+class Norm(StrEnum):
+    """What replaces BatchNorm, whose statistics would mix images across bags and sites."""
+
+    GROUP = "group"
+    """GroupNorm: affine weights are kept, running statistics are dropped."""
+    FROZEN_BATCH = "frozen-batch"
+    """BatchNorm with the statistics of the weights file, as constants; needs a weights file."""
+
+
+class Strategy(StrEnum):
+    """How the server turns the sites' models into the next one."""
+
+    FEDAVG = "fedavg"
+    FEDPROX = "fedprox"
+    FEDAVGM = "fedavgm"
+    FEDADAM = "fedadam"
+    FEDYOGI = "fedyogi"
+    FEDPALS = "fedpals"
+    """FedAvg whose weights align the sites' label marginals with the target (arXiv 2411.03799)."""
+    MEDIAN = "median"
+    TRIMMED_MEAN = "trimmed-mean"
+    KRUM = "krum"
+
+
+class Transport(StrEnum):
+    """How the arrays of a ModelUpdate travel; both sides compute in 32 bits or more."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    """Rounded to IEEE half precision: half the bytes, a relative error of at most 2**-11."""
+
+
+class ModelConfig(Section):
+    """The classifier. Sizes are pixels, counts or plain numbers."""
+
+    method: Method = Method.LHFGLP
+    backbone: str = Field("resnet-small", description="resnet-small, colour-histogram or a torchvision model")
+    weights: str = Field("", description="local weights file (.safetensors or .pth), or empty")
+    norm: Norm = Norm.GROUP
+    image_size: int = Field(32, ge=8, le=1024, description="side of the square input, pixels")
+    atoms_per_class: int = Field(8, ge=1, le=256, description="dictionary atoms per class (k)")
+    iterations: int = Field(3, ge=1, le=50, description="unrolled ISTA steps (T)")
+    dictionary: bool = Field(True, description="switch for the sparse dictionary blocks")
+    masks: bool = Field(True, description="switch for the category-aware masks")
+    tied: bool = Field(True, description="switch for one distribution over the tree's paths")
+
+
+class Part(StrEnum):
+    """A part of the model that is trained; the rest keeps its values and is never sent."""
+
+    AUTO = "auto"
+    """``all``; under differential privacy ``norm-head``, since noise grows with what is trained."""
+    ALL = "all"
+    NORM_HEAD = "norm-head"
+    """Heads, dictionary, and the scales and shifts of the backbone's normalisation layers."""
+    HEAD = "head"
+    """Heads and dictionary; the backbone is a fixed map from images to features."""
+
+
+class LossConfig(Section):
+    """The hierarchical proportion loss. Weights are relative and >= 0."""
+
+    coarse_weight: float = Field(0.3, ge=0, le=100, description="weight of each level above leaf, final")
+    anneal_from: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        description="weight of each level above leaf in round 1; falls linearly to coarse-weight",
+    )
+    anneal_share: float = Field(0.5, ge=0, le=1, description="share of the rounds the fall takes")
+    reconstruction: float = Field(0.01, ge=0, le=100, description="alpha of the reconstruction error")
+    sparsity: float = Field(0.0001, ge=0, le=100, description="beta of the l1 norm of the codes")
+    refinement: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="lhfglp: share of refined labels in the loss; 0: off",
+    )
+    refine_from: float = Field(0.15, ge=0, le=1, description="share of the rounds before refinement begins")
+    temperature: float = Field(
+        0.5, ge=0.05, le=100, description="entropy of refined labels; 1 is an E-step, small is hard"
+    )
+
+
+class Augmentation(StrEnum):
+    """How images are changed before each look at them; counts stay true."""
+
+    FULL = "full"
+    """Flips, quarter turns, small shifts, brightness and contrast."""
+    SHIFT = "shift"
+    """Without flips and turns: for classes that differ by them, as signs, letters and vehicles do."""
+    NONE = "none"
+
+
+class ObjectiveConfig(Section):
+    """What the methods beside LHFGLP can be tuned by; a key begins with its method (docs/methods.md)."""
+
+    vat_weight: float = Field(0.05, ge=0, le=100, description="llp-vat: weight of the consistency, final")
+    vat_radius: float = Field(
+        3.0, gt=0, le=1e4, description="llp-vat: norm of an image's change; pixels are in [-1, 1]"
+    )
+    rot_weight: float = Field(1.0, ge=0, le=100, description="rot: weight of the pseudo-labels")
+    rot_temperature: float = Field(
+        1.0, ge=0.05, le=100, description="rot: entropy of the pseudo-labels; small is hard"
+    )
+    llpfc_group: int = Field(
+        0, ge=0, le=100_000, description="llpfc: fewest bags of a group; 0: as many as leaves"
+    )
+    llpfc_regroup: int = Field(20, ge=1, le=100_000, description="llpfc: rounds between new groups")
+    mixbag_confidence: float = Field(
+        0.99, gt=0, lt=1, description="mixbag: confidence of the interval within which a class costs nothing"
+    )
+
+
+class TrainConfig(Section):
+    """Local training at a site."""
+
+    local_epochs: int = Field(1, ge=1, le=1000, description="passes over the site's bags per round")
+    rounds_per_pass: int = Field(
+        1, ge=1, le=100_000, description="rounds that share one pass; above 1 sites are averaged more often"
+    )
+    bags_per_step: int = Field(2, ge=1, le=4096, description="bags per optimiser step")
+    optimiser: Annotated[str, Field(pattern="^(sgd|adamw)$")] = "adamw"
+    learning_rate: float = Field(0.002, gt=0, le=10, description="at round 1; cosine to 5% at the end")
+    weight_decay: float = Field(0.0001, ge=0, le=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
+    clip_gradient: float = Field(5.0, gt=0, le=1e6, description="norm the step's gradient is clipped to")
+    augmentation: Augmentation = Field(
+        Augmentation.FULL, description="full: flips, quarter turns, shifts, light; shift: the last two; none"
+    )
+    part: Part = Field(Part.AUTO, description="what is trained; auto: all, and norm-head under dp")
+    held_back: float = Field(0.1, ge=0, le=0.9, description="share of bags held back for selection")
+    device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
+    threads: int = Field(1, ge=1, le=256, description="torch threads per site; 1 is bitwise repeatable")
+
+
+class FederationConfig(Section):
+    """Who takes part, how long the server waits, and how it aggregates."""
+
+    strategy: Strategy = Strategy.FEDAVG
+    sites: int = Field(5, ge=1, le=100_000, description="sites the server waits for at the start")
+    quorum: int = Field(1, ge=1, le=100_000, description="fewest good updates that make a round")
+    deadline: float = Field(3600.0, gt=0, le=1e7, description="seconds to wait for replies in a round")
+    enrol_deadline: float = Field(600.0, gt=0, le=1e7, description="seconds to wait for sites to appear")
+    patience: float = Field(
+        3600.0, ge=0, le=1e7, description="seconds below the quorum before the run gives up"
+    )
+    allow: str = Field("", description="comma-separated site names that may take part; empty: all")
+    max_update_mb: float = Field(1024.0, gt=0, le=1e6, description="largest update accepted, MiB")
+    max_change: float = Field(
+        1000.0, gt=0, le=1e30, description="largest change accepted: L2 norm / (1 + norm of the model)"
+    )
+    transport: Transport = Transport.FLOAT32
+    proximal_mu: float = Field(0.01, ge=0, le=100, description="FedProx: weight of the proximal term")
+    server_learning_rate: float = Field(1.0, gt=0, le=100, description="fedavgm, fedadam, fedyogi")
+    server_decay: bool = Field(
+        False, description="fedavgm, fedadam, fedyogi: the server's rate falls as the sites' does"
+    )
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm momentum; fedadam/fedyogi beta 1")
+    trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed-mean: share cut at each end")
+    byzantine: int = Field(0, ge=0, le=100_000, description="krum: sites assumed malicious")
+    pals_target: Annotated[str, Field(pattern="^(uniform|pooled)$")] = "uniform"
+    pals_regularisation: float = Field(
+        0.1, ge=0, le=1e6, description="fedpals: 0 aligns label marginals, large weighs by bags"
+    )
+
+
+class DPConfig(Section):
+    """Bag-level differential privacy. What is asked for here; a site's own budget (site.toml) wins."""
+
+    epsilon: float = Field(
+        0.0,
+        ge=0,
+        le=1e4,
+        description="most that one run may spend at each site, replace-one bag; 0: not private",
+    )
+    delta: float = Field(1e-4, gt=0, lt=1, description="must be below 1 / bags of every site")
+    clip_norm: float = Field(
+        0.5, gt=0, le=1e6, description="norm that the gradient of each bag is clipped to"
+    )
+    expected_bags: float = Field(
+        32.0, gt=0, le=1e6, description="mean bags per step (at most all of a site's)"
+    )
+    steps_per_round: int = Field(4, ge=1, le=100_000)
+    release_scale: float = Field(
+        8.0, gt=0, le=1e6, description="noise of released counts / images of the largest bag; costs 2 / scale"
+    )
+    metrics_scale: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="noise of held-back figures / one bag, if sites allow it; each costs 2 / scale; 0: off",
+    )
+    force_delta: bool = Field(False, description="accept delta >= 1 / bags; the report marks it")
+
+
+class CentralDPConfig(Section):
+    """Noise added by the server (Flower's fixed clipping); its unit is the site. See docs/privacy.md."""
+
+    noise_multiplier: float = Field(0.0, ge=0, le=1e4, description="noise / clip norm of the mean; 0: off")
+    clip_norm: float = Field(1.0, gt=0, le=1e6, description="norm that each site's update is clipped to")
+
+
+class SecureAggregationConfig(Section):
+    """SecAgg+: the server sees the sum of the updates only. See docs/secure-aggregation.md."""
+
+    enabled: bool = False
+    threshold_share: float = Field(
+        0.66, gt=0.5, le=1, description="share of the sites that must stay, for the sum to be unmasked"
+    )
+    neighbours: int = Field(
+        0, ge=0, le=10_000, multiple_of=2, description="sites that each shares masks with; 0: all others"
+    )
+    clip_range: float = Field(
+        16.0, gt=0, le=1e6, description="each coordinate of an update is clipped to +-this"
+    )
+    minimum_sites: int = Field(
+        3, ge=2, le=100_000, description="fewest sites in a sum; a site that demands more gets more"
+    )
+    certificates: str = Field(
+        "", description="the server's folder of SITE.crt, for sites that do not send their own"
+    )
+
+
+class EvaluationConfig(Section):
+    """When the held-back bags are looked at."""
+
+    every: int = Field(1, ge=1, le=10_000, description="rounds between looks at the held-back bags")
+
+    def is_due(self, round: int, rounds: int) -> bool:
+        """Whether the held-back bags are looked at after this round of ``rounds``."""
+        return round % self.every == 0 or round == rounds
+
+    def looks(self, rounds: int) -> int:
+        """Looks in a run of ``rounds``."""
+        return -(-rounds // self.every)
