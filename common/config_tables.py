@@ -96,12 +96,11 @@ class LossConfig(Section):
     reconstruction: float = Field(0.01, ge=0, le=100, description="alpha of the reconstruction error")
     sparsity: float = Field(0.0001, ge=0, le=100, description="beta of the l1 norm of the codes")
     refinement: float = Field(
-        0.5,
+        0.8,
         ge=0,
         le=1,
         description="lhfglp: share of refined labels in the loss; 0: off",
     )
-    refine_from: float = Field(0.15, ge=0, le=1, description="share of the rounds before refinement begins")
     temperature: float = Field(
         0.5, ge=0.05, le=100, description="entropy of refined labels; 1 is an E-step, small is hard"
     )

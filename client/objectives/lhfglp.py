@@ -8,8 +8,7 @@ The first and the last two terms come from the public description of LHFGLP (Cha
 ours. Matching says nothing of which image of a bag is which; the refined labels Q do: the model's own leaf
 probabilities, sharpened and scaled until they add up to the bag's counts (``transport``), and summed up the
 tree. They are constants in the gradient, so this alternates between labels and parameters as expectation
-maximisation does. It begins after ``loss.refine-from`` of the run, when the coarse levels are learned and
-tied scores carry them to the leaf.
+maximisation does.
 
 Every term looks at one bag, which is what bag-level privacy needs.
 """
@@ -25,13 +24,13 @@ from common.losses import hierarchical_proportion_loss, level_weights, refined_l
 
 
 class HierarchicalProportions:
-    """The loss at the round's level weights and share of refinement."""
+    """The loss at the round's level weights; mu is ``loss.refinement``."""
 
     def __init__(self, setting: Setting) -> None:
         self.config = setting.config.loss
         self.weights = level_weights(self.config, len(setting.hierarchy.levels), setting.progress)
         self.leaf_paths = torch.as_tensor(setting.hierarchy.paths, device=setting.bags.device)
-        self.share = self.config.refinement if setting.progress >= self.config.refine_from else 0.0
+        self.share = self.config.refinement
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
         """See ``Objective``."""

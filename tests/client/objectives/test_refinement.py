@@ -1,11 +1,11 @@
-"""LHFGLP's refined labels: the loss by hand, when it begins, and what it adds to matching."""
+"""LHFGLP's refined labels: the loss by hand, its switch, and what it adds to matching."""
 
 import numpy as np
 import pytest
 import torch
 
 from client.objectives import build_objective
-from common.losses import level_weights, refined_label_loss
+from common.losses import hierarchical_proportion_loss, level_weights, refined_label_loss
 from common.methods import Method
 
 from .toy import GivenScores, accuracy_after_training, batch_of, setting_of
@@ -40,10 +40,14 @@ def test_the_loss_by_hand(share: float, temperature: float) -> None:
     assert loss_at(1.0, refinement=share, temperature=temperature) == pytest.approx(expected, abs=0.02)
 
 
-def test_it_begins_at_its_share_of_the_run_and_can_be_switched_off() -> None:
-    matching = loss_at(0.29, refinement=0.0)
-    assert loss_at(0.29, **{"refinement": 0.5, "refine-from": 0.3}) == matching
-    assert loss_at(0.31, **{"refinement": 0.5, "refine-from": 0.3}) != loss_at(0.31, refinement=0.0)
+def test_it_can_be_switched_off() -> None:
+    batch = batch_of([2], GROUPS, COUNTS)
+    scores = GivenScores(*(torch.from_numpy(np.log(level)).float() for level in (COARSE, LEAF)))
+    weights = level_weights(setting_of(Method.LHFGLP, COUNTS).config.loss, 2, 1.0)
+    matching = hierarchical_proportion_loss(
+        scores(batch.images), batch.bag_index, batch.level_counts, weights, alpha=0.0, beta=0.0
+    )
+    assert loss_at(1.0, refinement=0.0) == pytest.approx(matching.item())
 
 
 def test_coarse_labels_are_the_leaves_summed_up_and_weights_scale_levels() -> None:
