@@ -85,9 +85,9 @@ class Part(StrEnum):
 class LossConfig(Section):
     """The hierarchical proportion loss. Weights are relative and >= 0."""
 
-    coarse_weight: float = Field(0.3, ge=0, le=100, description="weight of each level above leaf, final")
+    coarse_weight: float = Field(0.1, ge=0, le=100, description="weight of each level above leaf, final")
     anneal_from: float = Field(
-        1.0,
+        0.3,
         ge=0,
         le=100,
         description="weight of each level above leaf in round 1; falls linearly to coarse-weight",

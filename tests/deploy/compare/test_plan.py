@@ -40,7 +40,7 @@ def test_what_makes_it_another_cell_is_told(cell: Cell, tmp_path: Path) -> None:
     other = replace(cell, config=cell.config.with_changes({"loss.coarse-weight": 0.7}))
     planned = plan(other, tmp_path, "d")
     assert planned.state is State.CHANGED
-    assert planned.differences == ("loss.coarse-weight: was 0.3, is 0.7",)
+    assert planned.differences == ("loss.coarse-weight: was 0.1, is 0.7",)
     assert plan(cell, tmp_path, "e").differences == ('data.digest: was "d", is "e"',)
     drawn = replace(cell, division=replace(cell.division, bags="similarity"))
     assert plan(drawn, tmp_path, "d").differences == ('data.bags: was "random", is "similarity"',)
