@@ -19,7 +19,7 @@ LEAF_KL = np.array([2 * 0.5 * np.log(0.5 / 0.25), np.log(1 / 0.7)])
 COARSE_KL = np.array([0.5 * np.log(0.5 / 0.45) + 0.5 * np.log(0.5 / 0.55), np.log(1 / 0.9)])
 
 
-MATCHING_ALONE = {"refinement": 0.0}
+MATCHING_ALONE = {"refinement": 0.0, "anneal-from": 1.0, "coarse-weight": 0.3}
 
 
 def loss_by(method: Method, progress: float = 1.0) -> float:
@@ -43,7 +43,8 @@ def test_lhfglp_adds_the_price_of_its_codes() -> None:
     batch, model = toy.batch(torch.arange(3)), toy_model(Method.LHFGLP)
     setting = setting_of(Method.LHFGLP, toy.leaf_counts, loss=MATCHING_ALONE)
     output, loss = model(batch.images), setting.config.loss
-    expected = build_objective(setting_of(Method.DLLP_HIERARCHICAL, toy.leaf_counts))(model, batch)
+    matching = setting_of(Method.DLLP_HIERARCHICAL, toy.leaf_counts, loss=MATCHING_ALONE)
+    expected = build_objective(matching)(model, batch)
     for bag in range(3):
         inside = batch.bag_index == bag
         price = loss.reconstruction * output.reconstruction_error + loss.sparsity * output.code_l1
