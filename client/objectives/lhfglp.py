@@ -30,7 +30,6 @@ class HierarchicalProportions:
         self.config = setting.config.loss
         self.weights = level_weights(self.config, len(setting.hierarchy.levels), setting.progress)
         self.leaf_paths = torch.as_tensor(setting.hierarchy.paths, device=setting.bags.device)
-        self.share = self.config.refinement
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
         """See ``Objective``."""
@@ -39,11 +38,11 @@ class HierarchicalProportions:
             output,
             batch.bag_index,
             batch.level_counts,
-            [(1 - self.share) * weight for weight in self.weights],
+            [(1 - self.config.refinement) * weight for weight in self.weights],
             self.config.reconstruction,
             self.config.sparsity,
         )
-        if not self.share:
+        if not self.config.refinement:
             return loss
         predicted = log_probabilities(output)
         with torch.no_grad():
@@ -51,4 +50,4 @@ class HierarchicalProportions:
                 predicted[-1], batch.bag_index, batch.level_counts[-1], self.config.temperature
             )
         refined = refined_label_loss(predicted, batch.bag_index, labels, self.leaf_paths, self.weights)
-        return loss + self.share * refined.mean()
+        return loss + self.config.refinement * refined.mean()
