@@ -130,7 +130,9 @@ class ObjectiveConfig(Section):
     llpfc_group: int = Field(
         0, ge=0, le=100_000, description="llpfc: fewest bags of a group; 0: as many as leaves"
     )
-    llpfc_regroup: int = Field(20, ge=1, le=100_000, description="llpfc: rounds between new groups")
+    llpfc_regroup: int = Field(
+        20, ge=1, le=100_000, description="llpfc: passes over the bags between new groups"
+    )
     mixbag_confidence: float = Field(
         0.99, gt=0, lt=1, description="mixbag: confidence of the interval within which a class costs nothing"
     )

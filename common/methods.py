@@ -12,7 +12,7 @@ class Method(StrEnum):
     """A training objective and its pipeline (see ``docs/methods.md``)."""
 
     LHFGLP = "lhfglp"
-    """All three parts: dictionary, masks, proportion loss at every level."""
+    """Dictionary, masks, proportion loss at every level; tied scores and refined labels (docs/methods.md)."""
     DLLP_HIERARCHICAL = "dllp-hierarchical"
     """The plain pipeline (backbone + one linear head a level), proportion loss at every level."""
     DLLP = "dllp"
@@ -38,6 +38,11 @@ class Method(StrEnum):
         return self not in (Method.LHFGLP, Method.DLLP_HIERARCHICAL, Method.SUPERVISED_HIERARCHICAL)
 
     @property
+    def sees_labels(self) -> bool:
+        """Whether it is a bound for comparisons, which learns from bags of one image: from their labels."""
+        return self in (Method.SUPERVISED, Method.SUPERVISED_HIERARCHICAL)
+
+    @property
     def why_not_private(self) -> str:
         """Why differential privacy is not offered with this method; empty where it is.
 
@@ -46,17 +51,16 @@ class Method(StrEnum):
         """
         if self in _ONE_BAG_EACH:
             return ""
+        if self.sees_labels:
+            return "it learns from labels, as a bound for comparisons"
         return _REASONS.get(self, "nobody has shown that its loss is a mean of terms of one bag each")
 
 
 _ONE_BAG_EACH = frozenset({Method.LHFGLP, Method.DLLP_HIERARCHICAL, Method.DLLP})
-_BOUND = "it learns from labels, as a bound for comparisons"
 _REASONS: Mapping[Method, str] = {
     Method.LLP_VAT: "its random numbers flow on from bag to bag",
     Method.ROT: "its pseudo-labels have not been examined, although each is made within a bag",
     Method.LLPFC: "its loss of a bag looks at the counts of other bags of the site",
     Method.EASYLLP: "its loss of a bag looks at the counts of the whole site",
     Method.MIXBAG: "its loss mixes two bags",
-    Method.SUPERVISED: _BOUND,
-    Method.SUPERVISED_HIERARCHICAL: _BOUND,
 }

@@ -42,7 +42,7 @@ def compare_command(
     from deploy.compare import run, screen
 
     if dry_run:
-        listed = run.list_cells(scenario, out, data=data, settings=set_ or [], passes=passes)
+        listed = run.list_cells(scenario, out, data=data, settings=set_ or [], passes=passes, only=only)
         if json_:
             typer.echo(json.dumps(listed, indent=2))
         else:

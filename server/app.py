@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from flwr.app import Context
@@ -37,10 +38,11 @@ def main(grid: Grid, context: Context) -> None:
     logger = logging.getLogger("fedbags")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    code = code_version()  # now: a checkout may move on while the run goes on with what was loaded
     try:
         rounds = begin(grid, config, folder)
         rounds.run()
-        finish(rounds)
+        finish(rounds, code)
     except RunError as error:
         # The disk may be what failed: then this event fails too, and the first error is the one to tell.
         with contextlib.suppress(RunError):
@@ -92,8 +94,8 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     return rounds
 
 
-def finish(rounds: Rounds) -> None:
-    """Test the selected model, save it, and write the summary."""
+def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
+    """Test the selected model, save it, and write the summary; ``code`` is what ran."""
     started = time.monotonic()
     state, folder, config = rounds.state, rounds.folder, rounds.config
     load_arrays(rounds.model, rounds.best)
@@ -118,7 +120,7 @@ def finish(rounds: Rounds) -> None:
             "stopped_early": state.stopped_early or None,
             "sites": len(rounds.roster.nodes),
             "seconds": round(state.seconds, 3),
-            "code": code_version(),
+            "code": code,
             "engine": getattr(rounds.grid, "engine", "flower"),  # our own grid names itself
             "levels": level_figures(tree, *pooled) if pooled else [],
             "bags": state.bags,

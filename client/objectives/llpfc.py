@@ -7,7 +7,7 @@ proportions gamma (G, C), an image drawn from a random bag has noisy label i, it
     P(i | j) = T_ij = gamma_ij a_i / pi_j,   a_i = 1 / G,   pi = gamma^T a
     loss = -log (T p(x))_i, averaged over a bag's images, then over bags
 
-(forward correction, Patrini et al. 2017). Every ``objective.llpfc-regroup`` rounds the groups are made anew,
+(forward correction, Patrini et al. 2017). Every ``objective.llpfc-regroup`` passes the groups are made anew,
 and of TRIES random partitions the one whose matrices gamma are conditioned best is taken: classes are only
 told apart along directions in which the bags of a group differ.
 
@@ -39,8 +39,9 @@ class ForwardCorrection:
 
     def __init__(self, setting: Setting) -> None:
         config = setting.config
-        since = (setting.round - 1) // config.objective.llpfc_regroup * config.objective.llpfc_regroup + 1
-        # Groups outlive the round's generator: they are named by the round in which they were made.
+        passed = (setting.round - 1) * config.train.local_epochs // config.train.rounds_per_pass
+        # Groups outlive the round's generator: they are named by the pass, from 1, in which they were made.
+        since = passed // config.objective.llpfc_regroup * config.objective.llpfc_regroup + 1
         rng = np.random.default_rng([config.seed, zlib.crc32(setting.site.encode()), since])
         counts = setting.leaf_counts.double().cpu().numpy()
         proportions = counts / counts.sum(axis=1, keepdims=True)

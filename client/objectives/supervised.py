@@ -2,31 +2,23 @@
 
 A bag of one image with its count is a labelled image, so the bound is trained by the same loop, on the same
 images and without any label file being opened. Only comparisons may write such a folder, by a minimum bag
-size of 1 in its ``site.toml``; in a consortium it would give every label away.
+size of 1 in its ``site.toml``; in a consortium it would give every label away. Of one image,
+KL(label || prediction) is the cross-entropy, for a label has no entropy: the losses are those of bags.
 """
 
 import torch
-from torch import Tensor
 
-from client.batch import Batch
 from client.objectives.base import Setting
-from client.objectives.dllp import LevelProportions
+from client.objectives.dllp import LeafProportions, LevelProportions
 from common.errors import UserError
-from common.lhfglp import LHFGLP
-from common.losses import proportion_kl
 
 
-class LeafLabels:
+class LeafLabels(LeafProportions):
     """Cross-entropy at the leaf, averaged over images."""
 
     def __init__(self, setting: Setting) -> None:
         refuse_larger_bags(setting)
-
-    def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
-        """See ``Objective``."""
-        # Of one image, KL(label || prediction) is the cross-entropy: the entropy of a label is 0.
-        scores = model(batch.images).scores[-1]
-        return proportion_kl(scores, batch.bag_index, batch.level_counts[-1]).mean()
+        super().__init__(setting)
 
 
 class LevelLabels(LevelProportions):

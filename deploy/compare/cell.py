@@ -29,7 +29,7 @@ class Order(BaseModel):
     """What a cell is to do.
 
     Attributes:
-        row: what identifies the cell in the table: method, bag_size, seed, setting, passes (and site).
+        row: the cell in the table: method, bag_size, images_per_bag, seed, setting, passes (and site).
         identity: everything that its figures depend on, by name.
         config: the complete flat configuration of the run.
         test: the folder of the test images.

@@ -106,7 +106,7 @@ def _of_grid(scenario: Scenario, context: Context, setting: Setting, grid: Grid)
         for seed in grid.seeds or scenario.seeds:
             for entry in entries:
                 # Bags of one image are the same at every bag size: the cells coincide.
-                fits = entry.sees_labels or bag_size in (entry.bag_sizes or (bag_size,))
+                fits = entry.method.sees_labels or bag_size in (entry.bag_sizes or (bag_size,))
                 if fits and seed in (entry.seeds or (seed,)):
                     yield from _of_entry(scenario, context, setting, grid, entry, bag_size, seed)
 
@@ -120,7 +120,7 @@ def _of_entry(
     bag_size: int,
     seed: int,
 ) -> Iterator[Cell]:
-    if entry.sees_labels:
+    if entry.method.sees_labels:
         bag_size = 1
     division = _division(scenario.data, setting, bag_size, seed)
     passes = context.passes or entry.passes or grid.passes or scenario.passes

@@ -13,12 +13,14 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.bags import BagStore
 from client.csv_tables import write_csv
@@ -28,6 +30,7 @@ from client.locate import site_folders
 from client.site import SiteConfig
 from client.site_files import TEST_FILE
 from client.sources.build import write_sites
+from client.sources.division import column
 from client.sources.source_table import FileImages, SourceTable, image_fault
 from common.errors import BadRow, UserError
 from deploy.compare.cells import Cell, Division
@@ -44,6 +47,7 @@ class DataFolders:
     def __init__(self, root: Path, opened: OpenedData, skip_bad: bool) -> None:
         self.root = root / opened.digest[:12]
         self._opened, self._skip_bad = opened, skip_bad
+        self._bag_sizes: dict[Path, NDArray[np.int64]] = {}
 
     @property
     def test(self) -> Path:
@@ -59,6 +63,11 @@ class DataFolders:
         """The name of a local-only cell's site; its folder must have been made."""
         return None if cell.site is None else site_folders(self.sites_dir(cell))[0].name
 
+    def images_per_bag(self, cell: Cell) -> float:
+        """The mean over the cell's bags, the held-back ones too; its folders must have been prepared."""
+        sites = [self._bag_sizes[site.resolve()] for site in site_folders(self.sites_dir(cell))]
+        return float(np.concatenate(sites).mean())
+
     def prepare(self, cells: Iterable[Cell], progress: Callable[[str], Progress]) -> None:
         """Make every folder that these cells need, and decode its images to the cells' sizes.
 
@@ -66,7 +75,7 @@ class DataFolders:
             progress: given what is being made, returns where to count its images.
 
         Raises:
-            UserError: a faulty division, or the disk refuses.
+            UserError: a faulty division, bags that cannot have their size, or the disk refuses.
             DataError: images that cannot be decoded.
         """
         cells = list(cells)
@@ -80,8 +89,9 @@ class DataFolders:
             for cell in cells
             for site in site_folders(self.sites_dir(cell))
         ):
-            # A site and its link are one folder.
-            BagStore.open(site.resolve(), size, progress=progress(f"decoding: {site.parent.name}"))
+            site = site.resolve()  # a site and its link are one folder
+            store = BagStore.open(site, size, progress=progress(f"decoding: {site.parent.name}"))
+            self._bag_sizes[site] = store.bag_sizes
         for size in dict.fromkeys(cell.config.model.image_size for cell in cells):
             LabelledImages.open(self.test, size, progress=progress("decoding: test images"))
 
@@ -119,6 +129,7 @@ class DataFolders:
             (folder / LIST).write_text(json.dumps(names["images"]), encoding="utf-8")
 
     def _divide(self, division: Division, progress: Progress) -> None:
+        self._check_size(division)
         out = self.root / division.name
         if not out.exists():
             table = self._training_table()
@@ -150,6 +161,20 @@ class DataFolders:
                 for number, site in enumerate(site_folders(out), start=1):
                     (folder / f"site{number}").mkdir()
                     (folder / f"site{number}" / site.name).symlink_to(Path("..", "..", out.name, site.name))
+
+    def _check_size(self, division: Division) -> None:
+        """Bags of a column hold images of one value: the size asked for must be one that they can have."""
+        kind, _, name = division.bags.partition(":")
+        if kind != "column":
+            return
+        values = column(self._opened.table, name)
+        most = max(Counter(values[index] for index in self._opened.train.tolist()).values())
+        if most < division.bag_size:
+            raise UserError(
+                f"[data] bags = {division.bags!r}: no value has the {division.bag_size} training images of a "
+                f"bag (the most is {most}); a row would name a size that its bags do not have\n"
+                f"Ask for smaller ones, such as bag-sizes = [{most}]."
+            )
 
     def _training_table(self) -> SourceTable:
         """The stored training images as a table without a split."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from common.config import RunConfig, Scalar
+from common.config import Scalar
 from deploy.compare.cell import ORDER, RESULT, Order
 from deploy.compare.cells import WEIGHTS, Cell
 
@@ -71,14 +71,17 @@ def identity(cell: Cell, digest: str) -> Identity:
 
 
 def differences(before: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> tuple[str, ...]:
-    """What differs, in words. A key that the older code did not have counts as its default."""
-    usual = RunConfig().to_flat()
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        was, is_ = before.get(key, usual.get(key)), now.get(key)
-        if was != is_:
-            found.append(f"{key}: was {json.dumps(was)}, is {json.dumps(is_)}")
-    return tuple(found)
+    """What differs, in words. A key that only one of them has differs: its default may not be what the older
+    code did."""
+    return tuple(
+        f"{key}: was {_value(before, key)}, is {_value(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if _value(before, key) != _value(now, key)
+    )
+
+
+def _value(identity: Mapping[str, Scalar | None], key: str) -> str:
+    return json.dumps(identity[key]) if key in identity else "unknown"
 
 
 def told(found: tuple[str, ...]) -> str:

@@ -65,11 +65,10 @@ def compare(
         UserError: a faulty scenario or faulty data; nothing was started.
     """
     scenario, cells = read(file, settings, passes)
+    chosen = of_names(cells, only)
     with locked(out):
         planned, folders = look(scenario, cells, out, file.resolve().parent, data)
-        todo = [
-            one for one in planned if one.state is not State.DONE and fnmatch.fnmatch(one.cell.name, only)
-        ]
+        todo = [one for one in planned if one.state is not State.DONE and one.cell in chosen]
         say_plan(planned, todo)
         failed: dict[str, str] = {}
         stopped = False
@@ -98,10 +97,11 @@ def list_cells(
     data: Path | None = None,
     settings: Sequence[str] = (),
     passes: int | None = None,
+    only: str = "*",
 ) -> list[dict[str, Any]]:
-    """Every cell of a scenario and its state; nothing is written. Arguments and errors as in compare."""
+    """The cells of a scenario and their states; nothing is written. Arguments and errors as in compare."""
     scenario, cells = read(file, settings, passes)
-    planned, _ = look(scenario, cells, out, file.resolve().parent, data)
+    planned, _ = look(scenario, of_names(cells, only), out, file.resolve().parent, data)
     return [
         {
             "cell": one.cell.name,
@@ -131,6 +131,21 @@ def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scena
         return scenario, expand(scenario, Context(file.resolve().parent, overrides, passes))
     except ConfigError as error:
         raise ConfigError(f"the scenario {file}: {error}") from error
+
+
+def of_names(cells: Sequence[Cell], pattern: str) -> list[Cell]:
+    """Those whose name matches.
+
+    Raises:
+        ConfigError: none does.
+    """
+    chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, pattern)]
+    if not chosen:
+        raise ConfigError(
+            f"--only {pattern!r} is the name of no cell; cells have names such as {cells[0].name!r} "
+            "(--dry-run lists them all)"
+        )
+    return chosen
 
 
 def look(
@@ -171,6 +186,7 @@ def order(one: Planned, folders: "DataFolders") -> Order:
     row: dict[str, Scalar] = {
         "method": cell.method,
         "bag_size": cell.bag_size,
+        "images_per_bag": round(folders.images_per_bag(cell), 2),
         "seed": cell.seed,
         "setting": cell.setting.value,
         "passes": cell.passes,

@@ -25,9 +25,6 @@ Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][
 OWN_KEYS = ("name", "seed", "rounds", "run-dir", "sites-dir", "resume", "model.method", "federation.sites")
 """Keys of the run configuration that each cell sets for itself."""
 
-SUPERVISED = frozenset({Method.SUPERVISED, Method.SUPERVISED_HIERARCHICAL})
-"""Methods that learn from labels: bags of one image, whose counts are its label."""
-
 
 class Setting(StrEnum):
     """Whose images one model is trained on."""
@@ -94,11 +91,6 @@ class Entry(_Overrides):
     bag_sizes: tuple[Count, ...] | None = None
     seeds: tuple[Seed, ...] | None = None
     passes: Count | None = None
-
-    @property
-    def sees_labels(self) -> bool:
-        """Whether it is a supervised upper bound."""
-        return self.method in SUPERVISED
 
 
 class Scenario(Section):
@@ -190,6 +182,11 @@ def check_settings(value: object) -> object:
     for key in flat:
         if key in OWN_KEYS:
             raise ValueError(f"{key} is set by the comparison itself; leave it out")
+        if key == "dp.epsilon":
+            raise ValueError(
+                "dp.epsilon: comparisons count passes over the images, and private training draws bags by "
+                "chance; compare private runs with `fedbags simulate` and `fedbags runs`"
+            )
         if key not in known:
             raise ValueError(f"unknown key {key!r}{_nearest(key, known)} (`fedbags config` lists them)")
     return flat

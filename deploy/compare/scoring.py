@@ -13,9 +13,8 @@ from client.evaluation import confusion_counts, read_predictions
 from client.labelled import LabelledImages
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP
+from deploy.compare.table import FIGURES
 from server.evaluation import Confusion, level_figures
-
-FIGURES = ("accuracy", "balanced_accuracy", "macro_f1")
 
 
 def score(model: LHFGLP, test: LabelledImages, device: torch.device) -> list[dict[str, Any]]:

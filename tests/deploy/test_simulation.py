@@ -15,7 +15,7 @@ from common.errors import RunError, UserError
 from common.messages import ModelUpdate, PrivacyStatement, from_records, to_records
 from deploy.local_grid import LocalGrid
 from server.app import app
-from server.run_folder import read_events
+from server.run_folder import RunFolder, read_events
 
 Config = Callable[..., RunConfig]
 
@@ -227,3 +227,11 @@ def test_an_existing_run_is_not_overwritten(small_config: Config) -> None:
     assert (Path(config.run_dir) / "summary.json").read_bytes() == before
     with pytest.raises(UserError, match="these keys differ"):
         run(config.with_changes({"resume": True, "seed": 5}))
+
+
+def test_the_weights_file_of_a_resumed_run_may_lie_elsewhere(small_config: Config, tmp_path: Path) -> None:
+    config, folder = small_config({"model.weights": "/a/net.pth"}), RunFolder(tmp_path / "stopped")
+    folder.open(config)
+    folder.check(config.with_changes({"resume": True, "model.weights": "/b/net.pth"}))
+    with pytest.raises(UserError, match=r"model\.weights: was '/a/net\.pth'"):
+        folder.check(config.with_changes({"resume": True, "model.weights": "/b/other.pth"}))

@@ -14,7 +14,7 @@ from common.methods import Method
 
 from .toy import Toy, accuracy_after_training, setting_of, toy_model
 
-BOUNDS = (Method.SUPERVISED, Method.SUPERVISED_HIERARCHICAL)
+BOUNDS = [method for method in Method if method.sees_labels]
 PRIVATE = {Method.LHFGLP, Method.DLLP, Method.DLLP_HIERARCHICAL}
 FROM_BAGS = [method for method in Method if method not in BOUNDS]
 

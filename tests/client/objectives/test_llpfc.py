@@ -1,5 +1,7 @@
 """Forward correction: the matrix, the groups, and the loss by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -79,13 +81,17 @@ def test_bags_are_known_by_their_place_in_the_store() -> None:
     assert loss.item() == pytest.approx(-np.log((rows * p).sum(axis=1)).mean(), rel=1e-5)
 
 
-def test_groups_last_for_the_rounds_asked_and_then_change() -> None:
+def test_groups_last_for_the_passes_asked_and_then_change() -> None:
     counts = torch.randint(1, 5, (24, 4), generator=torch.Generator().manual_seed(0))
 
-    def groups(round: int, seed: int = 0) -> list[int]:
+    def groups(round: int, seed: int = 0, **train: int) -> list[int]:
         setting = setting_of(Method.LLPFC, counts, round=round, llpfc_regroup=3, seed=seed)
+        changes = {f"train.{key.replace('_', '-')}": value for key, value in train.items()}
+        setting = replace(setting, config=setting.config.with_changes(changes))
         return ForwardCorrection(setting).group_of.tolist()
 
     assert groups(1) == groups(2, seed=9) == groups(3)
     assert groups(4) == groups(6)
     assert groups(3) != groups(4)
+    assert groups(1) == groups(12, rounds_per_pass=4) != groups(13, rounds_per_pass=4) == groups(4)
+    assert groups(3, local_epochs=2) == groups(4)

@@ -77,7 +77,6 @@ def test_no_gradient_flows_through_the_labels() -> None:
 
 
 def test_an_absent_leaf_is_never_a_label() -> None:
-    assert loss_at(1.0, refinement=1.0) < 10  # a label on b or d alone would not be ruled out otherwise
     scores = torch.tensor([[0.0, 50.0, 0.0, 0.0], [0.0, 50.0, 0.0, 0.0]])
     setting = setting_of(Method.LHFGLP, COUNTS, loss={"refinement": 1.0})
     model = GivenScores(torch.zeros(2, 2), scores)

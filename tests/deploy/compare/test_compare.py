@@ -15,10 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from client.locate import site_folders
+from common.errors import ConfigError
 from deploy.cli import app
 from deploy.compare import run as comparison
 from deploy.compare.cell import LOG, RESULT, work
-from deploy.compare.run import compare
+from deploy.compare.run import compare, list_cells
 from tests.client.sources.layouts import write_aircraft, write_cars, write_cub, write_ham10000
 
 Write = Callable[..., Path]
@@ -94,6 +95,10 @@ def test_only_what_changed_runs_again(
     scenario: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"'frist\*' is the name of no cell.* 'first_bag8_seed0_pooled'"):
+        compare(scenario(TWO), out, only="frist*")
+    assert not out.exists()
+    assert [cell["state"] for cell in list_cells(scenario(TWO), out, only="first*")] == ["new"]
     outcome = compare(scenario(TWO), out, only="first*")
     assert list(results(out)) == ["first_bag8_seed0_pooled"]
     assert outcome.table["missing"] == ["second_bag8_seed0_pooled"]

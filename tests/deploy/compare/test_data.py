@@ -259,3 +259,11 @@ def test_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
     path.write_text(text + "skip-bad = true\n" + rest)
     folders, (cell,) = prepare(path, tmp_path / "data")
     assert BagStore.open(site_folders(folders.sites_dir(cell))[0], 8).summary.used == 11
+
+
+def test_bags_of_a_column_must_be_able_to_have_their_size(scenario: Write, tmp_path: Path) -> None:
+    """The tracks have four images each."""
+    folders, (cell,) = prepare(scenario(sites='2\nbags = "column:group"', bag_sizes="[4]"), tmp_path / "data")
+    assert folders.images_per_bag(cell) == 4
+    with pytest.raises(UserError, match=r"no value has the 8 training images of a bag \(the most is 4\)"):
+        prepare(scenario(sites='2\nbags = "column:group"'), tmp_path / "data")

@@ -62,12 +62,12 @@ def test_of_the_weights_file_the_name_counts(cell: Cell, tmp_path: Path) -> None
     assert plan(with_weights("/b/other.pth"), tmp_path, "d").state is State.CHANGED
 
 
-def test_a_key_that_came_with_newer_code_counts_as_its_default(cell: Cell) -> None:
+def test_a_key_that_only_one_code_has_is_a_difference(cell: Cell) -> None:
     now = identity(cell, "d")
     before = {key: value for key, value in now.items() if key != "loss.sparsity"}
-    assert differences(before, now) == ()
-    assert differences(before, now | {"loss.sparsity": 5.0}) == ("loss.sparsity: was 0.0001, is 5.0",)
-    assert differences(before | {"loss.gone": 1}, now) == ("loss.gone: was 1, is null",)
+    assert differences(before, now) == ("loss.sparsity: was unknown, is 0.0001",)
+    assert differences(now | {"loss.gone": 1}, now) == ("loss.gone: was 1, is unknown",)
+    assert differences(now, now) == ()
 
 
 def test_a_folder_without_a_readable_order(cell: Cell, tmp_path: Path) -> None:

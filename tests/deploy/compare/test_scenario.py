@@ -45,6 +45,7 @@ def test_a_setting_is_one_table_or_several(scenario: Write) -> None:
     [
         (METHOD + "sett = {}", {}, "[[methods]] 1 (dllp): unknown key 'sett'; did you mean 'set'?"),
         (METHOD + "set = { seed = 1 }", {}, "seed is set by the comparison itself; leave it out"),
+        (METHOD + "set = { dp.epsilon = 4.0 }", {}, "private training draws bags by chance"),
         (
             METHOD + "set = { train.learning-rat = 1 }",
             {},

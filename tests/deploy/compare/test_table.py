@@ -84,6 +84,14 @@ def test_local_only_is_told_by_its_mean_and_its_best_site() -> None:
     assert best.levels["leaf"]["accuracy"].mean == pytest.approx((0.4 + 0.7) / 2)
 
 
+def test_a_seed_that_lacks_a_site_is_no_mean_over_sites() -> None:
+    sites = [(0, "site-1", 0.2), (0, "site-2", 0.4), (1, "site-1", 0.9)]
+    rows = [row(setting="local-only", seed=seed, site=site, leaf=leaf) for seed, site, leaf in sites]
+    mean, best = summarise(rows)
+    assert (mean.seeds, best.seeds) == (1, 1)
+    assert mean.levels["leaf"]["accuracy"].mean == pytest.approx(0.3)
+
+
 def test_figures_that_a_row_lacks_are_left_out() -> None:
     (line,) = summarise([row(proportion_l1=None)])
     assert "proportion_l1" not in line.costs
