@@ -43,7 +43,8 @@ def archive_source(archive: Path) -> SourceTable:
     """
     require_file(archive, "the archive", "Give the .npz file of the data set.")
     try:
-        with np.load(archive, allow_pickle=False) as packed:
+        # The first of the two says "File is not a zip file"; numpy would speak of pickles.
+        with zipfile.ZipFile(archive), np.load(archive, allow_pickle=False) as packed:
             arrays = _Arrays(archive, dict(packed))
     except (zipfile.BadZipFile, ValueError, TypeError, OSError) as error:
         raise UserError(f"{archive} cannot be read as an archive of arrays: {error}") from error

@@ -81,8 +81,11 @@ class DataFolders:
         cells = list(cells)
         if not cells:
             return
+        divisions = dict.fromkeys(cell.division for cell in cells)
+        for division in divisions:
+            self._check_size(division)
         self._store_images(progress("storing the images"))
-        for division in dict.fromkeys(cell.division for cell in cells):
+        for division in divisions:
             self._divide(division, progress(f"dividing: {division.name}"))
         for site, size in dict.fromkeys(
             (site, cell.config.model.image_size)
@@ -129,7 +132,6 @@ class DataFolders:
             (folder / LIST).write_text(json.dumps(names["images"]), encoding="utf-8")
 
     def _divide(self, division: Division, progress: Progress) -> None:
-        self._check_size(division)
         out = self.root / division.name
         if not out.exists():
             table = self._training_table()

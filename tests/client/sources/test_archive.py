@@ -119,7 +119,7 @@ def test_parts_of_different_sizes_and_files_that_are_none(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="not found"):
         open_source("archive", images=tmp_path / "nothing.npz")
     (tmp_path / "y.npz").write_bytes(b"no zip")
-    with pytest.raises(UserError, match="cannot be read as an archive"):
+    with pytest.raises(UserError, match="cannot be read as an archive of arrays: File is not a zip file"):
         open_source("archive", images=tmp_path / "y.npz")
     np.savez(tmp_path / "z.npz", x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UserError, match="cannot be read as an archive"):
