@@ -140,7 +140,7 @@ def test_the_input_size_must_be_said(scenario: Write) -> None:
 def test_every_benchmark_is_a_scenario() -> None:
     root = Path(__file__).parents[3]
     files = sorted((root / "benchmarks").rglob("*.toml"))
-    assert len(files) == 9
+    assert len(files) == 10
     for file in files:
         head = file.read_text(encoding="utf-8").partition("title =")[0]
         assert f"fedbags compare {file.relative_to(root)} --out" in head, file
