@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
 from common.errors import RunError, UserError
 from common.logs import JsonLines
 
@@ -34,13 +34,6 @@ _MAY_CHANGE = (
     "federation.deadline", "federation.enrol-deadline", "federation.patience",
 )  # fmt: skip
 """Keys that say where, by whom and how patiently, not what is computed."""
-
-
-def _same(key: str, before: Scalar, now: Scalar) -> bool:
-    """Of the file of weights the name counts, wherever it lies by now."""
-    if key == "model.weights":
-        return Path(str(before)).name == Path(str(now)).name
-    return before == now
 
 
 class RunFolder:
@@ -90,7 +83,7 @@ class RunFolder:
             raise UserError(f"nothing to resume: {self.path} holds no run; leave --resume out")
         before = RunConfig.from_toml(self.config).to_flat()
         now = config.with_changes({"resume": False}).to_flat()
-        changed = [key for key in now if key not in _MAY_CHANGE and not _same(key, before[key], now[key])]
+        changed = [key for key in now if now[key] != before[key] and key not in _MAY_CHANGE]
         if changed:
             lines = "\n".join(f"  {key}: was {before[key]!r}, is {now[key]!r}" for key in changed)
             raise UserError(

@@ -17,7 +17,8 @@ from deploy.compare.cell import ORDER, RESULT, Order
 from deploy.compare.cells import WEIGHTS, Cell
 
 PLACES = ("run-dir", "sites-dir", "resume", "name", "train.device")
-"""Keys that say where and how a run is done, not what it computes; of the weights file the name counts."""
+"""Keys that say where and how a run is done, not what it computes; of the weights file the name counts, once
+there is a result."""
 DIFFERENCES_TOLD = 3
 
 Identity = dict[str, Scalar | None]
@@ -54,12 +55,17 @@ def plan(cell: Cell, runs: Path, digest: str) -> Planned:
     if not run.exists():
         return Planned(cell, run, now, digest, State.NEW)
     try:
-        before = Order.load(run).identity
+        before = Order.load(run)
     except (OSError, ValidationError):
         return Planned(cell, run, now, digest, State.CHANGED, (f"it holds no readable {ORDER}",))
-    if different := differences(before, now):
+    if different := differences(before.identity, now):
         return Planned(cell, run, now, digest, State.CHANGED, different)
-    return Planned(cell, run, now, digest, State.DONE if (run / RESULT).exists() else State.STOPPED)
+    if (run / RESULT).exists():
+        return Planned(cell, run, now, digest, State.DONE)
+    # A checkpoint lacks the weights that are not trained: a run goes on with the file it began with only.
+    places = {WEIGHTS: before.config.get(WEIGHTS)}, {WEIGHTS: cell.config.to_flat()[WEIGHTS]}
+    moved = differences(*places)
+    return Planned(cell, run, now, digest, State.CHANGED if moved else State.STOPPED, moved)
 
 
 def identity(cell: Cell, digest: str) -> Identity:

@@ -15,7 +15,7 @@ from common.errors import RunError, UserError
 from common.messages import ModelUpdate, PrivacyStatement, from_records, to_records
 from deploy.local_grid import LocalGrid
 from server.app import app
-from server.run_folder import RunFolder, read_events
+from server.run_folder import read_events
 
 Config = Callable[..., RunConfig]
 
@@ -229,9 +229,14 @@ def test_an_existing_run_is_not_overwritten(small_config: Config) -> None:
         run(config.with_changes({"resume": True, "seed": 5}))
 
 
-def test_the_weights_file_of_a_resumed_run_may_lie_elsewhere(small_config: Config, tmp_path: Path) -> None:
-    config, folder = small_config({"model.weights": "/a/net.pth"}), RunFolder(tmp_path / "stopped")
-    folder.open(config)
-    folder.check(config.with_changes({"resume": True, "model.weights": "/b/net.pth"}))
-    with pytest.raises(UserError, match=r"model\.weights: was '/a/net\.pth'"):
-        folder.check(config.with_changes({"resume": True, "model.weights": "/b/other.pth"}))
+def test_the_code_of_a_run_is_what_was_loaded(small_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout may move on while the run goes on: the commit is read before the first round."""
+    config, rounds_before = small_config({"rounds": 1}), []
+
+    def version() -> dict[str, str | None]:
+        rounds_before.append((Path(config.run_dir) / "metrics.jsonl").exists())
+        return {"version": "1", "commit": "then"}
+
+    monkeypatch.setattr("server.app.code_version", version)
+    assert run(config)["code"] == {"version": "1", "commit": "then"}
+    assert rounds_before == [False]

@@ -77,6 +77,7 @@ def test_pooled_local_only_and_federated_in_one_table(scenario: Write, tmp_path:
         assert row["bag_size"] == (1 if method == "bound" else 8)
         assert (row["seed"], row["passes"], row["rounds"]) == (0, 6, 6)
         assert 1 <= row["selected_round"] <= 6
+        assert row["bag_size"] / 2 < row["images_per_bag"] <= row["bag_size"]
         assert row["seconds"] > 0
         assert row["memory_mb"] > 10
         assert 0 <= row["proportion_l1"] <= 2
@@ -209,6 +210,8 @@ def test_a_dry_run_lists_and_writes_nothing(scenario: Write, tmp_path: Path) -> 
         ("dllp_bag8_seed0_pooled", "new", 9, 32),
         ("bound_bag1_seed0_pooled", "new", 9, 32),
     ]
+    some = json.loads(CliRunner().invoke(app, [*arguments, "--json", "--only", "bound*"]).stdout)
+    assert [cell["cell"] for cell in some] == ["bound_bag1_seed0_pooled"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0
     assert "dllp_bag8_seed0_federated" in shown.stdout

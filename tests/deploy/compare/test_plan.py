@@ -22,7 +22,8 @@ def cell(scenario: Write) -> Cell:
 
 
 def order(cell: Cell, runs: Path, digest: str = "d") -> Path:
-    Order(row={}, identity=identity(cell, digest), config={}, test="").save(runs / cell.name)
+    flat = cell.config.to_flat()
+    Order(row={}, identity=identity(cell, digest), config=flat, test="").save(runs / cell.name)
     return runs / cell.name
 
 
@@ -57,8 +58,13 @@ def test_of_the_weights_file_the_name_counts(cell: Cell, tmp_path: Path) -> None
     def with_weights(path: str) -> Cell:
         return replace(cell, config=cell.config.with_changes({"model.weights": path}))
 
-    order(with_weights("/a/net.pth"), tmp_path)
-    assert plan(with_weights("/b/net.pth"), tmp_path, "d").state is State.STOPPED
+    run = order(with_weights("/a/net.pth"), tmp_path)
+    assert plan(with_weights("/a/net.pth"), tmp_path, "d").state is State.STOPPED
+    moved = plan(with_weights("/b/net.pth"), tmp_path, "d")
+    assert moved.state is State.CHANGED, "a run cannot go on with another file"
+    assert moved.differences == ('model.weights: was "/a/net.pth", is "/b/net.pth"',)
+    (run / RESULT).write_text("{}")
+    assert plan(with_weights("/b/net.pth"), tmp_path, "d").state is State.DONE
     assert plan(with_weights("/b/other.pth"), tmp_path, "d").state is State.CHANGED
 
 
