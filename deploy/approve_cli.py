@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from deploy.say import say
+
 
 def approve_command(
     kit: Annotated[Path, typer.Argument(help="This site's kit folder.")],
@@ -33,17 +35,15 @@ def approve_command(
     changes = app_changes.compare(old, new)
     same = new.hash == site.app_hash
     if not json_:
-        typer.echo(f"approved now: {site.app_hash}\nthis app:     {new.hash}")
+        say(f"approved now: {site.app_hash}\nthis app:     {new.hash}")
         if same:
-            typer.echo("This is the app that the site has approved.")
+            say("This is the app that the site has approved.")
         elif not known:
-            typer.echo(
-                "The kit does not hold the app that it approves now: all of this one is shown as added."
-            )
+            say("The kit does not hold the app that it approves now: all of this one is shown as added.")
         for line in app_changes.in_words(changes) if not same else []:
-            typer.echo(line)
+            say(line)
         for line in app_changes.unified_diff(old, new) if diff else []:
-            typer.echo(line)
+            say(line)
     approve = yes or (not (json_ or same) and typer.confirm("Let this app run on this site's data?"))
     if approve:
         admission.pin(site, new.content)
@@ -51,7 +51,7 @@ def approve_command(
         answer = {"before": site.app_hash, "app": new.hash, "approved": approve or same}
         typer.echo(json.dumps(answer | {"changes": changes.to_json()}, indent=2))
     elif approve and not same:
-        typer.echo("Approved.")
+        say("Approved.")
     elif not same:
-        typer.echo("Not approved; nothing was changed.")
+        say("Not approved; nothing was changed.")
         raise typer.Exit(1)

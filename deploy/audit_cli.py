@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import UserError
+from deploy.say import say
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -79,7 +80,7 @@ def audit_command(
         typer.echo(json.dumps(result, indent=2))
     else:
         print_audit(result)
-        typer.echo(f"written: {path}")
+        say(f"written: {path}")
     if not result["holds"]:
         raise typer.Exit(1)
 
@@ -167,4 +168,4 @@ def print_audit(result: dict[str, Any]) -> None:
             f"{figures['not_trained']:.3f}",
         )
     out.print(rows)
-    out.print(f"[dim]{result['note']}[/dim]")
+    out.print(result["note"], style="dim")

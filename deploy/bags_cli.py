@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from client.sources.catalogue import SourceKind, open_source
@@ -130,13 +129,17 @@ def build(
 
 @contextmanager
 def _progress_bar() -> "Iterator[ProgressCallback]":
-    columns = (TextColumn("checking and writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    from deploy.tables import console, text_column
+
+    columns = (text_column("checking and writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("images", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print(report: "BuildReport") -> None:
+    from deploy.tables import console
+
     table = Table(title=f"{report.out}: {report.used} of {report.listed} images used")
     table.add_column("site")
     for name in ("bags", "images", "images per bag", "test images"):
@@ -145,9 +148,9 @@ def _print(report: "BuildReport") -> None:
         sizes = f"{site.bag_size_min} / {site.bag_size_mean:g} / {site.bag_size_max}"
         table.add_row(site.name, str(site.bags), str(site.images), sizes, str(site.test_images))
     table.caption = "images per bag: fewest / mean / most"
-    console = Console()
-    console.print(table)
+    screen = console()
+    screen.print(table)
     for note in report.notes:
-        console.print(f"Note: {note}", highlight=False)
+        screen.print(f"Note: {note}")
     if report.quarantined:
-        console.print(f"{report.quarantined} bad row(s) left out: {report.out / 'quarantine.csv'}")
+        screen.print(f"{report.quarantined} bad row(s) left out: {report.out / 'quarantine.csv'}")

@@ -24,6 +24,7 @@ from deploy import (
     report_cli,
     watch_cli,
 )
+from deploy.say import say
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
@@ -215,7 +216,7 @@ def figures(
         print_json([str(path) for path in paths])
     else:
         for path in paths:
-            typer.echo(path)
+            say(path)
 
 
 def print_json(value: Any) -> None:
@@ -228,8 +229,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         sys.exit(2)
     except FedbagsError as error:
-        typer.echo(f"the run failed: {error}", err=True)
+        say(f"the run failed: {error}", err=True)
         sys.exit(1)

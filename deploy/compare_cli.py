@@ -61,8 +61,8 @@ def _say_end(outcome: "Outcome") -> None:
 
     screen = console(stderr=True)
     for name, text in outcome.failed.items():
-        screen.print(f"\nfailed: {name}", style="bold red", markup=False)
-        screen.print(text, markup=False, soft_wrap=True)
+        screen.print(f"\nfailed: {name}", style="bold red")
+        screen.print(text, soft_wrap=True)
     if outcome.stopped:
         screen.print("stopped; what is done stays, and the same command goes on", style="bold yellow")
         raise typer.Exit(STOPPED)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import RunError
+from deploy.say import say
 
 if TYPE_CHECKING:
     from deploy.consortium.kit import Kit
@@ -105,7 +106,7 @@ def site_up(
         if not skip_data:
             hospital.check_data(loaded)
         if problem:
-            typer.echo(f"{problem}; trying on", err=True)
+            say(f"{problem}; trying on", err=True)
     if foreground:
         _log_to_standard_error()
         hospital.supervise(loaded)
@@ -194,7 +195,7 @@ def _start(role: str, kit: "Kit", wait: float) -> None:
 
     arguments = [role, "up", str(kit.folder), "--foreground", "--checked"]
     if daemon.start(arguments, kit.state, kit.logs, wait):
-        typer.echo(f"{role} of {kit.consortium} is up; logs in {kit.logs}")
+        say(f"{role} of {kit.consortium} is up; logs in {kit.logs}")
         return
     waiting = [program for program in _describe(kit)["programs"] if program["status"] != "ready"]
     lines = [f"  {program['name']}: {program['status']} {program['reason']}".rstrip() for program in waiting]
@@ -214,7 +215,7 @@ def _stop(kit: "Kit") -> None:
     from deploy.consortium.daemon import stop
 
     ended = stop(kit.state)
-    typer.echo(f"ended {ended} process(es)" if ended else "nothing was running")
+    say(f"ended {ended} process(es)" if ended else "nothing was running")
 
 
 def _show(found: dict[str, Any], title: str, json_: bool) -> None:
@@ -239,11 +240,11 @@ def _print(found: dict[str, Any], title: str) -> None:
     out.print(rows if found["programs"] else f"{title}: was never started")
     for program in found["programs"]:
         if program["reason"]:
-            out.print(f"{program['name']}: {program['reason']}", markup=False)
+            out.print(f"{program['name']}: {program['reason']}")
     if found["left_behind"]:
         out.print(f"{found['left_behind']} process(es) of a supervisor that was killed; `down` ends them")
     if "problem" in found:
-        out.print(found["problem"], markup=False)
+        out.print(found["problem"])
     if "sites" in found:
         sites = table("sites", "site", "connection")
         for site, status in sorted(found["sites"].items()):

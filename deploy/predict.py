@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.markup import escape
 from torch import Tensor
 
 from client.bags import to_tensor
@@ -87,7 +86,7 @@ def print_predictions(rows: list[dict[str, Any]]) -> None:
             ]
             if with_codes:
                 cells.append("\n".join(map(_code_text, row["codes"][number]["atoms"])))
-            result.add_row(*map(escape, cells))
+            result.add_row(*cells)
         product = f"product {row['path_probability_product']:.3f}"
         result.add_row("", "", "", "", product, style="dim", end_section=True)
     console().print(result)

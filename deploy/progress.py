@@ -13,12 +13,11 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-from deploy.tables import console
+from deploy.tables import console, text_column
 
 INTERVAL = 0.3
 
@@ -26,7 +25,7 @@ INTERVAL = 0.3
 def bars() -> Progress:
     """Bars with counts and times."""
     return Progress(
-        TextColumn("{task.description}"),
+        text_column("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -11,6 +11,7 @@ import typer
 import typer.core
 
 from common.errors import UserError, require_file
+from deploy.say import say
 
 if TYPE_CHECKING:
     from deploy.consortium.kits import Changes
@@ -133,7 +134,7 @@ def revoke(kits: KitsArgument, site: SiteArgument, password_file: PasswordFile =
     from deploy.consortium.kits import Kits
 
     _print(membership.revoke(Kits.open(kits, _password(password_file)), site), kits)
-    typer.echo(f"{site} is out, as soon as its files are gone from nodes/ in the server's copy of the kit")
+    say(f"{site} is out, as soon as its files are gone from nodes/ in the server's copy of the kit")
 
 
 @app.command("update-app")
@@ -144,9 +145,7 @@ def update_app(kits: KitsArgument, password_file: PasswordFile = None) -> None:
 
     changes = membership.update_app(Kits.open(kits, _password(password_file), with_app=False))
     _print(changes, kits)
-    typer.echo(
-        "send coordinator/app/fedbags.fab to every site: `fedbags site approve` shows them what changed"
-    )
+    say("send coordinator/app/fedbags.fab to every site: `fedbags site approve` shows them what changed")
 
 
 def keygen(
@@ -158,7 +157,7 @@ def keygen(
 
     opened = SiteKit.load(kit)
     public_key = membership.make_node_key(opened)
-    typer.echo(f"send this file to the coordinator: {public_key}")
+    say(f"send this file to the coordinator: {public_key}")
     _print_fingerprint(opened.site, keys.fingerprint(keys.read_public_key(public_key)))
 
 
@@ -173,15 +172,15 @@ def _password(path: Path | None) -> bytes | None:
 
 
 def _print_fingerprint(site: str, fingerprint: str) -> None:
-    typer.echo(f"fingerprint of {site}: {fingerprint}")
+    say(f"fingerprint of {site}: {fingerprint}")
 
 
 def _print(changes: "Changes", kits: Path) -> None:
     root = kits.absolute()
     for path in changes.written:
-        typer.echo(f"wrote {path.absolute().relative_to(root)}")
+        say(f"wrote {path.absolute().relative_to(root)}")
     if not changes.written:
-        typer.echo("nothing to add")
-    typer.echo(f"app: {changes.app_hash}")
+        say("nothing to add")
+    say(f"app: {changes.app_hash}")
     if changes.waiting:
-        typer.echo(f"waiting for node.pub of: {', '.join(changes.waiting)}")
+        say(f"waiting for node.pub of: {', '.join(changes.waiting)}")

@@ -55,20 +55,19 @@ def report_command(
         typer.echo(json.dumps(written, indent=2))
     else:
         screen = console()
-        screen.print(written["headline"], style="bold", markup=False)
+        screen.print(written["headline"], style="bold")
         worst = written["worst"]
         if worst:
             screen.print(
                 f"epsilon {worst['epsilon']:.4g} at delta {worst['delta']:g} at site {worst['site']} (unit "
                 f"{worst['unit']}, {worst['adjacency']}, {worst['accountant']}, upper bound)",
-                markup=False,
             )
         for problem in written["problems"]:
             where = "" if problem["row"] is None else f", row {problem['row']}"
-            screen.print(f"problem: {problem['site']}{where}: {problem['reason']}", style="red", markup=False)
+            screen.print(f"problem: {problem['site']}{where}: {problem['reason']}", style="red")
         for name in ("html", "json", "pdf"):
             if written[name]:
-                screen.print(written[name], soft_wrap=True, markup=False)
+                screen.print(written[name], soft_wrap=True)
     if written["problems"]:
         raise typer.Exit(1)
 

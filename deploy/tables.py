@@ -1,19 +1,44 @@
-"""Tables for the terminal: one console, one look."""
+"""Tables for the terminal: one console, one look, and texts shown as they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import TextColumn
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from common.config import RunConfig
+from common.plain import visible_lines
+
+
+class PlainConsole(Console):
+    """A console that takes nothing in a text for a command: no markup, no emoji code, no control character.
+
+    Names of sites, classes, files and runs, and the reasons that sites give, were chosen by somebody else.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the text with its control characters shown, so that a table knows how wide it is."""
+        return super().render_str(visible_lines(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the segments of anything, those that were made without render_str included."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible_lines(text), style, control)
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The console that every command prints to."""
-    return Console(stderr=stderr, highlight=False)
+    """Return the console that every command prints to."""
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def text_column(template: str) -> TextColumn:
+    """Return a column of a progress bar whose text, such as ``{task.description}``, is no markup."""
+    return TextColumn(template, markup=False)
 
 
 def table(title: str, *columns: str) -> Table:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from deploy.say import say
+
 INTERVAL = 1.0
 """Seconds between two looks of the live table."""
 
@@ -77,7 +79,7 @@ def metrics(
     watched = source(path)
     watched.look()  # loads what the first scrape would wait for
     server, close = serve(watched, port, address)
-    typer.echo(f"serving http://{address}:{server.server_port}/metrics", err=True)
+    say(f"serving http://{address}:{server.server_port}/metrics", err=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
@@ -99,4 +101,4 @@ def track(
     from deploy.watch.tracking import track as mirror
 
     state = mirror(run, tensorboard, mlflow, follow=not once)
-    typer.echo(f"{run.name}: {state.stage.value}, round {state.round} of {state.rounds}", err=True)
+    say(f"{run.name}: {state.stage.value}, round {state.round} of {state.rounds}", err=True)

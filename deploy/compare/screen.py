@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from deploy.compare.cell import LOG
 from deploy.compare.cells import Cell
@@ -16,7 +16,7 @@ from deploy.compare.plan import Planned, State, told
 from deploy.compare.scenario import Setting
 from deploy.compare.table import accuracy_cells, accuracy_header, read_rows, summarise
 from deploy.progress import bars
-from deploy.tables import console, table
+from deploy.tables import console, table, text_column
 
 LOG_LINES = 12
 LINES_TOLD = 5
@@ -30,11 +30,11 @@ def say_plan(planned: Sequence[Planned], todo: Sequence[Planned]) -> None:
     screen = console(stderr=True)
     counts = {state: sum(one.state is state for one in planned) for state in State}
     words = [f"{number} {state.value}" for state, number in counts.items() if number]
-    screen.print(f"{len(planned)} cells: {', '.join(words)}; {len(todo)} to run", markup=False)
+    screen.print(f"{len(planned)} cells: {', '.join(words)}; {len(todo)} to run")
     changed = [one for one in todo if one.state is State.CHANGED]
     for one in changed[:LINES_TOLD]:
         text = f"changed, runs again: {one.cell.name}: {told(one.differences)}"
-        screen.print(text, markup=False, soft_wrap=True)
+        screen.print(text, soft_wrap=True)
     if len(changed) > LINES_TOLD:
         screen.print(f"... and {len(changed) - LINES_TOLD} more that changed (--dry-run --json lists them)")
     if changed:
@@ -72,10 +72,10 @@ class Board:
         self._share = {run: share_done(run, cell.config.rounds) for run, cell in self._cells.items()}
         self._started = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            text_column("{task.description}"),
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
-            TextColumn("left:"),
+            text_column("left:"),
             TimeRemainingColumn(),
             console=console(stderr=True),
             # Cells differ in speed: the estimate is from all that was seen in this call.
@@ -118,7 +118,7 @@ class Board:
             text = f"{levels}, {row['seconds']:.0f} s"
             self._changed()
         minutes = (time.monotonic() - self._started) / 60
-        self._bar.console.print(f"{minutes:5.1f} min  {name}: {text}", markup=False, soft_wrap=True)
+        self._bar.console.print(f"{minutes:5.1f} min  {name}: {text}", soft_wrap=True)
 
 
 def work_of(cell: Cell) -> float:
@@ -162,5 +162,5 @@ def print_table(content: Mapping[str, Any], out: Path) -> None:
             shown.add_row(*accuracy_cells(line, names))
         screen.print(shown)
     if content["missing"]:
-        screen.print(f"not in it yet: {len(content['missing'])} cell(s)", markup=False)
-    screen.print(f"{out}: table.md, table.csv, table.json, plots/", soft_wrap=True, markup=False)
+        screen.print(f"not in it yet: {len(content['missing'])} cell(s)")
+    screen.print(f"{out}: table.md, table.csv, table.json, plots/", soft_wrap=True)

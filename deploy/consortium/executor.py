@@ -30,6 +30,7 @@ import typer
 from common.errors import UserError, require_file
 from deploy.consortium import gate
 from deploy.consortium.kit import SiteKit
+from deploy.say import say
 
 if TYPE_CHECKING:
     from flwr.supercore.constant import TaskType
@@ -207,5 +208,5 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         sys.exit(2)

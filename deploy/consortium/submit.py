@@ -219,4 +219,4 @@ def confirmed(run_id: int) -> bool:
 
 def say(text: str) -> None:
     """A line on standard error."""
-    console(stderr=True).print(text, soft_wrap=True, markup=False)
+    console(stderr=True).print(text, soft_wrap=True)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from common.errors import UserError
 from common.hierarchy import Hierarchy
@@ -17,7 +17,7 @@ from deploy.figures.embedding import MOST_IMAGES, draw_embedding, embed
 from deploy.figures.finished_run import FinishedRun, labels, open_runs
 from deploy.figures.samples import NoTestImages, TestSample, find_sites, read_sample
 from deploy.figures.style import house_style, save
-from deploy.tables import console
+from deploy.tables import console, text_column
 
 FOLDER, SIDE_BY_SIDE = "figures", "side-by-side"
 
@@ -50,7 +50,7 @@ def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
     pictures["activation.png"] = partial(_activation, opened)
     terminal = console(stderr=True)
     bar = Progress(
-        TextColumn("drawing {task.description}"),
+        text_column("drawing {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         console=terminal,
@@ -65,7 +65,7 @@ def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
             try:
                 written.append(save(draw(), out / name))
             except NoTestImages as reason:
-                terminal.print(f"{name} left out: {reason}", markup=False, soft_wrap=True)
+                terminal.print(f"{name} left out: {reason}", soft_wrap=True)
             bar.advance(task)
     return written
 

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from common.plain import visible_lines
 from deploy.report.model import Report, Site
 from deploy.report.plots import curve_plot, spending_plot
 
@@ -61,7 +62,7 @@ def _value(data: Any, *keys: str | int, absent: str = "not recorded") -> Markup:
         )
     exact = repr(data) if isinstance(data, float) else str(data)
     return Markup('<span data-field="{}" data-value="{}">{}</span>').format(
-        field_path(*keys), exact, shown(data)
+        field_path(*keys), exact, visible_lines(shown(data))
     )
 
 
@@ -76,12 +77,18 @@ def _plots(site: Site) -> dict[str, Markup]:
     return plots
 
 
+def _finalized(value: Any) -> Any:
+    """Return what the template prints; a text is made visible, as on a terminal."""
+    return visible_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 @functools.cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_finalized,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from common.errors import UserError
+from common.plain import visible
 from deploy.watch.site_state import SiteState
 from deploy.watch.source import RunSource, SiteSource
 from deploy.watch.state import CAUSES, Phase, RunState, Stage
@@ -167,5 +168,5 @@ def _counter(name: str, text: str, values: Mapping[Key, float], *labels: str) ->
 def _filled(metric: GaugeMetricFamily | CounterMetricFamily, values: Mapping[Key, float | None]) -> Metric:
     for key, value in values.items():
         if value is not None:
-            metric.add_metric(list(key), value)
+            metric.add_metric([visible(label) for label in key], value)
     return metric
