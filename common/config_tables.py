@@ -202,7 +202,7 @@ class DPConfig(Section):
     )
     delta: float = Field(1e-4, gt=0, lt=1, description="must be below 1 / bags of every site")
     clip_norm: float = Field(
-        0.5, gt=0, le=1e6, description="norm that the gradient of each bag is clipped to"
+        0.5, ge=1e-6, le=1e6, description="norm that the gradient of each bag is clipped to"
     )
     expected_bags: float = Field(
         32.0, gt=0, le=1e6, description="mean bags per step (at most all of a site's)"

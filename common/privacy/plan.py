@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEAST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-6, 1e6
+"""Far outside these float32 holds no noise: its variance is zero below 1e-22, and gradients leave bare."""
+
+
 @dataclass(frozen=True)
 class PrivacyPlan:
     """How one site trains privately in one run; made by ``build`` only, which checks and calibrates.
@@ -214,8 +218,10 @@ def _faults(
         faults.append(f"the noise multiplier {sigma:g} must be at least 0 and finite")
     if not 0 < delta < 1:
         faults.append(f"delta = {delta:g} must lie between 0 and 1")
-    if not 0 < clip_norm < math.inf:
-        faults.append(f"the clip norm {clip_norm:g} must be above 0 and finite")
+    if not LEAST_CLIP_NORM <= clip_norm <= LARGEST_CLIP_NORM:
+        faults.append(
+            f"the clip norm {clip_norm:g} must lie between {LEAST_CLIP_NORM:g} and {LARGEST_CLIP_NORM:g}"
+        )
     if number_of_bags < 1:
         faults.append(f"there are {number_of_bags} bags to train on; at least one is needed")
     return faults

@@ -1,6 +1,7 @@
 """The ledger: caps that hold, spending that is never understated, tampering that shows by row."""
 
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -457,6 +458,26 @@ def test_a_reservation_that_fails_late_is_not_remembered(
 
 def _full(*_: Any) -> None:
     raise sqlite3.OperationalError("database or disk is full")
+
+
+def test_what_is_committed_is_on_the_disk(open_ledger: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite syncs file and folder at every commit (EXTRA), and a new ledger's folder is synced by us."""
+    synced: list[str] = []
+    right = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        right(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = open_ledger().path
+    assert synced[-1] == str(path.parent)
+    for connection in (ledger_file.open_file, ledger_file.writing):
+        with connection(path) as db:
+            settings = {
+                name: db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")
+            }
+            assert settings == {"synchronous": 3, "journal_mode": "delete"}
 
 
 def test_two_openers_share_one_budget(open_ledger: Opener) -> None:
