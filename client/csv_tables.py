@@ -5,11 +5,14 @@ Faults are collected, not raised, so that a user sees all of them at once.
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import BadRow
+
+_WHOLE = re.compile(r"([0-9]{1,9})(?:[.,]0*)?")
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,9 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
     """Write a UTF-8 CSV with a header and Unix line ends."""
     with path.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+
+
+def whole_number(cell: str) -> int | None:
+    """Return the whole number >= 0 that a cell holds (``2``, or ``2.0`` from a spreadsheet), or None."""
+    match = _WHOLE.fullmatch(cell)
+    return int(match[1]) if match else None

@@ -43,12 +43,13 @@ def is_simulated(context: Context) -> bool:
 
 
 def site_folders(sites_dir: Path) -> list[Path]:
-    """Every folder below ``sites_dir`` that holds a site.toml, by name.
+    """Every folder below ``sites_dir`` that holds a site.toml, by name; a hidden one is a broken build.
 
     Raises:
         UserError: there is none.
     """
-    folders = sorted(path.parent for path in sites_dir.glob(f"*/{SITE_FILE}"))
+    found = (path.parent for path in sites_dir.glob(f"*/{SITE_FILE}"))
+    folders = sorted(folder for folder in found if not folder.name.startswith("."))
     if not folders:
         raise UserError(
             f"no site folder (one with a {SITE_FILE}) in {sites_dir}\n"

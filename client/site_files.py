@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from numpy.typing import NDArray
 
-from client.csv_tables import CsvTable, read_csv
+from client.csv_tables import CsvTable, read_csv, whole_number
 from client.site import SiteConfig
 from common.errors import BadRow, DataError
 from common.hierarchy import Hierarchy
@@ -193,19 +193,19 @@ def _collect_counts(
     for line, row in table:
         bag, label, text = row["bag_id"], row["label"], row["count"]
         vector = counts.setdefault(bag, np.zeros(hierarchy.sizes[-1], dtype=np.int64))
-        leaf = hierarchy.leaf_index.get(label)
+        leaf, number = hierarchy.leaf_index.get(label), whole_number(text)
         reason = ""
         if leaf is None:
             reason = f"unknown label {label!r}; it is no leaf of the hierarchy"
-        elif not (text.isascii() and text.isdigit() and len(text) < 10):
+        elif number is None:
             reason = f"count {text!r} is not a whole number >= 0"
         elif (bag, label) in seen:
             reason = f"label {label!r} is counted twice in bag {bag!r}"
-        if reason:
+        if reason or number is None:
             faults.append(Fault(BadRow(table.file, line, reason), bag))
             continue
         seen.add((bag, label))
-        vector[leaf] = int(text)
+        vector[leaf] = number
     return counts
 
 

@@ -1,20 +1,28 @@
 """`fedbags bags`: from images and labels to site folders. Thin: reads options, shows progress, prints."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from client.sources.catalogue import SourceKind, open_source
+from common.errors import UserError
 
 if TYPE_CHECKING:  # these import NumPy and torch; the help must not wait for them
     from client.image_cache import Progress as ProgressCallback
     from client.sources.report import BuildReport
+
+COUNTS_READS = frozenset(
+    {"out", "source", "images", "counts", "hierarchy", "bags", "name"}
+    | {"minimum_bag_size", "fold_case", "skip_bad", "as_json"}
+)
+"""The options of ``--source counts``; any other that is given is refused."""
 
 app = typer.Typer(
     help="Turn images with labels into site folders of bags.",
@@ -31,6 +39,7 @@ def bags() -> None:
 
 @app.command()
 def build(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder to make, with one site folder per site.")],
     source: Annotated[SourceKind, typer.Option(help="What the images come as.")] = SourceKind.TABLE,
     images: Annotated[
@@ -63,8 +72,19 @@ def build(
         typer.Option(help="iid (default), dirichlet:ALPHA (small ALPHA: uneven mixes) or column:NAME."),
     ] = None,
     bags: Annotated[
-        str | None, typer.Option(help="random (default), column:NAME (a bag holds one value), similarity.")
+        str | None,
+        typer.Option(
+            help="random (default), column:NAME (a bag holds one value), similarity; with counts a table "
+            "image,bag."
+        ),
     ] = None,
+    counts: Annotated[
+        Path | None, typer.Option(help="Counts per bag and class, long or wide (counts).")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the site to add to OUT (counts).")] = None,
+    fold_case: Annotated[
+        bool, typer.Option("--fold-case", help="Join labels that differ by case or blanks only.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the result.")] = 0,
     images_per_site: Annotated[int, typer.Option(min=1, help="Synthetic only.")] = 1200,
     image_size: Annotated[int, typer.Option(min=16, max=1024, help="Synthetic only, pixels.")] = 48,
@@ -73,9 +93,15 @@ def build(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Divide labelled images into sites and bags; write counts per bag, and no label of a training image.
+    """Write site folders of bags: images, counts per bag, and no label of a training image.
 
-    Example, from an ISIC-style table:
+    A hospital with one folder of images per bag, and counts per bag in a table, adds its own site folder:
+
+    \b
+        fedbags bags build --source counts --images BAGS --counts counts.csv \\
+            --hierarchy hierarchy.csv --name hospital-1 --out SITES
+
+    Labelled images are divided into sites and bags, here by an ISIC-style table:
 
     \b
         fedbags bags build --source table --images PBC/images \\
@@ -86,6 +112,15 @@ def build(
     Then look at a site with `fedbags site check SITES/site-1`, and train with
     `fedbags simulate --sites-dir SITES`.
     """
+    if source is SourceKind.COUNTS:
+        _refuse_unread(context, source, sorted(context.params.keys() - COUNTS_READS))
+        if images is None or counts is None or hierarchy is None or name is None:
+            raise UserError("--source counts needs --images, --counts, --hierarchy and --name")
+        table_of_bags = Path(bags) if bags else None
+        tables = (images, counts, hierarchy, table_of_bags)
+        _show(_build_counted(*tables, out, name, minimum_bag_size, fold_case, skip_bad), as_json)
+        return
+    _refuse_unread(context, source, ("counts", "name"))
     from client.sources.build import build_sites  # imports torch: not for --help
 
     table = open_source(
@@ -121,6 +156,40 @@ def build(
             minimum_bag_size=minimum_bag_size,
             progress=progress,
         )
+    _show(report, as_json)
+
+
+def _build_counted(
+    images: Path,
+    counts: Path,
+    hierarchy: Path,
+    bags: Path | None,
+    out: Path,
+    name: str,
+    minimum: int,
+    fold_case: bool,
+    skip_bad: bool,
+) -> "BuildReport":
+    """Build the one site of ``--source counts``."""
+    from client.sources.counted_build import build_counted_site
+    from client.sources.counts import read_counted_bags
+
+    found = read_counted_bags(images, counts, hierarchy, bags, minimum_bag_size=minimum, fold_case=fold_case)
+    with _progress_bar() as progress:
+        return build_counted_site(
+            found, out, name, minimum_bag_size=minimum, skip_bad=skip_bad, progress=progress
+        )
+
+
+def _refuse_unread(context: typer.Context, source: SourceKind, options: Iterable[str]) -> None:
+    """Raise a UserError if any of these options, which the source does not read, was given."""
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"--source {source} does not read {names}")
+
+
+def _show(report: "BuildReport", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -4,24 +4,20 @@ No instance label of a training image is written anywhere: files get numbers in 
 counts. Only rows that the split column calls test keep their label, in test.csv.
 """
 
-import errno
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.bags import write_quarantine
-from client.image_cache import CHUNK, Progress
+from client.image_cache import Progress
+from client.sources.build_steps import Steps, image_faults, refuse_existing, whole_or_nothing
 from client.sources.division import column, divide, make_bags
 from client.sources.partition import Indices
 from client.sources.report import BuildReport, make_report
 from client.sources.site_writer import SitePlan, write_site
-from client.sources.source_table import TEST_WORDS, TRAIN_WORDS, SourceTable, image_fault
+from client.sources.source_table import TEST_WORDS, TRAIN_WORDS, SourceTable
 from common.errors import BadRow, DataError, UserError
 
 
@@ -66,9 +62,9 @@ def build_sites(
     """
     if not 1 <= minimum_bag_size <= bag_size:
         raise UserError(f"bag size {bag_size}: it must be at least the minimum bag size, {minimum_bag_size}")
-    _refuse_existing(out)
+    refuse_existing(out, "--out")
     bad = list(source.bad)
-    steps = _Steps(2 * len(source), progress)
+    steps = Steps(2 * len(source), progress)
     is_train, is_test = read_split(source, split_column or source.split_column, bad)
     good = _check_images(source, bad, steps)
     if bad and not skip_bad:
@@ -126,7 +122,7 @@ def write_sites(
     """
     if groups not in ("bags", "sites"):
         raise UserError(f"--groups {groups!r}: write bags or sites: what no group is divided over")
-    _refuse_existing(out)
+    refuse_existing(out, "--out")
     rng = np.random.default_rng(seed)
     chosen = group_column or source.group_column
     group_of = column(source, chosen) if chosen else None
@@ -148,23 +144,6 @@ def write_sites(
     return make_report(source, out, plans, group_of, test, len(bad))
 
 
-def _refuse_existing(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; remove it or choose another --out")
-
-
-class _Steps:
-    """Counts work done for the progress callback."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-
-    def __call__(self, number: int = 1) -> None:
-        self._done += number
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
 def read_split(
     source: SourceTable, name: str | None, bad: list[BadRow]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -181,18 +160,12 @@ def read_split(
     return is_train, is_test
 
 
-def _check_images(source: SourceTable, bad: list[BadRow], steps: _Steps) -> NDArray[np.bool_]:
+def _check_images(source: SourceTable, bad: list[BadRow], steps: Steps) -> NDArray[np.bool_]:
     """Decode every image once. Shape (N,): can it be used."""
     good = np.ones(len(source), dtype=np.bool_)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(source), CHUNK):
-            chunk = range(start, min(start + CHUNK, len(source)))
-            faults = pool.map(lambda index: image_fault(source.images, index), chunk)
-            for index, fault in zip(chunk, faults, strict=True):
-                if fault:
-                    good[index] = False
-                    bad.append(BadRow(source.file, source.lines[index], fault))
-            steps(len(chunk))
+    for index, fault in image_faults(source.images, len(source), steps):
+        good[index] = False
+        bad.append(BadRow(source.file, source.lines[index], fault))
     return good
 
 
@@ -207,28 +180,12 @@ def _write_all(
     step: Callable[[], None],
 ) -> None:
     """Write everything beside ``out`` and rename it: there is the whole of it or nothing."""
-    temporary: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        temporary.chmod(0o755)
+
+    def needed() -> int:
+        parts = (part for plan in plans for part in (*plan.bags, plan.test))
+        return sum(source.images.size(index) for part in parts for index in part.tolist())
+
+    with whole_or_nothing(out, needed) as temporary:
         for plan in plans:
             write_site(temporary / plan.name, source, plan, groups, minimum_bag_size, rng, step)
         write_quarantine(temporary, list(bad))
-        temporary.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            needed = sum(
-                source.images.size(index)
-                for plan in plans
-                for part in (*plan.bags, plan.test)
-                for index in part.tolist()
-            )
-            raise UserError(
-                f"the disk is full: {out} needs about {needed:,} bytes. Free some space, or choose "
-                "another --out."
-            ) from error
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -22,6 +22,8 @@ class SourceKind(StrEnum):
     CARS = "cars"
     DICOM = "dicom"
     ARCHIVE = "archive"
+    COUNTS = "counts"
+    """Bags with counts and no labels; ``client.sources.counts`` reads it, ``open_source`` does not."""
 
 
 def open_source(
@@ -40,7 +42,7 @@ def open_source(
     """Open a source.
 
     Args:
-        kind: one of SourceKind.
+        kind: one of SourceKind but COUNTS, which has no label to make a table of.
         images: folder of images (table, dicom), root folder (folders, cub, aircraft, cars) or .npz file
             (medmnist, archive).
         labels: label table (table, dicom).
@@ -56,6 +58,8 @@ def open_source(
         kind = SourceKind(kind)
     except ValueError:
         raise UserError(f"unknown source {kind!r}; known are: {', '.join(SourceKind)}") from None
+    if kind is SourceKind.COUNTS:
+        raise UserError("--source counts has no labels: `fedbags bags build` reads it by itself")
     from_table = kind in (SourceKind.TABLE, SourceKind.DICOM)
     given = {"--labels": labels, "--label-column": label_column, "--hierarchy": hierarchy}
     takes = set(given) if from_table else {"--hierarchy"} if kind is SourceKind.MEDMNIST else set()

@@ -1,29 +1,114 @@
-"""Finds image files by the names that label tables give them."""
+"""Finds the image files below a folder, and finds them again by the names that tables give them.
 
+What is left out is never left out in silence: folders that programs put beside pictures are skipped by
+name, files that are no image by their ending, and both are counted for a note.
+"""
+
+from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from common.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".jp2",
+        ".j2k",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".dib",
+        ".webp",
+        ".gif",
+    }
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif"}
+)
+"""Endings of the formats that ``client.image_cache`` decodes, lower case."""
+
+SYSTEM_NAMES = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini"})
+"""Lower case: what file servers and archive programs put beside pictures; so does every name with a dot."""
+
+NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """The image files below a folder, sorted, and what else lies there.
+
+    Attributes:
+        root: the folder.
+        images: files with an image's ending.
+        hidden: files within hidden and system folders, by the name of what hides them.
+        others: further files, by ending.
+    """
+
+    root: Path
+    images: tuple[Path, ...]
+    hidden: Counter[str]
+    others: Counter[str]
+
+    def notes(self, *known: str) -> tuple[str, ...]:
+        """Say what was left out: nothing is said of the endings ``known``, such as a table's ``.csv``."""
+        others = Counter({ending: number for ending, number in self.others.items() if ending not in known})
+        notes = []
+        if self.hidden:
+            notes.append(f"Hidden and system folders and files were skipped: {_listed(self.hidden)}.")
+        if others:
+            notes.append(
+                f"{sum(others.values())} file(s) below {self.root.name} do not end like an image and were "
+                f"left out: {_listed(others)}."
+            )
+        return tuple(notes)
+
+
+def find_images(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> FoundFiles:
+    """List the image files below a folder, once: one look-up per name would be slow on network disks.
+
+    Args:
+        folder: where to look, at any depth.
+        suffixes: of the files that are images, lower case; the empty one stands for no ending.
+
+    Raises:
+        UserError: the folder is missing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"the image folder is missing: {folder}")
+    images = []
+    hidden: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        hiding = next((part for part in path.relative_to(folder).parts if is_hidden(part)), None)
+        if hiding is not None:
+            hidden["._*" if hiding.startswith("._") else hiding] += 1
+        elif path.suffix.lower() in suffixes:
+            images.append(path)
+        else:
+            others[path.suffix.lower() or "no ending"] += 1
+    return FoundFiles(folder, tuple(images), hidden, others)
 
 
 class FileIndex:
-    """The image files below a folder, listed once: one look-up per row would be slow on network disks.
+    """The image files below a folder by name.
 
     Raises:
         UserError: the folder is missing.
     """
 
     def __init__(self, folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> None:
-        if not folder.is_dir():
-            raise UserError(f"the image folder is missing: {folder}")
+        self.found = find_images(folder, suffixes)
         self._by_name: dict[str, list[Path]] = {}
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in suffixes and path.is_file():
-                relative = path.relative_to(folder)
-                for name in {str(relative), str(relative.with_suffix("")), path.name, path.stem}:
-                    self._by_name.setdefault(name, []).append(path)
+        for path in self.found.images:
+            relative = path.relative_to(folder)
+            for name in {str(relative), str(relative.with_suffix("")), path.name, path.stem}:
+                self._by_name.setdefault(name, []).append(path)
 
     def find(self, name: str) -> tuple[Path, str]:
         """The file called ``name`` (with or without folder and suffix), and what is wrong with it."""
@@ -36,3 +121,14 @@ class FileIndex:
         if len(found) != 1:
             return Path(), f"{name!r}: " + ("no such image" if not found else "several images of that name")
         return found[0], ""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a folder or file of this name is none of the user's pictures."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _listed(counted: Counter[str]) -> str:
+    shown = [f"{name} ({number})" for name, number in counted.most_common(NAMES_SHOWN)]
+    more = len(counted) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

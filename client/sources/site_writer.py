@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.csv_tables import write_csv
 from client.site import SiteConfig, SitePolicy
 from client.site_files import BAGS_FILE, MANIFEST_FILE, TEST_FILE
 from client.sources.partition import Indices
-from client.sources.source_table import SourceTable
+from client.sources.source_table import SourceImages, SourceTable
+from common.hierarchy import Hierarchy
 
 
 @dataclass(frozen=True)
@@ -40,48 +42,77 @@ def write_site(
         OSError: the disk is full or refuses.
     """
     folder.mkdir()
-    policy = SitePolicy(minimum_bag_size=minimum_bag_size)
-    SiteConfig(name=plan.name, policy=policy).save(folder)
-    source.hierarchy.to_csv(folder / "hierarchy.csv")
     leaves = source.hierarchy.classes[-1]
-
-    bag_of = np.repeat(np.arange(len(plan.bags)), [len(bag) for bag in plan.bags])
-    paths = _write_images(folder, "images", source, np.concatenate(plan.bags), rng, step)
     width = max(4, len(str(len(plan.bags))))
     bag_ids = [f"b{number:0{width}d}" for number in range(1, len(plan.bags) + 1)]
+    counts = np.stack([np.bincount(source.labels[bag], minlength=len(leaves)) for bag in plan.bags])
+    config = SiteConfig(name=plan.name, policy=SitePolicy(minimum_bag_size=minimum_bag_size))
+    write_counts(folder, config, source.hierarchy, bag_ids, counts)
+
+    bag_of = np.repeat(np.arange(len(plan.bags)), [len(bag) for bag in plan.bags])
+    members = np.concatenate(plan.bags)
+    order = rng.permutation(len(members))
+    paths = write_images(folder, "images", source.images, members, order, step)
     header = ["path", "bag_id"]
     rows = [[path, bag_ids[bag]] for path, bag in zip(paths, bag_of.tolist(), strict=True)]
     if groups is not None:
         header.append("patient_id")
         opaque: dict[str, str] = {}
-        for row, index in zip(rows, np.concatenate(plan.bags).tolist(), strict=True):
+        for row, index in zip(rows, members.tolist(), strict=True):
             row.append(opaque.setdefault(groups[index], f"p{len(opaque) + 1:04d}"))
     write_csv(folder / MANIFEST_FILE, header, rows)
-    counts = []
-    for bag_id, bag in zip(bag_ids, plan.bags, strict=True):
-        counted = np.bincount(source.labels[bag], minlength=len(leaves))
-        counts += [(bag_id, leaves[leaf], counted[leaf]) for leaf in np.flatnonzero(counted)]
-    write_csv(folder / BAGS_FILE, ("bag_id", "label", "count"), counts)
     if len(plan.test):
         test = rng.permutation(plan.test)
-        test_paths = _write_images(folder, "test", source, test, rng, step)
+        order = rng.permutation(len(test))
+        test_paths = write_images(folder, "test", source.images, test, order, step)
         labels = [leaves[label] for label in source.labels[test].tolist()]
         write_csv(folder / TEST_FILE, ("path", "label"), list(zip(test_paths, labels, strict=True)))
 
 
-def _write_images(
+def write_counts(
+    folder: Path,
+    config: SiteConfig,
+    hierarchy: Hierarchy,
+    bag_ids: Sequence[str],
+    counts: NDArray[np.int64],
+) -> None:
+    """Write site.toml, hierarchy.csv and bags.csv; ``counts`` has shape (bags, C_L), images per leaf."""
+    config.save(folder)
+    hierarchy.to_csv(folder / config.hierarchy)
+    leaves = hierarchy.classes[-1]
+    rows = [
+        (bag_id, leaves[leaf], counted[leaf])
+        for bag_id, counted in zip(bag_ids, counts, strict=True)
+        for leaf in np.flatnonzero(counted)
+    ]
+    write_csv(folder / BAGS_FILE, ("bag_id", "label", "count"), rows)
+
+
+def write_images(
     folder: Path,
     name: str,
-    source: SourceTable,
+    images: SourceImages,
     indices: Indices,
-    rng: np.random.Generator,
+    order: Indices,
     step: Callable[[], None],
 ) -> list[str]:
-    """Write images as ``name/000001.png`` and so on in random order; return their relative paths."""
+    """Write images as ``name/000001.png`` and so on, and return their relative paths.
+
+    Args:
+        folder: the site folder.
+        name: the folder to make in it.
+        images: what to write from.
+        indices: shape (n,), the images to write.
+        order: shape (n,), the position in ``indices`` of the first file, the second, and so on.
+        step: called for every image written.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
     (folder / name).mkdir()
     paths = [""] * len(indices)
-    for number, position in enumerate(rng.permutation(len(indices)).tolist(), start=1):
-        suffix = source.images.write(int(indices[position]), folder / name / f"{number:06d}")
+    for number, position in enumerate(order.tolist(), start=1):
+        suffix = images.write(int(indices[position]), folder / name / f"{number:06d}")
         paths[position] = f"{name}/{number:06d}{suffix}"
         step()
     return paths

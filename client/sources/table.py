@@ -64,7 +64,7 @@ def table_source(
     table = read_csv(labels, (), fatal, bad)
     if table is None:
         raise DataError(f"the label table cannot be read: {labels}", fatal)
-    image_column = _image_column(table, labels)
+    image = image_column(table)
     levels = _level_columns(table, label_column)
     group = None
     tree = Hierarchy.from_csv(hierarchy) if hierarchy is not None else None
@@ -86,10 +86,10 @@ def table_source(
     leaves: list[int] = []
     first: dict[Path, int] = {}
     for number, (line, row) in enumerate(table):
-        path, reason = index.find(row[image_column])
+        path, reason = index.find(row[image])
         reason = reason or _label_fault(row, levels, tree)
         if not reason and path in first:
-            reason = f"image {row[image_column]!r} stands already in row {first[path]}"
+            reason = f"image {row[image]!r} stands already in row {first[path]}"
         if reason:
             bad.append(BadRow(table.file, line, reason))
             continue
@@ -97,7 +97,7 @@ def table_source(
         kept.append(number)
         paths.append(path)
         leaves.append(tree.leaf_index[row[levels[-1]]])
-    others = [name for name in table.columns if name != image_column]
+    others = [name for name in table.columns if name != image]
     return SourceTable(
         file=table.file,
         images=reader(paths),
@@ -110,12 +110,13 @@ def table_source(
     )
 
 
-def _image_column(table: CsvTable, labels: Path) -> str:
+def image_column(table: CsvTable) -> str:
+    """Return the first of IMAGE_COLUMNS that the table has, or raise a UserError that lists its columns."""
     for name in IMAGE_COLUMNS:
         if name in table.columns:
             return name
     raise UserError(
-        f"{labels} has no image column; call it one of {', '.join(IMAGE_COLUMNS)}. "
+        f"{table.file} has no image column; call it one of {', '.join(IMAGE_COLUMNS)}. "
         f"Its columns are: {', '.join(table.columns)}"
     )
 

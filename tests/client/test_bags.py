@@ -229,7 +229,7 @@ def test_an_image_of_too_many_pixels(site: Path, monkeypatch: pytest.MonkeyPatch
         ("bags.csv", "b1,red,2", "b1,warm,2", "row 2: unknown label 'warm'"),
         ("bags.csv", "b1,red,2", "b1,red,3", "row 2: bag 'b1' counts 5 images, manifest.csv lists 4"),
         ("bags.csv", "b1,red,2", "b1,red,-2", "row 2: count '-2' is not a whole number"),
-        ("bags.csv", "b1,red,2", "b1,red,2.0", "row 2: count '2.0' is not a whole number"),
+        ("bags.csv", "b1,red,2", "b1,red,2.5", "row 2: count '2.5' is not a whole number"),
         ("bags.csv", "b1,red,2", "b1,red,", "row 2: count '' is not a whole number"),
         ("bags.csv", "b1,green,1", "b1,red,1", "row 3: label 'red' is counted twice"),
         ("bags.csv", "b1,red,2", "b9,red,2", "row 2: bag 'b9' has no row in manifest.csv"),

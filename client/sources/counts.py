@@ -1,0 +1,298 @@
+"""A hospital with images and one count per class and bag, and no label of any single image.
+
+Reads bags (one folder each, or a table) and their counts, long or wide, and checks one against the other.
+Every fault names its bag, since a bag with a fault can only be used or left out whole.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.csv_tables import CsvTable, read_csv, whole_number
+from client.site_files import Fault
+from client.sources.file_index import FileIndex, FoundFiles, find_images, is_hidden
+from client.sources.label_names import did_you_mean, fold
+from client.sources.table import image_column
+from common.errors import BadRow, DataError, UserError
+from common.hierarchy import Hierarchy
+
+BAG_COLUMNS = ("bag", "bag_id", "folder")
+LABEL_COLUMNS = ("label", "class", "leaf", "diagnosis")
+COUNT_COLUMNS = ("count", "number", "images", "n")
+TOTAL_COLUMNS = ("total", "sum")
+"""Names of columns, in any case. A wide table may hold the total of its rows, which is then checked."""
+
+
+@dataclass(frozen=True)
+class CountedBags:
+    """Bags of images with the number of images of each leaf.
+
+    Attributes:
+        hierarchy: the label tree.
+        bag_ids: the names of the bags that are listed with images and counts, B of them, in the order of the
+            counts.
+        images: per bag its files, in the order of their names or of the table.
+        counts: shape (B, C_L) int64, images per leaf.
+        found: images that were found.
+        faults: every fault; a bag that one of them names must not be used.
+        notes: what the user should know.
+    """
+
+    hierarchy: Hierarchy
+    bag_ids: tuple[str, ...]
+    images: tuple[tuple[Path, ...], ...]
+    counts: NDArray[np.int64]
+    found: int
+    faults: tuple[Fault, ...]
+    notes: tuple[str, ...]
+
+
+def read_counted_bags(
+    images: Path,
+    counts: Path,
+    hierarchy: Path,
+    bags: Path | None = None,
+    *,
+    minimum_bag_size: int = 4,
+    fold_case: bool = False,
+) -> CountedBags:
+    """Read bags and counts, and check that they fit.
+
+    Args:
+        images: folder of images; without ``bags`` every folder in it is a bag, with all images below it.
+        counts: the table of counts: long (a row for each bag and class: ``bag``, ``label``, ``count``) or
+            wide (a row for each bag: ``bag``, then a column for each class).
+        hierarchy: label tree as CSV, one row per leaf.
+        bags: a table with the columns ``image`` and ``bag``.
+        minimum_bag_size: images; a smaller bag is a fault.
+        fold_case: take labels that differ from a leaf only by case or blanks for that leaf.
+
+    Raises:
+        DataError: a table or the tree cannot be read.
+        UserError: a folder or a needed column is missing.
+    """
+    fatal: list[BadRow] = []
+    ragged: list[BadRow] = []
+    table = read_csv(counts, (), fatal, ragged)
+    listing = read_csv(bags, (), fatal, ragged) if bags is not None else None
+    if table is None or (bags is not None and listing is None):
+        raise DataError("the bags cannot be read", fatal)
+    tree = Hierarchy.from_csv(hierarchy)
+    faults = [Fault(row) for row in ragged]
+    reader = _Counts(table, tree, fold_case, faults)
+    members, found = _bags_of_table(images, listing, faults) if listing else _bags_of_folders(images, faults)
+    _cross_check(members, reader, images.name, minimum_bag_size, faults)
+    both = [bag for bag in reader.vectors if bag in members]
+    notes = [f"{counts.name} is {reader.layout}: {reader.shape}.", *reader.notes]
+    if unlisted := len(found.images) - len({path for paths in members.values() for path in paths}):
+        notes.append(f"{unlisted} image(s) below {images.name} are in no bag and were left out.")
+    tables = {path.suffix.lower() for path in (counts, hierarchy, bags) if path is not None}
+    return CountedBags(
+        hierarchy=tree,
+        bag_ids=tuple(both),
+        images=tuple(tuple(members[bag]) for bag in both),
+        counts=np.array([reader.vectors[bag] for bag in both], np.int64).reshape(len(both), tree.sizes[-1]),
+        found=len(found.images),
+        faults=tuple(faults),
+        notes=(*notes, *found.notes(*tables)),
+    )
+
+
+def _column(table: CsvTable, names: Sequence[str]) -> str | None:
+    """The first of these columns that the table has, in any case."""
+    by_name = {name.lower(): name for name in reversed(table.columns)}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _bag_column(table: CsvTable) -> str:
+    name = _column(table, BAG_COLUMNS)
+    if name is None:
+        raise UserError(
+            f"{table.file} has no bag column; call it one of {', '.join(BAG_COLUMNS)}. "
+            f"Its columns are: {', '.join(table.columns)}"
+        )
+    return name
+
+
+class _Counts:
+    """The table of counts, in either layout: a vector of leaf counts for every bag that it names."""
+
+    def __init__(self, table: CsvTable, tree: Hierarchy, fold_case: bool, faults: list[Fault]) -> None:
+        self.file, self._tree, self._faults = table.file, tree, faults
+        self._folded = {fold(name): leaf for leaf, name in enumerate(tree.classes[-1])} if fold_case else {}
+        self._joined: Counter[str] = Counter()
+        self.vectors: dict[str, NDArray[np.int64]] = {}
+        self.lines: dict[str, int] = {}
+        self.notes: list[str] = []
+        bag = _bag_column(table)
+        label, count = _column(table, LABEL_COLUMNS), _column(table, COUNT_COLUMNS)
+        if label is not None and count is not None and label not in tree.leaf_index:
+            self.layout, self.shape = "long", f"a row for each {bag} and {label}, the number in {count}"
+            self._read_long(table, bag, label, count)
+        else:
+            self.layout = "wide"
+            self._read_wide(table, bag)
+        if self._joined:
+            names = ", ".join(f"{name!r} ({number})" for name, number in self._joined.most_common(5))
+            self.notes.append(f"Labels were joined with leaves from which case or blanks differ: {names}.")
+
+    def _fault(self, line: int, reason: str, bag: str | None) -> None:
+        self._faults.append(Fault(BadRow(self.file, line, reason), bag))
+
+    def _leaf(self, name: str) -> tuple[int, str]:
+        """The leaf of a label, and what is wrong with it."""
+        leaf = self._tree.leaf_index.get(name)
+        if leaf is None and (leaf := self._folded.get(fold(name))) is not None:
+            self._joined[name] += 1
+        return (leaf, "") if leaf is not None else (-1, unknown_label(name, self._tree))
+
+    def _open(self, bag: str, line: int) -> NDArray[np.int64]:
+        self.lines.setdefault(bag, line)
+        return self.vectors.setdefault(bag, np.zeros(self._tree.sizes[-1], dtype=np.int64))
+
+    def _read_long(self, table: CsvTable, bag_column: str, label: str, count: str) -> None:
+        seen: dict[tuple[str, int], int] = {}
+        for line, row in table:
+            bag = row[bag_column]
+            if not bag:
+                self._fault(line, f"{bag_column} is empty", None)
+                continue
+            vector = self._open(bag, line)
+            leaf, reason = self._leaf(row[label])
+            number = whole_number(row[count])
+            if reason:
+                self._fault(line, reason, bag)
+            elif number is None:
+                self._fault(line, f"{count} {row[count]!r} is not a whole number >= 0", bag)
+            elif (bag, leaf) in seen:
+                again = f"is counted already in row {seen[bag, leaf]}"
+                self._fault(line, f"label {row[label]!r} of bag {bag!r} {again}", bag)
+            else:
+                seen[bag, leaf] = line
+                vector[leaf] = number
+
+    def _read_wide(self, table: CsvTable, bag_column: str) -> None:
+        leaf_of: dict[str, int] = {}
+        owner: dict[int, str] = {}
+        totals = []
+        for name in table.columns:
+            if name == bag_column:
+                continue
+            leaf, reason = self._leaf(name)
+            if reason and name.lower() in TOTAL_COLUMNS:
+                totals.append(name)
+            elif reason:
+                self._fault(1, reason, None)
+            elif leaf in owner:
+                self._fault(1, f"columns {owner[leaf]!r} and {name!r} are the same leaf", None)
+            else:
+                leaf_of[name] = leaf
+                owner[leaf] = name
+        self.shape = f"a row for each {bag_column}, a column for each of {len(leaf_of)} classes"
+        blank = 0
+        for line, row in table:
+            bag = row[bag_column]
+            if not bag or bag in self.lines:
+                again = f"bag {bag!r} stands already in row {self.lines.get(bag)}"
+                self._fault(line, again if bag else f"{bag_column} is empty", bag or None)
+                continue
+            vector = self._open(bag, line)
+            for name, leaf in leaf_of.items():
+                number = whole_number(row[name] or "0")
+                blank += not row[name]
+                if number is None:
+                    self._fault(line, f"{name} {row[name]!r} is not a whole number >= 0", bag)
+                else:
+                    vector[leaf] = number
+            for name in totals:
+                if whole_number(row[name]) != vector.sum():
+                    self._fault(line, f"{name} says {row[name]}, the classes sum to {vector.sum()}", bag)
+        if blank:
+            self.notes.append(f"{blank} blank cell(s) of {table.file} count as 0.")
+
+
+def unknown_label(name: str, tree: Hierarchy) -> str:
+    """Say that a label is no leaf of the tree, whether it is a coarser class, and which leaf is near."""
+    for level, classes in zip(tree.levels[:-1], tree.classes[:-1], strict=True):
+        if name in classes:
+            return f"label {name!r} is a class of level {level}; counts and labels are of leaves"
+    return f"unknown label {name!r}; it is no leaf of the hierarchy{did_you_mean(name, tree.classes[-1])}"
+
+
+def _bags_of_folders(root: Path, faults: list[Fault]) -> tuple[dict[str, list[Path]], FoundFiles]:
+    """The images below each folder in ``root``, by name; pictures outside these folders are faults."""
+    found = find_images(root)
+    folders = (path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name))
+    members: dict[str, list[Path]] = {path.name: [] for path in folders}
+    for path in found.images:
+        bag, *rest = path.relative_to(root).parts
+        if rest:
+            members[bag].append(path)
+        else:
+            faults.append(Fault(BadRow(path.name, None, "lies in no bag folder")))
+    for bag, paths in members.items():
+        if not paths:
+            faults.append(Fault(BadRow(f"{root.name}/{bag}", None, "the bag folder holds no image"), bag))
+    return members, found
+
+
+def _bags_of_table(
+    root: Path, table: CsvTable, faults: list[Fault]
+) -> tuple[dict[str, list[Path]], FoundFiles]:
+    """The images of each bag, in the order of a table."""
+    index = FileIndex(root)
+    image, bag_name = image_column(table), _bag_column(table)
+    members: dict[str, list[Path]] = {}
+    first: dict[Path, tuple[int, str]] = {}
+    for line, row in table:
+        bag = row[bag_name]
+        path, reason = index.find(row[image])
+        also = None
+        if not bag:
+            reason = f"{bag_name} is empty"
+        elif not reason and path in first:
+            row_before, also = first[path]
+            other = "" if also == bag else f" as one of bag {also!r}"
+            reason = f"image {row[image]!r} stands already in row {row_before}{other}"
+        if bag:
+            members.setdefault(bag, [])
+        if reason:
+            spoilt = dict.fromkeys((bag or None, also or bag or None))
+            faults += [Fault(BadRow(table.file, line, reason), name) for name in spoilt]
+            continue
+        first[path] = (line, bag)
+        members[bag].append(path)
+    return members, index.found
+
+
+def _cross_check(
+    members: dict[str, list[Path]], counts: _Counts, root: str, minimum: int, faults: list[Fault]
+) -> None:
+    """Add the faults between bags and counts; bags that are faulty already are not reported again."""
+    spoilt = {fault.bag for fault in faults}
+    for bag, paths in members.items():
+        if bag in spoilt:
+            continue
+        if bag not in counts.vectors:
+            near = did_you_mean(bag, counts.vectors.keys() - members.keys())
+            reason = f"bag {bag!r} ({len(paths)} image(s)) has no counts in {counts.file}{near}"
+            faults.append(Fault(BadRow(root, None, reason), bag))
+            continue
+        total, reason = int(counts.vectors[bag].sum()), ""
+        if total != len(paths):
+            reason = f"counts {total} image(s), but {len(paths)} were found in it"
+        elif len(paths) < minimum:
+            reason = f"holds {len(paths)} image(s), the minimum is {minimum} (--minimum-bag-size)"
+        if reason:
+            row = BadRow(counts.file, counts.lines[bag], f"bag {bag!r} {reason}")
+            faults.append(Fault(row, bag))
+    for bag in counts.vectors:
+        if bag in members or bag in spoilt:
+            continue
+        near = did_you_mean(bag, members.keys() - counts.vectors.keys())
+        row = BadRow(counts.file, counts.lines[bag], f"bag {bag!r} has counts, but no image{near}")
+        faults.append(Fault(row, bag))
