@@ -1,13 +1,17 @@
 """What of a site's reply may be used: the right sender and round, arrays like the model's, sane values.
 
 Pure checks of one reply; what a refusal leads to is decided in rounds.py. They stop the accidents and the
-crude attacks (NaN, infinity, absurd values, other shapes, another site's name, an update sent before).
+crude attacks (NaN, infinity, absurd values, other shapes, another site's name, an update sent before, texts
+of megabytes), and whatever else goes wrong while a reply is read is the fault of the site that sent it.
 A site that lies within these bounds is the business of the robust strategies (aggregation.py).
 """
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,16 +19,96 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from common.config_tables import FederationConfig
+from common.errors import RunError
+from common.hierarchy import Hierarchy
 from common.messages import (
     FloatArray,
     MessageError,
     ModelUpdate,
     PrivacyStatement,
+    ProportionRelease,
     check_only,
     from_records,
 )
+from common.plain import one_line
+from common.privacy.events import event_from_dict
+
+log = logging.getLogger("fedbags.server")
 
 Arrays = Mapping[str, FloatArray]
+
+SITE_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+"""As in site.toml."""
+MOST_TEXT, MOST_TEXT_OF_A_RELEASE = 2 * 2**20, 32 * 2**20
+"""Bytes of text that a reply may hold. A release has a row of counts for each bag."""
+LONGEST_TEXT = 1000
+"""Characters of a name of a class, of a generator, of anything that is kept."""
+MOST_LEVELS, MOST_CLASSES, MOST_BAGS, MOST_EVENTS = 20, 100_000, 10**7, 20_000
+LARGEST_FIGURE = 1e12
+"""Beyond every count and figure of a hospital, and far from where sums overflow."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a site's reply is read into that site's fault.
+
+    An exception that nobody expected may be a fault of ours: its class and its place are logged, not its
+    text, which the site may have chosen.
+
+    Args:
+        what: the beginning of the reason, such as ``unreadable reply``.
+
+    Raises:
+        MessageError: the reason, on one line of at most ``REASON_CHARACTERS`` characters.
+    """
+    try:
+        yield
+    except (MessageError, RunError) as error:
+        raise MessageError(one_line(f"{what}: {error}")) from None
+    except Exception as error:
+        kind = type(error).__name__
+        place = RuntimeError(kind).with_traceback(error.__traceback__)
+        log.error("reading a reply failed with %(error)s", {"error": kind}, exc_info=place)
+        raise MessageError(f"{what}: {kind} while it was read") from None
+
+
+def read_release(content: RecordDict) -> tuple[ProportionRelease, Hierarchy]:
+    """Read a site's release, and the label tree in it.
+
+    Raises:
+        MessageError: a record is missing, malformed or too many, or it says what no release says.
+    """
+    with reading("unreadable release"):
+        _check_text(content, MOST_TEXT_OF_A_RELEASE)
+        check_only(content, ProportionRelease)
+        release = from_records(content, ProportionRelease)
+        if not SITE_NAME.fullmatch(release.site):
+            raise MessageError("a site's name is 1 to 100 letters, digits, dots, dashes or underscores")
+        _check_texts([release.data_version, *map(str, release.event.items())])
+        rows = release.hierarchy.get("rows", ())
+        if len(release.hierarchy.get("levels", ())) > MOST_LEVELS or len(rows) > MOST_CLASSES:
+            raise MessageError(f"a label tree of more than {MOST_LEVELS} levels or {MOST_CLASSES} classes")
+        tree = release.tree()
+        if tree.to_dict() != release.hierarchy:
+            raise MessageError("its label tree is not written as Hierarchy.to_dict() writes it")
+        _check_texts([*tree.levels, *(name for names in tree.classes for name in names)])
+        _check_counts(release, len(tree.classes[-1]))
+    return release, tree
+
+
+def _check_counts(release: ProportionRelease, leaves: int) -> None:
+    if release.bags > MOST_BAGS:
+        raise MessageError(f"more than {MOST_BAGS} bags")
+    expected = {"none": 0, "total": 1, "per-bag": release.bags}[release.granularity]
+    if len(release.leaf_counts) != expected or any(len(row) != leaves for row in release.leaf_counts):
+        raise MessageError(f"its counts are not {expected} row(s) of {leaves} classes")
+    if len(release.bag_sizes) not in {0, release.bags} or any(size < 0 for size in release.bag_sizes):
+        raise MessageError("its bag sizes are not one count for each bag")
+    counts = [count for row in release.leaf_counts for count in row]
+    if any(abs(count) > LARGEST_FIGURE for count in [*counts, *release.bag_sizes]):
+        raise MessageError(f"a count is larger than {LARGEST_FIGURE:g}")
+    if release.mechanism == "exact" and any(count < 0 for count in counts):
+        raise MessageError("a count without noise is negative")
 
 
 def read_update(
@@ -41,27 +125,43 @@ def read_update(
     Raises:
         MessageError: a record is missing, malformed or too many, or speaks for another site or round.
     """
-    try:
+    with reading("unreadable reply"):
+        _check_text(content, MOST_TEXT)
         check_only(content, ModelUpdate, *([PrivacyStatement] if private else []))
         update = from_records(content, ModelUpdate)
         statement = from_records(content, PrivacyStatement) if private else None
-    except MessageError as error:
-        raise MessageError(f"unreadable reply: {error}") from None
     if update.sender != site or update.round != round:
-        raise MessageError(f"reply of {update.sender!r} for round {update.round}")
-    if statement is not None and (statement.site != site or statement.round != round):
-        raise MessageError(f"privacy statement of {statement.site!r} for round {statement.round}")
+        raise MessageError(one_line(f"reply of {update.sender!r} for round {update.round}"))
+    if statement is not None:
+        check_statement(statement, site, round)
     return update, statement
 
 
-def fault_of(update: ModelUpdate, reference: Arrays, config: FederationConfig) -> str:
-    """Why an update cannot be used, or an empty text.
+def check_statement(statement: PrivacyStatement, site: str, round: int) -> None:
+    """Check a privacy statement that ``site`` was asked for in ``round``.
+
+    Raises:
+        MessageError: it speaks for another site or round, or holds what no ledger says.
+    """
+    if statement.site != site or statement.round != round:
+        raise MessageError(one_line(f"privacy statement of {statement.site!r} for round {statement.round}"))
+    with reading("unreadable reply"):
+        _check_texts([statement.ledger_head, statement.generator])
+        if len(statement.events) > MOST_EVENTS:
+            raise MessageError(f"privacy statement of {len(statement.events)} events, too many to keep")
+        for event in statement.events:
+            event_from_dict(event)
+
+
+def fault_of(update: ModelUpdate, reference: Arrays, config: FederationConfig, bags: int = MOST_BAGS) -> str:
+    """Say why an update cannot be used, or return an empty text.
 
     Args:
         update: what a site sent.
         reference: the trainable arrays of the current model; names and shapes must match.
         config: ``max_update_mb``, largest total size, MiB; ``max_change``, largest L2 norm of the change
             relative to 1 + the norm of the model.
+        bags: that the site has by its own release; its update may weigh no more.
     """
     if update.megabytes > config.max_update_mb:
         return f"oversized update: {update.megabytes:.1f} MiB, at most {config.max_update_mb:g} allowed"
@@ -76,6 +176,10 @@ def fault_of(update: ModelUpdate, reference: Arrays, config: FederationConfig) -
     weight = update.metrics.get("num-bags")
     if not isinstance(weight, int) or weight < 1:
         return "metric 'num-bags' must be a positive integer"
+    if weight > bags:
+        return f"metric 'num-bags' must be at most {bags}, the bags that the site released"
+    if (loss := update.metrics.get("loss")) is not None and usable_loss(loss) is None:
+        return f"metric 'loss' must be one number of at most {LARGEST_FIGURE:g}"
     change = _norm(
         np.subtract(update.arrays[name], array, dtype=np.float64) for name, array in reference.items()
     )
@@ -85,11 +189,24 @@ def fault_of(update: ModelUpdate, reference: Arrays, config: FederationConfig) -
     return ""
 
 
-def is_replay(update: ModelUpdate, seen: dict[str, list[str]]) -> bool:
-    """Whether the site sent these very arrays before; adds their digest to ``seen[site]``.
+def usable_loss(loss: object) -> float | None:
+    """Return a loss that may be averaged with those of other sites, or None."""
+    return float(loss) if isinstance(loss, int | float) and abs(loss) <= LARGEST_FIGURE else None
 
-    Honest training never does: every round starts from another model.
+
+def is_replay(update: ModelUpdate, sent: Arrays, seen: dict[str, list[str]]) -> bool:
+    """Say whether the site sent these very arrays in an earlier round; add their digest to ``seen[site]``.
+
+    Honest training never does, for every round starts from another model. A site whose gradient is zero
+    gives back the model that it was sent, which is no replay, whatever it sent before.
+
+    Args:
+        update: what a site sent; its arrays have the names and shapes of the model's.
+        sent: at least those arrays, as the site was sent them.
+        seen: digests of what each site sent.
     """
+    if all(np.array_equal(array, sent[name]) for name, array in update.arrays.items()):
+        return False
     digest = hashlib.sha256()
     for name in sorted(update.arrays):
         digest.update(name.encode())
@@ -100,6 +217,18 @@ def is_replay(update: ModelUpdate, seen: dict[str, list[str]]) -> bool:
         return True
     before.append(short)
     return False
+
+
+def _check_text(content: RecordDict, most: int) -> None:
+    """Refuse more text than is worth parsing."""
+    size = sum(record.count_bytes() for record in content.config_records.values())
+    if size > most:
+        raise MessageError(f"{size} bytes of text, at most {most} are read")
+
+
+def _check_texts(texts: Iterable[str]) -> None:
+    if (longest := max(map(len, texts), default=0)) > LONGEST_TEXT:
+        raise MessageError(f"a text of {longest} characters, at most {LONGEST_TEXT} are kept")
 
 
 def _norm(arrays: Iterable[NDArray[Any]]) -> float:

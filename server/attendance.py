@@ -71,12 +71,13 @@ class Attendance:
         """The names that may be waited for: the allow-list, else every site that took part before."""
         return sorted(allowed_names(self.config) or self.roster.releases)
 
-    def report(self, site: str, phase: str, reason: str) -> None:
-        """Write down that something of a site was not used."""
+    def report(self, site: str, phase: str, reason: str) -> str:
+        """Write down that something of a site was not used; return the reason as it was written, cut."""
         left_out = LeftOut(round=self.state.round + 1, site=site, phase=phase, reason=reason)
         self.state.left_out.append(left_out)
         self.folder.event("left-out", **left_out.model_dump())
         log.warning("round %(round)d: %(site)s left out of %(phase)s: %(reason)s", left_out.model_dump())
+        return left_out.reason
 
     def left(self, round: int, site: str) -> None:
         """Write down that a site's node is gone: it ended, was cut off, or was revoked."""

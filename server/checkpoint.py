@@ -1,5 +1,8 @@
 """One file per round from which a run can go on: model, best model, server optimiser, statements.
 
+The state is one more array, of bytes: the header of a safetensors file, where a checkpoint of 0.1 has it, is
+limited to 100 MB, and what does not fit would end the run.
+
 A checkpoint is written beside its final name, synced and renamed, carries its own digest, and the one
 before it is kept: a crash or a full disk while writing costs at most one round.
 """
@@ -10,21 +13,24 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.errors import RunError
 from common.messages import PrivacyStatement, ProportionRelease
+from common.plain import one_line
 
 log = logging.getLogger("fedbags.server")
 
 _KEPT = 2
 _MODEL, _BEST, _OPTIMISER = "model/", "best/", "optimiser/"
+_STATE = "state"
+"""The array of the state's JSON; in a checkpoint of 0.1, the entry of the header."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -35,9 +41,9 @@ class LeftOut(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     round: int
-    site: str
+    site: Annotated[str, BeforeValidator(one_line)]
     phase: str
-    reason: str
+    reason: Annotated[str, BeforeValidator(one_line)]
 
 
 class ServerState(BaseModel):
@@ -69,11 +75,12 @@ def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimise
         for prefix, group in ((_MODEL, model), (_BEST, best), (_OPTIMISER, optimiser))
         for name, array in group.items()
     }
-    text = state.model_dump_json()
+    text = state.model_dump_json().encode()
     target = folder / f"round-{state.round:05d}.safetensors"
     partial = target.with_suffix(".partial")
     try:
-        save_file(arrays, partial, metadata={"state": text, "digest": _digest(arrays, text)})
+        whole = {**arrays, _STATE: np.frombuffer(text, np.uint8)}
+        save_file(whole, partial, metadata={"digest": _digest(arrays, text)})
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(target)
@@ -128,7 +135,8 @@ def _load(path: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]]:
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    text = metadata.get("state", "")
+    stored = arrays.pop(_STATE, None)
+    text = metadata.get(_STATE, "").encode() if stored is None else stored.tobytes()
     if metadata.get("digest") != _digest(arrays, text):
         raise ValueError("its digest does not match its content")
     groups: dict[str, dict[str, NDArray[Any]]] = {}
@@ -139,8 +147,8 @@ def _load(path: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]]:
     return ServerState.model_validate_json(text), groups
 
 
-def _digest(arrays: Arrays, text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def _digest(arrays: Arrays, text: bytes) -> str:
+    digest = hashlib.sha256(text)
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(arrays[name].tobytes())

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from common.config_tables import FederationConfig
+from common.config_tables import FederationConfig, Strategy
 from common.hierarchy import Hierarchy
-from common.messages import MessageError, ProportionRelease, SiteError, check_only, from_records
+from common.messages import MessageError, ProportionRelease, SiteError
+from server.acceptance import read_release
 from server.exchange import Note, Reply, ask
 
 PROPORTIONS = "query.proportions"
 ATTEMPTS = 3
 """Times that a silent node is asked the same thing. Each may cost privacy budget at the site."""
 
-Report = Callable[[str, str, str], None]
+Report = Callable[[str, str, str], object]
 """Called with (site, phase, reason) for everything that is left out."""
 
 
@@ -88,17 +89,24 @@ def enrol(
         The names added.
     """
     allowed = allowed_names(config)
-    offered: dict[str, tuple[int, ProportionRelease]] = {}
+    offered: dict[str, tuple[int, ProportionRelease, Hierarchy]] = {}
     requests = {node: RecordDict() for node in nodes}
     for reply in ask(grid, requests, PROPORTIONS, round=round, deadline=config.enrol_deadline, note=note):
         label = f"node {reply.node}"
-        release, fault = _read(reply)
+        found, fault = _read(reply)
         if reply.content is None and not is_answer(reply.code):
             roster.silent[reply.node] += 1
             report(label, "enrol", fault)
-        elif release is None:
+            continue
+        if found is None:
             roster.refused[reply.node] = (label, fault)
             report(label, "enrol", fault)
+            continue
+        release, tree = found
+        if config.strategy is Strategy.FEDPALS and not release.leaf_counts:
+            reason = "releases no label counts by policy, and strategy fedpals needs them"
+            roster.refused[reply.node] = (release.site, reason)
+            report(release.site, "enrol", reason)
         elif allowed and release.site not in allowed:
             roster.strangers.add(reply.node)
             report(release.site, "enrol", "not on the allow-list (federation.allow)")
@@ -106,12 +114,12 @@ def enrol(
             roster.rivals[reply.node] = release.site
             report(release.site, "enrol", f"{label} uses the name of another site")
         else:
-            offered[release.site] = (reply.node, release)
+            offered[release.site] = (reply.node, release, tree)
     if roster.hierarchy is None and offered:
-        roster.hierarchy = majority_tree([release for _, release in offered.values()])
+        roster.hierarchy = most_common([tree for _, (_, _, tree) in sorted(offered.items())])
     added = []
-    for site, (node, release) in sorted(offered.items()):
-        if release.tree() != roster.hierarchy:
+    for site, (node, release, tree) in sorted(offered.items()):
+        if tree != roster.hierarchy:
             reason = "its label tree differs from the federation's"
             roster.refused[node] = (site, reason)
             report(site, "enrol", reason)
@@ -137,18 +145,19 @@ def allowed_names(config: FederationConfig) -> set[str]:
 
 def majority_tree(releases: list[ProportionRelease]) -> Hierarchy:
     """The label tree of most sites; ties go to the first by site name."""
-    trees = [release.tree() for release in sorted(releases, key=lambda release: release.site)]
+    return most_common([release.tree() for release in sorted(releases, key=lambda release: release.site)])
+
+
+def most_common(trees: list[Hierarchy]) -> Hierarchy:
+    """The tree that occurs most often; ties go to the first."""
     return Counter(trees).most_common(1)[0][0]
 
 
-def _read(reply: Reply) -> tuple[ProportionRelease | None, str]:
-    """A node's release, or why there is none."""
+def _read(reply: Reply) -> tuple[tuple[ProportionRelease, Hierarchy] | None, str]:
+    """A node's release and its label tree, or why there is none."""
     if reply.content is None:
         return None, reply.failure
     try:
-        check_only(reply.content, ProportionRelease)
-        release = from_records(reply.content, ProportionRelease)
-        release.tree()
-    except (MessageError, ValueError, KeyError) as error:
-        return None, f"unreadable release: {error}"
-    return release, ""
+        return read_release(reply.content), ""
+    except MessageError as error:
+        return None, str(error)

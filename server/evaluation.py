@@ -1,7 +1,7 @@
 """Turn the sites' evaluation counts into figures: label-free on held-back bags, labelled on tests.
 
-Sites send sums and confusion counts, never images or labels of single images; here they are added up and
-read with torchmetrics.
+Sites send sums and confusion counts, never images or labels of single images; here they are added up. Each
+figure is as torchmetrics computes it (the tests compare).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,17 +10,49 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchmetrics.functional.classification import (
-    multiclass_f1_score,
-    multiclass_recall,
-)
 
 from common.hierarchy import Hierarchy
-from common.messages import ModelUpdate
+from common.messages import MessageError, ModelUpdate
 from common.privacy.looks import GRID
+from server.acceptance import LARGEST_FIGURE
 
 Confusion = list[NDArray[np.int64]]
 """One (C_l, C_l) array of counts per level, rows the true class."""
+
+
+def check_figures(update: ModelUpdate, hierarchy: Hierarchy, bags: int) -> None:
+    """Check the figures of one site, so that none can spoil those of the others.
+
+    Args:
+        update: the site's reply to an evaluation; figures that it does not hold are not missed.
+        hierarchy: the federation's.
+        bags: that the site has by its own release.
+
+    Raises:
+        MessageError: a figure has another shape than the hierarchy's, or cannot be.
+    """
+    levels, metrics = len(hierarchy.levels), update.metrics
+    held_back = metrics.get("held-back-bags", 1)
+    if not isinstance(held_back, int) or not 0 < held_back <= bags:
+        raise MessageError(f"metric 'held-back-bags' must be a count of at most {bags} bags")
+    for name, largest in (("bags-kl", LARGEST_FIGURE), ("bags-l1", 2.0 + 1e-6), ("noised-bags-tv", None)):
+        if name not in metrics:
+            continue
+        values, smallest = np.atleast_1d(metrics[name]), 0.0
+        if largest is None:  # with noise it may be negative
+            largest, smallest = LARGEST_FIGURE, -LARGEST_FIGURE
+        if values.shape != (levels,) or not ((values >= smallest) & (values <= largest)).all():
+            raise MessageError(
+                f"metric {name!r} must be {levels} figure(s) between {smallest:g} and {largest:g}"
+            )
+    for decoder in ("argmax", "path"):
+        for level, size in enumerate(hierarchy.sizes):
+            name = f"confusion.{decoder}.{level}"
+            counts = np.atleast_1d(metrics.get(name, 0))
+            if name in metrics and counts.shape != (size * size,):
+                raise MessageError(f"metric {name!r} must be {size} times {size} counts")
+            if counts.dtype.kind != "i" or counts.min() < 0 or counts.max() > LARGEST_FIGURE:
+                raise MessageError(f"metric {name!r} must be counts between 0 and {LARGEST_FIGURE:g}")
 
 
 def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[dict[str, Any]] | None:
@@ -30,6 +62,7 @@ def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> 
         One ``{"level", "kl", "l1"}`` per level (nats; total variation times two, in [0, 2]), or None
         when no site sent any.
     """
+    # The figures are those that check_figures let pass.
     usable = [u for u in updates if {"bags-kl", "bags-l1", "held-back-bags"} <= u.metrics.keys()]
     weights = np.array([u.metrics["held-back-bags"] for u in usable], dtype=np.float64)
     if weights.sum() == 0:
@@ -113,7 +146,6 @@ def level_figures(
     """
     figures = []
     for level, name in enumerate(hierarchy.levels):
-        predicted, true = _pairs(argmax[level])
         size = hierarchy.sizes[level]
         figures.append(
             {
@@ -121,29 +153,31 @@ def level_figures(
                 "classes": size,
                 "images": int(argmax[level].sum()),
                 "accuracy": _share_right(argmax[level]),
-                "balanced_accuracy": _balanced_accuracy(predicted, true, size),
-                "macro_f1": _macro_f1(predicted, true, size),
+                "balanced_accuracy": _balanced_accuracy(argmax[level]),
+                "macro_f1": _macro_f1(argmax[level]),
                 "consistent_accuracy": _share_right(path[level]),
             }
         )
     return figures
 
 
-def _pairs(confusion: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One (predicted, true) pair per image: torchmetrics reads images, not matrices."""
-    true, predicted = np.nonzero(confusion)
-    repeats = confusion[true, predicted]
-    return torch.from_numpy(np.repeat(predicted, repeats)), torch.from_numpy(np.repeat(true, repeats))
+def _balanced_accuracy(confusion: NDArray[np.int64]) -> float:
+    right, true = _counts(confusion.diagonal()), _counts(confusion.sum(axis=1))
+    return float((right / true)[true > 0].mean()) if true.any() else 0.0
 
 
-def _balanced_accuracy(predicted: torch.Tensor, true: torch.Tensor, size: int) -> float:
-    recall = multiclass_recall(predicted, true, num_classes=max(size, 2), average="none")
-    present = torch.bincount(true, minlength=len(recall)) > 0
-    return float(recall[present].mean()) if len(true) else 0.0
+def _macro_f1(confusion: NDArray[np.int64]) -> float:
+    """F1 = 2 TP / (2 TP + FN + FP), of each class that occurs."""
+    right = _counts(2 * confusion.diagonal())
+    occurs = _counts(confusion.sum(axis=0) + confusion.sum(axis=1))
+    score = torch.where(occurs > 0, right / occurs, 0.0)
+    return float((score / (occurs > 0).sum()).sum()) if occurs.any() else 0.0
 
 
-def _macro_f1(predicted: torch.Tensor, true: torch.Tensor, size: int) -> float:
-    return float(multiclass_f1_score(predicted, true, num_classes=max(size, 2), average="macro"))
+def _counts(counts: NDArray[np.int64]) -> torch.Tensor:
+    """Return counts as torchmetrics computes with them. It reads one pair per image: a count that a site
+    made up would ask for any amount of memory."""
+    return torch.from_numpy(counts.astype(np.float32))
 
 
 def _share_right(confusion: NDArray[np.int64]) -> float:

@@ -5,14 +5,19 @@ floating-point result of an aggregation then does not depend on who was fastest,
 reply at a time (the others wait in the SuperLink). Knows node ids and messages, not what they mean.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from common.errors import FedbagsError
 from common.messages import SITE_ERRORS, SiteError, size
+
+log = logging.getLogger("fedbags.server")
 
 FLOWER_ERRORS = {
     1: "the site could not load the app",
@@ -94,7 +99,15 @@ def ask(
             yield Reply(node, None, "the message could not be sent to the site")
             continue
         sent += size(requests[node])
-        message = _wait(grid, message_id, end)
+        try:
+            message = _wait(grid, message_id, end)
+        except (FedbagsError, OSError, httpx.HTTPError):  # of the link, or of ours
+            raise
+        except Exception as error:  # whatever Flower raises when the bytes that a site sent are no message
+            kind = type(error).__name__
+            log.exception("a reply could not be unpacked: %(error)s", {"error": kind})
+            yield Reply(node, None, f"unreadable reply: {kind} while it was unpacked")
+            continue
         if message is None:
             yield Reply(node, None, f"no reply within {deadline:g} s")
         elif message.has_error():

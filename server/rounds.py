@@ -21,16 +21,17 @@ from common.messages import (
     ModelUpdate,
     PrivacyStatement,
     SiteError,
+    from_records,
     to_records,
 )
 from common.model_file import all_arrays, load_arrays, trainable_arrays
 from server import checkpoint
-from server.acceptance import fault_of, is_replay, read_update
+from server.acceptance import fault_of, is_replay, read_update, usable_loss
 from server.aggregation import Aggregator, Arrays, ServerOptimiser, StreamingMean
 from server.attendance import Attendance, QuorumMissed, Turn
 from server.checkpoint import ServerState
 from server.enrolment import is_answer
-from server.evaluation import noised_bag_figures, pooled_bag_figures, selection_score
+from server.evaluation import check_figures, noised_bag_figures, pooled_bag_figures, selection_score
 from server.exchange import ask
 from server.run_folder import RunFolder
 from server.secure_aggregation import Session, SessionFailed
@@ -130,26 +131,26 @@ class Rounds:
         collected = self.optimiser.aggregator()
         losses: dict[str, float] = {}
         turn = Turn(self.attendance, number)
+        sent = from_records(self._request(number), ModelUpdate).arrays  # a 16-bit transport rounds it
         while collected.count < self.config.federation.quorum:
             sites = turn.sites()
             weights = self._weights()
-            for site, update, statement in self._ask(TRAIN, number, sites, turn):
-                if statement is not None:
-                    self._note_statement(statement)  # the budget is spent, whatever becomes of the update
-                fault = fault_of(update, reference, self.config.federation)
-                if not fault and is_replay(update, self.state.digests):
+            for site, update in self._ask(TRAIN, number, sites, turn):
+                bags = self.roster.releases[site].bags
+                fault = fault_of(update, reference, self.config.federation, bags)
+                if not fault and is_replay(update, sent, self.state.digests):
                     fault = "the very same arrays as in an earlier round (replayed)"
                 if fault:
                     self._left_out(site, TRAIN, fault, turn)
                     continue
-                bags = update.metrics["num-bags"]
-                assert isinstance(bags, int)  # fault_of checked it
-                collected.add(update, weights.get(site, 0.0) if weights else float(bags))
+                trained = update.metrics["num-bags"]
+                assert isinstance(trained, int)  # fault_of checked it
+                collected.add(update, weights.get(site, 0.0) if weights else float(trained))
                 turn.done.add(site)
-                loss = update.metrics.get("loss")
-                if isinstance(loss, float):
+                loss = usable_loss(update.metrics.get("loss"))
+                if loss is not None:
                     losses[site] = loss
-                self.folder.event("update", round=number, site=site, bags=bags, loss=loss)
+                self.folder.event("update", round=number, site=site, bags=trained, loss=loss)
         return collected, losses
 
     def _collect_masked(self, number: int, reference: Arrays) -> tuple[Aggregator, dict[str, float]]:
@@ -180,8 +181,11 @@ class Rounds:
         collected.count = len(mean.metrics)
         losses = {}
         for site, metrics in mean.metrics.items():
-            bags, loss = metrics.get("num-bags", self._bags()[site]), metrics.get("loss")
-            if isinstance(loss, float):
+            # The update is in the sum by now, whatever else the site says of itself.
+            bags, loss = metrics.get("num-bags", self._bags()[site]), usable_loss(metrics.get("loss"))
+            if not 0 < bags <= self.roster.releases[site].bags:
+                bags = self._bags()[site]
+            if loss is not None:
                 losses[site] = loss
             self.folder.event("update", round=number, site=site, bags=bags, loss=loss)
         return collected, losses
@@ -209,25 +213,30 @@ class Rounds:
 
     def _evaluations(self, kind: str, number: int) -> dict[str, ModelUpdate]:
         updates = {}
-        for site, update, statement in self._ask(kind, number, self.roster.names()):
+        for site, update in self._ask(kind, number, self.roster.names()):
+            try:
+                check_figures(update, self.model.hierarchy, self.roster.releases[site].bags)
+            except MessageError as error:
+                self._left_out(site, kind, str(error), None)
+                continue
             updates[site] = update
-            if statement is not None:
-                self._note_statement(statement)
         return updates
 
     def _ask(
         self, kind: str, number: int, sites: Sequence[str], turn: Turn | None = None
-    ) -> Iterator[tuple[str, ModelUpdate, PrivacyStatement | None]]:
+    ) -> Iterator[tuple[str, ModelUpdate]]:
         """Send the model to the sites and yield readable replies, in the order of the site names."""
         requests = dict.fromkeys(sites, self._request(number))
         stated = kind == TRAIN or (kind == EVALUATE_BAGS and self.config.dp.epsilon > 0)
         for site, content in self._exchange(kind, number, requests, turn):
             try:
                 update, statement = read_update(content, site, number, private=stated)
+                if statement is not None:
+                    self._note_statement(statement)  # the budget is spent, whatever becomes of the update
             except MessageError as error:
                 self._left_out(site, kind, str(error), turn)
                 continue
-            yield site, update, statement
+            yield site, update
 
     def _exchange(
         self, kind: str, number: int, requests: Mapping[str, RecordDict], turn: Turn | None
@@ -252,7 +261,7 @@ class Rounds:
         return to_records(update, transport=self.config.federation.transport)
 
     def _left_out(self, site: str, kind: str, reason: str, turn: Turn | None, *, final: bool = True) -> None:
-        self.attendance.report(site, kind, reason)
+        reason = self.attendance.report(site, kind, reason)
         if turn is not None:
             turn.failed(site, reason, final=final)
 

@@ -49,8 +49,17 @@ def test_an_oversized_update_is_named() -> None:
 
 def test_the_same_arrays_are_taken_once_from_a_site() -> None:
     seen: dict[str, list[str]] = {}
-    assert not is_replay(update(1.0), seen)
-    assert not is_replay(update(2.0), seen)
-    assert is_replay(update(1.0), seen)
+    assert not is_replay(update(1.0), model(), seen)
+    assert not is_replay(update(2.0), model(), seen)
+    assert is_replay(update(1.0), model(), seen)
     other = ModelUpdate(sender="south", round=1, arrays=model(1.0))
-    assert not is_replay(other, seen)
+    assert not is_replay(other, model(), seen)
+
+
+def test_a_site_without_a_gradient_gives_back_what_it_was_sent_and_that_is_no_replay() -> None:
+    seen: dict[str, list[str]] = {}
+    for _ in range(3):
+        assert not is_replay(update(1.0), model(1.0), seen)
+    assert not is_replay(update(2.0), model(1.0), seen)
+    assert is_replay(update(2.0), model(1.0), seen)
+    assert not is_replay(update(2.0), model(2.0), seen)

@@ -37,6 +37,18 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(groups["optimiser"]["m_t/w"], OPTIMISER["m_t/w"])
 
 
+def test_a_checkpoint_of_0_1_is_read(tmp_path: Path) -> None:
+    """There the state is in the header of the file."""
+    arrays = {f"{group}/{name}": array for group in ("model", "best") for name, array in ARRAYS.items()}
+    text = state(3).model_dump_json()
+    metadata = {"state": text, "digest": checkpoint._digest(arrays, text.encode())}
+    safetensors.numpy.save_file(arrays, tmp_path / "round-00003.safetensors", metadata=metadata)
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    assert found[0] == state(3)
+    assert set(found[1]["model"]) == set(ARRAYS)
+
+
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     for number in range(1, 5):
         checkpoint.save(tmp_path, state(number), ARRAYS, ARRAYS, {})
