@@ -20,14 +20,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from client.decoding import describe, open_image, square, to_rgb
 from common.errors import UserError
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised when decoding changes, so that caches of older releases are not taken for this one's."""
 
 CHUNK = 128
@@ -122,52 +123,14 @@ def decode_all(
                 progress(start + len(chunk), len(paths))
 
 
-def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Bring an image to shape (size, size, 3): shorter side resized, centre cut out, 8-bit RGB."""
-    width, height = image.size
-    if (width, height) != (size, size):
-        scale = size / min(width, height)
-        wide, high = max(size, round(width * scale)), max(size, round(height * scale))
-        left, top = (wide - size) // 2, (high - size) // 2
-        # Pillow's bilinear filter widens with the reduction: it is antialiased.
-        image = image.resize((wide, high), Image.Resampling.BILINEAR)
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image, dtype=np.uint8)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to 8-bit RGB; alpha is dropped, deep greyscale is stretched over its own range.
-
-    Files of 16 bits rarely use all of them (12-bit cameras), so their own range is the only safe one.
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = float(values.min()), float(values.max())
-        stretched = (values - low) * (255.0 / (high - low) if high > low else 0.0)
-        image = Image.fromarray(stretched.round().astype(np.uint8))
-    return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
-
-
 def _decode(path: Path, size: int) -> _Decoded:
     try:
-        with Image.open(path) as image:
-            image.load()
-            pixels = square(to_rgb(image), size)
-            return _Decoded(pixels, image.mode != "RGB", image.size != (size, size))
+        image = open_image(path)
+        pixels = square(to_rgb(image), size)
+        return _Decoded(pixels, image.mode != "RGB", image.size != (size, size))
     except Exception as error:  # damaged files make decoders raise nearly anything
         blank = np.zeros((size, size, 3), dtype=np.uint8)
         return _Decoded(blank, fault=f"the image cannot be decoded ({describe(error)})")
-
-
-def describe(error: Exception) -> str:
-    """What went wrong with an image, without the path that some of these messages repeat."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image file that Pillow knows"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
 
 
 def _build(folder: Path, target: Path, paths: Sequence[Path], size: int, progress: Progress | None) -> None:

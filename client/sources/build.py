@@ -127,7 +127,7 @@ def write_sites(
     chosen = group_column or source.group_column
     group_of = column(source, chosen) if chosen else None
     if not len(train):
-        raise UserError(f"{source.file} holds no usable training image")
+        raise DataError(f"{source.file} holds no usable training image", bad)
     names, parts = divide(source, train, test, group_of, partition, sites, bag_size, rng)
     plans = []
     for name, (units, test_images) in zip(names, parts, strict=True):
@@ -152,8 +152,8 @@ def read_split(
     if name is None:
         return np.ones(len(source), dtype=np.bool_), np.zeros(len(source), dtype=np.bool_)
     words = [cell.lower() for cell in column(source, name)]
-    is_train = np.array([word in TRAIN_WORDS for word in words])
-    is_test = np.array([word in TEST_WORDS for word in words])
+    is_train = np.array([word in TRAIN_WORDS for word in words], dtype=np.bool_)
+    is_test = np.array([word in TEST_WORDS for word in words], dtype=np.bool_)
     for index in np.flatnonzero(~is_train & ~is_test).tolist():
         reason = f"{name} {words[index]!r} is neither train, val nor test"
         bad.append(BadRow(source.file, source.lines[index], reason))

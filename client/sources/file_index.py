@@ -5,7 +5,7 @@ name, files that are no image by their ending, and both are counted for a note.
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -35,6 +35,8 @@ SYSTEM_NAMES = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "thu
 """Lower case: what file servers and archive programs put beside pictures; so does every name with a dot."""
 
 NAMES_SHOWN = 3
+
+Ending = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,12 @@ class FoundFiles:
         return tuple(notes)
 
 
-def find_images(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> FoundFiles:
+def find_images(folder: Path, is_image: Ending = IMAGE_SUFFIXES.__contains__) -> FoundFiles:
     """List the image files below a folder, once: one look-up per name would be slow on network disks.
 
     Args:
         folder: where to look, at any depth.
-        suffixes: of the files that are images, lower case; the empty one stands for no ending.
+        is_image: tells of an ending, lower case with its dot or empty, whether images have it.
 
     Raises:
         UserError: the folder is missing.
@@ -88,7 +90,7 @@ def find_images(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> Fou
         hiding = next((part for part in path.relative_to(folder).parts if is_hidden(part)), None)
         if hiding is not None:
             hidden["._*" if hiding.startswith("._") else hiding] += 1
-        elif path.suffix.lower() in suffixes:
+        elif is_image(path.suffix.lower()):
             images.append(path)
         else:
             others[path.suffix.lower() or "no ending"] += 1
@@ -102,13 +104,16 @@ class FileIndex:
         UserError: the folder is missing.
     """
 
-    def __init__(self, folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> None:
-        self.found = find_images(folder, suffixes)
+    def __init__(self, folder: Path, is_image: Ending = IMAGE_SUFFIXES.__contains__) -> None:
+        self.found = find_images(folder, is_image)
         self._by_name: dict[str, list[Path]] = {}
+        self._by_stem: dict[str, list[Path]] = {}
         for path in self.found.images:
             relative = path.relative_to(folder)
-            for name in {str(relative), str(relative.with_suffix("")), path.name, path.stem}:
+            for name in {str(relative), path.name}:
                 self._by_name.setdefault(name, []).append(path)
+            for name in {str(relative.with_suffix("")), path.stem}:
+                self._by_stem.setdefault(name, []).append(path)
 
     def find(self, name: str) -> tuple[Path, str]:
         """The file called ``name`` (with or without folder and suffix), and what is wrong with it."""
@@ -117,9 +122,12 @@ class FileIndex:
         parts = PurePath(name)
         if parts.is_absolute() or ".." in parts.parts:
             return Path(), f"{name!r} leads out of the image folder"
-        found = self._by_name.get(str(parts), [])
-        if len(found) != 1:
-            return Path(), f"{name!r}: " + ("no such image" if not found else "several images of that name")
+        # A whole name comes first: of DICOM files called by UID, one's stem may be another's name.
+        found = self._by_name.get(str(parts)) or self._by_stem.get(str(parts), [])
+        if not found:
+            return Path(), f"{name!r}: no such image"
+        if len({path.read_bytes() for path in found} if len(found) > 1 else found) > 1:
+            return Path(), f"{name!r}: several images of that name"
         return found[0], ""
 
 

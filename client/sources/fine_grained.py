@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from client.sources.file_index import IMAGE_SUFFIXES
+from client.sources.file_index import find_images
 from client.sources.source_table import FileImages, SourceTable
 from common.errors import BadRow, UserError, require_file
 from common.hierarchy import Hierarchy
@@ -38,6 +38,7 @@ def cub_source(root: Path) -> SourceTable:
     Raises:
         UserError: one of the lists is missing or not what it should be.
     """
+    root = _unpacked(root, "images.txt")
     classes = {number: name.partition(".")[2] for _, number, name in _pairs(root / "classes.txt")}
     label_of = {image: number for _, image, number in _pairs(root / "image_class_labels.txt")}
     split_of = {
@@ -64,6 +65,7 @@ def aircraft_source(root: Path) -> SourceTable:
     Raises:
         UserError: one of the lists is missing or not what it should be.
     """
+    root = _unpacked(root, "data", "images_variant_test.txt")
     data = root / "data" if (root / "data").is_dir() else root
     both = (data / "images_variant_trainval.txt").is_file()
     rows = [
@@ -81,6 +83,7 @@ def cars_source(root: Path) -> SourceTable:
     Raises:
         UserError: none of these layouts, or a list is missing.
     """
+    root = _unpacked(root, "cars_annos.mat", "devkit", "train")
     devkit = root / "devkit"
     if (root / "cars_annos.mat").is_file():
         rows = list(_cars_in_one(root))
@@ -91,6 +94,18 @@ def cars_source(root: Path) -> SourceTable:
     else:
         raise UserError(f"{root} has none of the layouts of Stanford Cars: devkit/, cars_annos.mat, train/")
     return _table("cars196.csv", root, rows)
+
+
+def _unpacked(root: Path, *names: str) -> Path:
+    """The folder that holds one of these names: ``root``, or the only one so up to two levels below it.
+
+    Archives unpack into a folder of their own, some into two.
+    """
+    for pattern in ("", "*/", "*/*/"):
+        found = sorted({path.parent for name in names for path in root.glob(pattern + name)})
+        if len(found) == 1:
+            return found[0]
+    return root
 
 
 def _cars_devkit(root: Path, devkit: Path) -> Iterator[_Row]:
@@ -119,11 +134,10 @@ def _cars_folders(root: Path) -> Iterator[_Row]:
     tree = Hierarchy.from_csv(HIERARCHIES / "cars196.csv")
     label_of = {_letters(name): name for name in tree.classes[-1]}
     for split in ("train", "test"):
-        for path in sorted((root / split).rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                folder = path.parent.name
-                file = str(path.relative_to(root))
-                yield _Row(path, label_of.get(_letters(folder), folder), split, file, None)
+        for path in find_images(root / split).images:
+            folder = path.parent.name
+            file = str(path.relative_to(root))
+            yield _Row(path, label_of.get(_letters(folder), folder), split, file, None)
 
 
 def _letters(name: str) -> str:

@@ -4,44 +4,51 @@ Where the folders directly below ROOT are called train, val and test, they are t
 """
 
 from collections import Counter
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
 
-from client.sources.file_index import IMAGE_SUFFIXES
+from client.sources.file_index import find_images
 from client.sources.source_table import TEST_WORDS, TRAIN_WORDS, FileImages, SourceTable
 from common.errors import BadRow, UserError
 from common.hierarchy import Hierarchy
+
+SPLIT_WORDS = TEST_WORDS | TRAIN_WORDS
 
 
 def folder_source(root: Path) -> SourceTable:
     """Read nested class folders.
 
     A class is called by its folder, or by ``parent/folder`` on levels where two folders share a name.
-    Images at another depth than most are bad rows.
+    Images at another depth than most, or outside the folders of a split, are bad rows.
 
     Raises:
-        UserError: the folder is missing or holds no image in a class folder.
+        UserError: the folder is missing, holds no image in a class folder, or holds a folder that may be a
+            split or a class.
     """
-    if not root.is_dir():
-        raise UserError(f"the image folder is missing: {root}")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = find_images(root)
+    files = found.images
     folders = [path.relative_to(root).parent.parts for path in files]
-    top = {parts[0].lower() if parts else "" for parts in folders}
-    has_split = bool(top) and top <= TEST_WORDS | TRAIN_WORDS
+    if len({parts[:1] for parts in folders}) == 1 and {p[1].lower() for p in folders if p[1:]} & SPLIT_WORDS:
+        # An archive that unpacks into a folder of its own: the split is one level down.
+        return folder_source(root / folders[0][0])
+    has_split = _is_split({parts[0] for parts in folders if parts}, root)
     classes = [parts[1:] if has_split else parts for parts in folders]
-    depth = Counter(len(parts) for parts in classes if parts).most_common(1)
+    inside = [not has_split or parts[:1] == () or parts[0].lower() in SPLIT_WORDS for parts in folders]
+    depth = Counter(len(parts) for parts, counts in zip(classes, inside, strict=True) if parts and counts)
     if not depth:
         raise UserError(f"{root} holds no image in a class folder")
-    levels = depth[0][0]
+    levels = depth.most_common(1)[0][0]
     bad = []
     kept = []
     for index, parts in enumerate(classes):
-        if len(parts) == levels:
+        if inside[index] and len(parts) == levels:
             kept.append(index)
-        else:
-            reason = f"lies {len(parts)} class folder(s) deep, most images lie {levels} deep"
-            bad.append(BadRow(str(files[index].relative_to(root)), None, reason))
+            continue
+        deep = f"lies {len(parts)} class folder(s) deep, most images lie {levels} deep"
+        reason = deep if inside[index] else "lies neither in a train, val nor test folder"
+        bad.append(BadRow(str(files[index].relative_to(root)), None, reason))
     named = _unique_names([classes[index] for index in kept], levels)
     tree = Hierarchy.from_rows([f"level_{level}" for level in range(1, levels + 1)], sorted(set(named)))
     return SourceTable(
@@ -53,7 +60,20 @@ def folder_source(root: Path) -> SourceTable:
         columns={"split": [folders[index][0] for index in kept]} if has_split else {},
         split_column="split" if has_split else None,
         bad=tuple(bad),
+        notes=found.notes(),
     )
+
+
+def _is_split(top: Set[str], root: Path) -> bool:
+    """Whether the folders on top are train, val and test, and not classes."""
+    words = {name.lower() for name in top} & SPLIT_WORDS
+    others = sorted(name for name in top if name.lower() not in SPLIT_WORDS)
+    if words and others and not (words & TEST_WORDS and words & TRAIN_WORDS):
+        raise UserError(
+            f"{root} holds {', '.join(sorted(words))} beside {', '.join(others[:5])}: is it a split or a "
+            "class? Give train and test folders, or rename the class."
+        )
+    return bool(words)
 
 
 def _unique_names(classes: list[tuple[str, ...]], levels: int) -> list[tuple[str, ...]]:

@@ -69,7 +69,7 @@ def make_report(
             for bag in plan.bags:
                 for group in {groups[index] for index in bag.tolist()}:
                     bags_of[group] = bags_of.get(group, 0) + 1
-    notes = []
+    notes = list(source.notes)
     if groups is None:
         notes.append(
             "No patient or lesion ids were given: images of one patient may lie in several bags, and a "

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.image_cache import describe, to_rgb
+from client.decoding import check_pixels, describe, open_image, to_rgb
 from common.errors import BadRow
 from common.hierarchy import Hierarchy
 
@@ -51,9 +51,7 @@ class FileImages:
         return str(self.paths[index])
 
     def read(self, index: int) -> Image.Image:
-        with Image.open(self.paths[index]) as image:
-            image.load()
-            return to_rgb(image)
+        return to_rgb(open_image(self.paths[index]))
 
     def write(self, index: int, stem: Path) -> str:
         path = self.paths[index]
@@ -82,7 +80,9 @@ class ArrayImages:
         return f"image {index}"
 
     def read(self, index: int) -> Image.Image:
-        return to_rgb(Image.fromarray(self.get(index)))
+        pixels = self.get(index)
+        check_pixels(*pixels.shape[:2])
+        return to_rgb(Image.fromarray(pixels))
 
     def write(self, index: int, stem: Path) -> str:
         return save_png(Image.fromarray(self.get(index)), stem)
@@ -105,6 +105,7 @@ class SourceTable:
         split_column: the column with the official split, if there is one.
         group_column: the column with the patient (or lesion), if the format defines one.
         bad: rows that were found unusable while reading; they are not among the N.
+        notes: what the user should know of how it was read.
     """
 
     file: str
@@ -116,6 +117,7 @@ class SourceTable:
     split_column: str | None = None
     group_column: str | None = None
     bad: tuple[BadRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

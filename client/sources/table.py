@@ -1,13 +1,13 @@
 """Images listed in a label table: ISIC metadata, HAM10000, or any CSV with a label column."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from client.csv_tables import CsvTable, read_csv
-from client.sources.file_index import IMAGE_SUFFIXES, FileIndex
+from client.sources.file_index import IMAGE_SUFFIXES, Ending, FileIndex
 from client.sources.source_table import FileImages, SourceImages, SourceTable
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
@@ -34,7 +34,7 @@ def table_source(
     hierarchy: Path | None = None,
     label_column: str | None = None,
     reader: Callable[[Sequence[Path]], SourceImages] = FileImages,
-    suffixes: Collection[str] = IMAGE_SUFFIXES,
+    is_image: Ending = IMAGE_SUFFIXES.__contains__,
 ) -> SourceTable:
     """Read a label table.
 
@@ -49,7 +49,7 @@ def table_source(
         hierarchy: label tree as CSV. Without it the diagnosis columns are the tree.
         label_column: the column of leaf names; needs ``hierarchy``.
         reader: what reads the files found.
-        suffixes: of the files that are images, lower case.
+        is_image: tells of an ending whether images have it; see ``find_images``.
 
     Returns:
         The table; all other columns are kept for grouping. Rows with an unknown label, a missing
@@ -80,7 +80,7 @@ def table_source(
     if tree is None and label_column is not None:
         raise UserError("--label-column needs --hierarchy: one row per leaf, coarse to fine")
     tree = tree or _tree_from(table, levels, bad)
-    index = FileIndex(images, suffixes)
+    index = FileIndex(images, is_image)
     kept: list[int] = []
     paths: list[Path] = []
     leaves: list[int] = []

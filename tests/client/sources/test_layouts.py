@@ -60,6 +60,76 @@ def test_twin_folders_keep_apart_and_split_folders_are_the_split(
     check_build(table, tmp_path / "out", train=4, test=2)
 
 
+@pytest.mark.parametrize(
+    "litter",
+    [
+        "train/.ipynb_checkpoints/0.png",
+        "train/a/@eaDir/0.png/SYNOPHOTO_THUMB.png",
+        "@eaDir/x.png",
+        "__MACOSX/train/a/._0.png",
+        "train/a/._0.png",
+        "#recycle/a/0.png",
+        ".thumbnails/0.png",
+    ],
+)
+def test_hidden_and_system_folders_are_skipped_counted_and_named(
+    tmp_path: Path, draw: Draw, litter: str
+) -> None:
+    for split in ("train", "test"):
+        for number in range(4):
+            draw(tmp_path / split / "ab"[number % 2] / f"{number}.png")
+    clean = open_source("folders", images=tmp_path)
+    for number in range(9):
+        draw(tmp_path / litter.replace("0", str(number)))
+    table = open_source("folders", images=tmp_path)
+    assert table.hierarchy == clean.hierarchy
+    assert (len(table), table.split_column, table.bad) == (8, "split", ())
+    assert "Hidden and system folders and files were skipped" in table.notes[0]
+    report = build_sites(table, tmp_path / "out", sites=1, bag_size=4)
+    assert table.notes[0] in report.notes
+
+
+def test_files_of_other_endings_are_counted_and_named(tmp_path: Path, draw: Draw) -> None:
+    for number in range(4):
+        draw(tmp_path / "a" / f"{number}.png")
+        draw(tmp_path / "b" / f"{number}.ppm")
+    for name in ("a/notes.txt", "a/scan.svs", "b/scan.svs", "b/README"):
+        (tmp_path / name).write_text("x")
+    table = open_source("folders", images=tmp_path)
+    assert len(table) == 8
+    assert table.hierarchy.classes == (("a", "b"),)
+    assert table.notes == (
+        f"4 file(s) below {tmp_path.name} do not end like an image and were left out: "
+        ".svs (2), .txt (1), no ending (1).",
+    )
+
+
+@pytest.mark.parametrize("stray", ["cover.png", "unsorted/x.png", "unsorted/deep/x.png"])
+@pytest.mark.parametrize("above", ["", "archive"])
+def test_a_stray_picture_does_not_cost_the_split(
+    tmp_path: Path, draw: Draw, leaf_names: LeafNames, stray: str, above: str
+) -> None:
+    for split in ("train", "test"):
+        for number in range(4):
+            draw(tmp_path / "in" / above / split / "ab"[number % 2] / f"{number}.png")
+    draw(tmp_path / "in" / above / stray)
+    table = open_source("folders", images=tmp_path / "in")
+    assert table.columns["split"] == ["test"] * 4 + ["train"] * 4
+    assert [row.file for row in table.bad] == [stray]
+    with pytest.raises(DataError, match=stray):
+        build_sites(table, tmp_path / "out", sites=1, bag_size=4)
+    report = build_sites(table, tmp_path / "out", sites=1, bag_size=4, skip_bad=True)
+    assert report.sites[0].test_images == 4
+
+
+@pytest.mark.parametrize("word", ["test", "Train", "val"])
+def test_a_folder_that_may_be_a_split_or_a_class_is_refused(tmp_path: Path, draw: Draw, word: str) -> None:
+    for name in (word, "a", "b"):
+        draw(tmp_path / name / "x" / "0.png")
+    with pytest.raises(UserError, match=f"holds {word.lower()} beside a, b: is it a split or a class"):
+        open_source("folders", images=tmp_path)
+
+
 def test_folders_without_images(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "in/1.png")
     with pytest.raises(UserError, match="no image in a class folder"):
@@ -164,6 +234,29 @@ def test_cub(cub: Path, tmp_path: Path, leaf_names: LeafNames) -> None:
     check_build(table, tmp_path / "out", train=6, test=2)
 
 
+@pytest.mark.parametrize("above", ["CUB_200_2011", "archive/CUB_200_2011"])
+def test_a_folder_too_high_is_looked_into(tmp_path: Path, above: str) -> None:
+    write_cub(tmp_path / "cub" / above)
+    write_aircraft(tmp_path / "aircraft" / above)
+    write_cars(tmp_path / "cars" / above)
+    for name, number in (("cub", 8), ("aircraft", 12), ("cars", 9)):
+        table = open_source(name, images=tmp_path / name)
+        assert (len(table), table.bad) == (number, ())
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize("source", ["cub", "aircraft", "cars"])
+def test_a_split_without_one_image_lists_its_rows(tmp_path: Path, source: str, skip_bad: bool) -> None:
+    root = {"cub": write_cub, "aircraft": write_aircraft, "cars": write_cars}[source](tmp_path / source)
+    for path in list(root.rglob("*.jpg")):
+        path.unlink()
+    table = open_source(source, images=root)
+    assert len(table) == 0
+    with pytest.raises(DataError, match="no such image"):
+        build_sites(table, tmp_path / "out", sites=1, skip_bad=skip_bad)
+    assert not (tmp_path / "out").exists()
+
+
 def test_cub_rows_that_are_bad(cub: Path) -> None:
     (cub / "images/001.Black_footed_Albatross/Black_1.jpg").unlink()
     lists = (cub / "images.txt").read_text()
@@ -240,7 +333,7 @@ def test_cars_in_class_folders(tmp_path: Path, draw: Draw, leaf_names: LeafNames
         "unknown label 'Trabant 1989'; it is no leaf of the official tree"
     ]
     with pytest.raises(UserError, match="none of the layouts"):
-        open_source("cars", images=tmp_path)
+        open_source("cars", images=root / "train")
 
 
 # --- the catalogue -------------------------------------------------------------------------------------
