@@ -106,6 +106,8 @@ class FileIndex:
 
     def __init__(self, folder: Path, is_image: Ending = IMAGE_SUFFIXES.__contains__) -> None:
         self.found = find_images(folder, is_image)
+        self.twins: set[Path] = set()
+        """Images asked for that lie in several folders, everywhere with the same bytes; the first is given."""
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
         for path in self.found.images:
@@ -126,8 +128,10 @@ class FileIndex:
         found = self._by_name.get(str(parts)) or self._by_stem.get(str(parts), [])
         if not found:
             return Path(), f"{name!r}: no such image"
-        if len({path.read_bytes() for path in found} if len(found) > 1 else found) > 1:
-            return Path(), f"{name!r}: several images of that name"
+        if len(found) > 1:
+            if len({path.read_bytes() for path in found}) > 1:
+                return Path(), f"{name!r}: several images of that name"
+            self.twins.add(found[0])
         return found[0], ""
 
 

@@ -97,6 +97,11 @@ def table_source(
         kept.append(number)
         paths.append(path)
         leaves.append(tree.leaf_index[row[levels[-1]]])
+    notes = []
+    if index.twins:
+        notes.append(
+            f"{len(index.twins)} image(s) lie in several folders with the same bytes; each was taken once."
+        )
     others = [name for name in table.columns if name != image]
     return SourceTable(
         file=table.file,
@@ -107,6 +112,7 @@ def table_source(
         columns={name: [table.rows[number][name] for number in kept] for name in others},
         group_column=group,
         bad=tuple(dict.fromkeys(bad)),
+        notes=tuple(notes),
     )
 
 

@@ -111,6 +111,11 @@ def test_bad_rows_are_kept_apart(folder: Path, draw: Draw, row: str, reason: str
 
 def test_a_name_that_two_folders_hold_is_ambiguous(folder: Path, draw: Draw) -> None:
     draw(folder / "images/more/ISIC_1.jpg")
+    same = read(folder)
+    assert (len(same), same.bad) == (3, ()), "the same bytes twice are one image"
+    assert "1 image(s) lie in several folders with the same bytes" in same.notes[0]
+    draw(folder / "images/more/other.jpg")
+    (folder / "images/more/other.jpg").rename(folder / "images/more/ISIC_1.jpg")
     assert "several images of that name" in str(read(folder).bad[0])
     (folder / "labels.csv").write_text(ISIC.replace("ISIC_1", "more/ISIC_1.jpg"))
     assert read(folder).bad == ()
