@@ -28,6 +28,7 @@ from common.secure_aggregation.records import (
     MaskRequest,
     SessionOffer,
     SessionPlan,
+    SurvivorList,
     UnmaskRequest,
 )
 from common.trainable import trainable_parameters
@@ -53,6 +54,16 @@ def shares(message: Message, context: Context) -> Message:
 
     return Message(
         to_records(Member.open(context).share(from_records(message.content, SessionPlan))), reply_to=message
+    )
+
+
+@app.query("survivors")
+def survivors(message: Message, context: Context) -> Message:
+    """Secure aggregation, after training: sign the list of those whose vectors the server says it has."""
+    from client.secure_aggregation import Member
+
+    return Message(
+        to_records(Member.open(context).agree(from_records(message.content, SurvivorList))), reply_to=message
     )
 
 
@@ -102,7 +113,7 @@ def train_masked(message: Message, context: Context) -> Message:
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
     member = Member.open(context)
-    member.receive(from_records(message.content, MaskRequest), request.round)
+    member.receive(from_records(message.content, MaskRequest), request)
     model, metrics, statement = train_locally(context, config, store, request)
     beside = store.config.policy.secure_aggregation.metrics
     update = MaskedUpdate(

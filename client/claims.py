@@ -6,7 +6,8 @@ process wins: a row of SQLite whose key is unique. Knows nothing of what is clai
 """
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from common.errors import RunError, SecureAggregationRefused
@@ -21,13 +22,30 @@ def claim(path: Path, key: str, content: str | None = None) -> None:
         SecureAggregationRefused: it was claimed before (with something else).
         RunError: the file cannot be written; nothing may be done then.
     """
+    with _open(path) as db:
+        made = db.execute("INSERT OR IGNORE INTO claims VALUES (?, ?)", (key, content)).rowcount
+        kept = db.execute("SELECT content FROM claims WHERE key = ?", (key,)).fetchone()
+    if not made and (content is None or kept != (content,)):
+        raise SecureAggregationRefused("asked a second time for what is done once")
+
+
+def claimed(path: Path, key: str) -> str | None:
+    """Return the content under which ``key`` was claimed; None where it was not.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    with _open(path) as db:
+        kept = db.execute("SELECT content FROM claims WHERE key = ?", (key,)).fetchone()
+    return kept[0] if kept else None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         with closing(sqlite3.connect(path, timeout=WAIT_SECONDS)) as db, db:
             db.execute("PRAGMA synchronous = EXTRA")
             db.execute("CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, content TEXT)")
-            made = db.execute("INSERT OR IGNORE INTO claims VALUES (?, ?)", (key, content)).rowcount
-            kept = db.execute("SELECT content FROM claims WHERE key = ?", (key,)).fetchone()
+            yield db
     except sqlite3.Error as error:
         raise RunError("the site's file of claims cannot be written; is its disk full?") from error
-    if not made and (content is None or kept != (content,)):
-        raise SecureAggregationRefused("asked a second time for what is done once")

@@ -21,6 +21,7 @@ from common.errors import (
     EgressError,
     FedbagsError,
     IdentityError,
+    RoundTaken,
     RunError,
     SecureAggregationRefused,
     UserError,
@@ -41,6 +42,7 @@ from common.secure_aggregation.records import (
     KeyAdvert,
     MaskedUpdate,
     SealedShares,
+    SurvivorSignature,
     UnmaskShares,
 )
 
@@ -63,6 +65,7 @@ EXPECTED: dict[str, tuple[type[Record], ...]] = {
     "train.masked": (MaskedUpdate, PrivacyStatement),
     "query.keys": (KeyAdvert,),
     "query.shares": (SealedShares,),
+    "query.survivors": (SurvivorSignature,),
     "query.unmask": (UnmaskShares,),
     "evaluate.bags": (ModelUpdate,),
     "evaluate.test": (ModelUpdate,),
@@ -85,7 +88,11 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
         code = classify(error)
         # The class alone: even the site's log lines carry no path, patient id or label. What a secure
         # aggregation is refused for has none of them in it, and the site must know.
-        told = str(error) if code is SiteError.SECURE_AGGREGATION else type(error).__name__
+        told = (
+            str(error)
+            if code in (SiteError.SECURE_AGGREGATION, SiteError.ROUND_TAKEN)
+            else type(error).__name__
+        )
         log.error(
             "%(phase)s refused: %(reason)s (%(error)s)",
             {"phase": kind, "reason": SITE_ERRORS[code], "error": told},
@@ -192,6 +199,8 @@ def classify(error: Exception) -> SiteError:
     match error:
         case BudgetRefused():
             return SiteError.BUDGET
+        case RoundTaken():
+            return SiteError.ROUND_TAKEN
         case SecureAggregationRefused() | IdentityError():
             return SiteError.SECURE_AGGREGATION
         case EgressError():

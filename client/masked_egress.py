@@ -19,6 +19,8 @@ from common.secure_aggregation.records import (
     SealedShares,
     SessionOffer,
     SessionPlan,
+    SurvivorList,
+    SurvivorSignature,
     UnmaskRequest,
     UnmaskShares,
 )
@@ -28,6 +30,7 @@ ASKED: dict[type[Record], type[InSession]] = {
     KeyAdvert: SessionOffer,
     SealedShares: SessionPlan,
     MaskedUpdate: MaskRequest,
+    SurvivorSignature: SurvivorList,
     UnmaskShares: UnmaskRequest,
 }
 """What each of these replies answers."""

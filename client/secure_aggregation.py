@@ -13,28 +13,34 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Context
 
-from client.claims import claim
+from client.claims import claim, claimed
 from client.locate import KIT, find_site, is_simulated
 from client.site import SiteConfig
 from client.throwaway import CA_FILE, CERTIFICATE_FILE, KEY_FILE, throwaway_kit
 from common.config import RunConfig
-from common.errors import ConfigError, SecureAggregationRefused, require_file
+from common.errors import ConfigError, RoundTaken, SecureAggregationRefused, require_file
 from common.identity import load_node_key
-from common.messages import FloatArray, remember, remembered
+from common.messages import FloatArray, ModelUpdate, remember, remembered
 from common.secure_aggregation import member
-from common.secure_aggregation.member import Limits, MemberState
-from common.secure_aggregation.quantisation import quantise
+from common.secure_aggregation.demands import Limits
+from common.secure_aggregation.member import MemberState
+from common.secure_aggregation.quantisation import digest, quantise
 from common.secure_aggregation.records import (
+    InSession,
     KeyAdvert,
     MaskRequest,
     SealedShares,
     SessionOffer,
     SessionPlan,
+    SurvivorList,
+    SurvivorSignature,
     UnmaskRequest,
     UnmaskShares,
     Words,
+    canonical,
 )
 
 log = logging.getLogger("fedbags.client")
@@ -74,23 +80,39 @@ class Member:
         """The stricter of the site's demands and the run's."""
         own = self.site.policy.secure_aggregation
         fewest = max(own.minimum_sites, self.config.secure_aggregation.minimum_sites)
-        return Limits(fewest, own.largest_share)
+        return Limits(fewest, own.largest_share, own.fewest_neighbours)
 
     def advertise(self, offer: SessionOffer) -> KeyAdvert:
-        """Fresh keys, signed with the node key."""
-        key = load_node_key(self.kit / KEY_FILE)
+        """Fresh keys, signed with the node key.
+
+        Raises:
+            RoundTaken: the site has unmasked a sum of this round already.
+        """
         certificate = self.kit / CERTIFICATE_FILE
         text = certificate.read_text(encoding="ascii") if certificate.is_file() else ""
+        self._refuse_second_sum(offer)
         claim(self.claims, f"{offer.session}/keys")
-        advert, state = member.advertise(offer, self.site.name, self.context.run_id, key, text)
+        settings = hashlib.sha256(canonical(self.config.to_flat())).digest()
+        advert, state = member.advertise(
+            offer, self.site.name, self.context.run_id, settings, self._node_key(), text
+        )
         self._keep(state)
         return advert
 
     def share(self, plan: SessionPlan) -> SealedShares:
-        """Sealed shares for the neighbours, once all keys are verified."""
+        """Sealed shares for the neighbours, once all keys are verified and the plan is the run's."""
         authority = require_file(
             self.kit / CA_FILE, "the consortium's CA certificate", "It came with the site's kit."
         )
+        run = self.config.secure_aggregation
+        if (plan.threshold_share, plan.neighbours, plan.clip_range) != (
+            run.threshold_share,
+            run.neighbours,
+            run.clip_range,
+        ):
+            raise SecureAggregationRefused(
+                "a plan with another threshold-share, neighbours or clip-range than the run's configuration"
+            )
         claim(self.claims, f"{plan.session}/shares")
         reply, state = member.share(
             self._state(), plan, authority.read_text(encoding="ascii"), datetime.now(UTC), self.limits
@@ -103,12 +125,19 @@ class Member:
         """The session that the site's secrets are of."""
         return self._state().session
 
-    def receive(self, request: MaskRequest, round: int) -> None:
-        """Take the neighbours' shares in, beside the model of ``round``; training and masking are claimed."""
-        if round != request.round:
+    def receive(self, request: MaskRequest, sent: ModelUpdate) -> None:
+        """Take the neighbours' shares in, beside the model; training it and masking are claimed.
+
+        Raises:
+            RoundTaken: the site has unmasked a sum of this round, or begun it with another model.
+        """
+        if sent.round != request.round:
             raise SecureAggregationRefused("a model of one round with the shares of another")
+        self._refuse_second_sum(request)
+        model = digest(sent.arrays)
+        self._claim_once(f"{self._round(request)}/model", model.hex(), "for another model")
         claim(self.claims, f"{request.session}/masks")
-        self._keep(member.receive(self._state(), request))
+        self._keep(member.receive(self._state(), request, model))
 
     def mask(self, sent: dict[str, FloatArray], trained: dict[str, FloatArray]) -> Words:
         """The update as masked words; the masks are gone from the state afterwards.
@@ -122,12 +151,43 @@ class Member:
         self._keep(member.mask(state, words))
         return words
 
-    def unmask(self, request: UnmaskRequest) -> UnmaskShares:
-        """One share per neighbour; asked again, the same ones, and for other survivors none."""
-        answer = member.unmask(self._state(), request, self.limits)
-        listed = hashlib.sha256("\0".join(sorted(request.survivors)).encode()).hexdigest()
-        claim(self.claims, f"{request.session}/unmask", listed)
+    def agree(self, request: SurvivorList) -> SurvivorSignature:
+        """The signed list of survivors; asked again, the same one, and no other list."""
+        answer = member.agree(self._state(), request, self._node_key(), self.limits)
+        self._claim_survivors(request)
         return answer
+
+    def unmask(self, request: UnmaskRequest) -> UnmaskShares:
+        """One share per neighbour; asked again, the same ones, and for other survivors none.
+
+        Raises:
+            RoundTaken: it has given shares for another sum of this round.
+        """
+        answer = member.unmask(self._state(), request, self.limits)
+        self._claim_survivors(request)
+        self._claim_once(f"{self._round(request)}/sum", request.session, "in another session")
+        return answer
+
+    def _claim_survivors(self, request: SurvivorList) -> None:
+        listed = hashlib.sha256(canonical(sorted(request.survivors))).hexdigest()
+        claim(self.claims, f"{request.session}/survivors", listed)
+
+    def _refuse_second_sum(self, request: InSession) -> None:
+        """Say early, before any work and any budget, what ``unmask`` would refuse in the end."""
+        if claimed(self.claims, f"{self._round(request)}/sum") is not None:
+            raise RoundTaken(f"this site has given its part of a sum of round {request.round} already")
+
+    def _claim_once(self, key: str, content: str, otherwise: str) -> None:
+        try:
+            claim(self.claims, key, content)
+        except SecureAggregationRefused as error:
+            raise RoundTaken(f"this site has done its part of this round {otherwise} already") from error
+
+    def _round(self, request: InSession) -> str:
+        return f"run {self.context.run_id}/round {request.round}"
+
+    def _node_key(self) -> EllipticCurvePrivateKey:
+        return load_node_key(self.kit / KEY_FILE)
 
     def _state(self) -> MemberState:
         state = remembered(self.context.state, STATE, MemberState)

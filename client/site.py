@@ -62,6 +62,9 @@ class SecureAggregationPolicy(Section):
     required: bool = Field(False, description="never send an update in clear, whatever the run asks for")
     minimum_sites: int = Field(3, ge=2, description="fewest sites in a sum")
     largest_share: float = Field(0.8, gt=0, lt=1, description="largest share of one site in its weights")
+    fewest_neighbours: int = Field(
+        0, ge=0, description="fewest sites that it shares masks with in a large consortium; 0: all others"
+    )
     metrics: tuple[str, ...] = Field(
         ("num-bags",), description="of the policy's metrics, those that may leave beside a masked update"
     )

@@ -7,6 +7,7 @@ FedbagsError
 ├── RunError           exit 1: the run could not go on (quorum, deadline, lost site)
 │   ├── IdentityError               a certificate or a signature is not what it must be
 │   └── SecureAggregationRefused    a site does not go on with a secure aggregation
+│       └── RoundTaken              its part of this round is done: it goes on with the next
 └── EgressError        a site refused to send something (its text carries no data)
 """
 
@@ -72,6 +73,10 @@ class IdentityError(RunError):
 
 class SecureAggregationRefused(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
     """A site does not go on with a secure aggregation. The text names sites and counts, never a secret."""
+
+
+class RoundTaken(SecureAggregationRefused):
+    """A site has done its part of a round, in another session or for another model, and does no second."""
 
 
 class EgressError(FedbagsError):

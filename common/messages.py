@@ -27,6 +27,8 @@ from common.secure_aggregation.records import (
     SealedShares,
     SessionOffer,
     SessionPlan,
+    SurvivorList,
+    SurvivorSignature,
     UnmaskRequest,
     UnmaskShares,
     Words,
@@ -55,6 +57,8 @@ class SiteError(IntEnum):
     """The site's privacy budget does not allow what was asked: it leaves the run."""
     SECURE_AGGREGATION = 1007
     """The site does not go on with a secure aggregation: what it was told is not what it can trust."""
+    ROUND_TAKEN = 1008
+    """The site's part of this round is done; the run goes on with the next round."""
 
 
 SITE_ERRORS: Mapping[SiteError, str] = {
@@ -66,6 +70,8 @@ SITE_ERRORS: Mapping[SiteError, str] = {
     SiteError.INTERNAL: "an unexpected error at the site",
     SiteError.BUDGET: "the site's privacy budget does not allow this; the site leaves the run",
     SiteError.SECURE_AGGREGATION: "the site refused to go on with the secure aggregation; its log says why",
+    SiteError.ROUND_TAKEN: "the site has done its part of this round's sum already, or begun the round with "
+    "another model; it takes part in the next round",
 }
 """What each code means. A site sends this text and no other, and a server writes down this text whatever
 came with the code: the text of an exception can carry a path or a patient id."""
@@ -173,6 +179,8 @@ _RECORD_NAMES: Mapping[type[Record], str] = {
     SealedShares: "sealed-shares",
     MaskRequest: "mask-request",
     MaskedUpdate: "masked-update",
+    SurvivorList: "survivor-list",
+    SurvivorSignature: "survivor-signature",
     UnmaskRequest: "unmask-request",
     UnmaskShares: "unmask-shares",
 }

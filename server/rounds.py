@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from common.config import RunConfig
 from common.config_tables import Strategy
+from common.errors import RunError
 from common.lhfglp import LHFGLP
 from common.messages import (
     FloatArray,
@@ -30,11 +31,11 @@ from server.acceptance import fault_of, is_replay, read_update, usable_loss
 from server.aggregation import Aggregator, Arrays, ServerOptimiser, StreamingMean
 from server.attendance import Attendance, QuorumMissed, Turn
 from server.checkpoint import ServerState
-from server.enrolment import is_answer
+from server.enrolment import ATTEMPTS, is_answer
 from server.evaluation import check_figures, noised_bag_figures, pooled_bag_figures, selection_score
 from server.exchange import ask
 from server.run_folder import RunFolder
-from server.secure_aggregation import Session, SessionFailed
+from server.secure_aggregation import Session, SessionFailed, useless_sum
 from server.weights import fedpals_weights, training_bags
 
 log = logging.getLogger("fedbags.server")
@@ -63,6 +64,10 @@ class Rounds:
         self.best: dict[str, FloatArray] = dict(trainable_arrays(model))
         self.used_up: dict[str, tuple[int, int]] = {}
         """Node and round of every site that left because of its privacy budget."""
+        self.taken: set[str] = set()
+        """Sites that have done their part of this round before (``SiteError.ROUND_TAKEN``)."""
+        self.skipped = 0
+        """Rounds in a row, up to now, that were skipped for it."""
 
     def restore(self, groups: dict[str, dict[str, Any]]) -> None:
         """Put the arrays of a checkpoint back."""
@@ -75,12 +80,16 @@ class Rounds:
         while self.state.round < self.config.rounds:
             started = time.monotonic()
             number = self.state.round + 1
+            self.taken.clear()
             try:
                 self._train(number)
-            except QuorumMissed:
-                if not self._ends_early(number):
+            except QuorumMissed as error:
+                if self.taken and self._may_skip(number):
+                    self._skip(number, str(error))
+                elif self._ends_early(number):
+                    return
+                else:
                     raise
-                return
             if self.config.evaluation.is_due(number, self.config.rounds):
                 self._evaluate_bags(number)
             self.state.round = number
@@ -92,6 +101,23 @@ class Rounds:
                 self.best,
                 self.optimiser.state(),
             )
+
+    def _may_skip(self, number: int) -> bool:
+        """Not for ever, and not where no round would be trained at all."""
+        return self.skipped < ATTEMPTS and not self.skipped + 1 == number == self.config.rounds
+
+    def _skip(self, number: int, reason: str) -> None:
+        """Leave the model as it is in this round, and go on with the next.
+
+        A site unmasks one sum of a round and never a second. So where it did, and the sum was lost before the
+        checkpoint, this round cannot be had again; the next one can.
+        """
+        self.skipped += 1
+        self.folder.event("round-skipped", round=number, sites=sorted(self.taken), reason=reason)
+        log.warning(
+            "round %(round)d skipped: %(sites)s have done their part of it before",
+            {"round": number, "sites": sorted(self.taken)},
+        )
 
     def _ends_early(self, number: int) -> bool:
         """Whether used-up privacy budgets keep the run below its quorum; then it ends with the last round.
@@ -122,6 +148,7 @@ class Rounds:
         collect = self._collect_masked if self.config.secure_aggregation.enabled else self._collect
         collected, losses = collect(number, reference)
         load_arrays(self.model, self.optimiser.step(reference, collected, number, self.config.rounds))
+        self.skipped = 0
         mean_loss = sum(losses.values()) / len(losses) if losses else None
         self.folder.event("round", round=number, updates=collected.count, loss=mean_loss)
         log.info("round %d: %d updates, mean loss %s", number, collected.count, mean_loss)
@@ -169,13 +196,13 @@ class Rounds:
             )
             try:
                 mean = session.run(sites, self._request(number), reference)
-                if fault := fault_of(mean.update, reference, self.config.federation):
-                    raise SessionFailed(f"the mean of the masked updates: {fault}")
                 break
             except SessionFailed as error:
                 for site in sites:
                     turn.failed(site, str(error), final=False)
                 log.warning("round %(round)d: %(reason)s", {"round": number, "reason": str(error)})
+        if fault := fault_of(mean.update, reference, self.config.federation):
+            raise RunError(useless_sum(number, f"the mean of the masked updates: {fault}"))
         collected = StreamingMean()
         collected.add(mean.update, mean.weight)
         collected.count = len(mean.metrics)
@@ -251,6 +278,8 @@ class Rounds:
                 yield site, reply.content
                 continue
             self._left_out(site, kind, reply.failure, turn, final=is_answer(reply.code))
+            if reply.code == SiteError.ROUND_TAKEN:
+                self.taken.add(site)
             if reply.code == SiteError.BUDGET:
                 self.used_up[site] = (reply.node, number)
                 self.roster.leave(site, reply.failure)

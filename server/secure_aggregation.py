@@ -4,6 +4,7 @@ It sees public keys, ciphertexts, masked words, and shares of secrets that the s
 an update. Knows nothing of who is waited for and of what the mean is used for (rounds.py).
 """
 
+import math
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ from common.messages import (
     from_records,
     to_records,
 )
-from common.secure_aggregation.quantisation import length, mean_of
+from common.secure_aggregation.demands import effective_number
+from common.secure_aggregation.quantisation import digest, length, mean_of
 from common.secure_aggregation.records import (
     InSession,
     KeyAdvert,
@@ -34,12 +36,17 @@ from common.secure_aggregation.records import (
     SealedShares,
     SessionOffer,
     SessionPlan,
+    SurvivorList,
+    SurvivorSignature,
     UnmaskRequest,
     UnmaskShares,
 )
 from common.secure_aggregation.recovery import MaskedSum
 
-KEYS, SHARES, TRAIN_MASKED, UNMASK = "query.keys", "query.shares", "train.masked", "query.unmask"
+KEYS, SHARES, TRAIN_MASKED = "query.keys", "query.shares", "train.masked"
+SURVIVORS, UNMASK = "query.survivors", "query.unmask"
+_ATTEMPTS = 2
+"""How often the survivors are asked for what they may repeat."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 T = TypeVar("T", bound=InSession)
@@ -47,6 +54,25 @@ Exchange = Callable[[str, Mapping[str, RecordDict]], Iterator[tuple[str, RecordD
 """Sends each site its request of a message type and yields what came back, in the order of the names."""
 Report = Callable[[str, str, str], None]
 """Called with (site, message type, reason) for what cannot be used."""
+
+
+def levelled(weights: Mapping[str, float], effective: int) -> dict[str, float]:
+    """Return the weights, normalised; drawn towards equal ones as far as sites demand it.
+
+    Sites refuse weights that count as fewer than ``effective`` equal sites (1 / sum of squares): their sum
+    would be nearly one update. So (1 - a) w + a / n takes the place of w, with the smallest a that is enough.
+
+    Args:
+        weights: by site, not negative, in any unit, with a sum above 0.
+        effective: smallest effective number of sites.
+    """
+    whole, number = sum(weights.values()), len(weights)
+    shares = {site: weight / whole for site, weight in weights.items()}
+    if number < effective or effective_number(list(shares.values())) >= effective * (1 - 1e-9):
+        return shares
+    spread = sum(share**2 for share in shares.values()) - 1 / number
+    kept = math.sqrt((1 / effective - 1 / number) / spread)
+    return {site: kept * share + (1 - kept) / number for site, share in shares.items()}
 
 
 class SessionFailed(RunError):  # noqa: N818 (it failed, and may be tried again)
@@ -63,6 +89,14 @@ class MaskedMean:
     """Sum of the weights of the sites in it."""
     metrics: dict[str, dict[str, int | float]]
     """By site in the mean: what its policy let out in clear."""
+
+
+def useless_sum(round: int, reason: str) -> str:
+    """Return what to tell of a sum that was unmasked and must not be used."""
+    return (
+        f"round {round}: {reason}\nNothing of it is used, and nobody can see whose update was wrong. Sites "
+        "unmask one sum of a round: --resume goes on with the next round."
+    )
 
 
 @dataclass
@@ -89,7 +123,7 @@ class Session:
     name: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def run(self, sites: Sequence[str], model: RecordDict, trained: Mapping[str, FloatArray]) -> MaskedMean:
-        """All four steps.
+        """All five steps.
 
         Args:
             sites: who is asked.
@@ -97,20 +131,22 @@ class Session:
             trained: arrays with the names and shapes that a site trains.
 
         Raises:
-            SessionFailed: too few sites were left at some step, or the sum is not one of clipped updates.
+            SessionFailed: too few sites were left at some step.
+            RunError: the sum is not one of clipped updates. The sites unmask no second one of this round.
         """
         plan = self._agree(sites)
         sealed = self._share(plan)
-        total, metrics = self._add_up(plan, sealed, model, length(trained))
-        self._unmask(total)
         # What the sites started from: a 16-bit transport has rounded it.
         sent = from_records(model, ModelUpdate).arrays
+        total = MaskedSum(plan, list(sealed), length(trained), digest(sent))
+        metrics = self._add_up(total, sealed, model)
+        self._unmask(total, self._agree_on_survivors(total))
         start = {name: sent[name] for name in trained}
         weight = total.weight()
         try:
             mean = mean_of(total.total, start, self.config.clip_range, weight, len(plan.adverts))
         except RunError as error:
-            raise SessionFailed(str(error)) from error
+            raise RunError(useless_sum(self.round, str(error))) from error
         update = ModelUpdate(
             sender="sum", round=self.round, arrays=mean, metrics={"num-bags": len(total.survivors)}
         )
@@ -127,8 +163,8 @@ class Session:
             else:
                 self.report(site, KEYS, "it sent no certificate, and there is none for it here")
         self._need(len(adverts), "made keys")
-        whole = sum(self.weights[site] for site in adverts)
-        if whole <= 0:
+        weights = {site: self.weights[site] for site in sorted(adverts)}
+        if sum(weights.values()) <= 0:
             raise SessionFailed("the weights of the sites that made keys sum to nothing")
         return SessionPlan(
             session=self.name,
@@ -136,7 +172,7 @@ class Session:
             threshold_share=self.config.threshold_share,
             neighbours=self.config.neighbours,
             clip_range=self.config.clip_range,
-            weights={site: self.weights[site] / whole for site in sorted(adverts)},
+            weights=levelled(weights, self.config.minimum_sites),
             adverts=tuple(adverts[site] for site in sorted(adverts)),
         )
 
@@ -147,9 +183,8 @@ class Session:
         return sealed
 
     def _add_up(
-        self, plan: SessionPlan, sealed: Mapping[str, SealedShares], model: RecordDict, words: int
-    ) -> tuple[MaskedSum, dict[str, dict[str, int | float]]]:
-        total = MaskedSum(plan, list(sealed), words)
+        self, total: MaskedSum, sealed: Mapping[str, SealedShares], model: RecordDict
+    ) -> dict[str, dict[str, int | float]]:
         if short := total.short_of(total.sharing):
             raise SessionFailed(f"too few sites shared their secrets with {', '.join(short)}")
         requests = {}
@@ -173,24 +208,44 @@ class Session:
                 continue
             metrics[site] = dict(update.metrics)
         self._need(len(total.survivors), "sent a masked update")
-        return total, metrics
+        return metrics
 
-    def _unmask(self, total: MaskedSum) -> None:
+    def _agree_on_survivors(self, total: MaskedSum) -> UnmaskRequest:
+        """Have the survivors sign whose vectors are in the sum; each will see that others signed the same."""
         if short := total.short_of(total.survivors):
             raise SessionFailed(f"too few sites are left to unmask what {', '.join(short)} sent")
-        request = to_records(
-            UnmaskRequest(session=self.name, round=self.round, survivors=tuple(sorted(total.survivors)))
+        told = SurvivorList(session=self.name, round=self.round, survivors=tuple(sorted(total.survivors)))
+        signed = self._repeatable(
+            SURVIVORS, told, SurvivorSignature, lambda replies: len(replies) >= total.quorum()
         )
-        answers: dict[str, UnmaskShares] = {}
-        # A lost answer may be asked for again: it is the same one. The others hold shares too.
-        for asked in (total.survivors, total.sharing):
-            missing = [site for site in sorted(asked) if site not in answers]
-            if missing and (not answers or total.missing(answers)):
-                answers |= dict(self._replies(UNMASK, dict.fromkeys(missing, request), UnmaskShares))
+        if len(signed) < total.quorum():
+            raise SessionFailed(
+                f"{len(signed)} site(s) signed the list of survivors, {total.quorum()} are needed"
+            )
+        return UnmaskRequest(
+            **told.model_dump(), signatures={site: reply.signature for site, reply in signed.items()}
+        )
+
+    def _unmask(self, total: MaskedSum, request: UnmaskRequest) -> None:
+        answers = self._repeatable(
+            UNMASK, request, UnmaskShares, lambda replies: bool(replies) and not total.missing(replies)
+        )
         try:
             total.unmask(answers)
         except RunError as error:
             raise SessionFailed(str(error)) from error
+
+    def _repeatable(
+        self, kind: str, request: SurvivorList, record: type[T], enough: Callable[[dict[str, T]], bool]
+    ) -> dict[str, T]:
+        """Ask the survivors; where too few answer ask the others again, for a lost answer is the same one."""
+        replies: dict[str, T] = {}
+        content = to_records(request)
+        for _ in range(_ATTEMPTS):
+            missing = [site for site in request.survivors if site not in replies]
+            if missing and not enough(replies):
+                replies |= dict(self._replies(kind, dict.fromkeys(missing, content), record))
+        return replies
 
     def _replies(
         self, kind: str, requests: Mapping[str, RecordDict], record: type[T]

@@ -1,65 +1,79 @@
 """A site's side of one session: pure functions from what it knows and is asked to what it says.
 
-advertise -> share -> receive -> mask -> unmask. Each takes the site's ``MemberState`` and gives a new one.
-That no step is done twice is the caller's business (``client.secure_aggregation``): it must hold between
-processes. Knows nothing of Flower, files and models; an update is a vector of words.
+advertise -> share -> receive -> mask -> agree -> unmask. Each takes the site's ``MemberState``, and those
+before ``agree`` give a new one. That no step is done twice is the caller's business
+(``client.secure_aggregation``): it must hold between processes. What a site demands is in ``demands``.
+Knows nothing of Flower, files and models; an update is a vector of words.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime
 
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field
 
 from common import identity
 from common.errors import SecureAggregationRefused
 from common.record import Record
 from common.secure_aggregation import keys
-from common.secure_aggregation.cohort import least_in_a_sum, neighbourhood, threshold
+from common.secure_aggregation.cohort import neighbourhood, threshold
+from common.secure_aggregation.demands import (
+    KEYS_SIGNED,
+    SURVIVORS_SIGNED,
+    Limits,
+    check_adverts,
+    check_plan,
+    check_signatures,
+    check_survivors,
+)
 from common.secure_aggregation.masking import add_mask, subtract_mask
 from common.secure_aggregation.records import (
+    InSession,
     KeyAdvert,
     MaskRequest,
     SealedShares,
     SessionOffer,
     SessionPlan,
+    SurvivorList,
+    SurvivorSignature,
     UnmaskRequest,
     UnmaskShares,
     Words,
+    canonical,
 )
 
-SIGNING = "secure aggregation, keys"
 SELF_MASK, PAIR_MASK = "self-mask", "pairwise mask"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a site demands, whatever the server asks for."""
-
-    minimum_sites: int
-    """Fewest sites in a sum that its update may be part of."""
-    largest_share: float
-    """Largest share of one site in the weights of a sum: a sum that is nearly one update hides nothing."""
 
 
 class MemberState(Record):
     """What a site knows in one session. Secret: it stays at the site."""
 
-    site: str
-    run: int
-    session: str
-    round: int
+    advert: KeyAdvert
+    """What it said of its own keys, its site, run, session and round; without signature and certificate."""
     seal_key: bytes = Field(b"", repr=False)
     mask_key: bytes = Field(b"", repr=False)
     seed: bytes = Field(b"", repr=False)
     plan: SessionPlan | None = None
+    owners: dict[str, bytes] = Field(default={})
+    """By site: its certified node key, a compressed point of P-384."""
     held: dict[str, tuple[bytes, bytes]] = Field(default={}, repr=False)
     """By site, its own name included: the shares it was given, of the self-mask's seed and the mask key."""
+    model: bytes = b""
+    """SHA-256 of the model that it was sent to train in this session."""
 
-    def belongs_to(self, request: SessionOffer | SessionPlan | MaskRequest | UnmaskRequest) -> None:
+    @property
+    def site(self) -> str:
+        """The site's own name."""
+        return self.advert.site
+
+    @property
+    def session(self) -> str:
+        """The session that the secrets are of."""
+        return self.advert.session
+
+    def belongs_to(self, request: InSession) -> None:
         """Raise SecureAggregationRefused unless the request is of this session and round."""
-        if (request.session, request.round) != (self.session, self.round):
+        if (request.session, request.round) != (self.advert.session, self.advert.round):
             raise SecureAggregationRefused(
                 f"asked for a session of round {request.round} that this site has no keys for"
             )
@@ -72,30 +86,37 @@ class MemberState(Record):
 
 
 def advertise(
-    offer: SessionOffer, site: str, run: int, key: ec.EllipticCurvePrivateKey, certificate: str = ""
+    offer: SessionOffer,
+    site: str,
+    run: int,
+    settings: bytes,
+    key: ec.EllipticCurvePrivateKey,
+    certificate: str = "",
 ) -> tuple[KeyAdvert, MemberState]:
-    """Make fresh keys and a fresh seed, and sign what the others need of them."""
-    state = MemberState(
-        site=site,
-        run=run,
-        session=offer.session,
-        round=offer.round,
-        seal_key=keys.new_secret(),
-        mask_key=keys.new_secret(),
-        seed=keys.new_secret(),
-    )
+    """Make fresh keys and a fresh seed, and sign what the others need of them.
+
+    Args:
+        offer: from the server.
+        site: the site's name.
+        run: the run's number.
+        settings: SHA-256 of the run's configuration as the site was told it.
+        key: the site's node key.
+        certificate: PEM; empty where the server has it.
+    """
+    seal_key, mask_key, seed = keys.new_secret(), keys.new_secret(), keys.new_secret()
     advert = KeyAdvert(
         session=offer.session,
         round=offer.round,
         site=site,
         run=run,
-        seal_key=keys.public_key(state.seal_key),
-        mask_key=keys.public_key(state.mask_key),
-        commitment=keys.commit(state.seed),
-        certificate=certificate,
+        settings=settings,
+        seal_key=keys.public_key(seal_key),
+        mask_key=keys.public_key(mask_key),
+        commitment=keys.commit(seed),
     )
-    signature = identity.sign(key, SIGNING, advert.signed())
-    return advert.model_copy(update={"signature": signature}), state
+    state = MemberState(advert=advert, seal_key=seal_key, mask_key=mask_key, seed=seed)
+    signature = identity.sign(key, KEYS_SIGNED, advert.signed())
+    return advert.model_copy(update={"signature": signature, "certificate": certificate}), state
 
 
 def share(
@@ -111,15 +132,13 @@ def share(
         limits: this site's own.
 
     Raises:
-        SecureAggregationRefused: too few sites, a foreign, swapped, replayed, duplicate or missing key, or
-            weights under which the sum would show one site's update.
+        SecureAggregationRefused: too few sites, a foreign, swapped, replayed, duplicate or missing key, a
+            graph that the site does not allow, or weights under which the sum would show one site's update.
         IdentityError: a certificate or signature is not valid.
     """
     state.belongs_to(plan)
-    _check_adverts(state, plan, authority, at)
-    check_weights(plan.weights, plan.sites, limits)
-    if sorted(plan.weights) != plan.sites or sum(plan.weights.values()) > 1 + 1e-9:
-        raise SecureAggregationRefused("the weights are not one for each site, with a sum of 1")
+    owners = check_adverts(plan, state.advert, authority, at)
+    check_plan(plan, limits)
     members = neighbourhood(plan, state.site)
     needed = threshold(len(members), plan.threshold_share)
     if len(members) < max(3, needed):
@@ -142,13 +161,21 @@ def share(
     bare = plan.model_copy(
         update={"adverts": tuple(a.model_copy(update={"certificate": ""}) for a in plan.adverts)}
     )
+    points = {
+        site: key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint) for site, key in owners.items()
+    }
     own = {state.site: (seeds[state.site], mask_keys[state.site])}
-    reply = SealedShares(session=state.session, round=state.round, site=state.site, shares=sealed)
-    return reply, state.model_copy(update={"plan": bare, "held": own})
+    reply = SealedShares(session=plan.session, round=plan.round, site=state.site, shares=sealed)
+    return reply, state.model_copy(update={"plan": bare, "owners": points, "held": own})
 
 
-def receive(state: MemberState, request: MaskRequest) -> MemberState:
+def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberState:
     """Open the neighbours' shares; those who sent none are no longer part of the session.
+
+    Args:
+        state: after ``share``.
+        request: from the server.
+        model: SHA-256 of the model that came with it.
 
     Raises:
         SecureAggregationRefused: too few are left, or a share is not what its sender sealed.
@@ -172,21 +199,24 @@ def receive(state: MemberState, request: MaskRequest) -> MemberState:
         if len(opened) != 2 * keys.SHARE_BYTES:
             raise SecureAggregationRefused(f"the shares of {peer!r} have a wrong length")
         held[peer] = (opened[: keys.SHARE_BYTES], opened[keys.SHARE_BYTES :])
-    return state.model_copy(update={"held": held, "seal_key": b""})
+    return state.model_copy(update={"held": held, "seal_key": b"", "model": model})
 
 
 def mask(state: MemberState, vector: Words) -> MemberState:
     """Add the self-mask and one mask per neighbour to the vector in place, and forget the keys.
 
-    A pair's masks cancel in the sum: the first of the two by name adds, the other subtracts.
+    A pair's masks cancel in the sum: the first of the two by name adds, the other subtracts. They cancel
+    only where both were sent the same model, since its digest is part of every mask's key.
     """
     plan = state.agreed()
+    if not state.model:
+        raise SecureAggregationRefused("this site has not been sent a model in this session")
     if not state.seed or not state.mask_key:
         raise SecureAggregationRefused("this site has masked a vector in this session already")
-    transcript = plan.transcript()
-    add_mask(vector, keys.derive(state.seed, SELF_MASK, transcript))
+    context = mask_context(plan, state.model)
+    add_mask(vector, keys.derive(state.seed, SELF_MASK, context))
     for peer in sorted(state.held.keys() - {state.site}):
-        key = keys.pairwise_key(state.mask_key, plan.advert(peer).mask_key, PAIR_MASK, transcript)
+        key = keys.pairwise_key(state.mask_key, plan.advert(peer).mask_key, PAIR_MASK, context)
         if state.site < peer:
             add_mask(vector, key)
         else:
@@ -194,75 +224,66 @@ def mask(state: MemberState, vector: Words) -> MemberState:
     return state.model_copy(update={"seed": b"", "mask_key": b""})
 
 
+def mask_context(plan: SessionPlan, model: bytes) -> bytes:
+    """What every mask's key is derived with: all that the sites were told, the model included."""
+    return plan.transcript() + model
+
+
+def agree(
+    state: MemberState, request: SurvivorList, key: ec.EllipticCurvePrivateKey, limits: Limits
+) -> SurvivorSignature:
+    """Sign the list of survivors that this site was told, for all others to compare with theirs.
+
+    Raises:
+        SecureAggregationRefused: this site has sent no vector or is not listed, or the sum of the listed
+            would hide one of them badly.
+    """
+    _check_list(state, request, limits)
+    signature = identity.sign(key, SURVIVORS_SIGNED, _signed(state, request))
+    return SurvivorSignature(
+        session=request.session, round=request.round, site=state.site, signature=signature
+    )
+
+
 def unmask(state: MemberState, request: UnmaskRequest, limits: Limits) -> UnmaskShares:
     """Give one share per neighbour: of the self-mask of a survivor, of the mask key of anybody else.
 
     Raises:
-        SecureAggregationRefused: the survivors are too few, not of this session, or one of them has nearly
-            all the weight.
+        SecureAggregationRefused: as for ``agree``, or too few sites have signed the very same list.
     """
-    state.belongs_to(request)
-    plan = state.agreed()
+    _check_list(state, request, limits)
+    owners = {
+        site: ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), point)
+        for site, point in state.owners.items()
+    }
+    check_signatures(state.agreed(), request, _signed(state, request), owners)
     survivors = set(request.survivors)
-    if len(survivors) != len(request.survivors) or not survivors <= set(plan.sites):
-        raise SecureAggregationRefused("survivors that take no part in this session")
-    members = neighbourhood(plan, state.site)
-    needed = threshold(len(members), plan.threshold_share)
-    listed = len(survivors & set(members))
-    if listed < needed:
-        raise SecureAggregationRefused(f"{listed} of {len(members)} sites survived, {needed} are needed")
-    if least_in_a_sum(len(plan.sites), len(members), needed, listed) < limits.minimum_sites:
-        raise SecureAggregationRefused(
-            f"{len(survivors)} of {len(plan.sites)} sites survived: the sum could hold fewer than "
-            f"{limits.minimum_sites}"
-        )
-    check_weights(plan.weights, survivors, limits)
     return UnmaskShares(
-        session=state.session,
-        round=state.round,
+        session=request.session,
+        round=request.round,
         site=state.site,
         self_masks={peer: held[0] for peer, held in state.held.items() if peer in survivors},
         mask_keys={peer: held[1] for peer, held in state.held.items() if peer not in survivors},
     )
 
 
-def check_weights(weights: dict[str, float], sites: Iterable[str], limits: Limits) -> None:
-    """Raise SecureAggregationRefused where the weighted sum of these sites would hide one of them badly."""
-    counted = [weights[site] for site in sites if weights.get(site, 0.0) > 0]
-    if len(counted) < limits.minimum_sites:
-        raise SecureAggregationRefused(
-            f"{len(counted)} sites with a weight, this site demands {limits.minimum_sites}"
-        )
-    if max(counted) > limits.largest_share * sum(counted):
-        raise SecureAggregationRefused(
-            f"one site has more than {limits.largest_share:g} of the weight of the sum"
-        )
+def _check_list(state: MemberState, request: SurvivorList, limits: Limits) -> None:
+    state.belongs_to(request)
+    plan = state.agreed()
+    if state.seed:
+        raise SecureAggregationRefused("this site has sent no vector, so it has no part in unmasking")
+    check_survivors(plan, state.site, request.survivors, limits)
 
 
-def _check_adverts(state: MemberState, plan: SessionPlan, authority: str, at: datetime) -> None:
-    names = [advert.site for advert in plan.adverts]
-    if names != sorted(set(names)):
-        raise SecureAggregationRefused("a site is listed twice, or the list is not in order")
-    if state.site not in names:
-        raise SecureAggregationRefused("this site is missing from the list of sites")
-    own = plan.advert(state.site)
-    made = (keys.public_key(state.seal_key), keys.public_key(state.mask_key), keys.commit(state.seed))
-    if (own.seal_key, own.mask_key, own.commitment) != made:
-        raise SecureAggregationRefused("this site's own keys were replaced")
-    seen: set[bytes] = set()
-    owners = set()
-    for advert in plan.adverts:
-        if (advert.run, advert.session, advert.round) != (state.run, state.session, state.round):
-            raise SecureAggregationRefused(
-                f"the keys of {advert.site!r} are of another run, session or round"
-            )
-        signer = identity.verify_certificate(advert.certificate, authority, at)
-        if signer.site != advert.site:
-            raise SecureAggregationRefused(
-                f"the keys of {advert.site!r} came with another site's certificate"
-            )
-        identity.verify(signer.public_key, SIGNING, advert.signed(), advert.signature)
-        owners.add(signer.public_key.public_numbers())
-        seen |= {advert.seal_key, advert.mask_key, advert.commitment}
-    if len(seen) != 3 * len(names) or len(owners) != len(names):
-        raise SecureAggregationRefused("two sites have the same key")
+def _signed(state: MemberState, request: SurvivorList) -> bytes:
+    """The bytes that survivors sign: equal only where plan, run, model and list are."""
+    return canonical(
+        {
+            "run": state.advert.run,
+            "session": request.session,
+            "round": request.round,
+            "transcript": state.agreed().transcript().hex(),
+            "model": state.model.hex(),
+            "survivors": sorted(request.survivors),
+        }
+    )

@@ -14,6 +14,7 @@ over sites of total weight W is off by less than
 beside what clipping changes. ``error_bound`` is this figure, and float32 models of size 1 resolve 6e-8.
 """
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -44,6 +45,16 @@ def error_bound(clip_range: float, sites: int, weight: float) -> float:
 def length(arrays: Arrays) -> int:
     """Words of a model with these arrays."""
     return sum(array.size for array in arrays.values())
+
+
+def digest(arrays: Arrays) -> bytes:
+    """Return the SHA-256 of arrays with their names and shapes: 32 bytes, the same at server and sites."""
+    state = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name], dtype="<f4")
+        state.update(f"{name} {array.shape}\n".encode())
+        state.update(array.data)
+    return state.digest()
 
 
 def quantise(sent: Arrays, trained: Arrays, clip_range: float, weight: float, sites: int) -> Words:

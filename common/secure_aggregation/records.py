@@ -34,6 +34,11 @@ class KeyAdvert(InSession):
 
     site: str
     run: int
+    settings: bytes = Field(
+        min_length=32,
+        max_length=32,
+        description="SHA-256 of the configuration that this site was told",
+    )
     seal_key: bytes = Field(min_length=32, max_length=32, description="X25519, for sealing shares")
     mask_key: bytes = Field(min_length=32, max_length=32, description="X25519, for pairwise masks")
     commitment: bytes = Field(min_length=32, max_length=32, description="SHA-256 of the self-mask's seed")
@@ -99,10 +104,23 @@ class MaskedUpdate(InSession):
     metrics: dict[str, int | float] = Field(default={})
 
 
-class UnmaskRequest(InSession):
+class SurvivorList(InSession):
     """Server to site: whose masked vectors have arrived."""
 
     survivors: tuple[str, ...]
+
+
+class SurvivorSignature(InSession):
+    """Site to server, and on to every survivor: the one list of survivors that this site was told, signed."""
+
+    site: str
+    signature: bytes = Field(min_length=1, max_length=200, description="ECDSA with the site's node key")
+
+
+class UnmaskRequest(SurvivorList):
+    """Server to site: the list of survivors again, and who has signed it."""
+
+    signatures: dict[str, bytes] = Field(description="by site")
 
 
 class UnmaskShares(InSession):

@@ -9,9 +9,9 @@ import numpy as np
 
 from common.errors import RunError
 from common.secure_aggregation import keys
-from common.secure_aggregation.cohort import neighbourhood, threshold
+from common.secure_aggregation.cohort import neighbourhoods, threshold
 from common.secure_aggregation.masking import add_mask, subtract_mask
-from common.secure_aggregation.member import PAIR_MASK, SELF_MASK
+from common.secure_aggregation.member import PAIR_MASK, SELF_MASK, mask_context
 from common.secure_aggregation.records import SessionPlan, UnmaskShares, Words
 
 
@@ -22,10 +22,12 @@ class MaskedSum:
         plan: what all sites agreed on.
         sharing: the sites whose shares were handed on, and whose masks may therefore be in the vectors.
         length: words of a vector.
+        model: SHA-256 of the model that all of them trained.
     """
 
-    def __init__(self, plan: SessionPlan, sharing: list[str], length: int) -> None:
-        self.plan, self.sharing = plan, sorted(sharing)
+    def __init__(self, plan: SessionPlan, sharing: list[str], length: int, model: bytes) -> None:
+        self.plan, self.sharing, self.model = plan, sorted(sharing), model
+        self._neighbourhoods = neighbourhoods(plan)
         self.survivors: list[str] = []
         self.total: Words = np.zeros(length, np.uint32)
 
@@ -51,6 +53,10 @@ class MaskedSum:
         left = set(there)
         return [site for site in sorted(left) if len(self._holders(site) & left) < self._needed(site)]
 
+    def quorum(self) -> int:
+        """How many sites must sign a list of survivors."""
+        return threshold(len(self.plan.sites), self.plan.threshold_share)
+
     def missing(self, answers: Mapping[str, UnmaskShares]) -> list[str]:
         """Sites whose secret cannot be recovered from these answers."""
         return [site for site in self._secrets_needed() if self._secret(site, answers) is None]
@@ -61,7 +67,7 @@ class MaskedSum:
         Raises:
             RunError: a secret cannot be recovered; says whose. The sum is of no use then.
         """
-        transcript = self.plan.transcript()
+        context = mask_context(self.plan, self.model)
         for site in self._secrets_needed():
             secret = self._secret(site, answers)
             survived = site in self.survivors
@@ -71,9 +77,9 @@ class MaskedSum:
                     "sites gave a share of it, or one gave a wrong one"
                 )
             if survived:
-                subtract_mask(self.total, keys.derive(secret, SELF_MASK, transcript))
+                subtract_mask(self.total, keys.derive(secret, SELF_MASK, context))
             else:
-                self._remove_pairs(site, secret, transcript)
+                self._remove_pairs(site, secret, context)
 
     def _secret(self, site: str, answers: Mapping[str, UnmaskShares]) -> bytes | None:
         """The seed of a survivor or the mask key of a lost site, if it is what the site advertised."""
@@ -89,9 +95,9 @@ class MaskedSum:
         made = keys.commit(secret) if survived else keys.public_key(secret)
         return secret if made == (advert.commitment if survived else advert.mask_key) else None
 
-    def _remove_pairs(self, lost: str, secret: bytes, transcript: bytes) -> None:
+    def _remove_pairs(self, lost: str, secret: bytes, context: bytes) -> None:
         for peer in sorted(self._holders(lost) & set(self.survivors)):
-            key = keys.pairwise_key(secret, self.plan.advert(peer).mask_key, PAIR_MASK, transcript)
+            key = keys.pairwise_key(secret, self.plan.advert(peer).mask_key, PAIR_MASK, context)
             if peer < lost:
                 subtract_mask(self.total, key)
             else:
@@ -102,7 +108,7 @@ class MaskedSum:
         return [site for site in self.sharing if self._holders(site) & set(self.survivors)]
 
     def _holders(self, site: str) -> set[str]:
-        return set(neighbourhood(self.plan, site)) & set(self.sharing)
+        return set(self._neighbourhoods[site]) & set(self.sharing)
 
     def _needed(self, site: str) -> int:
-        return threshold(len(neighbourhood(self.plan, site)), self.plan.threshold_share)
+        return threshold(len(self._neighbourhoods[site]), self.plan.threshold_share)

@@ -41,12 +41,15 @@ from common.secure_aggregation.records import (
     SealedShares,
     SessionOffer,
     SessionPlan,
+    SurvivorList,
+    SurvivorSignature,
     UnmaskRequest,
     UnmaskShares,
 )
 from deploy.local_grid import become_server
 
 SESSION, ROUND = "0f" * 16, 1
+OTHER = "1e" * 16
 NOW = {"session": SESSION, "round": ROUND}
 
 
@@ -70,35 +73,48 @@ class Nodes:
         message.metadata.__dict__["_message_id"] = "m"
         return client_app.app(message, self.contexts[name])
 
-    def keys(self) -> dict[str, KeyAdvert]:
-        offers = {name: self.ask(name, "query.keys", SessionOffer(**NOW)) for name in self.names}
+    def keys(self, **now: Any) -> dict[str, KeyAdvert]:
+        offers = {name: self.ask(name, "query.keys", SessionOffer(**NOW | now)) for name in self.names}
         return {name: from_records(reply.content, KeyAdvert) for name, reply in offers.items()}
 
-    def plan(self, adverts: dict[str, KeyAdvert]) -> SessionPlan:
-        return SessionPlan(
+    def plan(self, adverts: dict[str, KeyAdvert], **changes: Any) -> SessionPlan:
+        told = {
             **NOW,
-            threshold_share=0.66,
-            neighbours=0,
-            clip_range=16.0,
-            weights=dict.fromkeys(adverts, 1 / len(adverts)),
-            adverts=tuple(adverts.values()),
-        )
+            "threshold_share": 0.66,
+            "neighbours": 0,
+            "clip_range": 16.0,
+            "weights": dict.fromkeys(adverts, 1 / max(1, len(adverts))),
+            "adverts": tuple(adverts.values()),
+        }
+        return SessionPlan(**told | changes)
 
-    def until_masks(self) -> dict[str, MaskRequest]:
-        plan = self.plan(self.keys())
+    def until_masks(self, weights: dict[str, float] | None = None, **now: Any) -> dict[str, MaskRequest]:
+        changes = {"weights": weights} if weights else {}
+        plan = self.plan(self.keys(**now), **now, **changes)
         sealed = {
             name: from_records(self.ask(name, "query.shares", plan).content, SealedShares)
             for name in self.names
         }
         return {
-            name: MaskRequest(**NOW, shares={p: s.shares[name] for p, s in sealed.items() if p != name})
+            name: MaskRequest(**NOW | now, shares={p: s.shares[name] for p, s in sealed.items() if p != name})
             for name in self.names
         }
 
-    def model(self) -> RecordDict:
+    def train(self, requests: dict[str, MaskRequest], model: RecordDict, *names: str) -> dict[str, Message]:
+        return {name: self.ask(name, "train.masked", model, requests[name]) for name in names or self.names}
+
+    def agreed(self, *names: str, **now: Any) -> UnmaskRequest:
+        """The list of survivors, with the signature of each of them."""
+        told = SurvivorList(**NOW | now, survivors=names)
+        replies = {name: self.ask(name, "query.survivors", told) for name in names}
+        signed = {name: from_records(reply.content, SurvivorSignature) for name, reply in replies.items()}
+        signatures = {name: reply.signature for name, reply in signed.items()}
+        return UnmaskRequest(**told.model_dump(), signatures=signatures)
+
+    def model(self, seed: int = 0, round: int = ROUND) -> RecordDict:
         tree = Hierarchy.from_csv(next(iter(self.folders.values())) / "hierarchy.csv")
-        arrays = all_arrays(build_model(self.config.model, tree, 0))
-        return to_records(ModelUpdate(sender="server", round=ROUND, arrays=arrays))
+        arrays = all_arrays(build_model(self.config.model, tree, seed))
+        return to_records(ModelUpdate(sender="server", round=round, arrays=arrays))
 
 
 @pytest.fixture
@@ -113,15 +129,15 @@ def code(reply: Message) -> int:
 
 def test_a_whole_session_masks_what_leaves(nodes: Nodes) -> None:
     requests, model = nodes.until_masks(), nodes.model()
-    reply = nodes.ask("hospital-1", "train.masked", model, requests["hospital-1"])
+    reply = nodes.train(requests, model)["hospital-1"]
     update = from_records(reply.content, MaskedUpdate)
     assert from_records(reply.content, PrivacyStatement).site == "hospital-1"
     assert update.metrics.keys() == {"num-bags"}  # the loss stays, as long as the policy does not say else
     # The high bytes of a quantised small step are all 0 or 255; of a masked one, anything.
     high = np.bincount(update.vector.view(np.uint8)[3::4], minlength=256)
     assert (high > 0).all()
-    survivors = UnmaskRequest(**NOW, survivors=tuple(nodes.names))
-    shares = from_records(nodes.ask("hospital-1", "query.unmask", survivors).content, UnmaskShares)
+    request = nodes.agreed(*nodes.names)
+    shares = from_records(nodes.ask("hospital-1", "query.unmask", request).content, UnmaskShares)
     assert shares.self_masks.keys() == set(nodes.names)
     assert not shares.mask_keys
 
@@ -146,34 +162,123 @@ def test_nothing_is_done_twice_even_by_two_processes_at_once(nodes: Nodes) -> No
     context.state = RecordDict(dict(before))
     again = nodes.ask("hospital-1", "train.masked", model, requests["hospital-1"])
     assert code(again) == SiteError.SECURE_AGGREGATION
-    plan = SessionPlan(**NOW, threshold_share=0.66, neighbours=0, clip_range=16.0, weights={}, adverts=())
+    plan = nodes.plan({}, weights={})
     for kind, record in (("query.keys", SessionOffer(**NOW)), ("query.shares", plan)):
         assert code(nodes.ask("hospital-1", kind, record)) == SiteError.SECURE_AGGREGATION
 
 
-def test_both_shares_of_one_site_cannot_be_had(nodes: Nodes) -> None:
-    requests, model = nodes.until_masks(), nodes.model()
-    for name in nodes.names:
-        nodes.ask(name, "train.masked", model, requests[name])
+def test_a_site_signs_one_list_of_survivors_and_gives_shares_for_no_other(nodes: Nodes) -> None:
+    """Asked by two processes at once it signs the first list; a lost reply costs nothing."""
+    site = SiteConfig.load(nodes.folders["hospital-1"])
     policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(minimum_sites=2))
     loose = nodes.config.with_changes({"secure-aggregation.minimum-sites": 2})
-    context = nodes.contexts["hospital-1"]
-    context.run_config = loose.to_flat()
-    site = SiteConfig.load(nodes.folders["hospital-1"])
+    for context in nodes.contexts.values():
+        context.run_config = loose.to_flat()
     site.model_copy(update={"policy": policy}).save(nodes.folders["hospital-1"])
     try:
+        nodes.train(nodes.until_masks(), nodes.model())
+        context = nodes.contexts["hospital-1"]
         before = RecordDict(dict(context.state))
-        everybody = UnmaskRequest(**NOW, survivors=tuple(nodes.names))
-        without = UnmaskRequest(**NOW, survivors=("hospital-1", "hospital-2"))
+        everybody = nodes.agreed(*nodes.names)
+        context.state = RecordDict(dict(before))
+        two = ("hospital-1", "hospital-2")
+        for _ in range(2):  # refused, and not taken for the list by being asked again
+            reply = nodes.ask("hospital-1", "query.survivors", SurvivorList(**NOW, survivors=two))
+            assert code(reply) == SiteError.SECURE_AGGREGATION
         first = nodes.ask("hospital-1", "query.unmask", everybody)
         assert "hospital-3" in from_records(first.content, UnmaskShares).self_masks
-        context.state = before
-        assert code(nodes.ask("hospital-1", "query.unmask", without)) == SiteError.SECURE_AGGREGATION
-        # The same question again gets the same answer: a lost reply costs nothing.
+        context.state = RecordDict(dict(before))
+        shorter = everybody.model_copy(update={"survivors": two})
+        assert code(nodes.ask("hospital-1", "query.unmask", shorter)) == SiteError.SECURE_AGGREGATION
         repeated = nodes.ask("hospital-1", "query.unmask", everybody)
         assert from_records(repeated.content, UnmaskShares) == from_records(first.content, UnmaskShares)
     finally:
         site.save(nodes.folders["hospital-1"])
+
+
+def test_a_site_refuses_a_list_without_itself_once_it_sent_its_vector(nodes: Nodes) -> None:
+    nodes.train(nodes.until_masks(), nodes.model())
+    without = SurvivorList(**NOW, survivors=("hospital-2", "hospital-3"))
+    assert code(nodes.ask("hospital-1", "query.survivors", without)) == SiteError.SECURE_AGGREGATION
+
+
+def weighted(*weights: float) -> dict[str, float]:
+    return {f"hospital-{number}": weight for number, weight in enumerate(weights, 1)}
+
+
+def test_there_is_one_sum_of_a_round_and_no_other(nodes: Nodes) -> None:
+    """Three sessions of one round with other weights would give every single update."""
+    for folder in nodes.folders.values():
+        site = SiteConfig.load(folder)
+        policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(minimum_sites=2))
+        site.model_copy(update={"policy": policy}).save(folder)
+    nodes.config = nodes.config.with_changes({"secure-aggregation.minimum-sites": 2})
+    for context in nodes.contexts.values():
+        context.run_config = nodes.config.to_flat()
+    try:
+        sums = 0
+        for number, weights in enumerate([(0.4, 0.3, 0.3), (0.3, 0.4, 0.3), (0.3, 0.3, 0.4)]):
+            now = {"session": f"{number:032x}"}
+            offer = SessionOffer(**NOW | now)
+            if sums:
+                for name in nodes.names:
+                    assert code(nodes.ask(name, "query.keys", offer)) == SiteError.ROUND_TAKEN
+                continue
+            nodes.train(nodes.until_masks(weighted(*weights), **now), nodes.model())
+            request = nodes.agreed(*nodes.names, **now)
+            answers = [nodes.ask(name, "query.unmask", request) for name in nodes.names]
+            sums += not any(answer.has_error() for answer in answers)
+        assert sums == 1
+        # The next round is another matter.
+        later = {"session": OTHER, "round": 2}
+        assert len(nodes.keys(**later)) == 3
+    finally:
+        for folder in nodes.folders.values():
+            SiteConfig.load(folder).model_copy(update={"policy": SitePolicy()}).save(folder)
+
+
+def test_of_two_sessions_that_run_side_by_side_one_is_unmasked(nodes: Nodes) -> None:
+    """The server holds the first back, has the second made ready, and gives each site the state it likes."""
+    states = []
+    requests = []
+    for session in (SESSION, OTHER):
+        now = {"session": session}
+        nodes.train(nodes.until_masks(**now), nodes.model())
+        requests.append(nodes.agreed(*nodes.names, **now))
+        states.append({name: RecordDict(dict(nodes.contexts[name].state)) for name in nodes.names})
+    for name in nodes.names:
+        nodes.contexts[name].state = states[0][name]
+        assert not nodes.ask(name, "query.unmask", requests[0]).has_error()
+        nodes.contexts[name].state = states[1][name]
+        assert code(nodes.ask(name, "query.unmask", requests[1])) == SiteError.ROUND_TAKEN
+        nodes.contexts[name].state = states[0][name]
+        assert not nodes.ask(name, "query.unmask", requests[0]).has_error()  # the same answer again
+
+
+def test_a_round_is_trained_for_one_model_only(nodes: Nodes) -> None:
+    nodes.train(nodes.until_masks(), nodes.model(seed=0))
+    later = nodes.until_masks(session=OTHER)
+    assert code(nodes.train(later, nodes.model(seed=1))["hospital-1"]) == SiteError.ROUND_TAKEN
+    third = nodes.until_masks(session="2d" * 16)
+    assert not nodes.train(third, nodes.model(seed=0))["hospital-1"].has_error()  # a failed session, again
+
+
+@pytest.mark.parametrize(
+    "change", [{"threshold_share": 0.51}, {"neighbours": 2}, {"neighbours": 4}, {"clip_range": 8.0}]
+)
+def test_a_plan_is_the_one_of_the_runs_configuration(nodes: Nodes, change: dict[str, Any]) -> None:
+    plan = nodes.plan(nodes.keys(), **change)
+    assert code(nodes.ask("hospital-1", "query.shares", plan)) == SiteError.SECURE_AGGREGATION
+
+
+def test_sites_that_were_told_another_configuration_do_not_mask_for_each_other(nodes: Nodes) -> None:
+    """Told a learning rate of next to nothing, all others would make the sum the victim's update."""
+    for name in nodes.names[1:]:
+        changed = nodes.config.with_changes({"train.learning-rate": 1e-9})
+        nodes.contexts[name].run_config = changed.to_flat()
+    plan = nodes.plan(nodes.keys())
+    for name in nodes.names:
+        assert code(nodes.ask(name, "query.shares", plan)) == SiteError.SECURE_AGGREGATION
 
 
 def test_the_site_demands_its_own_minimum(nodes: Nodes) -> None:
@@ -274,18 +379,28 @@ def masked(**changes: Any) -> MaskedUpdate:
         ("train.masked", MaskRequest(**NOW, shares={}), masked(vector=np.zeros(7, np.uint32))),
         (
             "query.unmask",
-            UnmaskRequest(**NOW, survivors=("a", "b")),
+            UnmaskRequest(**NOW, survivors=("a", "b"), signatures={}),
             UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys=GOOD_SHARES),
         ),
         (
             "query.unmask",
-            UnmaskRequest(**NOW, survivors=("b", "c")),
+            UnmaskRequest(**NOW, survivors=("b", "c"), signatures={}),
             UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={}),
         ),
         (
             "query.unmask",
-            UnmaskRequest(**NOW, survivors=("a",)),
+            UnmaskRequest(**NOW, survivors=("a",), signatures={}),
             UnmaskShares(**NOW, site="north", self_masks={"a": b"x" * 120}, mask_keys={}),
+        ),
+        (
+            "query.survivors",
+            SurvivorList(**NOW, survivors=("a",)),
+            SurvivorSignature(session=OTHER, round=ROUND, site="north", signature=b"x" * 100),
+        ),
+        (
+            "query.survivors",
+            SurvivorList(**NOW, survivors=("a",)),
+            SurvivorSignature(**NOW, site="south", signature=b"x" * 100),
         ),
         (
             "query.shares",
@@ -314,7 +429,12 @@ def test_the_guard_lets_the_right_replies_out() -> None:
     open_site = SITE.model_copy(update={"policy": policy})
     check_reply("train.masked", request, to_records(masked(metrics={"loss": 0.5}), statement), open_site)
     shares = UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={"b": b"y" * SHARE_BYTES})
-    check_reply("query.unmask", to_records(UnmaskRequest(**NOW, survivors=("a",))), to_records(shares), SITE)
+    check_reply(
+        "query.unmask",
+        to_records(UnmaskRequest(**NOW, survivors=("a",), signatures={})),
+        to_records(shares),
+        SITE,
+    )
     with pytest.raises(EgressError, match="records"):
         check_reply("train.masked", request, to_records(masked()), SITE)  # no statement
     update = ModelUpdate(sender="north", round=ROUND, arrays={"w": np.zeros((2, 3), np.float32)})
@@ -354,7 +474,11 @@ def test_a_state_survives_what_flower_does_to_it() -> None:
 
     state = RecordDict()
     assert remembered(state, STATE, MemberState) is None
-    made = MemberState(site="a", run=2**63 + 5, session=SESSION, round=1, seed=bytes(range(32)))
+    half = bytes(32)
+    advert = KeyAdvert(
+        **NOW, site="a", run=2**63 + 5, settings=half, seal_key=half, mask_key=half, commitment=half
+    )
+    made = MemberState(advert=advert, seed=bytes(range(32)))
     remember(state, STATE, made)
     assert remembered(recorddict_from_proto(recorddict_to_proto(state)), STATE, MemberState) == made
 

@@ -17,10 +17,12 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.messages import MaskedUpdate, from_records, to_records
 from common.secure_aggregation import quantisation
+from common.secure_aggregation.demands import effective_number
 from deploy.local_grid import LocalGrid
 from server import attendance, rounds
 from server.app import app
 from server.run_folder import read_events
+from server.secure_aggregation import levelled
 from server.weights import training_bags
 
 Config = Callable[..., RunConfig]
@@ -108,7 +110,6 @@ ONE_ROUND = {"rounds": 1, "train.held-back": 0.25}
         {"federation.transport": "float16"},
         {"federation.strategy": "fedprox"},
         {"federation.strategy": "fedavgm"},
-        {"federation.strategy": "fedpals"},
     ],
 )
 def test_one_round_gives_the_plain_result_within_the_bound(config: Config, changes: dict[str, Any]) -> None:
@@ -200,7 +201,17 @@ def five(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     return make
 
 
-@pytest.mark.parametrize("kind", ["query.keys", "query.shares", "train.masked", "query.unmask"])
+def test_the_weights_of_the_label_marginals_hold_where_they_count_as_enough_sites(five: Config) -> None:
+    changes = {"federation.strategy": "fedpals"}
+    plain, secure = five("plain", changes, secure=False), five("secure", changes)
+    run(plain)
+    run(secure)
+    assert 0 < largest_difference(plain, secure) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "kind", ["query.keys", "query.shares", "train.masked", "query.survivors", "query.unmask"]
+)
 def test_a_site_lost_after_any_step_costs_that_site_at_most(five: Config, tmp_path: Path, kind: str) -> None:
     def lose_one(asked: str, node: int, reply: Message) -> Message:
         return _failed(reply) if (asked, node) == (kind, 1) else reply
@@ -212,11 +223,12 @@ def test_a_site_lost_after_any_step_costs_that_site_at_most(five: Config, tmp_pa
         if event["event"] == "update"
     ]
     names = [f"hospital-{number}" for number in range(1, 6)]
-    assert in_the_sum == (names if kind == "query.unmask" else [n for n in names if n != "hospital-2"])
+    counts = kind in ("query.survivors", "query.unmask")
+    assert in_the_sum == (names if counts else [n for n in names if n != "hospital-2"])
 
     # The mean is the plain mean of those who are in it.
     def drop_in_clear(asked: str, node: int, reply: Message) -> Message:
-        return _failed(reply) if (asked, node) == ("train", 1) and kind != "query.unmask" else reply
+        return _failed(reply) if (asked, node) == ("train", 1) and not counts else reply
 
     run(five("plain", secure=False), drop_in_clear)
     assert largest_difference(five("bent"), five("plain", secure=False)) < 1e-6
@@ -252,6 +264,63 @@ def test_a_round_that_failed_is_tried_again_with_fresh_keys(five: Config, tmp_pa
     events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
     assert sum(event["event"] == "update" for event in events) == 5
     assert sum(event["event"] == "left-out" for event in events) == 2
+
+
+def test_a_lost_signature_or_share_is_asked_for_again(five: Config, tmp_path: Path) -> None:
+    """Two of five are below the threshold; the second time they say the same."""
+    lost: list[tuple[str, int]] = []
+
+    def lose_two_once(asked: str, node: int, reply: Message) -> Message:
+        if asked in ("query.survivors", "query.unmask") and node in (1, 3) and (asked, node) not in lost:
+            lost.append((asked, node))
+            return _failed(reply)
+        return reply
+
+    assert run(five("bent"), lose_two_once)["rounds"] == 1
+    assert len(lost) == 4
+    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    assert sum(event["event"] == "update" for event in events) == 5
+
+
+def test_a_run_whose_sum_was_lost_goes_on_with_the_next_round(config: Config, tmp_path: Path) -> None:
+    """The sites gave their shares of round 2, and the server died before the checkpoint."""
+
+    def die(asked: str, node: int, reply: Message) -> Message:
+        if (asked, reply.metadata.group_id, node) == ("query.unmask", "2", 2):
+            raise KeyboardInterrupt
+        return reply
+
+    stopped = config("run", {"rounds": 3})
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, die)
+    summary = run(stopped.with_changes({"resume": True}))
+    assert summary["rounds"] == 3
+    events = list(read_events(tmp_path / "run" / "metrics.jsonl"))
+    skipped = [event for event in events if event["event"] == "round-skipped"]
+    assert [(event["round"], len(event["sites"])) for event in skipped] == [(2, 3)]
+    assert [event["round"] for event in events if event["event"] == "round"] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("weights", "effective"),
+    [
+        ([1, 1, 1], 3), ([900, 50, 50], 3), ([900, 50, 50], 2), ([5, 4, 3, 2, 1], 4),
+        ([1, 0, 0, 0], 2), ([40, 30, 20, 10], 3), ([7, 7], 3),
+    ],
+)  # fmt: skip
+def test_weights_are_drawn_towards_equal_ones_as_far_as_sites_demand(
+    weights: list[float], effective: int
+) -> None:
+    named = {f"site-{number}": float(weight) for number, weight in enumerate(weights)}
+    given = levelled(named, effective)
+    assert sum(given.values()) == pytest.approx(1)
+    before = effective_number(weights)
+    if before >= effective or len(weights) < effective:
+        assert given == {site: weight / sum(weights) for site, weight in named.items()}
+    else:
+        assert effective_number(list(given.values())) == pytest.approx(effective)
+        order = sorted(named, key=lambda site: named[site])
+        assert [given[site] for site in order] == sorted(given.values())
 
 
 def wrong_length(reply: Message) -> None:
@@ -339,9 +408,12 @@ def test_a_site_that_sends_other_words_spoils_the_sum_and_is_noticed(five: Confi
         return reply
 
     small = {"federation.max-change": 0.5}
-    with pytest.raises(RunError, match="the model would change by"):
+    with pytest.raises(RunError, match=r"the model would change by(.|\n)*--resume goes on with the next"):
         run(five("bent", small), poison)
     assert not (tmp_path / "bent" / "model.safetensors").exists()
+    # It was the only round: without one there is no model.
+    with pytest.raises(RunError, match="done its part"):
+        run(five("bent", small).with_changes({"resume": True}))
 
 
 def test_a_resumed_run_goes_on_to_the_same_model(config: Config) -> None:

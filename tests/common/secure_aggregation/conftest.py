@@ -12,19 +12,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from client.throwaway import FOLDER, throwaway_kit
 from common.identity import load_node_key
 from common.secure_aggregation import member
-from common.secure_aggregation.member import Limits, MemberState
+from common.secure_aggregation.demands import Limits
+from common.secure_aggregation.member import MemberState
 from common.secure_aggregation.records import (
     KeyAdvert,
     MaskRequest,
     SealedShares,
     SessionOffer,
     SessionPlan,
+    SurvivorList,
     UnmaskRequest,
     Words,
 )
 from common.secure_aggregation.recovery import MaskedSum
 
 SESSION, RUN, ROUND = "ab" * 16, 7, 3
+SETTINGS = bytes(32)
 
 
 @dataclasses.dataclass
@@ -39,6 +42,7 @@ class Consortium:
     limits: Limits = dataclasses.field(default_factory=lambda: Limits(3, 0.8))
     neighbours: int = 0
     threshold_share: float = 0.66
+    model: bytes = b"m" * 32
     states: dict[str, MemberState] = dataclasses.field(default_factory=dict)
     adverts: dict[str, KeyAdvert] = dataclasses.field(default_factory=dict)
 
@@ -46,7 +50,7 @@ class Consortium:
         offer = SessionOffer(session=session, round=round)
         for name in self.names:
             self.adverts[name], self.states[name] = member.advertise(
-                offer, name, RUN, self.node_keys[name], self.certificates[name]
+                offer, name, RUN, SETTINGS, self.node_keys[name], self.certificates[name]
             )
 
     def plan(self, adverts: dict[str, KeyAdvert] | None = None) -> SessionPlan:
@@ -71,12 +75,24 @@ class Consortium:
         for name in sealed:
             shares = {sender: reply.shares[name] for sender, reply in sealed.items() if name in reply.shares}
             request = MaskRequest(session=SESSION, round=ROUND, shares=shares)
-            self.states[name] = member.receive(self.states[name], request)
+            self.states[name] = member.receive(self.states[name], request, self.model)
 
     def masked(self, name: str, vector: Words) -> Words:
         out = vector.copy()
         self.states[name] = member.mask(self.states[name], out)
         return out
+
+    def sign(self, name: str, survivors: Collection[str], **changes: object) -> bytes:
+        told = SurvivorList(session=SESSION, round=ROUND, survivors=tuple(survivors))
+        reply = member.agree(
+            self.states[name], told.model_copy(update=changes), self.node_keys[name], self.limits
+        )
+        return reply.signature
+
+    def agreed(self, survivors: Collection[str]) -> UnmaskRequest:
+        """The list of survivors with everybody's signature."""
+        signatures = {name: self.sign(name, survivors) for name in survivors}
+        return UnmaskRequest(session=SESSION, round=ROUND, survivors=tuple(survivors), signatures=signatures)
 
     def run(
         self,
@@ -91,11 +107,11 @@ class Consortium:
         plan = self.plan()
         sealed = {name: self.share(name, plan) for name in self.names if name not in no_shares}
         self.receive(sealed)
-        masked_sum = MaskedSum(plan, list(sealed), len(next(iter(vectors.values()))))
+        masked_sum = MaskedSum(plan, list(sealed), len(next(iter(vectors.values()))), self.model)
         for name in sealed:
             if name not in no_vector:
                 masked_sum.add(name, self.masked(name, vectors[name]))
-        request = UnmaskRequest(session=SESSION, round=ROUND, survivors=tuple(masked_sum.survivors))
+        request = self.agreed(masked_sum.survivors)
         masked_sum.unmask(
             {
                 name: member.unmask(self.states[name], request, self.limits)

@@ -1,6 +1,7 @@
 """The protocol gives the exact sum, survives losses down to its threshold, and refuses what it must."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,24 @@ from client.throwaway import throwaway_kit
 from common.errors import IdentityError, RunError, SecureAggregationRefused
 from common.identity import load_node_key
 from common.secure_aggregation import keys, member
-from common.secure_aggregation.cohort import least_in_a_sum, neighbourhood, threshold
-from common.secure_aggregation.member import Limits
-from common.secure_aggregation.records import MaskRequest, SessionOffer, UnmaskRequest
+from common.secure_aggregation.cohort import neighbourhood, sums, threshold
+from common.secure_aggregation.demands import KEYS_SIGNED, Limits, check_weights, effective_number
+from common.secure_aggregation.records import MaskRequest, SessionOffer
 from common.secure_aggregation.recovery import MaskedSum
 
 Make = Callable[..., Any]
 SESSION, RUN, ROUND = "ab" * 16, 7, 3
+SETTINGS = bytes(32)
 
 
-def survivors_of(*names: str) -> UnmaskRequest:
-    return UnmaskRequest(session=SESSION, round=ROUND, survivors=names)
+def masked_by_all(group: Any, sent: dict[str, Any]) -> Any:
+    """A session up to the vectors; its plan."""
+    group.advertise()
+    plan = group.plan()
+    group.receive({name: group.share(name, plan) for name in group.names})
+    for name in group.names:
+        group.masked(name, sent[name])
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -36,13 +44,13 @@ def survivors_of(*names: str) -> UnmaskRequest:
         (5, 0, {"no_vector": ["site-04"]}),
         (5, 0, {"no_answer": ["site-02"]}),
         (7, 0, {"no_shares": ["site-03"], "no_vector": ["site-05"]}),
-        (12, 6, {"no_vector": ["site-03"], "no_answer": ["site-08"]}),
+        (12, 6, {"no_vector": ["site-03"], "no_answer": ["site-08"]}),  # 9 of 12 must sign
     ],
 )
 def test_the_sum_is_exact_whoever_is_lost(
     consortium: Make, vectors: Make, sites: int, neighbours: int, lost: dict[str, list[str]]
 ) -> None:
-    group = consortium(sites, neighbours=neighbours)
+    group = consortium(sites, neighbours=neighbours, limits=Limits(3, 0.8, fewest_neighbours=2))
     sent = vectors(group)
     result = group.run(sent, **lost)
     gone = {*lost.get("no_shares", []), *lost.get("no_vector", [])}
@@ -91,6 +99,7 @@ def test_keys_of_a_foreign_authority_are_refused(consortium: Make, tmp_path: Pat
         SessionOffer(session=SESSION, round=ROUND),
         "site-02",
         RUN,
+        SETTINGS,
         load_node_key(outside / "node.key"),
         (outside / "node.crt").read_text(),
     )
@@ -105,6 +114,7 @@ def test_keys_under_another_sites_certificate_are_refused(consortium: Make) -> N
         SessionOffer(session=SESSION, round=ROUND),
         "site-02",
         RUN,
+        SETTINGS,
         group.node_keys["site-03"],
         group.certificates["site-03"],
     )
@@ -121,6 +131,7 @@ def test_replayed_keys_are_refused(consortium: Make, change: dict[str, Any]) -> 
         SessionOffer(session=told["session"], round=told["round"]),
         "site-02",
         told["run"],
+        SETTINGS,
         group.node_keys["site-02"],
         group.certificates["site-02"],
     )
@@ -154,7 +165,7 @@ def test_a_site_under_two_names_is_refused(consortium: Make) -> None:
     group.advertise()
     same = group.adverts["site-02"]
     doubled = group.adverts["site-03"].model_copy(update={"mask_key": same.mask_key})
-    signature = member.identity.sign(group.node_keys["site-02"], member.SIGNING, doubled.signed())
+    signature = member.identity.sign(group.node_keys["site-02"], KEYS_SIGNED, doubled.signed())
     doubled = doubled.model_copy(
         update={"signature": signature, "certificate": same_key_certificate(group, "site-03", "site-02")}
     )
@@ -184,8 +195,11 @@ def test_an_expired_certificate_is_refused(consortium: Make) -> None:
     ("weights", "reason"),
     [
         ([0.97, 0.01, 0.01, 0.01], "more than 0.8 of the weight"),
+        ([0.55, 0.15, 0.15, 0.15], "count as 2.70 equal sites, this site demands 3"),
+        ([0.79, 0.07, 0.07, 0.07], "count as 1.57 equal sites"),
         ([0.5, 0.5, 0.0, 0.0], "2 sites with a weight"),
         ([0.5, 0.4, 0.3, 0.3], "sum of 1"),
+        ([0.2, 0.2, 0.2, 0.2], "sum of 1"),
     ],
 )
 def test_weights_that_show_one_site_are_refused(consortium: Make, weights: list[float], reason: str) -> None:
@@ -208,7 +222,7 @@ def test_sites_that_were_told_different_things_cannot_read_each_other(consortium
 
 
 def test_shares_from_outside_the_neighbourhood_are_refused(consortium: Make) -> None:
-    group = consortium(9, neighbours=4)
+    group = consortium(9, neighbours=4, limits=Limits(3, 0.8, fewest_neighbours=2))
     group.advertise()
     plan = group.plan()
     sealed = {name: group.share(name, plan) for name in group.names}
@@ -217,60 +231,112 @@ def test_shares_from_outside_the_neighbourhood_are_refused(consortium: Make) -> 
     shares = {name: sealed[name].shares[me] for name in neighbourhood(plan, me) if name != me}
     request = MaskRequest(session=SESSION, round=ROUND, shares=shares | {stranger: b"x" * 120})
     with pytest.raises(SecureAggregationRefused, match="no neighbours"):
-        member.receive(group.states[me], request)
-
-
-def test_no_list_of_survivors_gets_both_secrets_of_a_site(consortium: Make, vectors: Make) -> None:
-    """The strongest split view: half of the sites are told that the victim survived, half that it did not."""
-    group = consortium(6)  # threshold 4
-    sent = vectors(group, length=4)
-    group.advertise()
-    plan = group.plan()
-    group.receive({name: group.share(name, plan) for name in group.names})
-    victim = "site-05"
-    self_masks, mask_keys = {}, {}
-    for index, name in enumerate(group.names):
-        listed = group.names if index % 2 else group.names[:-1]
-        group.masked(name, sent[name])
-        answer = member.unmask(group.states[name], survivors_of(*listed), group.limits)
-        assert not answer.self_masks.keys() & answer.mask_keys.keys()
-        self_masks |= {name: answer.self_masks[victim]} if victim in answer.self_masks else {}
-        mask_keys |= {name: answer.mask_keys[victim]} if victim in answer.mask_keys else {}
-    assert len(self_masks) == len(mask_keys) == 3
-    assert keys.join(self_masks, 4) is None
-    assert keys.join(mask_keys, 4) is None
-    # Not even with the wrong threshold do three shares give anything but noise.
-    guess = keys.join(self_masks, 3)
-    assert guess is None or keys.commit(guess) != plan.advert(victim).commitment
+        member.receive(group.states[me], request, group.model)
 
 
 def test_survivors_are_checked_at_the_site(consortium: Make, vectors: Make) -> None:
     group = consortium(5)
+    masked_by_all(group, vectors(group, length=4))
+    everybody = group.names
+    good = group.agreed(everybody)
+    for lie, changes, reason in [
+        (everybody[:3], {}, "3 of 5 sites survived, 4 are needed"),
+        ([*everybody, "ghost"], {}, "take no part"),
+        ([*everybody[:4], everybody[0]], {}, "take no part"),
+        (everybody[1:], {}, "sent its vector and is missing"),
+        (everybody, {"round": 4}, "no keys for"),
+        (everybody, {"session": "cd" * 16}, "no keys for"),
+    ]:
+        with pytest.raises(SecureAggregationRefused, match=reason):
+            group.sign("site-00", lie, **changes)
+        lied = good.model_copy(update={"survivors": tuple(lie), **changes})
+        with pytest.raises(SecureAggregationRefused, match=reason):
+            member.unmask(group.states["site-00"], lied, group.limits)
+    strict = Limits(minimum_sites=5, largest_share=0.8)
+    with pytest.raises(SecureAggregationRefused, match="4 sites with a weight, this site demands 5"):
+        member.unmask(group.states["site-00"], group.agreed(everybody[:4]), strict)
+
+
+def test_a_site_that_sent_no_vector_has_no_part_in_unmasking(consortium: Make) -> None:
+    """Its training failed, or another process is still at it: be it listed or not."""
+    group = consortium(5)
     group.advertise()
     plan = group.plan()
     group.receive({name: group.share(name, plan) for name in group.names})
-    state, all_sites = group.states["site-00"], group.names
-    for lie, reason in [
-        (survivors_of(*all_sites[:3]), "3 of 5 sites survived"),
-        (survivors_of(*all_sites, "ghost"), "take no part"),
-        (survivors_of(*all_sites[:4], all_sites[0]), "take no part"),
-        (UnmaskRequest(session=SESSION, round=4, survivors=tuple(all_sites)), "no keys for"),
-    ]:
-        with pytest.raises(SecureAggregationRefused, match=reason):
-            member.unmask(state, lie, group.limits)
-    strict = Limits(minimum_sites=5, largest_share=0.8)
-    with pytest.raises(SecureAggregationRefused, match="the sum could hold fewer than 5"):
-        member.unmask(state, survivors_of(*all_sites[:4]), strict)
+    for listed in (group.names, group.names[1:]):
+        with pytest.raises(SecureAggregationRefused, match="sent no vector"):
+            group.sign("site-00", listed)
 
 
-def test_a_survivor_with_nearly_all_the_weight_is_not_unmasked(consortium: Make) -> None:
+def test_shares_are_given_to_a_list_that_enough_sites_signed_and_to_no_other(
+    consortium: Make, vectors: Make
+) -> None:
+    group = consortium(5)  # threshold 4
+    sent = vectors(group, length=4)
+    masked_by_all(group, sent)
+    good = group.agreed(group.names)
+    state = group.states["site-00"]
+
+    def refused(**changes: Any) -> None:
+        with pytest.raises(SecureAggregationRefused, match="signed this list of survivors, 4 are needed"):
+            member.unmask(state, good.model_copy(update=changes), group.limits)
+
+    own = good.signatures
+    refused(signatures={})
+    refused(signatures=dict(list(own.items())[:3]))
+    refused(signatures=dict.fromkeys(own, own["site-01"]))  # one signer in many names
+    refused(signatures={**own, "site-01": own["site-02"], "site-02": own["site-01"]})
+    refused(signatures=dict.fromkeys(own, b"junk"))
+    refused(survivors=tuple(group.names[:4]))  # signed for another list
+    four = group.agreed(group.names[:4])
+    refused(signatures=four.signatures)
+    # A signature of keys is none of survivors, and one of another session is none of this one.
+    refused(signatures={name: group.adverts[name].signature for name in group.names})
+    masked_by_all(group, sent)
+    state = group.states["site-00"]
+    refused()
+    # Four of five are enough, whatever the fifth is: a wrong one does not end the session.
+    good = group.agreed(group.names)
+    noisy = good.model_copy(update={"signatures": {**good.signatures, "site-03": b"junk", "ghost": b"junk"}})
+    assert member.unmask(state, noisy, group.limits).self_masks.keys() == set(group.names)
+
+
+def test_sites_that_were_sent_different_models_give_no_sum(consortium: Make) -> None:
+    """A model that stops all others' gradients would make the sum one site's own (Pasquini et al. 2022)."""
     group = consortium(5)
     group.advertise()
-    weights = dict(zip(group.names, [0.78, 0.05, 0.05, 0.05, 0.07], strict=True))
+    plan = group.plan()
+    sealed = {name: group.share(name, plan) for name in group.names}
+    models = dict.fromkeys(group.names, b"m" * 32) | {"site-02": b"x" * 32}
+    seeds = {name: group.states[name].seed for name in group.names}
+    for name, model in models.items():
+        shares = {peer: reply.shares[name] for peer, reply in sealed.items() if peer != name}
+        request = MaskRequest(session=SESSION, round=ROUND, shares=shares)
+        group.states[name] = member.receive(group.states[name], request, model)
+    total = np.sum(
+        [group.masked(name, np.full(100_000, 9, np.uint32)) for name in group.names], axis=0, dtype=np.uint32
+    )
+    request = group.agreed(group.names)
+    with pytest.raises(SecureAggregationRefused, match="1 of 5 sites signed this list"):
+        member.unmask(group.states["site-02"], request, group.limits)
+    # With every self-mask off, the pair masks of the odd one with all others are still there.
+    for name, model in models.items():
+        member.subtract_mask(
+            total, keys.derive(seeds[name], member.SELF_MASK, member.mask_context(plan, model))
+        )
+    assert stats.chisquare(np.bincount(total.view(np.uint8), minlength=256)).pvalue > 1e-6
+
+
+def test_a_survivor_with_too_much_of_the_weight_is_not_unmasked(consortium: Make) -> None:
+    group = consortium(5, limits=Limits(3, 0.4))
+    group.advertise()
+    weights = dict(zip(group.names, [0.36, 0.16, 0.16, 0.16, 0.16], strict=True))
     plan = group.plan().model_copy(update={"weights": weights})
     group.receive({name: group.share(name, plan) for name in group.names})
+    for name in group.names:
+        group.masked(name, np.zeros(4, np.uint32))
     with pytest.raises(SecureAggregationRefused, match="of the weight of the sum"):
-        member.unmask(group.states["site-01"], survivors_of(*group.names[:4]), group.limits)
+        group.sign("site-01", group.names[:4])
 
 
 def test_a_vector_is_masked_once(consortium: Make, vectors: Make) -> None:
@@ -307,17 +373,17 @@ def test_all_but_one_lack_the_others_masks(consortium: Make) -> None:
     group.receive({name: group.share(name, plan) for name in group.names})
     constant = np.full(100_000, 9, np.uint32)
     open_to_try = group.masked("site-00", constant)
-    transcript = plan.transcript()
+    context = member.mask_context(plan, group.model)
 
     def without(*colluding: str, own_mask: bool) -> Any:
         words = open_to_try.copy()
         for peer in colluding:
             key = keys.pairwise_key(
-                mask_keys[peer], plan.advert("site-00").mask_key, member.PAIR_MASK, transcript
+                mask_keys[peer], plan.advert("site-00").mask_key, member.PAIR_MASK, context
             )
             member.subtract_mask(words, key)  # site-00 comes first by name: it added
         if own_mask:
-            member.subtract_mask(words, keys.derive(seed, member.SELF_MASK, transcript))
+            member.subtract_mask(words, keys.derive(seed, member.SELF_MASK, context))
         return words
 
     everybody = ("site-01", "site-02", "site-03", "site-04")
@@ -332,11 +398,11 @@ def test_a_wrong_share_is_found(consortium: Make, vectors: Make) -> None:
     group.advertise()
     plan = group.plan()
     group.receive({name: group.share(name, plan) for name in group.names})
-    total = MaskedSum(plan, group.names, 8)
+    total = MaskedSum(plan, group.names, 8, group.model)
     for name in group.names:
         total.add(name, group.masked(name, sent[name]))
     answers = {
-        name: member.unmask(group.states[name], survivors_of(*group.names), group.limits)
+        name: member.unmask(group.states[name], group.agreed(group.names), group.limits)
         for name in group.names
     }
     wrong = {**answers["site-01"].self_masks, "site-02": b"\1\0\0\0" + bytes(48)}
@@ -348,7 +414,7 @@ def test_a_wrong_share_is_found(consortium: Make, vectors: Make) -> None:
 def test_the_server_takes_each_vector_once_and_in_shape(consortium: Make) -> None:
     group = consortium(3)
     group.advertise()
-    total = MaskedSum(group.plan(), group.names[:2], 4)
+    total = MaskedSum(group.plan(), group.names[:2], 4, group.model)
     total.add("site-00", np.zeros(4, np.uint32))
     for name, length in (("site-00", 4), ("site-01", 5), ("site-02", 4)):
         with pytest.raises(RunError):
@@ -362,19 +428,61 @@ def test_the_threshold_is_above_half(members: int) -> None:
     assert (threshold(3, 0.66), threshold(5, 0.66), threshold(6, 2 / 3)) == (2, 4, 4)
 
 
-def test_the_least_sum_is_right_by_brute_force() -> None:
-    """All lists that three or four sites can be told; the smallest sum that any choice unmasks."""
-    from itertools import product
+def test_every_connected_part_of_the_survivors_is_a_sum_of_its_own(consortium: Make) -> None:
+    group = consortium(12, neighbours=4)
+    group.advertise()
+    plan = group.plan()
+    joined = {name: set(neighbourhood(plan, name)) for name in group.names}
+    two = [name for name in group.names if name not in joined["site-00"] or name == "site-00"]
+    assert ["site-00"] in sums(plan, two)  # without its neighbours its sum is its own vector
+    assert sums(plan, group.names) == [group.names]
+    assert sums(group.plan().model_copy(update={"neighbours": 0}), two) == [two]
 
-    for sites in (3, 4):
-        needed = threshold(sites, 0.66)
-        lists = [mask for mask in range(2**sites) if mask.bit_count() >= needed]
-        smallest = sites
-        for told in product(lists, repeat=sites):
-            listed = [sum(mask >> site & 1 for mask in told) for site in range(sites)]
-            if all(count >= needed or sites - count >= needed for count in listed):
-                smallest = min(smallest, sum(count >= needed for count in listed))
-        assert smallest >= least_in_a_sum(sites, sites, needed, needed) >= 2
+
+def test_a_sparse_sum_that_falls_into_small_parts_is_not_unmasked(consortium: Make, vectors: Make) -> None:
+    """All listed sites have more than half of their neighbourhood, and yet three of them are a sum apart."""
+    group = consortium(15, neighbours=4, threshold_share=0.51, limits=Limits(4, 0.8, fewest_neighbours=4))
+    plan = masked_by_all(group, vectors(group, length=4))
+    order = ring_of(plan)
+    lost = {*order[3:5], *order[-2:]}
+    listed = [name for name in group.names if name not in lost]
+    assert sorted(order[:3]) in sums(plan, listed)
+    with pytest.raises(SecureAggregationRefused, match="3 sites with a weight, this site demands 4"):
+        group.sign(order[7], listed)
+
+
+def ring_of(plan: Any) -> list[str]:
+    """The sites in the order of the ring of a graph with 4 neighbours."""
+    joined = {name: set(neighbourhood(plan, name)) for name in plan.sites}
+    first = plan.sites[0]
+
+    # Next to each other on the ring are those who share three more neighbours.
+    def beside(name: str) -> list[str]:
+        return [peer for peer in sorted(joined[name] - {name}) if len(joined[name] & joined[peer]) == 4]
+
+    order = [first, beside(first)[0]]
+    while len(order) < len(plan.sites):
+        order.append(next(peer for peer in beside(order[-1]) if peer != order[-2]))
+    return order
+
+
+@pytest.mark.parametrize(
+    ("weights", "number"),
+    [
+        ([0.2] * 5, 5.0),
+        ([1.0], 1.0),
+        ([2.0, 2.0, 0.0], 2.0),
+        ([0.79, 0.105, 0.105], 1.548),
+        ([0.5, 0.3, 0.2], 2.632),
+    ],
+)
+def test_weights_count_as_so_many_equal_sites(weights: list[float], number: float) -> None:
+    assert effective_number(weights) == pytest.approx(number, abs=1e-3)
+    named = {str(place): weight for place, weight in enumerate(weights)}
+    for least in (1, 2, 3, 4, 5):
+        enough = number >= least - 1e-9
+        with nullcontext() if enough else pytest.raises(SecureAggregationRefused, match="sites"):
+            check_weights(named, named, Limits(least, 1.0))
 
 
 def test_the_ring_joins_both_ways(consortium: Make) -> None:

@@ -1,0 +1,181 @@
+"""What a site demands of a plan and of a list of survivors, whatever the server says.
+
+Pure functions that refuse or return; ``common.secure_aggregation.member`` calls them before each step that
+gives something away.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from common import identity
+from common.errors import IdentityError, SecureAggregationRefused
+from common.secure_aggregation.cohort import is_complete, neighbourhoods, sums, threshold
+from common.secure_aggregation.records import KeyAdvert, SessionPlan, UnmaskRequest
+
+KEYS_SIGNED, SURVIVORS_SIGNED = "secure aggregation, keys", "secure aggregation, survivors"
+"""What a node key's signature is for; one for the first is none for the second."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a site demands, whatever the server asks for."""
+
+    minimum_sites: int
+    """Fewest sites in a sum that its update may be part of; also the smallest effective number of them."""
+    largest_share: float
+    """Largest share of one site in the weights of a sum: a sum that is nearly one update hides nothing."""
+    fewest_neighbours: int = 0
+    """Fewest sites that it shares masks with where not all do so with all; 0: only ever with all."""
+
+
+def check_plan(plan: SessionPlan, limits: Limits) -> None:
+    """Refuse a graph that the site does not allow, and weights under which a sum would show one update.
+
+    Raises:
+        SecureAggregationRefused: as the text says.
+    """
+    if not is_complete(plan) and not 0 < limits.fewest_neighbours <= plan.neighbours:
+        raise SecureAggregationRefused(
+            f"masks with {plan.neighbours} neighbours in place of all {len(plan.adverts) - 1} other sites, "
+            "which this site does not allow (policy.secure-aggregation.fewest-neighbours)"
+        )
+    check_weights(plan.weights, plan.sites, limits)
+    if sorted(plan.weights) != plan.sites or abs(sum(plan.weights.values()) - 1) > 1e-9:
+        raise SecureAggregationRefused("the weights are not one for each site, with a sum of 1")
+
+
+def check_weights(weights: Mapping[str, float], sites: Iterable[str], limits: Limits) -> None:
+    """Refuse where the weighted sum of these sites would hide one of them badly.
+
+    Raises:
+        SecureAggregationRefused: too few sites with a weight, one with nearly all of it, or an effective
+            number of sites below the minimum.
+    """
+    counted = [weights[site] for site in sites if weights.get(site, 0.0) > 0]
+    if len(counted) < limits.minimum_sites:
+        raise SecureAggregationRefused(
+            f"{len(counted)} sites with a weight, this site demands {limits.minimum_sites}"
+        )
+    if max(counted) > limits.largest_share * sum(counted):
+        raise SecureAggregationRefused(
+            f"one site has more than {limits.largest_share:g} of the weight of the sum"
+        )
+    if effective_number(counted) < limits.minimum_sites * (1 - 1e-9):
+        raise SecureAggregationRefused(
+            f"the weights count as {effective_number(counted):.2f} equal sites, this site demands "
+            f"{limits.minimum_sites}"
+        )
+
+
+def effective_number(weights: Collection[float]) -> float:
+    """Return 1 / sum of the squared normalised weights: n for n equal ones, near 1 where one has nearly all.
+
+    Args:
+        weights: not negative, in any unit, with a sum above 0.
+    """
+    return sum(weights) ** 2 / sum(weight**2 for weight in weights)
+
+
+def check_adverts(
+    plan: SessionPlan, own: KeyAdvert, authority: str, at: datetime
+) -> dict[str, ec.EllipticCurvePublicKey]:
+    """Return everybody's node key, by site, once certificates, signatures and keys are found right.
+
+    Args:
+        plan: from the server, which is not trusted with anything in it.
+        own: what this site advertised.
+        authority: PEM of the CA certificate in this site's own kit.
+        at: now, with a time zone.
+
+    Raises:
+        SecureAggregationRefused: a foreign, swapped, replayed, duplicate or missing key, or a site that was
+            told other settings of the run.
+        IdentityError: a certificate or signature is not valid.
+    """
+    names = [advert.site for advert in plan.adverts]
+    if names != sorted(set(names)):
+        raise SecureAggregationRefused("a site is listed twice, or the list is not in order")
+    if own.site not in names:
+        raise SecureAggregationRefused("this site is missing from the list of sites")
+    if plan.advert(own.site).signed() != own.signed():
+        raise SecureAggregationRefused("this site's own keys were replaced")
+    seen: set[bytes] = set()
+    owners = {}
+    for advert in plan.adverts:
+        if (advert.run, advert.session, advert.round) != (own.run, own.session, own.round):
+            raise SecureAggregationRefused(
+                f"the keys of {advert.site!r} are of another run, session or round"
+            )
+        signer = identity.verify_certificate(advert.certificate, authority, at)
+        if signer.site != advert.site:
+            raise SecureAggregationRefused(
+                f"the keys of {advert.site!r} came with another site's certificate"
+            )
+        identity.verify(signer.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
+        if advert.settings != own.settings:
+            raise SecureAggregationRefused(f"{advert.site!r} was told another configuration of this run")
+        owners[advert.site] = signer.public_key
+        seen |= {advert.seal_key, advert.mask_key, advert.commitment}
+    if len(seen) != 3 * len(names) or len({key.public_numbers() for key in owners.values()}) != len(names):
+        raise SecureAggregationRefused("two sites have the same key")
+    return owners
+
+
+def check_survivors(plan: SessionPlan, site: str, survivors: Collection[str], limits: Limits) -> None:
+    """Refuse a list of survivors whose sum this site's vector must not be part of.
+
+    Raises:
+        SecureAggregationRefused: not a list of sites of the session, without this site, too few of all or of
+            one survivor's neighbourhood, or a sum that would hide one of its sites badly.
+    """
+    there = set(survivors)
+    if len(there) != len(survivors) or not there <= set(plan.sites):
+        raise SecureAggregationRefused("survivors that take no part in this session")
+    if site not in there:
+        raise SecureAggregationRefused("this site sent its vector and is missing from the survivors")
+    joined = neighbourhoods(plan)
+    for members in (plan.sites, *(joined[survivor] for survivor in sorted(there))):
+        needed = threshold(len(members), plan.threshold_share)
+        if len(there & set(members)) < needed:
+            raise SecureAggregationRefused(
+                f"{len(there & set(members))} of {len(members)} sites survived, {needed} are needed"
+            )
+    for part in sums(plan, there):
+        check_weights(plan.weights, part, limits)
+
+
+def check_signatures(
+    plan: SessionPlan, request: UnmaskRequest, signed: bytes, owners: Mapping[str, ec.EllipticCurvePublicKey]
+) -> None:
+    """Refuse unless enough of the session's sites have signed the very list that this site has.
+
+    Args:
+        plan: of the session.
+        request: the list and the signatures that the server shows.
+        signed: what a survivor that was told the same has signed.
+        owners: node keys by site, as certified.
+
+    Raises:
+        SecureAggregationRefused: fewer valid signatures of survivors than the threshold over all sites.
+    """
+    needed = threshold(len(plan.sites), plan.threshold_share)
+    agreed = sum(
+        _is_valid(owners[site], signed, request.signatures[site])
+        for site in request.signatures.keys() & set(request.survivors) & owners.keys()
+    )
+    if agreed < needed:
+        raise SecureAggregationRefused(
+            f"{agreed} of {len(plan.sites)} sites signed this list of survivors, {needed} are needed"
+        )
+
+
+def _is_valid(key: ec.EllipticCurvePublicKey, signed: bytes, signature: bytes) -> bool:
+    # A wrong one does not count; a single site, or the server, must not end a session with it.
+    try:
+        identity.verify(key, SURVIVORS_SIGNED, signed, signature)
+    except IdentityError:
+        return False
+    return True

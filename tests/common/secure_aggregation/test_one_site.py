@@ -1,0 +1,170 @@
+"""Secure aggregation never unmasks one site, whatever lists of survivors the server tells, and to whom."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
+from common.errors import SecureAggregationRefused
+from common.secure_aggregation import keys, member
+from common.secure_aggregation.cohort import neighbourhood, threshold
+from common.secure_aggregation.demands import Limits
+from common.secure_aggregation.masking import add_mask, subtract_mask
+from common.secure_aggregation.records import (
+    SessionPlan,
+    SurvivorList,
+    UnmaskRequest,
+    UnmaskShares,
+    Words,
+)
+
+Make = Callable[..., Any]
+SESSION, ROUND = "ab" * 16, 3
+NOW: dict[str, Any] = {"session": SESSION, "round": ROUND}
+
+
+def lists_against(plan: SessionPlan, victim: str) -> tuple[dict[str, list[str]], bool]:
+    """What to tell each site so that the victim's self-mask and the mask keys of all its neighbours come off.
+
+    A site takes any list with at least a threshold of its neighbourhood. Who leaves out which of the victim's
+    neighbours is a flow: from sites, each of which can leave out so many, to neighbours, each of whom a
+    threshold of sites must leave out. Returns the lists, and whether they are enough.
+    """
+    sites = plan.sites
+    members = {site: neighbourhood(plan, site) for site in sites}
+    needed = threshold(len(members[victim]), plan.threshold_share)
+    targets = [site for site in members[victim] if site != victim]
+    place = {("site", s): 1 + i for i, s in enumerate(sites)}
+    place |= {("target", s): 1 + len(sites) + i for i, s in enumerate(targets)}
+    end = 1 + len(sites) + len(targets)
+    capacity = np.zeros((end + 1, end + 1), np.int32)
+    for site in sites:
+        capacity[0, place["site", site]] = len(members[site]) - needed
+        for target in set(targets) & set(members[site]):
+            capacity[place["site", site], place["target", target]] = 1
+    for target in targets:
+        capacity[place["target", target], end] = needed
+    result = maximum_flow(csr_array(capacity), 0, end)
+    flow = result.flow.toarray()
+    told = {
+        site: [
+            other
+            for other in sites
+            if other not in targets or flow[place["site", site], place["target", other]] < 1
+        ]
+        for site in sites
+    }
+    return told, bool(result.flow_value == needed * len(targets))
+
+
+def vector_of(
+    plan: SessionPlan, victim: str, masked: Words, answers: Mapping[str, UnmaskShares], context: bytes
+) -> Words | None:
+    """The victim's own vector, if these answers give away its self-mask and all its pair masks."""
+    members = neighbourhood(plan, victim)
+    needed = threshold(len(members), plan.threshold_share)
+
+    def secret(site: str, kind: str) -> Any:
+        shares = {name: getattr(a, kind)[site] for name, a in answers.items() if site in getattr(a, kind)}
+        return keys.join(shares, needed)
+
+    vector = masked.copy()
+    seed = secret(victim, "self_masks")
+    if seed is None or keys.commit(seed) != plan.advert(victim).commitment:
+        return None
+    subtract_mask(vector, keys.derive(seed, member.SELF_MASK, context))
+    for peer in members:
+        if peer == victim:
+            continue
+        private = secret(peer, "mask_keys")
+        if private is None or keys.public_key(private) != plan.advert(peer).mask_key:
+            return None
+        key = keys.pairwise_key(private, plan.advert(victim).mask_key, member.PAIR_MASK, context)
+        if victim < peer:
+            subtract_mask(vector, key)
+        else:
+            add_mask(vector, key)
+    return vector
+
+
+def masked_by_all(group: Any, sent: dict[str, Words]) -> tuple[SessionPlan, dict[str, Words]]:
+    """A session up to the vectors, honest so far."""
+    group.advertise()
+    plan = group.plan()
+    group.receive({name: group.share(name, plan) for name in group.names})
+    return plan, {name: group.masked(name, sent[name]) for name in group.names}
+
+
+def answers_to(group: Any, told: Mapping[str, list[str]]) -> dict[str, UnmaskShares]:
+    """What the sites give away when each is told its own list, with every signature that fits the list."""
+    signed: dict[str, tuple[list[str], bytes]] = {}
+    answers = {}
+    for name, listed in told.items():
+        try:
+            reply = member.agree(
+                group.states[name],
+                SurvivorList(**NOW, survivors=tuple(listed)),
+                group.node_keys[name],
+                group.limits,
+            )
+        except SecureAggregationRefused:
+            continue
+        signed[name] = (listed, reply.signature)
+    for name, listed in told.items():
+        fitting = {site: signature for site, (other, signature) in signed.items() if other == listed}
+        others = {site: signature for site, (other, signature) in signed.items() if other != listed}
+        for signatures in (fitting, others | fitting):
+            request = UnmaskRequest(**NOW, survivors=tuple(listed), signatures=signatures)
+            try:
+                answers[name] = member.unmask(group.states[name], request, group.limits)
+            except SecureAggregationRefused:
+                continue
+    return answers
+
+
+GRAPHS = [
+    pytest.param(sites, neighbours, share, marks=[pytest.mark.slow] if sites == 40 else [])
+    for sites in (5, 9, 16, 40)
+    for neighbours in (0, 2, 4, 6)
+    for share in (0.51, 0.66)
+    if neighbours < sites - 1
+]
+
+
+@pytest.mark.parametrize(("sites", "neighbours", "share"), GRAPHS)
+def test_secure_aggregation_never_unmasks_one_site(
+    consortium: Make, vectors: Make, sites: int, neighbours: int, share: float
+) -> None:
+    """Told different lists, a sparse graph's sites would give the server all masks of one site."""
+    group = consortium(
+        sites,
+        neighbours=neighbours,
+        threshold_share=share,
+        limits=Limits(3, 0.8, fewest_neighbours=neighbours),
+    )
+    sent = vectors(group, length=4)
+    plan, masked = masked_by_all(group, sent)
+    victim = group.names[0]
+    told, enough = lists_against(plan, victim)
+    assert enough == (neighbours == 2 or (neighbours > 0 and share == 0.51))  # the attack is right
+    answers = answers_to(group, told)
+    context = member.mask_context(plan, group.model)
+    assert vector_of(plan, victim, masked[victim], answers, context) is None
+    assert not any(peer in answer.mask_keys for answer in answers.values() for peer in group.names)
+
+
+@pytest.mark.parametrize("neighbours", [2, 4, 6])
+def test_a_sparse_graph_is_refused_unless_the_site_allows_it(consortium: Make, neighbours: int) -> None:
+    group = consortium(9, neighbours=neighbours)
+    group.advertise()
+    plan = group.plan()
+    for fewest in (0, neighbours + 1):
+        group.limits = Limits(3, 0.8, fewest_neighbours=fewest)
+        with pytest.raises(SecureAggregationRefused, match="fewest-neighbours"):
+            group.share("site-00", plan)
+    for fewest in (1, neighbours):
+        group.limits = Limits(3, 0.8, fewest_neighbours=fewest)
+        assert len(group.share("site-00", plan).shares) == neighbours
