@@ -4,12 +4,12 @@ Faults are collected, not raised, so that a user sees all of them at once.
 """
 
 import csv
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.delimited import TableError, read_rows
 from common.errors import BadRow
 
 _WHOLE = re.compile(r"([0-9]{1,9})(?:[.,]0*)?")
@@ -30,14 +30,19 @@ class CsvTable:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def column(self, names: Sequence[str]) -> str | None:
+        """Return the first of these columns that the table has, whatever their case, or None."""
+        by_name = {name.lower(): name for name in reversed(self.columns)}
+        return next((by_name[name] for name in names if name in by_name), None)
+
 
 def read_csv(path: Path, required: Sequence[str], fatal: list[BadRow], bad: list[BadRow]) -> CsvTable | None:
-    """Read ``path`` as UTF-8 CSV with a header.
+    """Read a table with a header; ``common.delimited`` says which encodings and separators.
 
     Args:
         path: the file; faults name it by its last part.
         required: columns that must be there; others are kept too.
-        fatal: receives what makes the whole file unusable (missing, not UTF-8, no such column).
+        fatal: receives what makes the whole file unusable (missing, not text, no such column).
         bad: receives rows whose number of cells differs from the header's; they are left out.
 
     Returns:
@@ -49,34 +54,25 @@ def read_csv(path: Path, required: Sequence[str], fatal: list[BadRow], bad: list
     except OSError as error:
         fatal.append(BadRow(file, None, f"cannot be read: {error.strerror or error}"))
         return None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        fatal.append(BadRow(file, line, "is not UTF-8; save the file as UTF-8"))
-        return None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[dict[str, str]] = []
     lines: list[int] = []
     columns: tuple[str, ...] = ()
     try:
-        columns = tuple(name.strip() for name in next(reader, []))
+        numbered = read_rows(data)
+        columns = tuple(name.strip() for name in next(numbered, (1, []))[1])
         missing = [name for name in required if name not in columns]
         if missing or len(set(columns)) != len(columns):
             what = f"lacks column(s) {missing}" if missing else "names a column twice"
             fatal.append(BadRow(file, 1, f"the header {what}; it has {list(columns)}"))
             return None
-        for cells in reader:
-            if not cells:
-                continue
+        for line, cells in numbered:
             if len(cells) != len(columns):
-                reason = f"{len(cells)} cells where the header has {len(columns)}"
-                bad.append(BadRow(file, reader.line_num, reason))
+                bad.append(BadRow(file, line, f"{len(cells)} cells where the header has {len(columns)}"))
                 continue
             rows.append({name: cell.strip() for name, cell in zip(columns, cells, strict=True)})
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        fatal.append(BadRow(file, reader.line_num, f"is not CSV: {error}"))
+            lines.append(line)
+    except TableError as error:
+        fatal.append(BadRow(file, error.line, error.reason))
         return None
     return CsvTable(file, columns, tuple(rows), tuple(lines))
 

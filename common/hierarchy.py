@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from common.delimited import TableError, read_rows
 from common.errors import BadRow, DataError
 
 if TYPE_CHECKING:  # the tree is read where no model is
@@ -108,12 +109,11 @@ class Hierarchy:
     def from_csv(cls, path: Path) -> Self:
         """Read ``hierarchy.csv``: a header of level names, then one row per leaf (see from_rows)."""
         try:
-            with path.open(newline="", encoding="utf-8-sig") as stream:
-                reader = csv.reader(stream)
-                numbered = [(reader.line_num, row) for row in reader if row]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            numbered = list(read_rows(path.read_bytes()))
+        except (OSError, TableError) as error:
+            row = f"row {error.line} " if isinstance(error, TableError) and error.line else ""
             raise DataError(
-                f"the hierarchy {path} cannot be read: {error}",
+                f"the hierarchy {path} cannot be read: {row}{error}",
                 advice="Give a UTF-8 CSV: a header of level names, then one row per leaf.",
             ) from error
         if not numbered:

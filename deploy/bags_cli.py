@@ -55,12 +55,18 @@ def build(
     label_column: Annotated[
         str | None, typer.Option(help="Column of leaf labels; default diagnosis_1..k, or HAM10000's dx.")
     ] = None,
+    levels: Annotated[
+        int | None, typer.Option(min=1, help="Take the first so many of diagnosis_1..k.")
+    ] = None,
     split_column: Annotated[
         str | None, typer.Option(help="Column whose 'test' rows become test.csv.")
     ] = None,
     group_column: Annotated[
         str | None, typer.Option(help="Column (patient, lesion) that is never divided over sites.")
     ] = None,
+    missing_groups: Annotated[
+        str, typer.Option(help="Rows without a group: refuse, or alone: each a group of its own.")
+    ] = "refuse",
     groups: Annotated[
         str, typer.Option(help="bags: nor over bags. sites: the bags of a site are filled without regard.")
     ] = "bags",
@@ -134,6 +140,8 @@ def build(
         images_per_site=images_per_site,
         image_size=image_size,
         bag_size=bag_size,
+        depth=levels,
+        fold_case=fold_case,
     )
     usual = ("iid", "random")
     if source is SourceKind.SYNTHETIC:
@@ -154,6 +162,7 @@ def build(
             seed=seed,
             skip_bad=skip_bad,
             minimum_bag_size=minimum_bag_size,
+            missing_groups=missing_groups,
             progress=progress,
         )
     _show(report, as_json)

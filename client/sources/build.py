@@ -5,6 +5,7 @@ counts. Only rows that the split column calls test keep their label, in test.csv
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from client.bags import write_quarantine
 from client.image_cache import Progress
 from client.sources.build_steps import Steps, image_faults, refuse_existing, whole_or_nothing
-from client.sources.division import column, divide, make_bags
+from client.sources.division import column, divide, groups_of, is_missing, make_bags
+from client.sources.label_names import refuse_twins
 from client.sources.partition import Indices
 from client.sources.report import BuildReport, make_report
 from client.sources.site_writer import SitePlan, write_site
@@ -35,6 +37,7 @@ def build_sites(
     seed: int = 0,
     skip_bad: bool = False,
     minimum_bag_size: int = 4,
+    missing_groups: str = "refuse",
     progress: Progress | None = None,
 ) -> BuildReport:
     """Write one site folder per site under ``out``, or nothing at all.
@@ -54,6 +57,8 @@ def build_sites(
         seed: fixes the result.
         skip_bad: leave bad rows out and list them in ``out/quarantine.csv``.
         minimum_bag_size: images; no smaller bag is made, and the site's policy will refuse them.
+        missing_groups: ``refuse``: images without a cell in the group column are bad rows; ``alone``: each is
+            a group of its own, which the report says.
         progress: called with (done, all); every image counts once for checking, once for writing.
 
     Raises:
@@ -65,8 +70,15 @@ def build_sites(
     refuse_existing(out, "--out")
     bad = list(source.bad)
     steps = Steps(2 * len(source), progress)
+    refuse_twins(source.hierarchy, source.file)
     is_train, is_test = read_split(source, split_column or source.split_column, bad)
-    good = _check_images(source, bad, steps)
+    group_column = group_column or source.group_column
+    good, note = _known_groups(source, group_column, missing_groups, bad)
+    for option in (partition, bags):
+        kind, _, name = option.partition(":")
+        if kind == "column" and name:
+            good &= _filled_in(source, name, "", bad)
+    good &= _check_images(source, bad, steps)
     if bad and not skip_bad:
         raise DataError(
             f"{source.file} holds {len(bad)} bad row(s)",
@@ -74,7 +86,7 @@ def build_sites(
             "Mend these rows, or leave them out with --skip-bad.",
         )
     return write_sites(
-        source,
+        replace(source, notes=(*source.notes, *note)),
         out,
         np.flatnonzero(is_train & good),
         np.flatnonzero(is_test & good),
@@ -125,7 +137,7 @@ def write_sites(
     refuse_existing(out, "--out")
     rng = np.random.default_rng(seed)
     chosen = group_column or source.group_column
-    group_of = column(source, chosen) if chosen else None
+    group_of = groups_of(source, chosen) if chosen else None
     if not len(train):
         raise DataError(f"{source.file} holds no usable training image", bad)
     names, parts = divide(source, train, test, group_of, partition, sites, bag_size, rng)
@@ -158,6 +170,31 @@ def read_split(
         reason = f"{name} {words[index]!r} is neither train, val nor test"
         bad.append(BadRow(source.file, source.lines[index], reason))
     return is_train, is_test
+
+
+def _known_groups(
+    source: SourceTable, name: str | None, missing_groups: str, bad: list[BadRow]
+) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """Per image, shape (N,): may it be used, as far as its group is concerned. And what to note."""
+    if missing_groups not in ("refuse", "alone"):
+        raise UserError(f"--missing-groups {missing_groups!r}: write refuse or alone")
+    if name is None:
+        return np.ones(len(source), dtype=np.bool_), ()
+    if missing_groups == "refuse":
+        return _filled_in(source, name, ": whose image is it? (--missing-groups alone)", bad), ()
+    alone = sum(map(is_missing, column(source, name)))
+    note = f"{alone} image(s) without {name} are each a group of its own: patients among them may be divided."
+    return np.ones(len(source), dtype=np.bool_), (note,) if alone else ()
+
+
+def _filled_in(source: SourceTable, name: str, meaning: str, bad: list[BadRow]) -> NDArray[np.bool_]:
+    """Per image: does the column say something; other rows are bad."""
+    cells = column(source, name)
+    filled = np.array([not is_missing(cell) for cell in cells], dtype=np.bool_)
+    for index in np.flatnonzero(~filled).tolist():
+        reason = f"{name} is {'missing' if cells[index] else 'empty'}{meaning}"
+        bad.append(BadRow(source.file, source.lines[index], reason))
+    return filled
 
 
 def _check_images(source: SourceTable, bad: list[BadRow], steps: Steps) -> NDArray[np.bool_]:

@@ -38,6 +38,8 @@ def open_source(
     images_per_site: int = 1200,
     image_size: int = 48,
     bag_size: int = 16,
+    depth: int | None = None,
+    fold_case: bool = False,
 ) -> "SourceTable":
     """Open a source.
 
@@ -48,6 +50,8 @@ def open_source(
         labels: label table (table, dicom).
         hierarchy: label tree as CSV (table, dicom, medmnist).
         label_column: column of leaf names (table, dicom).
+        depth: take the first so many diagnosis columns (table, dicom).
+        fold_case: join classes that differ only by case or blanks (table, dicom, folders).
         sites, seed, images_per_site, image_size, bag_size: synthetic only; see synthetic_source.
 
     Raises:
@@ -61,8 +65,15 @@ def open_source(
     if kind is SourceKind.COUNTS:
         raise UserError("--source counts has no labels: `fedbags bags build` reads it by itself")
     from_table = kind in (SourceKind.TABLE, SourceKind.DICOM)
-    given = {"--labels": labels, "--label-column": label_column, "--hierarchy": hierarchy}
-    takes = set(given) if from_table else {"--hierarchy"} if kind is SourceKind.MEDMNIST else set()
+    given = {
+        "--labels": labels,
+        "--label-column": label_column,
+        "--hierarchy": hierarchy,
+        "--levels": depth,
+        "--fold-case": fold_case or None,
+    }
+    others = {SourceKind.MEDMNIST: {"--hierarchy"}, SourceKind.FOLDERS: {"--fold-case"}}
+    takes = set(given) if from_table else others.get(kind, set())
     if ignored := [name for name, value in given.items() if value is not None and name not in takes]:
         raise UserError(f"--source {kind} does not read {', '.join(ignored)}")
     if kind is SourceKind.SYNTHETIC:
@@ -73,17 +84,23 @@ def open_source(
         return synthetic_source(sites, seed, images_per_site, image_size, images_per_site // 5, bag_size)
     if images is None or (from_table and labels is None):
         raise UserError(f"--source {kind} needs --images" + (" and --labels" if from_table else ""))
-    return _open(kind, images, labels, hierarchy, label_column)
+    return _open(kind, images, labels, hierarchy, label_column, depth, fold_case)
 
 
 def _open(
-    kind: SourceKind, images: Path, labels: Path | None, hierarchy: Path | None, label_column: str | None
+    kind: SourceKind,
+    images: Path,
+    labels: Path | None,
+    hierarchy: Path | None,
+    label_column: str | None,
+    depth: int | None,
+    fold_case: bool,
 ) -> "SourceTable":
     # Each source is imported only when it is used: some need slow or optional packages.
     if kind is SourceKind.FOLDERS:
         from client.sources.folders import folder_source
 
-        return folder_source(images)
+        return folder_source(images, fold_case=fold_case)
     if kind is SourceKind.MEDMNIST:
         from client.sources.medmnist import medmnist_source
 
@@ -105,7 +122,7 @@ def _open(
     if kind is SourceKind.DICOM:
         from client.sources.dicom import dicom_source
 
-        return dicom_source(images, labels, hierarchy, label_column)
+        return dicom_source(images, labels, hierarchy, label_column, depth=depth, fold_case=fold_case)
     from client.sources.table import table_source
 
-    return table_source(images, labels, hierarchy, label_column)
+    return table_source(images, labels, hierarchy, label_column, depth=depth, fold_case=fold_case)

@@ -5,7 +5,6 @@ Every fault names its bag, since a bag with a fault can only be used or left out
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from client.csv_tables import CsvTable, read_csv, whole_number
 from client.site_files import Fault
 from client.sources.file_index import FileIndex, FoundFiles, find_images, is_hidden
-from client.sources.label_names import did_you_mean, fold
+from client.sources.label_names import did_you_mean, fold, refuse_twins, unknown_label
 from client.sources.table import image_column
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
@@ -82,6 +81,7 @@ def read_counted_bags(
     if table is None or (bags is not None and listing is None):
         raise DataError("the bags cannot be read", fatal)
     tree = Hierarchy.from_csv(hierarchy)
+    refuse_twins(tree, hierarchy.name)
     faults = [Fault(row) for row in ragged]
     reader = _Counts(table, tree, fold_case, faults)
     members, found = _bags_of_table(images, listing, faults) if listing else _bags_of_folders(images, faults)
@@ -102,14 +102,8 @@ def read_counted_bags(
     )
 
 
-def _column(table: CsvTable, names: Sequence[str]) -> str | None:
-    """The first of these columns that the table has, in any case."""
-    by_name = {name.lower(): name for name in reversed(table.columns)}
-    return next((by_name[name] for name in names if name in by_name), None)
-
-
 def _bag_column(table: CsvTable) -> str:
-    name = _column(table, BAG_COLUMNS)
+    name = table.column(BAG_COLUMNS)
     if name is None:
         raise UserError(
             f"{table.file} has no bag column; call it one of {', '.join(BAG_COLUMNS)}. "
@@ -129,7 +123,7 @@ class _Counts:
         self.lines: dict[str, int] = {}
         self.notes: list[str] = []
         bag = _bag_column(table)
-        label, count = _column(table, LABEL_COLUMNS), _column(table, COUNT_COLUMNS)
+        label, count = table.column(LABEL_COLUMNS), table.column(COUNT_COLUMNS)
         if label is not None and count is not None and label not in tree.leaf_index:
             self.layout, self.shape = "long", f"a row for each {bag} and {label}, the number in {count}"
             self._read_long(table, bag, label, count)
@@ -213,14 +207,6 @@ class _Counts:
                     self._fault(line, f"{name} says {row[name]}, the classes sum to {vector.sum()}", bag)
         if blank:
             self.notes.append(f"{blank} blank cell(s) of {table.file} count as 0.")
-
-
-def unknown_label(name: str, tree: Hierarchy) -> str:
-    """Say that a label is no leaf of the tree, whether it is a coarser class, and which leaf is near."""
-    for level, classes in zip(tree.levels[:-1], tree.classes[:-1], strict=True):
-        if name in classes:
-            return f"label {name!r} is a class of level {level}; counts and labels are of leaves"
-    return f"unknown label {name!r}; it is no leaf of the hierarchy{did_you_mean(name, tree.classes[-1])}"
 
 
 def _bags_of_folders(root: Path, faults: list[Fault]) -> tuple[dict[str, list[Path]], FoundFiles]:

@@ -45,9 +45,15 @@ class DicomImages:
 
 
 def dicom_source(
-    folder: Path, labels: Path, hierarchy: Path | None = None, label_column: str | None = None
+    folder: Path,
+    labels: Path,
+    hierarchy: Path | None = None,
+    label_column: str | None = None,
+    *,
+    depth: int | None = None,
+    fold_case: bool = False,
 ) -> SourceTable:
-    """Read a label table whose images are DICOM files; see ``table_source`` for its columns.
+    """Read a label table whose images are DICOM files; see ``table_source`` for its columns and options.
 
     Groups are the files' PatientID; files without one are bad rows, since nobody could tell whose they
     are.
@@ -58,7 +64,9 @@ def dicom_source(
     """
     if find_spec("pydicom") is None:
         raise UserError("DICOM needs pydicom: pip install 'fedbags[dicom]'")
-    table = table_source(folder, labels, hierarchy, label_column, reader=DicomImages, is_image=_is_dicom)
+    table = table_source(
+        folder, labels, hierarchy, label_column, DicomImages, _is_dicom, depth=depth, fold_case=fold_case
+    )
     assert isinstance(table.images, DicomImages)
     bad = list(table.bad)
     kept, patients = [], []

@@ -21,6 +21,26 @@ from common.errors import UserError
 BAGS_AT_LEAST = 4
 """Bags that `dirichlet` leaves to its poorest site, where there are enough images."""
 
+MISSING_WORDS = frozenset(
+    {
+        "",
+        "nan",
+        "na",
+        "n/a",
+        "#n/a",
+        "<na>",
+        "none",
+        "null",
+        "nil",
+        "nat",
+        "missing",
+        "unknown",
+        "-",
+        "--",
+        "?",
+    }
+)
+
 
 def column(source: SourceTable, name: str) -> Sequence[str]:
     """The cells of a column, or a UserError that names the columns there are."""
@@ -28,6 +48,19 @@ def column(source: SourceTable, name: str) -> Sequence[str]:
         known = ", ".join(source.columns) or "none"
         raise UserError(f"{source.file} has no column {name!r}; its columns are: {known}")
     return source.columns[name]
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell says that nobody knows, as spreadsheets and data frames write it."""
+    return cell.strip().lower() in MISSING_WORDS
+
+
+def groups_of(source: SourceTable, name: str) -> list[str]:
+    """Return the group of every image; one whose cell is missing is a group of its own."""
+    return [
+        f"{cell} without {name}, number {index}" if is_missing(cell) else cell
+        for index, cell in enumerate(column(source, name))
+    ]
 
 
 def divide(

@@ -4,10 +4,11 @@ What is left out is never left out in silence: folders that programs put beside 
 name, files that are no image by their ending, and both are counted for a note.
 """
 
+import bisect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 
 from common.errors import UserError
 
@@ -107,7 +108,8 @@ class FileIndex:
     def __init__(self, folder: Path, is_image: Ending = IMAGE_SUFFIXES.__contains__) -> None:
         self.found = find_images(folder, is_image)
         self.twins: set[Path] = set()
-        """Images asked for that lie in several folders, everywhere with the same bytes; the first is given."""
+        """Images asked for that lie in several folders with the same bytes; the first is given."""
+        self._folded: list[tuple[str, str]] | None = None
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
         for path in self.found.images:
@@ -121,18 +123,33 @@ class FileIndex:
         """The file called ``name`` (with or without folder and suffix), and what is wrong with it."""
         if not name:
             return Path(), "the image name is empty"
-        parts = PurePath(name)
-        if parts.is_absolute() or ".." in parts.parts:
+        parts = PurePath(name if name in self._by_name else name.replace("\\", "/"))
+        if parts.is_absolute() or PureWindowsPath(name).drive or ".." in parts.parts:
             return Path(), f"{name!r} leads out of the image folder"
+        if parts.parts[:1] == (self.found.root.name,) and not self._has(parts):
+            parts = PurePath(*parts.parts[1:])
         # A whole name comes first: of DICOM files called by UID, one's stem may be another's name.
         found = self._by_name.get(str(parts)) or self._by_stem.get(str(parts), [])
         if not found:
-            return Path(), f"{name!r}: no such image"
+            return Path(), f"{name!r}: no such image{self._near(parts)}"
         if len(found) > 1:
             if len({path.read_bytes() for path in found}) > 1:
                 return Path(), f"{name!r}: several images of that name"
             self.twins.add(found[0])
         return found[0], ""
+
+    def _has(self, name: PurePath) -> bool:
+        return str(name) in self._by_name or str(name) in self._by_stem
+
+    def _near(self, name: PurePath) -> str:
+        """Name a file that differs by case, by ending, or by what follows the name."""
+        if self._folded is None:
+            self._folded = sorted((path.name.lower(), path.name) for path in self.found.images)
+        stem = (name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name).lower()
+        at = bisect.bisect_left(self._folded, (stem, ""))
+        if stem and at < len(self._folded) and self._folded[at][0].startswith(stem):
+            return f"; did you mean {self._folded[at][1]!r}?"
+        return ""
 
 
 def is_hidden(name: str) -> bool:

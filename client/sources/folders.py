@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from client.sources.file_index import find_images
+from client.sources.label_names import usual_spellings
 from client.sources.source_table import TEST_WORDS, TRAIN_WORDS, FileImages, SourceTable
 from common.errors import BadRow, UserError
 from common.hierarchy import Hierarchy
@@ -17,8 +18,10 @@ from common.hierarchy import Hierarchy
 SPLIT_WORDS = TEST_WORDS | TRAIN_WORDS
 
 
-def folder_source(root: Path) -> SourceTable:
+def folder_source(root: Path, *, fold_case: bool = False) -> SourceTable:
     """Read nested class folders.
+
+    With ``fold_case`` folders whose names differ only by case or blanks are one class.
 
     A class is called by its folder, or by ``parent/folder`` on levels where two folders share a name.
     Images at another depth than most, or outside the folders of a split, are bad rows.
@@ -32,9 +35,12 @@ def folder_source(root: Path) -> SourceTable:
     folders = [path.relative_to(root).parent.parts for path in files]
     if len({parts[:1] for parts in folders}) == 1 and {p[1].lower() for p in folders if p[1:]} & SPLIT_WORDS:
         # An archive that unpacks into a folder of its own: the split is one level down.
-        return folder_source(root / folders[0][0])
+        return folder_source(root / folders[0][0], fold_case=fold_case)
     has_split = _is_split({parts[0] for parts in folders if parts}, root)
     classes = [parts[1:] if has_split else parts for parts in folders]
+    if fold_case:
+        spelling = usual_spellings([name for parts in classes for name in parts])
+        classes = [tuple(spelling[name] for name in parts) for parts in classes]
     inside = [not has_split or parts[:1] == () or parts[0].lower() in SPLIT_WORDS for parts in folders]
     depth = Counter(len(parts) for parts, counts in zip(classes, inside, strict=True) if parts and counts)
     if not depth:

@@ -6,7 +6,11 @@ never joined in silence: a source refuses them, or joins them where that was ask
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from common.errors import BadRow, DataError
+from common.hierarchy import Hierarchy
 
 
 def fold(name: str) -> str:
@@ -20,3 +24,38 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     choices = {fold(other): other for other in known}
     near = difflib.get_close_matches(fold(name), choices, n=1, cutoff=0.75)
     return f"; did you mean {choices[near[0]]!r}?" if near else ""
+
+
+def unknown_label(name: str, tree: Hierarchy) -> str:
+    """Say that a label is no leaf of the tree, whether it is a coarser class, and which leaf is near."""
+    for level, classes in zip(tree.levels[:-1], tree.classes[:-1], strict=True):
+        if name in classes:
+            return f"label {name!r} is a class of level {level}; counts and labels are of leaves"
+    return f"unknown label {name!r}; it is no leaf of the hierarchy{did_you_mean(name, tree.classes[-1])}"
+
+
+def refuse_twins(tree: Hierarchy, file: str) -> None:
+    """Raise a DataError if two classes of a level differ only by case, blanks or the form of a letter."""
+    rows = []
+    for level, classes in zip(tree.levels, tree.classes, strict=True):
+        first: dict[str, str] = {}
+        for name in classes:
+            twin = first.setdefault(fold(name), name)
+            if twin != name:
+                reason = f"{level} {name!r} and {twin!r} differ only by case, blanks or the form of a letter"
+                rows.append(BadRow(file, None, f"{reason}; did you mean {twin!r}?"))
+    if rows:
+        advice = "Write each class in one way; --fold-case joins such classes of tables and folders."
+        raise DataError(f"{len(rows)} class(es) are written in two ways", rows, advice)
+
+
+def usual_spellings(names: Sequence[str], known: Iterable[str] = ()) -> dict[str, str]:
+    """Return for every name the spelling to use: a known one, else the most frequent that folds alike.
+
+    Of spellings that are equally frequent the first in the order of the alphabet is used.
+    """
+    chosen: dict[str, str] = {}
+    for name, _ in sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])):
+        chosen.setdefault(fold(name), name)
+    chosen |= {fold(name): name for name in known}
+    return {name: chosen[fold(name)] for name in set(names)}

@@ -1,6 +1,7 @@
 """Images listed in a label table: ISIC metadata, HAM10000, or any CSV with a label column."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import numpy as np
 
 from client.csv_tables import CsvTable, read_csv
 from client.sources.file_index import IMAGE_SUFFIXES, Ending, FileIndex
+from client.sources.label_names import refuse_twins, unknown_label, usual_spellings
 from client.sources.source_table import FileImages, SourceImages, SourceTable
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
 
-IMAGE_COLUMNS = ("image", "isic_id", "image_id", "filename", "file", "path")
-LEVEL_COLUMN = re.compile(r"(?:diagnosis|level)_(\d+)")
+IMAGE_COLUMNS = (
+    "image", "isic_id", "image_id", "image_name", "img_id", "filename", "file_name", "file", "path"
+)  # fmt: skip
+LEVEL_COLUMN = re.compile(r"(?:diagnosis|level)_(\d+)", re.IGNORECASE)
 
 HAM10000_COLUMN, HAM10000_GROUP = "dx", "lesion_id"
 HAM10000_LEVELS = ("lineage", "group", "dx")
@@ -35,6 +39,9 @@ def table_source(
     label_column: str | None = None,
     reader: Callable[[Sequence[Path]], SourceImages] = FileImages,
     is_image: Ending = IMAGE_SUFFIXES.__contains__,
+    *,
+    depth: int | None = None,
+    fold_case: bool = False,
 ) -> SourceTable:
     """Read a label table.
 
@@ -49,6 +56,9 @@ def table_source(
         hierarchy: label tree as CSV. Without it the diagnosis columns are the tree.
         label_column: the column of leaf names; needs ``hierarchy``.
         reader: what reads the files found.
+        depth: take the first so many of the diagnosis columns; all if None.
+        fold_case: join labels that differ only by case, blanks or the form of a letter; else those that are
+            not written as most are, are bad rows.
         is_image: tells of an ending whether images have it; see ``find_images``.
 
     Returns:
@@ -66,6 +76,9 @@ def table_source(
         raise DataError(f"the label table cannot be read: {labels}", fatal)
     image = image_column(table)
     levels = _level_columns(table, label_column)
+    if depth is not None and (label_column is not None or not 1 <= depth <= len(levels)):
+        raise UserError(f"--levels {depth}: {labels} has {len(levels)} diagnosis column(s) to take from")
+    levels = levels[:depth]
     group = None
     tree = Hierarchy.from_csv(hierarchy) if hierarchy is not None else None
     if not levels and label_column is None and HAM10000_COLUMN in table.columns:
@@ -79,7 +92,10 @@ def table_source(
         )
     if tree is None and label_column is not None:
         raise UserError("--label-column needs --hierarchy: one row per leaf, coarse to fine")
+    notes: list[str] = []
+    table = _one_spelling(table, levels, tree, fold_case, bad, notes)
     tree = tree or _tree_from(table, levels, bad)
+    refuse_twins(tree, (hierarchy or labels).name)
     index = FileIndex(images, is_image)
     kept: list[int] = []
     paths: list[Path] = []
@@ -97,7 +113,6 @@ def table_source(
         kept.append(number)
         paths.append(path)
         leaves.append(tree.leaf_index[row[levels[-1]]])
-    notes = []
     if index.twins:
         notes.append(
             f"{len(index.twins)} image(s) lie in several folders with the same bytes; each was taken once."
@@ -118,9 +133,9 @@ def table_source(
 
 def image_column(table: CsvTable) -> str:
     """Return the first of IMAGE_COLUMNS that the table has, or raise a UserError that lists its columns."""
-    for name in IMAGE_COLUMNS:
-        if name in table.columns:
-            return name
+    name = table.column(IMAGE_COLUMNS)
+    if name is not None:
+        return name
     raise UserError(
         f"{table.file} has no image column; call it one of {', '.join(IMAGE_COLUMNS)}. "
         f"Its columns are: {', '.join(table.columns)}"
@@ -138,6 +153,45 @@ def _level_columns(table: CsvTable, label_column: str | None) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
+def _one_spelling(
+    table: CsvTable,
+    levels: Sequence[str],
+    tree: Hierarchy | None,
+    fold_case: bool,
+    bad: list[BadRow],
+    notes: list[str],
+) -> CsvTable:
+    """The table with each class written in one way; without ``fold_case`` other rows become bad rows."""
+    rows, lines = [], []
+    joined: Counter[str] = Counter()
+    usual = []
+    for level, name in enumerate(levels):
+        known: tuple[str, ...] = ()
+        if tree is not None and len(levels) == len(tree.levels):
+            known = tree.classes[level]
+        elif tree is not None and name == levels[-1]:
+            known = tree.classes[-1]
+        usual.append(usual_spellings([row[name] for row in table.rows], known))
+    for line, row in table:
+        other = {
+            name: own[row[name]]
+            for name, own in zip(levels, usual, strict=True)
+            if own[row[name]] != row[name]
+        }
+        if other and not fold_case:
+            (name, spelling), *_ = other.items()
+            reason = f"{name} {row[name]!r} is written {spelling!r} elsewhere; did you mean it? (--fold-case)"
+            bad.append(BadRow(table.file, line, reason))
+            continue
+        joined.update(row[name] for name in other)
+        rows.append({**row, **other})
+        lines.append(line)
+    if joined:
+        names = ", ".join(f"{name!r} ({number})" for name, number in joined.most_common(5))
+        notes.append(f"{sum(joined.values())} label(s) were joined with others: {names}.")
+    return CsvTable(table.file, table.columns, tuple(rows), tuple(lines))
+
+
 def _tree_from(table: CsvTable, levels: Sequence[str], bad: list[BadRow]) -> Hierarchy:
     """The tree that the rows span, sorted by name; rows that fit no tree become bad rows."""
     parent: dict[tuple[int, str], tuple[str, int]] = {}
@@ -147,7 +201,8 @@ def _tree_from(table: CsvTable, levels: Sequence[str], bad: list[BadRow]) -> Hie
         reason = ""
         for level, cell in enumerate(cells):
             if not cell:
-                reason = f"{levels[level]} is empty; every level must be filled in"
+                above = f", or take the levels above it with --levels {level}" if level else ""
+                reason = f"{levels[level]} is empty; fill in every level{above}"
                 break
             above, seen = parent.get((level, cell), (cells[level - 1], line))
             if level and above != cells[level - 1]:
@@ -167,7 +222,7 @@ def _tree_from(table: CsvTable, levels: Sequence[str], bad: list[BadRow]) -> Hie
 def _label_fault(row: dict[str, str], levels: Sequence[str], tree: Hierarchy) -> str:
     leaf = tree.leaf_index.get(row[levels[-1]])
     if leaf is None:
-        return f"unknown label {row[levels[-1]]!r}; it is no leaf of the hierarchy"
+        return unknown_label(row[levels[-1]], tree)
     if len(levels) != len(tree.levels):
         return ""
     path = [tree.classes[level][node] for level, node in enumerate(tree.paths[leaf].tolist())]

@@ -328,3 +328,48 @@ def test_training_needs_no_label_source_after_the_build(tmp_path: Path, split: l
     (tmp_path / "out/site-1/test.csv").unlink()
     shutil.rmtree(tmp_path / "out/site-1/test")
     assert len(BagStore.open(tmp_path / "out/site-1", 12)) == 12
+
+
+MISSING = ["", "NaN", "nan", "NA", "n/a", "None", "NULL", "-", "unknown"]
+
+
+@pytest.mark.parametrize("word", MISSING)
+def test_images_without_a_patient_never_become_one_patient(tmp_path: Path, word: str) -> None:
+    patients = [word if index % 2 else f"p{index // 8}" for index in range(96)]
+    source = array_source(96, patient=patients)
+    with pytest.raises(DataError, match=r"row 3: patient is (empty|missing): whose image is it") as caught:
+        build_sites(source, tmp_path / "out", sites=1, bag_size=8, group_column="patient")
+    assert len(caught.value.rows) == 48
+    report = build_sites(
+        source, tmp_path / "skip", sites=1, bag_size=8, group_column="patient", skip_bad=True
+    )
+    assert (report.used, report.quarantined) == (48, 48)
+    alone = build_sites(
+        source, tmp_path / "alone", sites=1, bag_size=8, group_column="patient", missing_groups="alone"
+    )
+    assert alone.sites[0].bag_size_max < 16
+    assert any(
+        note.startswith("48 image(s) without patient are each a group of its own") for note in alone.notes
+    )
+    with pytest.raises(UserError, match="write refuse or alone"):
+        build_sites(source, tmp_path / "x", group_column="patient", missing_groups="join")
+
+
+@pytest.mark.parametrize("options", [{"partition": "column:clinic"}, {"bags": "column:clinic", "sites": 1}])
+@pytest.mark.parametrize("word", MISSING[:3])
+def test_blank_cells_of_a_partition_column_are_bad_rows(
+    tmp_path: Path, options: dict[str, object], word: str
+) -> None:
+    source = array_source(60, clinic=[word if index in (4, 5) else "north" for index in range(60)])
+    with pytest.raises(DataError, match="clinic is") as caught:
+        build_sites(source, tmp_path / "out", bag_size=8, **options)  # type: ignore[arg-type]
+    assert [row.row for row in caught.value.rows] == [6, 7]
+    report = build_sites(source, tmp_path / "out", bag_size=8, skip_bad=True, **options)  # type: ignore[arg-type]
+    assert len(report.sites) == 1
+    assert report.used == 58
+
+
+def test_classes_written_in_two_ways_are_refused_whatever_the_source(tmp_path: Path) -> None:
+    tree = Hierarchy.from_rows(("leaf",), [("Nevus",), ("nevus ",), ("mel",)])
+    with pytest.raises(DataError, match="'nevus' and 'Nevus' differ only by case"):
+        build_sites(replace(array_source(), hierarchy=tree), tmp_path / "out", sites=1)

@@ -134,3 +134,98 @@ def test_tables_that_cannot_be_used(folder: Path) -> None:
     (folder / "labels.csv").write_text(ISIC)
     with pytest.raises(UserError, match="image folder is missing"):
         table_source(folder / "pictures", folder / "labels.csv")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_tables_and_trees_of_other_separators(folder: Path, separator: str, leaf_names: LeafNames) -> None:
+    (folder / "labels.csv").write_text("﻿" + ISIC.replace(",", separator), newline="\r\n")
+    (folder / "tree.csv").write_text(
+        f"a{separator}b\nmalignant{separator}melanoma\nbenign{separator}nevus\nbenign{separator}keratosis\n"
+    )
+    assert leaf_names(read(folder)) == ["nevus", "melanoma", "keratosis"]
+    assert read(folder, hierarchy=folder / "tree.csv").hierarchy.classes[1][0] == "melanoma"
+
+
+@pytest.mark.parametrize("column", ["Image", "image_name", "img_id", "ISIC_ID", "file_name"])
+def test_image_columns_by_other_names(folder: Path, column: str) -> None:
+    (folder / "labels.csv").write_text(ISIC.replace("isic_id", column))
+    assert len(read(folder)) == 3
+
+
+@pytest.mark.parametrize("name", ["images/ISIC_1.jpg", "images\\ISIC_1.jpg", "ISIC_1.jpg", ".\\ISIC_1"])
+def test_paths_as_other_systems_and_folders_write_them(folder: Path, name: str) -> None:
+    (folder / "labels.csv").write_text(ISIC.replace("ISIC_1", name))
+    assert read(folder).bad == ()
+    (folder / "images/part1").mkdir()
+    (folder / "images/ISIC_1.jpg").rename(folder / "images/part1/ISIC_1.jpg")
+    (folder / "labels.csv").write_text(ISIC.replace("ISIC_1", "part1\\ISIC_1.jpg"))
+    assert read(folder).bad == ()
+
+
+@pytest.mark.parametrize("name", ["C:\\ISIC_1", "..\\ISIC_1", "a\\..\\..\\ISIC_1"])
+def test_paths_of_other_systems_that_lead_out(folder: Path, name: str) -> None:
+    (folder / "labels.csv").write_text(ISIC.replace("ISIC_1", name))
+    assert "leads out of the image folder" in str(read(folder).bad[0])
+
+
+@pytest.mark.parametrize(
+    ("written", "there", "hint"),
+    [
+        ("ISIC_1.png", "ISIC_1.jpg", "did you mean 'ISIC_1.jpg'?"),
+        ("isic_1", "ISIC_1.jpg", "did you mean 'ISIC_1.jpg'?"),
+        ("ISIC_1", "ISIC_1_downsampled.jpg", "did you mean 'ISIC_1_downsampled.jpg'?"),
+        ("ISIC_9", "ISIC_1.jpg", "no such image"),
+    ],
+)
+def test_a_near_file_name_is_said(folder: Path, written: str, there: str, hint: str) -> None:
+    (folder / "images/ISIC_1.jpg").rename(folder / "images" / there)
+    (folder / "labels.csv").write_text(ISIC.replace("ISIC_1", written))
+    assert str(read(folder).bad[0]).endswith(hint)
+
+
+@pytest.mark.parametrize("twin", ["Nevus", "NEVUS", "nev\u200bus", "\u200enevus", "\uff4eevus"])
+def test_classes_that_differ_by_case_or_blanks_are_refused_or_joined(
+    folder: Path, draw: Draw, leaf_names: LeafNames, twin: str
+) -> None:
+    draw(folder / "images/ISIC_4.jpg")
+    draw(folder / "images/ISIC_5.jpg")
+    (folder / "labels.csv").write_text(ISIC + f"ISIC_4,benign,{twin},p9\nISIC_5,benign,nevus,p9\n")
+    refused = read(folder)
+    assert refused.hierarchy.sizes == (2, 3)
+    assert "diagnosis_2" in str(refused.bad[0])
+    assert "is written 'nevus' elsewhere; did you mean it? (--fold-case)" in str(refused.bad[0])
+    joined = read(folder, fold_case=True)
+    assert joined.bad == ()
+    assert leaf_names(joined).count("nevus") == 3
+    assert "1 label(s) were joined" in joined.notes[0]
+    (folder / "tree.csv").write_text("a,b\nmalignant,melanoma\nbenign,keratosis\nbenign,nevus\n")
+    assert len(read(folder, hierarchy=folder / "tree.csv").bad) == 1
+    assert len(read(folder, hierarchy=folder / "tree.csv", fold_case=True)) == 5
+    (folder / "tree.csv").write_text(f'a,b\nmalignant,melanoma\nbenign,"{twin} x"\nbenign,nevus x\n')
+    with pytest.raises(DataError, match="differ only by case, blanks or the form of a letter; did you mean"):
+        read(folder, hierarchy=folder / "tree.csv")
+
+
+def test_an_unknown_label_names_the_near_leaf(folder: Path) -> None:
+    (folder / "tree.csv").write_text("a,b\nmalignant,melanoma\nbenign,naevus\nbenign,keratosis\n")
+    (folder / "labels.csv").write_text(ISIC.replace("diagnosis_1,", "x,").replace("diagnosis_2", "y"))
+    table = read(folder, hierarchy=folder / "tree.csv", label_column="y")
+    assert "unknown label 'nevus'; it is no leaf of the hierarchy; did you mean 'naevus'?" in str(
+        table.bad[0]
+    )
+
+
+def test_the_first_levels_of_a_deep_export(folder: Path) -> None:
+    (folder / "labels.csv").write_text(
+        "isic_id,diagnosis_1,diagnosis_2,diagnosis_3\nISIC_1,benign,nevus,\nISIC_2,malignant,melanoma,\n"
+        "ISIC_3,benign,nevus,blue\n"
+    )
+    assert "diagnosis_3 is empty; fill in every level, or take the levels above it with --levels 2" in str(
+        read(folder).bad[0]
+    )
+    table = read(folder, depth=2)
+    assert table.bad == ()
+    assert table.hierarchy.levels == ("diagnosis_1", "diagnosis_2")
+    for wrong in (0, 4):
+        with pytest.raises(UserError, match=f"--levels {wrong}: .* has 3 diagnosis"):
+            read(folder, depth=wrong)

@@ -1,0 +1,70 @@
+"""Reading tables as people save them: which text a file holds, and what separates its cells.
+
+Knows nothing of columns. Whatever cannot be told for certain is refused with a reason, not guessed.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+
+SEPARATORS = (",", ";", "\t", "|")
+
+_WORKBOOKS = {
+    b"PK\x03\x04": "is an Excel workbook (or another zip archive), not text",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook, not text",
+}
+_SAVE_AS = "save it as CSV UTF-8"
+_NAMED_SEPARATOR = re.compile(r"sep=(.)\r?\n")
+
+
+class TableError(Exception):
+    """A file is no table. ``line`` is 1-based, or None where the whole file is meant."""
+
+    def __init__(self, line: int | None, reason: str) -> None:
+        self.line, self.reason = line, reason
+        super().__init__(reason)
+
+
+def read_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
+    """Give the line number and the cells of every row that is not empty, the header first.
+
+    The text is UTF-8 or UTF-16 with a byte order mark. The separator is the one of SEPARATORS that gives the
+    header the most cells, or what Excel's line ``sep=;`` says.
+
+    Raises:
+        TableError: a workbook, another encoding, or broken quotes.
+    """
+    text = _decode(data)
+    skipped = 0
+    if named := _NAMED_SEPARATOR.match(text):
+        text, separator, skipped = text[named.end() :], named[1], 1
+    else:
+        first = text.split("\n", 1)[0]
+        separator = max(SEPARATORS, key=lambda mark: _cells(first, mark))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num + skipped, cells
+    except csv.Error as error:
+        raise TableError(reader.line_num + skipped, f"is not CSV: {error}") from None
+
+
+def _cells(line: str, separator: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=separator), []))
+    except csv.Error:
+        return 0
+
+
+def _decode(data: bytes) -> str:
+    for start, reason in _WORKBOOKS.items():
+        if data.startswith(start):
+            raise TableError(None, f"{reason}; open it there and {_SAVE_AS}")
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise TableError(line, f"is not UTF-8 (Windows-1252, perhaps); {_SAVE_AS}") from None
