@@ -172,6 +172,9 @@ class FederationConfig(Section):
         3600.0, ge=0, le=1e7, description="seconds below the quorum before the run gives up"
     )
     allow: str = Field("", description="comma-separated site names that may take part; empty: all")
+    statements: str = Field(
+        "", description="folder where sites' privacy statements outlive a run; empty: the run's own"
+    )
     max_update_mb: float = Field(1024.0, gt=0, le=1e6, description="largest update accepted, MiB")
     max_change: float = Field(
         1000.0, gt=0, le=1e30, description="largest change accepted: L2 norm / (1 + norm of the model)"

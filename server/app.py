@@ -141,6 +141,7 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
                 for site, r in sorted(rounds.roster.releases.items())
             },
             "central_dp": central_statement(config, state.round),
+            "losses": [loss.model_dump() for loss in state.losses],
             "left_out": [left_out.model_dump() for left_out in state.left_out],
         }
     )

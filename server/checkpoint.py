@@ -46,6 +46,17 @@ class LeftOut(BaseModel):
     reason: Annotated[str, BeforeValidator(one_line)]
 
 
+class DeclaredLoss(BaseModel):
+    """A site's word that rows of its ledger are lost, and the spending that it had stated until then."""
+
+    model_config = ConfigDict(frozen=True)
+
+    round: int
+    site: str
+    epsilon: float | None
+    delta: float | None
+
+
 class ServerState(BaseModel):
     """Everything but arrays that the server knows after a round."""
 
@@ -55,6 +66,7 @@ class ServerState(BaseModel):
     seconds: float = 0.0
     releases: dict[str, ProportionRelease] = {}
     statements: dict[str, PrivacyStatement] = {}
+    losses: list[DeclaredLoss] = []
     left_out: list[LeftOut] = []
     digests: dict[str, list[str]] = {}
     """Of the updates that each site sent, so that none is taken twice."""

@@ -7,6 +7,7 @@ the state that a checkpoint keeps) and nothing that cannot be restored from a ch
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flwr.app import RecordDict
@@ -30,12 +31,13 @@ from server import checkpoint
 from server.acceptance import fault_of, is_replay, read_update, usable_loss
 from server.aggregation import Aggregator, Arrays, ServerOptimiser, StreamingMean
 from server.attendance import Attendance, QuorumMissed, Turn
-from server.checkpoint import ServerState
+from server.checkpoint import DeclaredLoss, ServerState
 from server.enrolment import ATTEMPTS, is_answer
 from server.evaluation import check_figures, noised_bag_figures, pooled_bag_figures, selection_score
 from server.exchange import ask
 from server.run_folder import RunFolder
 from server.secure_aggregation import Session, SessionFailed, useless_sum
+from server.statements import StatementBook
 from server.weights import fedpals_weights, training_bags
 
 log = logging.getLogger("fedbags.server")
@@ -62,6 +64,8 @@ class Rounds:
         self.state = state
         self.optimiser = ServerOptimiser(config.federation, config.central_dp)
         self.best: dict[str, FloatArray] = dict(trainable_arrays(model))
+        kept = config.federation.statements
+        self.statements = StatementBook(Path(kept) if kept else None, state.statements, folder.path.name)
         self.used_up: dict[str, tuple[int, int]] = {}
         """Node and round of every site that left because of its privacy budget."""
         self.taken: set[str] = set()
@@ -295,9 +299,22 @@ class Rounds:
             turn.failed(site, reason, final=final)
 
     def _note_statement(self, statement: PrivacyStatement) -> None:
-        self.state.statements[statement.site] = statement
+        """Write down what a site has spent.
+
+        Raises:
+            MessageError: it leaves out what the site stated before.
+        """
+        before = self.statements.take(statement)
+        self.state.statements[statement.site] = self.statements.last(statement.site) or statement
         figures = statement.model_dump(include={"site", "epsilon", "delta", "budget_left"})
         self.folder.event("statement", round=statement.round, **figures)
+        if before is not None:
+            loss = DeclaredLoss(
+                round=statement.round, site=statement.site, epsilon=before.epsilon, delta=before.delta
+            )
+            self.state.losses.append(loss)
+            self.folder.event("ledger-lost", **loss.model_dump())
+            log.warning("round %(round)d: %(site)s declares that its ledger lost rows", loss.model_dump())
 
     def _bags(self) -> dict[str, float]:
         """Training bags of every site, from its release."""

@@ -2,7 +2,7 @@
 
 config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
 metrics.jsonl       one event a line: joined, waiting, enrolled, phase, update, statement, round, left-out,
-                    left, checkpoint-damaged, resumed, failed, finished
+                    left, ledger-lost, checkpoint-damaged, stopped-early, resumed, failed, finished
 checkpoints/        see checkpoint.py
 model.safetensors   the selected model, with model.json beside it
 summary.json        the figures of the finished run
@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # torch and Flower come with these, and whoever watches a run
     from server.exchange import Exchange
 
 _MAY_CHANGE = (
-    "run-dir", "sites-dir", "secure-aggregation.certificates", "train.device", "federation.sites",
-    "federation.deadline", "federation.enrol-deadline", "federation.patience",
+    "run-dir", "sites-dir", "secure-aggregation.certificates", "federation.statements", "train.device",
+    "federation.sites", "federation.deadline", "federation.enrol-deadline", "federation.patience",
 )  # fmt: skip
 """Keys that say where, by whom and how patiently, not what is computed."""
 

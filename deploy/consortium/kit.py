@@ -159,6 +159,11 @@ class CoordinatorKit(Kit):
         return self.state / "flower.db"
 
     @property
+    def statements(self) -> Path:
+        """The last privacy statement of each site, over all runs."""
+        return self.state / "statements"
+
+    @property
     def runs(self) -> Path:
         """The folder of run folders that ServerApps write."""
         return self.state / "runs"

@@ -71,6 +71,8 @@ def run(
     config = compose(expected_sites(kit, options, config_file), settings, config_file)
     path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     here: dict[str, Scalar] = {"run-dir": str(path), "resume": resume}
+    if not config.federation.statements:
+        here["federation.statements"] = str(kit.statements)
     if config.secure_aggregation.enabled and not config.secure_aggregation.certificates:
         here["secure-aggregation.certificates"] = str(kit.nodes)
     config = config.with_changes(here)

@@ -20,7 +20,9 @@ from server.run_folder import RunFolder
 
 INTERVAL = 1.0
 """Seconds between two looks at a run that goes on."""
-PATHS = frozenset({"run-dir", "sites-dir", "model.weights"})
+PATHS = frozenset(
+    {"run-dir", "sites-dir", "model.weights", "federation.statements", "secure-aggregation.certificates"}
+)
 """Keys of the configuration that hold paths of this machine."""
 EXPERIMENT = "fedbags"
 

@@ -118,6 +118,7 @@ class Federation:
             "resume": federation.pop("resume", False),
             "model.image-size": 16,
             "model.atoms-per-class": 1,
+            "federation.statements": str(federation.pop("statements", "")),
             "train.held-back": federation.pop("held_back", 0.1),
         }
         keys = {f"federation.{key.replace('_', '-')}": value for key, value in federation.items()}
