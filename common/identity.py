@@ -70,6 +70,28 @@ def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteId
         issuer = x509.load_pem_x509_certificate(authority.encode())
     except ValueError as error:
         raise IdentityError("the consortium's CA certificate cannot be read") from error
+    owner = read_certificate(certificate, at)
+    site, subject = owner.site, x509.load_pem_x509_certificate(certificate.encode())
+    try:
+        subject.verify_directly_issued_by(issuer)
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise IdentityError(f"the certificate of {site!r} is not of this consortium's authority") from error
+    _check_validity("of the authority", issuer, at)
+    if _is_authority(subject) or not _is_authority(issuer):
+        raise IdentityError(f"the certificate of {site!r} is not one of a site, issued by a CA")
+    return owner
+
+
+def read_certificate(certificate: str, at: datetime) -> SiteIdentity:
+    """Return what a site's certificate says of itself, whoever issued it.
+
+    Args:
+        certificate: PEM of one certificate; its common name is the site's name.
+        at: the time to check at, with a time zone.
+
+    Raises:
+        IdentityError: unreadable, outside its validity, without exactly one name, or without a P-384 key.
+    """
     try:
         subject = x509.load_pem_x509_certificate(certificate.encode())
         names = subject.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
@@ -79,18 +101,7 @@ def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteId
     if len(names) != 1 or not isinstance(names[0].value, str):
         raise IdentityError("a site's certificate must carry exactly one common name")
     site = names[0].value
-    try:
-        subject.verify_directly_issued_by(issuer)
-    except (InvalidSignature, ValueError, TypeError) as error:
-        raise IdentityError(f"the certificate of {site!r} is not of this consortium's authority") from error
-    for owner, checked in ((f"of {site!r}", subject), ("of the authority", issuer)):
-        if not checked.not_valid_before_utc <= at <= checked.not_valid_after_utc:
-            raise IdentityError(
-                f"the certificate {owner} is valid from {checked.not_valid_before_utc:%Y-%m-%d %H:%M} to "
-                f"{checked.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and it is {at:%Y-%m-%d %H:%M} here"
-            )
-    if _is_authority(subject) or not _is_authority(issuer):
-        raise IdentityError(f"the certificate of {site!r} is not one of a site, issued by a CA")
+    _check_validity(f"of {site!r}", subject, at)
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or public_key.key_size != PUBLIC_BITS:
         raise IdentityError(f"the certificate of {site!r} holds no NIST P-{PUBLIC_BITS} key")
     return SiteIdentity(site, public_key)
@@ -111,6 +122,15 @@ def verify(key: ec.EllipticCurvePublicKey, purpose: str, payload: bytes, signatu
         key.verify(signature, _bound(purpose, payload), _SCHEME)
     except InvalidSignature as error:
         raise IdentityError(f"a signature for {purpose!r} is not valid") from error
+
+
+def _check_validity(owner: str, certificate: x509.Certificate, at: datetime) -> None:
+    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not first <= at <= last:
+        raise IdentityError(
+            f"the certificate {owner} is valid from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC, "
+            f"and it is {at:%Y-%m-%d %H:%M} here"
+        )
 
 
 def _is_authority(certificate: x509.Certificate) -> bool:

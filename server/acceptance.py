@@ -49,7 +49,7 @@ LARGEST_FIGURE = 1e12
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str, content: RecordDict | None = None, most: int = MOST_TEXT) -> Iterator[None]:
     """Turn whatever goes wrong while a site's reply is read into that site's fault.
 
     An exception that nobody expected may be a fault of ours: its class and its place are logged, not its
@@ -57,11 +57,15 @@ def reading(what: str) -> Iterator[None]:
 
     Args:
         what: the beginning of the reason, such as ``unreadable reply``.
+        content: the reply, if it is still to be seen whether it is too long to be read.
+        most: bytes of text that it may hold.
 
     Raises:
         MessageError: the reason, on one line of at most ``REASON_CHARACTERS`` characters.
     """
     try:
+        if content is not None:
+            _check_text(content, most)
         yield
     except (MessageError, RunError) as error:
         raise MessageError(one_line(f"{what}: {error}")) from None
@@ -78,8 +82,7 @@ def read_release(content: RecordDict) -> tuple[ProportionRelease, Hierarchy]:
     Raises:
         MessageError: a record is missing, malformed or too many, or it says what no release says.
     """
-    with reading("unreadable release"):
-        _check_text(content, MOST_TEXT_OF_A_RELEASE)
+    with reading("unreadable release", content, MOST_TEXT_OF_A_RELEASE):
         check_only(content, ProportionRelease)
         release = from_records(content, ProportionRelease)
         if not SITE_NAME.fullmatch(release.site):
@@ -125,8 +128,7 @@ def read_update(
     Raises:
         MessageError: a record is missing, malformed or too many, or speaks for another site or round.
     """
-    with reading("unreadable reply"):
-        _check_text(content, MOST_TEXT)
+    with reading("unreadable reply", content):
         check_only(content, ModelUpdate, *([PrivacyStatement] if private else []))
         update = from_records(content, ModelUpdate)
         statement = from_records(content, PrivacyStatement) if private else None

@@ -9,13 +9,15 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import RecordDict
 
+from common import identity
 from common.config_tables import SecureAggregationConfig
-from common.errors import RunError
+from common.errors import IdentityError, RunError
 from common.messages import (
     FloatArray,
     MessageError,
@@ -26,7 +28,8 @@ from common.messages import (
     from_records,
     to_records,
 )
-from common.secure_aggregation.demands import effective_number
+from common.secure_aggregation import keys
+from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
 from common.secure_aggregation.quantisation import digest, length, mean_of
 from common.secure_aggregation.records import (
     InSession,
@@ -42,6 +45,7 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 from common.secure_aggregation.recovery import MaskedSum
+from server.acceptance import check_statement, reading
 
 KEYS, SHARES, TRAIN_MASKED = "query.keys", "query.shares", "train.masked"
 SURVIVORS, UNMASK = "query.survivors", "query.unmask"
@@ -97,6 +101,26 @@ def useless_sum(round: int, reason: str) -> str:
         f"round {round}: {reason}\nNothing of it is used, and nobody can see whose update was wrong. Sites "
         "unmask one sum of a round: --resume goes on with the next round."
     )
+
+
+def check_keys(advert: KeyAdvert, certificate: str) -> None:
+    """Refuse keys that would make every other site refuse the session.
+
+    The sites check them again, against the authority that they trust; the server is not believed.
+
+    Args:
+        advert: what the site sent.
+        certificate: PEM, of the site.
+
+    Raises:
+        RunError: a point of small order, or a signature or certificate that is not valid now.
+    """
+    for key in (advert.seal_key, advert.mask_key):
+        keys.pairwise_key(keys.new_secret(), key, "check", b"")
+    owner = identity.read_certificate(certificate, datetime.now(UTC))
+    if owner.site != advert.site:
+        raise IdentityError(f"the certificate is of {owner.site!r}")
+    identity.verify(owner.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
 
 
 @dataclass
@@ -157,11 +181,18 @@ class Session:
         offer = to_records(SessionOffer(session=self.name, round=self.round))
         adverts = {}
         for site, advert in self._replies(KEYS, dict.fromkeys(sites, offer), KeyAdvert):
-            certificate = advert.certificate or self._certificate(site)
-            if certificate:
-                adverts[site] = advert.model_copy(update={"certificate": certificate})
-            else:
+            # Its own may be of another authority than the other sites trust; what lies here is not.
+            certificate = self._certificate(site) or advert.certificate
+            if not certificate:
                 self.report(site, KEYS, "it sent no certificate, and there is none for it here")
+                continue
+            try:
+                with reading("unusable keys"):
+                    check_keys(advert, certificate)
+            except MessageError as error:
+                self.report(site, KEYS, str(error))
+                continue
+            adverts[site] = advert.model_copy(update={"certificate": certificate})
         self._need(len(adverts), "made keys")
         weights = {site: self.weights[site] for site in sorted(adverts)}
         if sum(weights.values()) <= 0:
@@ -195,16 +226,17 @@ class Session:
         metrics = {}
         for site, content in self.exchange(TRAIN_MASKED, requests):
             try:
-                check_only(content, MaskedUpdate, PrivacyStatement)
-                statement = from_records(content, PrivacyStatement)
-                update = from_records(content, MaskedUpdate)
-                if (statement.site, statement.round) != (site, self.round):
-                    raise MessageError(f"privacy statement of {statement.site!r}")
+                with reading("unusable reply", content):
+                    check_only(content, MaskedUpdate, PrivacyStatement)
+                    statement = from_records(content, PrivacyStatement)
+                    update = from_records(content, MaskedUpdate)
+                check_statement(statement, site, self.round)
                 self.spent(statement)
-                self._check(site, update.sender, update)
-                total.add(site, update.vector)
-            except (MessageError, RunError) as error:
-                self.report(site, TRAIN_MASKED, f"unusable reply: {error}")
+                with reading("unusable reply"):
+                    self._check(site, update.sender, update)
+                    total.add(site, update.vector)
+            except MessageError as error:
+                self.report(site, TRAIN_MASKED, str(error))
                 continue
             metrics[site] = dict(update.metrics)
         self._need(len(total.survivors), "sent a masked update")
@@ -252,11 +284,12 @@ class Session:
     ) -> Iterator[tuple[str, T]]:
         for site, content in self.exchange(kind, requests):
             try:
-                check_only(content, record)
-                reply = from_records(content, record)
-                self._check(site, getattr(reply, "site", ""), reply)
+                with reading("unusable reply", content):
+                    check_only(content, record)
+                    reply = from_records(content, record)
+                    self._check(site, getattr(reply, "site", ""), reply)
             except MessageError as error:
-                self.report(site, kind, f"unusable reply: {error}")
+                self.report(site, kind, str(error))
                 continue
             yield site, reply
 

@@ -1,5 +1,6 @@
 """Whole runs with secure aggregation: the plain result, losses after each step, and hostile replies."""
 
+import base64
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Error, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from safetensors.numpy import load_file
 
 from client.bags import BagStore
@@ -16,7 +17,7 @@ from client.throwaway import CERTIFICATE_FILE, FOLDER
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.messages import MaskedUpdate, from_records, to_records
-from common.secure_aggregation import quantisation
+from common.secure_aggregation import keys, quantisation
 from common.secure_aggregation.demands import effective_number
 from deploy.local_grid import LocalGrid
 from server import attendance, rounds
@@ -373,6 +374,70 @@ def test_a_malformed_masked_update_is_left_out_and_the_others_count(
     assert [(e["site"], e["phase"]) for e in events if e["event"] == "left-out"] == [
         ("hospital-3", "train.masked")
     ]
+
+
+def in_record(record: str, **fields: Any) -> Callable[[Message], None]:
+    """A reply in whose record of JSON some fields are others, whatever our classes would let through."""
+
+    def tamper(reply: Message) -> None:
+        content = json.loads(str(reply.content.config_records[record]["json"]))
+        reply.content[record] = ConfigRecord({"json": json.dumps(content | fields)})
+
+    return tamper
+
+
+def in_metrics(**fields: Any) -> Callable[[Message], None]:
+    return in_record("masked-update", metrics={key.replace("_", "-"): value for key, value in fields.items()})
+
+
+LONG, ZEROS = "x" * 5_900_000, base64.urlsafe_b64encode(bytes(32)).decode()
+OTHER_KEY = base64.urlsafe_b64encode(keys.public_key(keys.new_secret())).decode()
+OTHERS = {f"hospital-{number}": ZEROS for number in range(1, 6)}
+WRONG: dict[str, tuple[str, Callable[[Message], None], bool]] = {
+    "keys of small order": ("query.keys", in_record("key-advert", mask_key=ZEROS), True),
+    "keys that it did not sign": (
+        "query.keys",
+        in_record("key-advert", seal_key=OTHER_KEY),
+        True,
+    ),
+    "a signature that is none": ("query.keys", in_record("key-advert", signature=ZEROS), True),
+    "a certificate of 5.9 MB": ("query.keys", in_record("key-advert", certificate=LONG), True),
+    "a certificate that is none": ("query.keys", in_record("key-advert", certificate="certificate"), True),
+    "another site's keys": ("query.keys", in_record("key-advert", site="hospital-1"), True),
+    "shares for a site of 5.9 MB": ("query.shares", in_record("sealed-shares", shares={LONG: ZEROS}), True),
+    "a session of 5.9 MB": ("query.shares", in_record("sealed-shares", session=LONG), True),
+    "a statement of 5.9 MB": ("train.masked", in_record("privacy", generator=LONG), True),
+    "a statement of a million events": (
+        "train.masked", in_record("privacy", events=[{"kind": "discrete_laplace", "scale": 1.0}] * 10**6),
+        True,
+    ),
+    "a metric of 5.9 MB": ("train.masked", in_record("masked-update", metrics={LONG: 1}), True),
+    "negative bags": ("train.masked", in_metrics(num_bags=-5), False),
+    "bags beyond a float": ("train.masked", in_metrics(num_bags=10**300), False),
+    "a loss that overflows": ("train.masked", in_metrics(loss=1e308), False),
+    "a signature of 5.9 MB": ("query.survivors", in_record("survivor-signature", signature=LONG), True),
+    "shares that are none": ("query.unmask", in_record("unmask-shares", self_masks=OTHERS), False),
+    "shares of 5.9 MB": ("query.unmask", in_record("unmask-shares", self_masks={LONG: ZEROS}), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_reply_at_any_step_ends_no_run(five: Config, tmp_path: Path, wrong: str) -> None:
+    kind, tamper, left_out = WRONG[wrong]
+
+    def bend(asked: str, node: int, reply: Message) -> Message:
+        if (asked, node) == (kind, 2):
+            tamper(reply)
+        return reply
+
+    summary = run(five("bent"), bend)
+    assert summary["rounds"] == 1
+    assert {item["site"] for item in summary["left_out"]} == ({"hospital-3"} if left_out else set())
+    assert all(len(item["reason"]) <= 300 for item in summary["left_out"])
+    (update,) = [e for e in read_events(tmp_path / "bent" / "metrics.jsonl") if e["event"] == "round"]
+    assert update["updates"] >= 4
+    for file in ("summary.json", "metrics.jsonl", "log.jsonl"):
+        assert (tmp_path / "bent" / file).stat().st_size < 100_000, file
 
 
 def test_swapped_keys_end_the_run_with_every_peers_refusal(

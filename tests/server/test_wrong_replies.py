@@ -16,7 +16,6 @@ from server.checkpoint import load_newest
 Change = Callable[[Message], None]
 LONG = "x" * 5_900_000
 ESCAPE = "a\x1b[2J\x1b]0;owned\x07"
-KIND = {"release": "query.proportions", "update": "train", "privacy": "train", "metrics": "train"}
 
 
 def text(record: str, **fields: Any) -> Change:
