@@ -5,18 +5,20 @@ A server has no say in it: what a run's configuration names as a folder counts f
 
 import fcntl
 from pathlib import Path
-
-from flwr.app import Context
+from typing import TYPE_CHECKING
 
 from client.site import SITE_FILE
 from common.config import RunConfig
 from common.errors import ConfigError, UserError
 
+if TYPE_CHECKING:  # whoever only looks for site folders need not wait for Flower
+    from flwr.app import Context
+
 DATA_PATH, KIT, PARTITION = "data-path", "kit", "partition-id"
 SYNTHETIC_CACHE = Path(".fedbags") / "synthetic"
 
 
-def find_site(context: Context) -> Path:
+def find_site(context: "Context") -> Path:
     """The folder of the site that this node speaks for.
 
     A SuperNode started with ``--node-config 'data-path="..."'`` is that site. A simulated node takes
@@ -37,7 +39,7 @@ def find_site(context: Context) -> Path:
     return sites[number]
 
 
-def is_simulated(context: Context) -> bool:
+def is_simulated(context: "Context") -> bool:
     """Whether the node is one of a simulation: it has a number, and neither data of its own nor a kit."""
     return PARTITION in context.node_config and not {DATA_PATH, KIT} & context.node_config.keys()
 
@@ -73,7 +75,7 @@ def synthetic_sites(config: RunConfig) -> list[Path]:
     return site_folders(target)
 
 
-def _own_folder(context: Context, config: RunConfig) -> Path:
+def _own_folder(context: "Context", config: RunConfig) -> Path:
     folder = Path(str(context.node_config.get(DATA_PATH, "")))
     if not context.node_config.get(DATA_PATH):
         raise ConfigError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import UserError
+from deploy import prerequisites
 from deploy.say import say
 
 if TYPE_CHECKING:
@@ -59,12 +60,13 @@ def audit_command(
       fedbags audit runs/private                           the run's settings, all its rounds
       fedbags audit --sites-dir SITES --epsilon 4 --json   before any run
     """
+    config, folder = _settings(run, sites_dir, epsilon, rounds)
+    prerequisites.check(config)
     from client.bags import BagStore
     from client.locate import site_folders
     from deploy.audit import audit_site
     from deploy.progress import counted
 
-    config, folder = _settings(run, sites_dir, epsilon, rounds)
     sites = {path.name: path for path in site_folders(Path(config.sites_dir))}
     name = site or next(iter(sites))
     if name not in sites:

@@ -4,6 +4,7 @@ Heavy libraries are imported inside the commands, so that ``--help`` answers at 
 """
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +20,10 @@ from deploy import (
     bags_cli,
     compare_cli,
     consortium_cli,
+    interrupt,
     ledger_cli,
+    loopback,
+    prerequisites,
     provision_cli,
     report_cli,
     watch_cli,
@@ -225,12 +229,23 @@ def print_json(value: Any) -> None:
 
 
 def main() -> None:
-    """Run the command; exit 0 done, 1 the run failed, 2 the user's mistake."""
-    try:
-        app()
-    except UserError as error:
-        say(f"error: {error}", err=True)
-        sys.exit(2)
-    except FedbagsError as error:
-        say(f"the run failed: {error}", err=True)
-        sys.exit(1)
+    """Run the command; exit 0 done, 1 the run failed, 2 the user's mistake, 130 Ctrl-C."""
+    with interrupt.told():
+        os.environ.update(loopback.without_proxy(os.environ))
+        try:
+            app()
+        except UserError as error:
+            say(f"error: {error}", err=True)
+            sys.exit(2)
+        except FedbagsError as error:
+            say(f"the run failed: {error}", err=True)
+            sys.exit(1)
+        except ModuleNotFoundError as error:
+            if not (advice := prerequisites.missing_extra(error.name)):
+                raise
+            say(f"error: {advice}", err=True)
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

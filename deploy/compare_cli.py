@@ -9,8 +9,6 @@ import typer
 if TYPE_CHECKING:
     from deploy.compare.run import Outcome
 
-STOPPED = 130
-
 
 def compare_command(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="What to compare.")],
@@ -64,8 +62,7 @@ def _say_end(outcome: "Outcome") -> None:
         screen.print(f"\nfailed: {name}", style="bold red")
         screen.print(text, soft_wrap=True)
     if outcome.stopped:
-        screen.print("stopped; what is done stays, and the same command goes on", style="bold yellow")
-        raise typer.Exit(STOPPED)
+        raise KeyboardInterrupt
     if outcome.failed:
         screen.print(f"\n{len(outcome.failed)} cell(s) failed; the same command tries them again")
         raise typer.Exit(1)

@@ -27,6 +27,8 @@ import tomli_w
 
 from common.config import RunConfig
 from common.errors import RunError
+from deploy import OWN, PACKAGES
+from deploy.loopback import without_proxy
 
 CONNECTION = "fedbags"
 START_DEADLINE, POLL = 60.0, 3.0
@@ -56,7 +58,8 @@ def run_flower(config: RunConfig, apps: Mapping[str, str] = APPS) -> None:
         port = free_port()
         # Flower starts its other programs by name: those of this environment must be found first.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        environment = os.environ | SWITCHES | {"FLWR_HOME": str(work / "home"), "PATH": path}
+        here = {"FLWR_HOME": str(work / "home"), "PATH": path, "PYTHONPATH": packages_first(work)}
+        environment = os.environ | SWITCHES | without_proxy(os.environ) | here
         write_app(work / "app" / "fedbags", apps)
         write_connection(work / "home", port)
         (work / "run.toml").write_text(config.to_toml(), encoding="utf-8")
@@ -89,6 +92,15 @@ def write_app(folder: Path, apps: Mapping[str, str]) -> None:
     (folder / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
 
 
+def packages_first(work: Path) -> str:
+    """Return a PYTHONPATH on which our packages come before whatever else has their names."""
+    folder = work / "packages"
+    folder.mkdir()
+    for name in OWN:
+        (folder / name).symlink_to(PACKAGES / name)
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
 def write_connection(home: Path, port: int) -> None:
     """Flower's config.toml with one connection, to our SuperLink."""
     home.mkdir(parents=True)
@@ -104,11 +116,12 @@ def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Pa
         program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess",
         "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         wait_for_health(process, port, log_file)
         yield log_file
     finally:
@@ -120,22 +133,23 @@ def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path)
     end = time.monotonic() + START_DEADLINE
     while time.monotonic() < end and process.poll() is None:
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0, trust_env=False).is_success:
                 return
         except httpx.HTTPError:
             time.sleep(0.2)
     raise RunError(f"Flower's SuperLink did not start on port {port}:\n{tail(log_file)}")
 
 
-def end_group(process: subprocess.Popen[bytes], work: Path) -> None:
+def end_group(process: subprocess.Popen[bytes] | None, work: Path) -> None:
     """End the SuperLink and everything that came of it.
 
     Flower detaches its helpers and Ray its workers, so they are known by what they inherited: a Flower
     home inside ``work``.
     """
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10.0)
+    if process is not None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10.0)
     for sign, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         end = time.monotonic() + patience
         for pid in descendants(work):
@@ -143,7 +157,8 @@ def end_group(process: subprocess.Popen[bytes], work: Path) -> None:
                 os.kill(pid, sign)
         while descendants(work) and time.monotonic() < end:
             time.sleep(0.1)
-    process.wait()
+    if process is not None:
+        process.wait()
 
 
 def descendants(work: Path) -> list[int]:

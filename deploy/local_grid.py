@@ -6,13 +6,16 @@ share no memory. The state of a Context is kept from message to message, as a Su
 server. This is the one place that touches Flower's private task identity.
 """
 
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import Pipe, active_children, get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -28,6 +31,8 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from deploy.interrupt import held_off
 
 Scalar = bool | int | float | str
 
@@ -98,6 +103,8 @@ class LocalGrid(Grid):
         self._run = Run.create_empty(RUN_ID)
         self._client_app = client_app
         self._workers = workers
+        self._lifeline = Pipe(duplex=False)[1]
+        """Closed, or gone with this process, it ends the workers."""
         self._executor = self._new_executor()
         self._waiting: deque[Task] = deque()
         self._running: dict[str, Task] = {}
@@ -107,12 +114,16 @@ class LocalGrid(Grid):
     def __enter__(self) -> "LocalGrid":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(at_once=kind is not None)
 
-    def close(self) -> None:
-        """End the workers."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End the workers, after what they are at or in the middle of it."""
+        if at_once:
+            for process in active_children():
+                process.terminate()
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._lifeline.close()
 
     def server_context(self, run_config: dict[str, Scalar]) -> Context:
         """The Context for the ServerApp."""
@@ -175,7 +186,8 @@ class LocalGrid(Grid):
     def _submit(self, task: "Task") -> None:
         payload = message_to_proto(task.message).SerializeToString()
         node = self._nodes[task.node.node_id]
-        task.future = self._executor.submit(handle, payload, node, self._client_app)
+        with held_off():  # the first call starts the workers: Ctrl-C is the server's to deal with
+            task.future = self._executor.submit(handle, payload, node, self._client_app)
 
     def _result(self, message_id: str) -> Message | None:
         task = self._running.get(message_id) or self._start_early(message_id)
@@ -210,8 +222,12 @@ class LocalGrid(Grid):
             return InlineExecutor()
         # Fresh interpreters: forking a process that runs torch's threads can hang. The initialiser
         # imports the ClientApp while the server is still setting up.
+        watched, self._lifeline = Pipe(duplex=False)
         return ProcessPoolExecutor(
-            self._workers, get_context("spawn"), initializer=load_app, initargs=(self._client_app,)
+            self._workers,
+            get_context("spawn"),
+            initializer=start_worker,
+            initargs=(self._client_app, watched),
         )
 
     def _start_early(self, message_id: str) -> "Task | None":
@@ -245,6 +261,17 @@ def handle(payload: bytes, node: Node, client_app: str) -> tuple[bytes, bytes]:
     reply.metadata.__dict__["_message_id"] = f"reply-{message.metadata.message_id}"
     kept = bytes(recorddict_to_proto(context.state).SerializeToString())
     return bytes(message_to_proto(reply).SerializeToString()), kept
+
+
+def start_worker(client_app: str, lifeline: Connection) -> None:
+    """Prepare a worker process; it ends when the other end of ``lifeline`` does, whatever it is doing."""
+
+    def watch() -> None:
+        lifeline.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    load_app(client_app)
 
 
 def load_app(client_app: str) -> ClientApp:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +14,15 @@ from PIL import Image
 from common.config import RunConfig, Scalar, parse_setting
 from common.errors import UserError
 from common.hierarchy import Hierarchy
+from deploy import interrupt, prerequisites
+from deploy.folder_lock import locked
 from deploy.progress import Follower, counted
 from deploy.runs import print_summary, read_summary
 from deploy.tables import console
 
 if TYPE_CHECKING:
     from client.bags import BagStore
+    from server.run_folder import RunFolder
 
 FOLDER_DEFAULTS: Mapping[str, Scalar] = {"rounds": 120, "evaluation.every": 4, "train.bags-per-step": 4}
 """For given site folders; the built-in defaults are sized for the two-minute synthetic demo."""
@@ -41,6 +46,8 @@ PRIVATE_DEFAULTS: Mapping[str, Scalar] = {
 """Under --dp: few trained parameters on fixed features, for noise grows with what is trained (docs/privacy.md
 has the figures that these were chosen by). No bag is held back, since no figure of one may leave."""
 LARGEST_SIZE = 224
+LOCK_SECONDS = 0.5
+"""How long to wait for a run that was just stopped to let go of its folder."""
 
 
 def simulate(
@@ -75,9 +82,6 @@ def simulate(
         UserError: faulty options or data; nothing was started.
         RunError: the run failed.
     """
-    # Imported here: they bring torch along, which the checks of the options do not need.
-    from client.locate import site_folders
-    from client.sources.synthetic import write_synthetic_sites
     from server.run_folder import RunFolder
 
     if resume and out is None:
@@ -85,47 +89,98 @@ def simulate(
     if resume and config_file is None and out is not None and (out / "config.toml").exists():
         config_file = out / "config.toml"
     config = compose(options, settings, config_file)
-    run = (out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    config = config.with_changes({"run-dir": str(run), "resume": resume})
-    folder = RunFolder(run)
-    folder.check(config)
+    prerequisites.check(config)
+    shown = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = config.with_changes({"run-dir": str(shown.resolve()), "resume": resume})
+    folder = RunFolder(shown.resolve())
+    again = f"fedbags simulate --out {shlex.quote(str(shown))} --resume" + (
+        f" --engine {engine}" if engine != "local" else ""
+    )
+    interrupt.at(lambda: whereabouts(folder, config.rounds, again))
+    with locked(folder.path, "a run", LOCK_SECONDS):
+        folder.check(config)
+        try:
+            summary = run_prepared(config, folder, engine, workers)
+        except BaseException:
+            if not folder.config.exists():  # the run never began: what was drawn for it goes
+                shutil.rmtree(folder.path / "sites", ignore_errors=True)
+            raise
+        if figures:
+            draw(config, folder)
+    if not quiet:
+        print_summary(summary)
+        console().print(f"run folder: {folder.path}", soft_wrap=True)
+    return summary
+
+
+def run_prepared(config: RunConfig, folder: "RunFolder", engine: str, workers: int | None) -> dict[str, Any]:
+    """Draw or check the sites, run the engine, and return the summary; errors as in simulate."""
+    # Imported here: they bring torch along, which the checks of the options do not need.
+    from client.locate import site_folders
+
     check_model(config)
-    synthetic = not config.sites_dir
-    sites_dir = run / "sites" if synthetic else Path(config.sites_dir)
-    if synthetic and not sites_dir.exists():
-        with counted("drawing synthetic hospitals") as progress:
-            write_synthetic_sites(
-                sites_dir,
-                sites=config.federation.sites,
-                seed=config.seed,
-                image_size=config.model.image_size,
-                progress=progress,
-            )
+    sites_dir = Path(config.sites_dir) if config.sites_dir else synthetic_sites(config, folder)
     sites = site_folders(sites_dir)
     config = config.with_changes({"sites-dir": str(sites_dir), "federation.sites": len(sites)})
     images = prepare_sites(sites, config)
     say(f"{len(sites)} sites, {images} training images, {config.model.image_size} px, {config.rounds} rounds")
     with Follower(folder.metrics, config.rounds):
         run_engine(config, engine, default_workers(len(sites)) if workers is None else workers)
-    summary = read_summary(run)
-    if figures:
-        from deploy.figures.draw import draw_figures
+    return read_summary(folder.path)
 
-        draw_figures([run], None)
-    if figures and config.dp.epsilon:
+
+def synthetic_sites(config: RunConfig, folder: "RunFolder") -> Path:
+    """Draw the synthetic hospitals of a new run, and return their folder.
+
+    Raises:
+        UserError: the folder exists, and not from a run that could be resumed.
+    """
+    from client.sources.synthetic import write_synthetic_sites
+
+    sites_dir = folder.path / "sites"
+    if folder.config.exists() and sites_dir.exists():
+        return sites_dir
+    with counted("drawing synthetic hospitals") as progress:
+        write_synthetic_sites(
+            sites_dir,
+            sites=config.federation.sites,
+            seed=config.seed,
+            image_size=config.model.image_size,
+            progress=progress,
+        )
+    return sites_dir
+
+
+def draw(config: RunConfig, folder: "RunFolder") -> None:
+    """Draw the pictures of a finished run, and write the privacy-budget report of a private one."""
+    from deploy.figures.draw import draw_figures
+
+    draw_figures([folder.path], None)
+    if config.dp.epsilon:
         from deploy.report_cli import report
 
-        report([run], run / "report")
-    if not quiet:
-        print_summary(summary)
-        console().print(f"run folder: {run}", soft_wrap=True)
-    return summary
+        report([folder.path], folder.path / "report")
+
+
+def whereabouts(folder: "RunFolder", rounds: int, again: str) -> str:
+    """Say how far a run has come, and the command that goes on with it."""
+    from server.run_folder import read_events
+
+    if folder.summary.exists():
+        run = shlex.quote(str(folder.path))
+        return f"after the run was complete: see `fedbags runs show {run}`, `fedbags figures {run}`"
+    if not folder.config.exists():
+        return "before the first round, and nothing was trained: give the same command again"
+    done = max((event["round"] for event in read_events(folder.metrics)), default=0)
+    where = f"in round {done + 1} of {rounds}" if done < rounds else "while the model was tested"
+    return f"{where}: go on with `{again}`"
 
 
 def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file: Path | None) -> RunConfig:
     """Defaults or the file; without a file what suits the sites and ``--dp``; then options and ``--set``."""
     base = RunConfig.from_toml(config_file) if config_file else RunConfig()
     given = {**options, **dict(parse_setting(text) for text in settings)}
+    base.with_changes(given)  # a wrong key is told before any image is looked at
     suited: dict[str, Scalar] = {}
     if not config_file:
         if sites_dir := given.get("sites-dir"):

@@ -1,17 +1,16 @@
 """A whole comparison: from a scenario file to a table, whatever of it was done before."""
 
-import fcntl
 import fnmatch
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import Scalar, parse_setting
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError
+from deploy import interrupt, prerequisites
 from deploy.compare.cell import Order
 from deploy.compare.cells import Cell, Context, expand
 from deploy.compare.plan import Planned, State, plan
@@ -19,11 +18,12 @@ from deploy.compare.queue import run_all
 from deploy.compare.scenario import Scenario, check_settings
 from deploy.compare.screen import Board, preparing, say_plan
 from deploy.compare.table import Row, read_rows, summarise, write_table
+from deploy.folder_lock import locked
 
 if TYPE_CHECKING:  # brings torch along, which a faulty scenario need not wait for
     from deploy.compare.data import DataFolders
 
-RUNS, DATA, REPLACED, PLOTS, LOCK = "runs", "data", "replaced", "plots", ".lock"
+RUNS, DATA, REPLACED, PLOTS = "runs", "data", "replaced", "plots"
 LOCK_SECONDS = 5.0
 """How long to wait for a comparison that was just killed to let go of the folder."""
 
@@ -66,7 +66,10 @@ def compare(
     """
     scenario, cells = read(file, settings, passes)
     chosen = of_names(cells, only)
-    with locked(out):
+    for cell in chosen:
+        prerequisites.check(cell.config)
+    interrupt.at("the comparison: what is done stays, and the same command goes on")
+    with locked(out, "another comparison", LOCK_SECONDS):
         planned, folders = look(scenario, cells, out, file.resolve().parent, data)
         todo = [one for one in planned if one.state is not State.DONE and one.cell in chosen]
         say_plan(planned, todo)
@@ -216,32 +219,3 @@ def default_jobs(todo: Sequence[Planned]) -> int:
     if any(choose_device(one.cell.config.train.device).type == "cuda" for one in todo):
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the folder: two comparisons in it would write the same runs.
-
-    Raises:
-        UserError: another one does, or the folder cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stream = (out / LOCK).open("w")
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {error.strerror or error}\nChoose another folder with --out."
-        ) from error
-    with stream:
-        until = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > until:
-                    raise UserError(
-                        f"another comparison is at work in {out}: wait for it, or choose another --out"
-                    ) from error
-                time.sleep(0.2)
-        yield

@@ -6,6 +6,7 @@ no login; it is reached on the coordinator's admin address only.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import httpx
 from common.config import Scalar
 from common.errors import RunError
 from deploy.consortium.kit import CoordinatorKit
+from deploy.loopback import without_proxy
 
 if TYPE_CHECKING:
     from flwr.supercore.control import ControlHttpClient
@@ -139,6 +141,8 @@ def control(kit: CoordinatorKit) -> Iterator[Control]:
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
+    # Flower's client reads the proxies of the environment when it is made.
+    os.environ.update(without_proxy(os.environ, kit.server.admin_address))
     with ControlHttpClient.from_server_address(
         kit.server.superlink_address,
         False,

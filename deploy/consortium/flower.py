@@ -8,8 +8,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.consortium.kit import Kit
+from deploy.consortium.kit import CoordinatorKit, Kit
 from deploy.consortium.program import Ending, Remedy
+from deploy.loopback import without_proxy
 
 SUPERNODE_CONNECTION = 305
 NODE_ID_TEXT = "SuperNode ID:"
@@ -35,7 +36,9 @@ _HOPELESS = {
 def environment(kit: Kit) -> Mapping[str, str]:
     """For every process of a kit: nothing is installed, nothing calls home, all state is in the kit."""
     beside = str(Path(sys.executable).parent)
+    own = (kit.server.admin_address,) if isinstance(kit, CoordinatorKit) else ()
     return {
+        **without_proxy(os.environ, *own),
         # Flower starts its other programs by name: those of this installation must be found first.
         "PATH": os.pathsep.join([beside, os.environ.get("PATH", "")]),
         "FLWR_HOME": str(kit.flower_home),

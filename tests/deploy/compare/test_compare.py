@@ -20,6 +20,7 @@ from deploy.cli import app
 from deploy.compare import run as comparison
 from deploy.compare.cell import LOG, RESULT, work
 from deploy.compare.run import compare, list_cells
+from deploy.folder_lock import LOCK
 from tests.client.sources.layouts import write_aircraft, write_cars, write_cub, write_ham10000
 
 Write = Callable[..., Path]
@@ -223,7 +224,7 @@ def test_two_comparisons_do_not_share_a_folder(
 ) -> None:
     monkeypatch.setattr(comparison, "LOCK_SECONDS", 0.1)
     (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / comparison.LOCK).open("w") as stream:
+    with (tmp_path / "out" / LOCK).open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(Exception, match="another comparison is at work"):
             compare(scenario(TWO), tmp_path / "out")

@@ -1,0 +1,82 @@
+"""What a run needs of this machine before anything heavy is loaded: the extras, and the device.
+
+Each check takes milliseconds, raises one UserError that names the remedy, and starts nothing.
+"""
+
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+
+EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "dp": ("private training (--dp)", ("opacus", "dp_accounting", "opendp")),
+    "dicom": ("reading DICOM files", ("pydicom",)),
+}
+"""Optional dependencies by the name of their extra: what for, and the modules."""
+ACCELERATORS = ("nvidia[0-9]*", "kfd", "dxg")
+"""Device files in /dev: NVIDIA, AMD, and either under Windows' Linux."""
+
+
+def check(config: "RunConfig") -> None:
+    """Check that this machine has what a run is configured for.
+
+    Raises:
+        UserError: an extra is not installed, or there is no such device.
+    """
+    if config.dp.epsilon:
+        require_extra("dp")
+    if config.train.device == "cuda":
+        require_cuda()
+
+
+def require_extra(extra: str) -> None:
+    """Check that the modules of an extra can be found.
+
+    Raises:
+        UserError: how to install them.
+    """
+    for module in EXTRAS[extra][1]:
+        if not _is_there(module):
+            raise UserError(missing_extra(module))
+
+
+def missing_extra(module: str | None) -> str:
+    """Say how to install a module that is not there; empty if it is none of the extras'."""
+    root = (module or "").partition(".")[0]
+    for extra, (purpose, modules) in EXTRAS.items():
+        if root in modules:
+            return f"{purpose} needs {root}, which is not installed: pip install 'fedbags[{extra}]'"
+    return ""
+
+
+def require_cuda() -> None:
+    """Check that PyTorch has a GPU to work on; where there is no device at all, without loading PyTorch.
+
+    Raises:
+        UserError: there is none, or this PyTorch cannot use it.
+    """
+    remedy = "Leave train.device out (auto takes a GPU where there is one), or set train.device=cpu."
+    if sys.platform.startswith("linux") and not any(
+        next(Path("/dev").glob(pattern), None) for pattern in ACCELERATORS
+    ):
+        raise UserError(f"train.device = 'cuda', but this machine has no CUDA device (GPU).\n{remedy}")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"train.device = 'cuda', but PyTorch {torch.__version__} finds no CUDA device: its build or the "
+            f"GPU's driver does not fit (`nvidia-smi` shows the driver).\n{remedy}"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,146 @@
+"""Ctrl-C at any moment: one line that says how to go on, status 130, no traceback and no process left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PATIENCE = 240.0
+SMALL = ["--rounds", "40", "--set", "model.image-size=16", "--set", "model.atoms-per-class=2"]
+RUN = ["simulate", "--out", "run", "--workers", "2", *SMALL]
+
+Moment = Callable[[Path, str], bool]
+"""Whether the moment for Ctrl-C has come, by the folder and what was said on standard error."""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command as at a terminal: it and all that it starts are one process group."""
+    with (folder / "stderr").open("w") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "fedbags", *arguments],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def interrupt_at(folder: Path, moment: Moment, *arguments: str) -> tuple[subprocess.Popen[str], str, str]:
+    """Start, wait for the moment, send SIGINT to the group as a terminal does, and wait for the end."""
+    with start(folder, *arguments) as process:
+        try:
+            until = time.monotonic() + PATIENCE
+            while not moment(folder, (folder / "stderr").read_text()):
+                assert process.poll() is None, (folder / "stderr").read_text()
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)
+            out, _ = process.communicate(timeout=PATIENCE)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process, out, (folder / "stderr").read_text()
+
+
+def of_group(group: int) -> list[str]:
+    """The living processes of a group."""
+    listed = subprocess.run(["ps", "-e", "-o", "pgid=,stat=,args="], capture_output=True, text=True)
+    rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
+    return [row[2] for row in rows if row[0] == str(group) and row[1][0] != "Z"]
+
+
+def assert_stopped(process: subprocess.Popen[str], said: str, *parts: str) -> str:
+    """One line, status 130, nothing left; returns the line."""
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    assert "leaked" not in said
+    lines = [line for line in said.splitlines() if line.startswith("stopped ")]
+    assert len(lines) == 1, said
+    for part in parts:
+        assert part in lines[0]
+    until = time.monotonic() + 5.0
+    while of_group(process.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert of_group(process.pid) == []
+    return lines[0]
+
+
+def after(seconds: float) -> Moment:
+    began = time.monotonic()
+    return lambda folder, said: time.monotonic() - began > seconds
+
+
+def has(pattern: str) -> Moment:
+    return lambda folder, said: any(folder.glob(pattern))
+
+
+def round_done(folder: Path, said: str) -> bool:
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.exists() and '"event": "round"' in metrics.read_text()
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.6, 1.5])
+def test_while_libraries_are_loaded_there_is_one_line_and_nothing_is_left(
+    tmp_path: Path, seconds: float
+) -> None:
+    process, _, said = interrupt_at(tmp_path, after(seconds), *RUN)
+    assert_stopped(process, said, "give the same command again")
+    assert [path.name for path in tmp_path.iterdir()] == ["stderr"]
+
+
+def test_before_the_first_round_what_was_drawn_is_removed(tmp_path: Path) -> None:
+    process, _, said = interrupt_at(tmp_path, has("run/*sites*"), *RUN)
+    assert_stopped(process, said, "nothing was trained", "same command")
+    assert [path.name for path in tmp_path.iterdir()] == ["stderr"]
+
+
+@pytest.mark.parametrize("moment", [has("run/config.toml"), round_done])
+def test_in_a_run_the_line_is_the_command_that_goes_on(
+    sites_dir: Path, tmp_path: Path, moment: Moment
+) -> None:
+    process, _, said = interrupt_at(tmp_path, moment, *RUN, "--sites-dir", str(sites_dir))
+    line = assert_stopped(process, said, "of 40", "`fedbags simulate --out run --resume`")
+    command = line.partition("`fedbags ")[2].rstrip("`").split()
+    done = start(tmp_path, *command, "--set", "rounds=41", "--no-figures")
+    done.communicate(timeout=PATIENCE)
+    assert done.returncode == 2
+    assert "--resume goes on with the same configuration" in (tmp_path / "stderr").read_text()
+
+
+@pytest.mark.slow
+def test_while_figures_are_drawn_the_run_is_complete(sites_dir: Path, tmp_path: Path) -> None:
+    short = ["1" if word == "40" else word for word in RUN]
+    process, _, said = interrupt_at(tmp_path, has("run/summary.json"), *short, "--sites-dir", str(sites_dir))
+    assert_stopped(process, said, "the run was complete")
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_command_takes_its_workers_along(sites_dir: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, *RUN, "--sites-dir", str(sites_dir))
+    until = time.monotonic() + PATIENCE
+    while not round_done(tmp_path, ""):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert len(of_group(process.pid)) > 2
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 10.0
+    while (left := of_group(process.pid)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
+
+
+def test_bags_build_leaves_nothing(tmp_path: Path) -> None:
+    build = ["bags", "build", "--source", "synthetic", "--sites", "2", "--out", "sites"]
+    process, _, said = interrupt_at(tmp_path, has("*sites*"), *build)
+    assert_stopped(process, said, "same command")
+    assert [path.name for path in tmp_path.iterdir()] == ["stderr"]
