@@ -110,22 +110,25 @@ def open_cache(
 
 
 def decode_all(
-    paths: Sequence[Path], image_size: int, progress: Progress | None = None
+    paths: Sequence[Path],
+    image_size: int,
+    progress: Progress | None = None,
+    read: Callable[[Path], Image.Image] = open_image,
 ) -> Iterator[_Decoded]:
-    """Decode images in order, some threads at work (Pillow releases the interpreter lock)."""
+    """Decode images in order with ``read``, some threads at work (Pillow releases the interpreter lock)."""
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # Pillow only warns of an image of 90 to 180 million pixels; for us it is a bad image.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(paths), CHUNK):
             chunk = paths[start : start + CHUNK]
-            yield from pool.map(lambda path: _decode(path, image_size), chunk)
+            yield from pool.map(lambda path: _decode(path, image_size, read), chunk)
             if progress is not None:
                 progress(start + len(chunk), len(paths))
 
 
-def _decode(path: Path, size: int) -> _Decoded:
+def _decode(path: Path, size: int, read: Callable[[Path], Image.Image]) -> _Decoded:
     try:
-        image = open_image(path)
+        image = read(path)
         pixels = square(to_rgb(image), size)
         return _Decoded(pixels, image.mode != "RGB", image.size != (size, size))
     except Exception as error:  # damaged files make decoders raise nearly anything

@@ -192,15 +192,41 @@ def runs_show(run: RunArgument, json_: Json = False) -> None:
 @app.command()
 def predict(
     run: RunArgument,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    top_codes: Annotated[int, typer.Option(help="Dictionary atoms to show per level.", min=0)] = 3,
+    images: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Images, DICOM files, folders.")],
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a table, one image a line.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read; they are listed.")
+    ] = False,
+    codes: Annotated[
+        bool, typer.Option("--codes", help="Tell the strongest dictionary codes per level, too.")
+    ] = False,
+    top_codes: Annotated[int, typer.Option(help="How many, with --codes.", min=1)] = 3,
     json_: Json = False,
 ) -> None:
-    """Classify images with a run's model: each level, the consistent path, and the strongest codes."""
-    from deploy.predict import predict_images, print_predictions
+    """Classify images with a run's model: the best class of each level, and the best path.
 
-    rows = predict_images(run, images, top_codes=top_codes)
-    print_json(rows) if json_ else print_predictions(rows)
+    Folders are searched at any depth. Images are read as for training; nothing is written without --csv.
+
+    Example: fedbags predict runs/first IMAGES --csv predictions.csv --skip-bad
+    """
+    prerequisites.require_model(run, csv)
+    interrupt.at("before a prediction was written: give the same command again")
+    from deploy.predict import predict_images, print_predictions, write_csv
+    from deploy.progress import counted
+
+    with counted("predicting") as progress:
+        found = predict_images(run, images, top_codes if codes else 0, skip_bad=skip_bad, progress=progress)
+    for note in found.notes:
+        say(f"note: {note}", err=True)
+    for row in found.skipped:
+        say(f"left out: {row}", err=True)
+    if csv:
+        write_csv(csv, found.rows)
+        say(f"{len(found.rows)} image(s) predicted, {len(found.skipped)} left out: {csv}", err=True)
+    if json_:
+        print_json(found.rows)
+    elif not csv:
+        print_predictions(found.rows)
 
 
 @app.command()

@@ -1,104 +1,168 @@
 """Use a run's model on image files: ``fedbags predict``. Knows nothing of sites, bags or training."""
 
-from collections.abc import Sequence
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from torch import Tensor
 
 from client.bags import to_tensor
-from client.image_cache import CHUNK, decode_all
-from common.errors import BadRow, DataError, UserError
+from client.image_cache import CHUNK, Progress, decode_all
+from common.errors import BadRow, UserError
 from common.hierarchy import Hierarchy
 from common.lhfglp import LHFGLP, consistent_prediction, log_probabilities
 from common.model_file import load_model
+from deploy.pictures import find_pictures, open_picture
 from deploy.tables import console, table
+from server.run_folder import write_text
 
 
-def predict_images(run: Path, images: list[Path], top_codes: int) -> list[dict[str, Any]]:
-    """Classify image files, brought to the model's input exactly as the training images were.
+@dataclass(frozen=True)
+class Predictions:
+    """Rows for the images that could be read, in order, and those that could not.
+
+    A row is::
+
+        {"image": str,
+         "levels": [{"level", "class", "probability"}],     each level's own best class
+         "path": [class, ...],                              the best root-to-leaf path
+         "path_probability_product": float,                 of the levels' probabilities along it
+         "codes": [{"level", "atoms": [{"atom", "class", "value"}]}]}
+
+    ``atom`` counts from 0 within its level, ``class`` is the class that owns it, ``value`` is its coefficient
+    in units of the feature's length. Only atoms that are switched on are told, so there may be fewer than
+    were asked for; ``codes`` is empty where none were, and for a model without dictionary.
+    """
+
+    rows: list[dict[str, Any]]
+    skipped: tuple[BadRow, ...]
+    notes: tuple[str, ...] = ()
+
+
+def predict_images(
+    run: Path,
+    paths: Sequence[Path],
+    codes: int = 0,
+    *,
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Classify images, brought to the model's input exactly as the training images were.
 
     Args:
         run: a folder with model.safetensors and model.json.
-        images: image files of any size and mode.
-        top_codes: dictionary atoms to tell per level, those with the largest absolute code.
-
-    Returns:
-        One row per image, in order::
-
-            {"image": str,
-             "levels": [{"level", "class", "probability"}],     each level's own best class
-             "path": [class, ...],                              the best root-to-leaf path
-             "path_probability_product": float,                 of the levels' probabilities along it
-             "codes": [{"level", "atoms": [{"atom", "class", "value"}]}]}
-
-        ``atom`` counts from 0 within its level, ``class`` is the class that owns it, ``value`` is its
-        coefficient in units of the feature's length. Only atoms that are switched on are told, so there
-        may be fewer than ``top_codes``; ``codes`` is empty for a model without dictionary.
+        paths: image files of any size and mode, DICOM files, and folders of these.
+        codes: dictionary atoms to tell per level, those with the largest absolute code.
+        skip_bad: leave out images that cannot be read; they are listed in ``skipped``.
+        progress: called with (images done, images in all).
 
     Raises:
-        UserError: the model or an image cannot be read; every bad image is listed.
+        UserError: the model or an image cannot be read; every bad image is listed. With ``skip_bad``: none
+            could be read.
     """
-    if not images:
-        raise UserError("no image given: name one or more image files after the run folder")
+    pictures = find_pictures(paths)
     model, card = load_model(run)
     rows: list[dict[str, Any]] = []
-    faults: list[BadRow] = []
-    for start in range(0, len(images), CHUNK):
-        files = images[start : start + CHUNK]
-        results = list(decode_all(files, card.preprocessing.image_size))
-        faults += [
+    bad = list(pictures.bad)
+    for start in range(0, len(pictures.files), CHUNK):
+        files = pictures.files[start : start + CHUNK]
+        results = list(decode_all(files, card.preprocessing.image_size, read=open_picture))
+        read = [
+            (file, result.pixels) for file, result in zip(files, results, strict=True) if not result.fault
+        ]
+        bad += [
             BadRow(str(file), None, result.fault)
             for file, result in zip(files, results, strict=True)
             if result.fault
         ]
         # After a fault nothing is returned: what is left is only decoded, to list every bad file.
-        if not faults:
-            rows += _classify(model, files, np.stack([result.pixels for result in results]), top_codes)
-    if faults:
-        raise DataError(
-            f"{len(faults)} of {len(images)} image(s) cannot be read:",
-            faults,
-            "Give image files that Pillow can open (PNG, JPEG, TIFF, ...); nothing was predicted.",
+        if read and (skip_bad or not bad):
+            names, pixels = zip(*read, strict=True)
+            rows += _classify(model, names, np.stack(pixels), codes)
+        if progress is not None:
+            progress(start + len(files), len(pictures.files))
+    if bad and not (skip_bad and rows):
+        of = len(pictures.files) + len(pictures.bad)
+        raise UserError(
+            "\n".join(
+                [
+                    f"{len(bad)} of {of} image(s) cannot be read:",
+                    *(f"  {row}" for row in bad),
+                    "Nothing was predicted. Give images (PNG, JPEG, TIFF, DICOM, ...)"
+                    + ("." if skip_bad else ", or leave these out with --skip-bad."),
+                ]
+            )
         )
-    return rows
+    return Predictions(rows, tuple(bad), pictures.notes)
 
 
-def print_predictions(rows: list[dict[str, Any]]) -> None:
-    """The predictions as a table: one block per image, one line per level."""
-    with_codes = any(row["codes"] for row in rows)
-    columns = ["image", "level", "best class", "probability", "consistent path"]
-    result = table("predictions", *columns, *(["strongest codes: atom (class) value"] if with_codes else []))
-    for column in (1, 2, 4, *([5] if with_codes else [])):
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write predictions, one image a line, whole or not at all.
+
+    Columns: image; for each level its best class and that class's probability; for each level the class on
+    the best path; the product of the path's probabilities.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    levels = [level["level"] for level in rows[0]["levels"]]
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    best = [name for level in levels for name in (level, f"{level}_probability")]
+    table.writerow(["image", *best, *(f"path_{level}" for level in levels), "path_probability_product"])
+    for row in rows:
+        own = [cell for level in row["levels"] for cell in (level["class"], f"{level['probability']:.6f}")]
+        table.writerow([row["image"], *own, *row["path"], f"{row['path_probability_product']:.6f}"])
+    try:
+        write_text(path, text.getvalue())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}\nGive --csv another file."
+        ) from error
+
+
+def print_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the predictions, one block per image and one line per level, and codes where there are any."""
+    result = table("predictions", "image", "level", "best class", "prob.", "on best path")
+    result.box, result.padding, result.show_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
+    for column in (1, 2, 4):
         result.columns[column].justify = "left"
-    result.columns[0].overflow = "fold"
+    for column in (0, 2, 4):
+        result.columns[column].overflow = "fold"
     for row in rows:
         for number, (level, on_path) in enumerate(zip(row["levels"], row["path"], strict=True)):
-            cells = [
+            last = number == len(row["path"]) - 1
+            result.add_row(
                 row["image"] if number == 0 else "",
                 level["level"],
                 level["class"],
                 f"{level['probability']:.3f}",
-                on_path,
-            ]
-            if with_codes:
-                cells.append("\n".join(map(_code_text, row["codes"][number]["atoms"])))
-            result.add_row(*cells)
-        product = f"product {row['path_probability_product']:.3f}"
-        result.add_row("", "", "", "", product, style="dim", end_section=True)
+                "" if on_path == level["class"] else on_path,
+                end_section=last,
+            )
     console().print(result)
+    console().print("on best path: the class on the best path from root to leaf, where it is another one")
+    for row in rows:
+        for level in row["codes"]:
+            atoms = ", ".join(map(_code_text, level["atoms"]))
+            console().print(f"{row['image']}, {level['level']}, strongest codes: {atoms}", soft_wrap=True)
 
 
-def _code_text(atom: dict[str, Any]) -> str:
+def _code_text(atom: Mapping[str, Any]) -> str:
     return f"{atom['atom']} ({atom['class']}) {atom['value']:+.3f}"
 
 
 @torch.no_grad()
 def _classify(
-    model: LHFGLP, files: Sequence[Path], pixels: NDArray[np.uint8], top_codes: int
+    model: LHFGLP, files: Sequence[Path], pixels: NDArray[np.uint8], codes_told: int
 ) -> list[dict[str, Any]]:
     """Rows for decoded images, ``pixels`` of shape (N, S, S, 3)."""
     tree = model.hierarchy
@@ -119,13 +183,13 @@ def _classify(
             product *= float(own[path[level]])
         rows.append(
             {
-                "image": str(file),
+                "image": os.fsencode(file).decode("utf-8", "backslashreplace"),
                 "levels": levels,
                 "path": [tree.classes[level][node] for level, node in enumerate(path)],
                 "path_probability_product": product,
                 "codes": [
-                    {"level": tree.levels[level], "atoms": _strongest(codes[number], tree, level, top_codes)}
-                    for level, codes in enumerate(output.codes)
+                    {"level": tree.levels[level], "atoms": _strongest(codes[number], tree, level, codes_told)}
+                    for level, codes in enumerate(output.codes if codes_told else [])
                 ],
             }
         )

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UserError
+from common.errors import UserError, require_file
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -73,6 +73,24 @@ def require_cuda() -> None:
             f"train.device = 'cuda', but PyTorch {torch.__version__} finds no CUDA device: its build or the "
             f"GPU's driver does not fit (`nvidia-smi` shows the driver).\n{remedy}"
         )
+
+
+def require_model(run: Path, table: Path | None = None) -> None:
+    """Check that a folder holds a model, and that the table to write can be written, as far as is seen.
+
+    Raises:
+        UserError: there is no model, or no folder for the table.
+    """
+    if not (run / "model.json").exists() and (run / "config.toml").exists():
+        raise UserError(
+            f"the run has not finished, so it has no model yet: {run}\n"
+            f"Go on with it: fedbags simulate --out {run} --resume"
+        )
+    require_file(
+        run / "model.json", "the model's card", "`fedbags runs list FOLDER` shows the runs below it."
+    )
+    if table is not None and (table.is_dir() or not table.absolute().parent.is_dir()):
+        raise UserError(f"{table} cannot be written: it is a folder, or is in none. Give --csv another file.")
 
 
 def _is_there(module: str) -> bool:

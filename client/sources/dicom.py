@@ -65,7 +65,7 @@ def dicom_source(
     if find_spec("pydicom") is None:
         raise UserError("DICOM needs pydicom: pip install 'fedbags[dicom]'")
     table = table_source(
-        folder, labels, hierarchy, label_column, DicomImages, _is_dicom, depth=depth, fold_case=fold_case
+        folder, labels, hierarchy, label_column, DicomImages, is_dicom_name, depth=depth, fold_case=fold_case
     )
     assert isinstance(table.images, DicomImages)
     bad = list(table.bad)
@@ -224,6 +224,6 @@ def _describe(path: Path) -> tuple[str, bool, str]:
     return patient, burned, "" if patient else "the file has no PatientID"
 
 
-def _is_dicom(ending: str) -> bool:
-    """DICOM files have an ending of their own, none, or the last number of a UID."""
+def is_dicom_name(ending: str) -> bool:
+    """Whether DICOM files may end so: an ending of their own, none, or the last number of a UID."""
     return ending in (".dcm", ".dicom", ".dic", ".ima", ".img", "") or ending[1:].isdigit()
