@@ -55,7 +55,7 @@ class CountingGrid(LocalGrid):
         return replies
 
 
-def no_training(model, store, config, round):  # type: ignore[no-untyped-def]
+def no_training(model, store, config, round, seeds):  # type: ignore[no-untyped-def]
     """A fixed step in place of local training."""
     for parameter in model.parameters():
         parameter.data.add_(STEP)

@@ -13,6 +13,7 @@ from client.evaluation import evaluate_bags, evaluate_labelled, sum_distances
 from client.locate import find_site
 from client.refusal import BudgetRefused
 from client.release import private_release, release_proportions
+from client.seeds import training_seeds
 from client.site import SITE_FILE, ReleaseProportions
 from client.training import TrainingResult, train_round
 from common.build import rebuild_model
@@ -139,7 +140,7 @@ def train_locally(
         result, statement = train_privately(context, config, store, model, request.round)
     else:
         refuse_unprotected(store)
-        result = train_round(model, store, config, request.round)
+        result = train_round(model, store, config, request.round, training_seeds(context, config, store.name))
         statement = PrivacyStatement(site=store.name, round=request.round)
     metrics: dict[str, Metric] = {
         "num-bags": result.bags,
@@ -158,8 +159,9 @@ def train_privately(
     from client.private_training import train_round_privately
 
     budget = open_budget(context, config, store, find_site(context))
+    seeds = training_seeds(context, config, store.name)
     reservation = budget.reserve(round)
-    result = train_round_privately(model, store, config, round, budget.plan)
+    result = train_round_privately(model, store, config, round, budget.plan, seeds)
     return result, budget.confirm(reservation, round)
 
 

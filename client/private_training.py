@@ -12,7 +12,6 @@ pull do not depend on data and act after the noise.
 
 import logging
 import math
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,12 +23,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from client.bags import BagStore
 from client.batch import make_batch
 from client.objectives import Objective, build_objective
+from client.seeds import TrainingSeeds
 from client.training import (
     TrainingResult,
     build_optimiser,
     choose_device,
     make_setting,
-    seed_sequence,
 )
 from common.config import RunConfig
 from common.config_tables import Strategy
@@ -140,7 +139,12 @@ def total_norm(gradients: Sequence[Tensor]) -> float:
 
 
 def train_round_privately(
-    model: LHFGLP, store: BagStore, config: RunConfig, round: int, plan: PrivacyPlan
+    model: LHFGLP,
+    store: BagStore,
+    config: RunConfig,
+    round: int,
+    plan: PrivacyPlan,
+    seeds: TrainingSeeds | None = None,
 ) -> TrainingResult:
     """Train the model in place for ``plan.steps_per_round`` private steps.
 
@@ -154,6 +158,7 @@ def train_round_privately(
         config: the run.
         round: 1-based.
         plan: made for this site's training bags.
+        seeds: the site's, for everything random but sampling and noise; None for those of a simulation.
 
     Returns:
         The steps and the bags, which the plan makes public. ``loss`` is WITHHELD and ``images`` 0: the
@@ -163,6 +168,7 @@ def train_round_privately(
         ConfigError: the model has BatchNorm in training mode, or the method is not for one bag at a time.
         RunError: the plan is not made for these bags, or its promise was broken; nothing may be sent then.
     """
+    seeds = seeds or TrainingSeeds(config.seed, store.name)
     model.to(choose_device(config.train.device)).train()
     refuse_batch_norm(model)
     training, _ = store.split(config.train.held_back, config.seed)
@@ -178,7 +184,7 @@ def train_round_privately(
             config,
             round,
             training[:0],  # nothing of the site as a whole: a bag's term may depend on that bag alone
-            torch.Generator().manual_seed(seed_sequence(config.seed, store.name, round)[2]),
+            torch.Generator().manual_seed(seeds.of_round(round)[2]),
         )
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -190,7 +196,7 @@ def train_round_privately(
     with torch.random.fork_rng(devices=[]):
         for step, drawn in enumerate(plan.sampler(round)):
             for bag in training[drawn].tolist():
-                seed = bag_seed(config.seed, store.name, round, step, bag)
+                seed = seeds.of_bag(round, step, bag)
                 optimiser.add_bag(bag_loss(objective, model, store, config, bag, seed))
             optimiser.step()
     if optimiser.steps != plan.steps_per_round:
@@ -220,12 +226,6 @@ def bag_loss(
     batch = make_batch(store, np.array([bag]))
     batch = batch.augmented(config.train.augmentation, torch.Generator().manual_seed(seed))
     return objective(model, batch.to(next(model.parameters()).device))
-
-
-def bag_seed(seed: int, site: str, round: int, step: int, bag: int) -> int:
-    """A seed for one bag in one step, whichever other bags are drawn. Noise never comes from it."""
-    state = np.random.SeedSequence([seed, zlib.crc32(site.encode()), round, step, bag]).generate_state(1)
-    return int(state[0])
 
 
 def refuse_unsound(config: RunConfig) -> None:

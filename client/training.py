@@ -1,7 +1,6 @@
 """One round of local training from bag proportions. Sees bags and counts, never labels of images."""
 
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from client.bags import BagStore
 from client.batch import chunks, make_batch
 from client.objectives import Setting, build_objective
+from client.seeds import TrainingSeeds
 from common.config import RunConfig
 from common.config_tables import Strategy
 from common.errors import RunError
@@ -31,16 +31,19 @@ class TrainingResult:
     images: int
 
 
-def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -> TrainingResult:
+def train_round(
+    model: LHFGLP, store: BagStore, config: RunConfig, round: int, seeds: TrainingSeeds | None = None
+) -> TrainingResult:
     """Train the model in place for ``train.local-epochs`` passes over the site's training bags (or a part).
 
-    Everything random is fixed by (run seed, site name, round), so a round can be repeated anywhere.
+    Everything random is fixed by the seeds and the round.
 
     Args:
         model: holds the server's arrays on entry and the site's on return.
         store: the site's bags; the held-back ones are not touched.
         config: the run.
         round: 1-based; sets the objective's weights, the learning rate and the random numbers.
+        seeds: the site's; None for those of a simulation.
 
     Raises:
         RunError: the loss is not finite.
@@ -48,12 +51,12 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
     """
     device = choose_device(config.train.device)
     model.to(device).train()
-    seeds = seed_sequence(config.seed, store.name, round)
-    torch_seed = seeds[1]
+    seeds = seeds or TrainingSeeds(config.seed, store.name)
+    _, torch_seed, objective_seed = seeds.of_round(round)
     generator = torch.Generator().manual_seed(torch_seed)
     training, _ = store.split(config.train.held_back, config.seed)
     objective = build_objective(
-        make_setting(store, config, round, training, torch.Generator().manual_seed(seeds[2]))
+        make_setting(store, config, round, training, torch.Generator().manual_seed(objective_seed))
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = build_optimiser(parameters, config, run_progress(round, config.rounds))
@@ -61,7 +64,7 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
     losses, images = [], 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed)  # dropout and stochastic depth of the backbone
-        for seen in passes_of_round(training, config, store.name, round):
+        for seen in passes_of_round(training, config, seeds, round):
             for bags in chunks(seen, config.train.bags_per_step):
                 batch = make_batch(store, bags).augmented(config.train.augmentation, generator).to(device)
                 loss = objective(model, batch)
@@ -80,7 +83,7 @@ def train_round(model: LHFGLP, store: BagStore, config: RunConfig, round: int) -
 
 
 def passes_of_round(
-    training: NDArray[np.int64], config: RunConfig, site: str, round: int
+    training: NDArray[np.int64], config: RunConfig, seeds: TrainingSeeds, round: int
 ) -> Iterator[NDArray[np.int64]]:
     """The bags that a round trains on, in order: whole passes, or this round's part of one.
 
@@ -90,7 +93,7 @@ def passes_of_round(
     """
     parts = config.train.rounds_per_pass
     number, part = divmod(round - 1, parts)
-    order = np.random.default_rng(seed_sequence(config.seed, site, number + 1)[0])
+    order = np.random.default_rng(seeds.of_round(number + 1)[0])
     for _ in range(config.train.local_epochs):
         bags = order.permutation(training)
         start, end = part * len(bags) // parts, (part + 1) * len(bags) // parts
@@ -143,12 +146,6 @@ def _anchors(parameters: list[nn.Parameter], config: RunConfig) -> list[Tensor]:
     if config.federation.strategy is not Strategy.FEDPROX:
         return []
     return [parameter.detach().clone() for parameter in parameters]
-
-
-def seed_sequence(seed: int, site: str, round: int) -> tuple[int, int, int]:
-    """Seeds for one site and round: for the order of the bags, for torch, and for the objective."""
-    state = np.random.SeedSequence([seed, zlib.crc32(site.encode()), round]).generate_state(3)
-    return int(state[0]), int(state[1]), int(state[2])
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,6 +19,7 @@ from client.bags import BagStore
 from client.batch import Batch, make_batch
 from client.objectives import build_objective
 from client.private_training import BagDPOptimizer, bag_loss, train_round_privately
+from client.seeds import TrainingSeeds
 from client.training import make_setting, train_round
 from common.build import build_model
 from common.config import RunConfig
@@ -441,7 +442,7 @@ def test_a_bags_gradient_does_not_depend_on_the_bags_before_it(
 
 def test_seeds_of_bags_differ() -> None:
     places = [("a", 1, 0, 0), ("b", 1, 0, 0), ("a", 2, 0, 0), ("a", 1, 1, 0), ("a", 1, 0, 1)]
-    assert len({private.bag_seed(0, *place) for place in places}) == len(places)
+    assert len({TrainingSeeds(0, site).of_bag(*place) for site, *place in places}) == len(places)
 
 
 def test_held_back_bags_are_not_touched(store: BagStore, monkeypatch: pytest.MonkeyPatch) -> None:

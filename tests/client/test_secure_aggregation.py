@@ -332,7 +332,7 @@ def test_a_node_that_lost_its_state_refuses(nodes: Nodes) -> None:
 
 
 def test_an_update_that_is_not_finite_stays(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverge(model: Any, store: Any, config: RunConfig, round: int) -> Any:
+    def diverge(model: Any, *_: Any) -> Any:
         next(model.parameters()).data[0] = float("nan")
         return client_app.TrainingResult(1.0, 1, 4, 32)
 
