@@ -47,6 +47,9 @@ log = logging.getLogger("fedbags.client")
 
 STATE = "secure-aggregation"
 CLAIMS_FILE = "secure-aggregation.sqlite"
+MOST_CLIPPED = 1e-3
+"""Largest share of an update beyond the clip range. With settings that cut every number, each would be
+plus or minus the range times the site's weight, and their sum would tell every site's sign."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +146,12 @@ class Member:
         """The update as masked words; the masks are gone from the state afterwards.
 
         Raises:
-            RunError: the update is not finite.
+            RunError: the update is not finite, or too much of it is beyond the clip range.
         """
         state = self._state()
         plan = state.agreed()
-        words = quantise(sent, trained, plan.clip_range, plan.weights[self.site.name], len(plan.sites))
+        weight = plan.weights[self.site.name]
+        words = quantise(sent, trained, plan.clip_range, weight, len(plan.sites), MOST_CLIPPED)
         self._keep(member.mask(state, words))
         return words
 

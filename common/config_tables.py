@@ -241,7 +241,7 @@ class SecureAggregationConfig(Section):
         0, ge=0, le=10_000, multiple_of=2, description="sites that each shares masks with; 0: all others"
     )
     clip_range: float = Field(
-        16.0, gt=0, le=1e6, description="each coordinate of an update is clipped to +-this"
+        16.0, ge=0.01, le=1e6, description="each coordinate of an update is clipped to +-this"
     )
     minimum_sites: int = Field(
         3, ge=2, le=100_000, description="fewest sites in a sum; a site that demands more gets more"

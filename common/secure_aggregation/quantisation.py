@@ -57,7 +57,14 @@ def digest(arrays: Arrays) -> bytes:
     return state.digest()
 
 
-def quantise(sent: Arrays, trained: Arrays, clip_range: float, weight: float, sites: int) -> Words:
+def quantise(
+    sent: Arrays,
+    trained: Arrays,
+    clip_range: float,
+    weight: float,
+    sites: int,
+    most_clipped: float = 1.0,
+) -> Words:
     """A site's update as words, shape (length(trained),), arrays in the order of their names.
 
     Args:
@@ -66,20 +73,23 @@ def quantise(sent: Arrays, trained: Arrays, clip_range: float, weight: float, si
         clip_range: c > 0.
         weight: of this site, in [0, 1].
         sites: number of sites whose weights sum to at most 1.
+        most_clipped: largest share of coordinates that may lie beyond the clip range, in [0, 1].
 
     Raises:
-        RunError: the update is not finite. It must not be sent: masked, nobody could find it.
+        RunError: the update is not finite, or too much of it beyond the clip range. It must not be sent: masked,
+            nobody could find a NaN, and a sum of clipped coordinates tells on which side each site was.
     """
     words = np.empty(length(trained), np.uint32)
     chances = Keystream(new_secret())
     factor = weight * scale(clip_range, sites)
-    place = 0
+    place = beyond = 0
     for name in sorted(trained):
         new, old = trained[name].reshape(-1), sent[name].reshape(-1)
         for start in range(0, len(new), CHUNK):
             step = np.subtract(new[start : start + CHUNK], old[start : start + CHUNK], dtype=np.float64)
             if not np.isfinite(step).all():
                 raise RunError("local training diverged: the update is not finite; it is not sent")
+            beyond += int(np.count_nonzero(np.abs(step) > clip_range))
             np.clip(step, -clip_range, clip_range, out=step)
             step *= factor
             step += chances.next(len(step)) * 2.0**-32
@@ -87,6 +97,11 @@ def quantise(sent: Arrays, trained: Arrays, clip_range: float, weight: float, si
             # Within int32 by the choice of the scale; its bit pattern is the word modulo 2**32.
             words[place : place + len(step)] = step.astype(np.int32).view(np.uint32)
             place += len(step)
+    if beyond > most_clipped * len(words):
+        raise RunError(
+            f"{beyond} of {len(words)} numbers of the update are beyond the clip range {clip_range:g}; it is "
+            "not sent: raise secure-aggregation.clip-range"
+        )
     return words
 
 

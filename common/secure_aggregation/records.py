@@ -55,7 +55,9 @@ class SessionPlan(InSession):
 
     threshold_share: float = Field(gt=0.5, le=1, description="of a site and its neighbours, to unmask")
     neighbours: int = Field(ge=0, multiple_of=2, description="per site; 0: all")
-    clip_range: float = Field(gt=0, le=1e6, description="each coordinate of an update is clipped to +-this")
+    clip_range: float = Field(
+        ge=0.01, le=1e6, description="each coordinate of an update is clipped to +-this"
+    )
     weights: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(description="by site; they sum to 1")
     adverts: tuple[KeyAdvert, ...] = Field(description="in the order of the site names")
 

@@ -263,6 +263,12 @@ def test_a_round_is_trained_for_one_model_only(nodes: Nodes) -> None:
     assert not nodes.train(third, nodes.model(seed=0))["hospital-1"].has_error()  # a failed session, again
 
 
+def test_a_model_of_another_round_is_not_trained(nodes: Nodes) -> None:
+    requests = nodes.until_masks()
+    reply = nodes.ask("hospital-1", "train.masked", nodes.model(round=2), requests["hospital-1"])
+    assert code(reply) == SiteError.SECURE_AGGREGATION
+
+
 @pytest.mark.parametrize(
     "change", [{"threshold_share": 0.51}, {"neighbours": 2}, {"neighbours": 4}, {"clip_range": 8.0}]
 )

@@ -345,6 +345,11 @@ def another_session(reply: Message) -> None:
     reply.content["masked-update"] = to_records(update)["masked-update"]
 
 
+def another_round(reply: Message) -> None:
+    update = from_records(reply.content, MaskedUpdate).model_copy(update={"round": 2})
+    reply.content["masked-update"] = to_records(update)["masked-update"]
+
+
 def another_sender(reply: Message) -> None:
     update = from_records(reply.content, MaskedUpdate).model_copy(update={"sender": "hospital-4"})
     reply.content["masked-update"] = to_records(update)["masked-update"]
@@ -356,7 +361,16 @@ def not_an_array(reply: Message) -> None:
 
 
 @pytest.mark.parametrize(
-    "tamper", [wrong_length, wrong_dtype, two_dimensional, another_session, another_sender, not_an_array]
+    "tamper",
+    [
+        wrong_length,
+        wrong_dtype,
+        two_dimensional,
+        another_session,
+        another_round,
+        another_sender,
+        not_an_array,
+    ],
 )
 def test_a_malformed_masked_update_is_left_out_and_the_others_count(
     five: Config, tmp_path: Path, tamper: Callable[[Message], None]

@@ -1,6 +1,7 @@
 """Masks are ChaCha20 keystreams of all 256 bits of a key; the library's 32-bit generator is out of reach."""
 
 import ast
+import hmac
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,32 @@ def test_a_mask_is_the_keystream_and_comes_off_again(size: int) -> None:
     assert np.array_equal(masked - vector, np.frombuffer(stream, "<u4"))
     subtract_mask(masked, key)
     assert np.array_equal(masked, vector)
+
+
+def test_keys_are_hkdf_of_secret_purpose_and_context() -> None:
+    """Written out by hand (RFC 5869): extract with a salt of zeros, one block of expand."""
+    secret, context = bytes(range(32)), b"transcript and model"
+    extracted = hmac.digest(bytes(32), secret, "sha256")
+    expected = hmac.digest(extracted, b"fedbags/self-mask\0" + context + b"\x01", "sha256")
+    assert keys.derive(secret, "self-mask", context) == expected
+
+
+def test_a_key_is_of_one_purpose_one_pair_and_one_context() -> None:
+    mine, peer, other = keys.new_secret(), keys.new_secret(), keys.new_secret()
+
+    def pair(private: bytes, public: bytes, purpose: str = "a", context: bytes = b"1") -> bytes:
+        return keys.pairwise_key(private, keys.public_key(public), purpose, context)
+
+    same = pair(mine, peer)
+    assert same == pair(peer, mine)
+    changed = [pair(mine, other), pair(mine, peer, purpose="b"), pair(mine, peer, context=b"2")]
+    assert len({same, *changed}) == 4
+    sealed = keys.seal(mine, keys.public_key(peer), "a", "b", b"1", b"share")
+    public = keys.public_key(mine)
+    assert keys.unseal(peer, public, "a", "b", b"1", sealed) == b"share"
+    for sender, receiver, context in (("b", "a", b"1"), ("a", "c", b"1"), ("a", "b", b"2")):
+        with pytest.raises(SecureAggregationRefused, match="cannot be opened"):
+            keys.unseal(peer, public, sender, receiver, context, sealed)
 
 
 @given(st.integers(0, 255))

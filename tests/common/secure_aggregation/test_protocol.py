@@ -301,6 +301,37 @@ def test_shares_are_given_to_a_list_that_enough_sites_signed_and_to_no_other(
     assert member.unmask(state, noisy, group.limits).self_masks.keys() == set(group.names)
 
 
+@pytest.mark.parametrize("change", ["weights", "clip_range", "model"])
+def test_masks_are_of_one_plan_and_one_model(consortium: Make, change: str) -> None:
+    """The same keys under another plan or model give other masks: nothing of one session is in another."""
+    group = consortium(3)
+    group.advertise()
+    plan = group.plan()
+    group.receive({name: group.share(name, plan) for name in group.names})
+    state = group.states["site-00"]
+    weights = dict(zip(group.names, [0.3, 0.3, 0.4], strict=True))
+    other = {
+        "weights": {"plan": plan.model_copy(update={"weights": weights})},
+        "clip_range": {"plan": plan.model_copy(update={"clip_range": 2.0})},
+        "model": {"model": b"n" * 32},
+    }[change]
+    first, second = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
+    member.mask(state, first)
+    member.mask(state.model_copy(update=other), second)
+    assert np.count_nonzero(first == second) <= 1
+    # The self-mask alone and the pair masks alone, each.
+    for held in ({}, state.held):
+        alone = state.model_copy(update={"held": held, "seed": bytes(32)})
+        changed = alone.model_copy(update=other)
+        for vector, one in ((first, alone), (second, changed)):
+            vector[:] = 0
+            member.mask(one, vector)
+            if held:
+                context = member.mask_context(one.agreed(), one.model)
+                member.subtract_mask(vector, keys.derive(one.seed, member.SELF_MASK, context))
+        assert np.count_nonzero(first == second) <= 1
+
+
 def test_sites_that_were_sent_different_models_give_no_sum(consortium: Make) -> None:
     """A model that stops all others' gradients would make the sum one site's own (Pasquini et al. 2022)."""
     group = consortium(5)
@@ -392,23 +423,67 @@ def test_all_but_one_lack_the_others_masks(consortium: Make) -> None:
         assert stats.chisquare(np.bincount(words.view(np.uint8), minlength=256)).pvalue > 1e-6
 
 
-def test_a_wrong_share_is_found(consortium: Make, vectors: Make) -> None:
-    group = consortium(4)
+@pytest.mark.parametrize("lost", [False, True], ids=["self-mask", "mask key"])
+@pytest.mark.parametrize("wrong", ["one bit", "another secret", "no shares"])
+def test_a_recovered_secret_is_the_one_that_was_committed_to(
+    consortium: Make, vectors: Make, lost: bool, wrong: str
+) -> None:
+    """Shares that fit together and give another secret would leave noise in the sum without a word."""
+    group = consortium(5)
     sent = vectors(group, length=8)
     group.advertise()
     plan = group.plan()
     group.receive({name: group.share(name, plan) for name in group.names})
     total = MaskedSum(plan, group.names, 8, group.model)
-    for name in group.names:
+    there = group.names[:4] if lost else group.names
+    for name in there:
         total.add(name, group.masked(name, sent[name]))
-    answers = {
-        name: member.unmask(group.states[name], group.agreed(group.names), group.limits)
-        for name in group.names
-    }
-    wrong = {**answers["site-01"].self_masks, "site-02": b"\1\0\0\0" + bytes(48)}
-    answers["site-01"] = answers["site-01"].model_copy(update={"self_masks": wrong})
-    with pytest.raises(RunError, match=r"self-mask of 'site-02' cannot be recovered"):
+    request = group.agreed(there)
+    answers = {name: member.unmask(group.states[name], request, group.limits) for name in there}
+    kind, owner = ("mask_keys", "site-04") if lost else ("self_masks", "site-02")
+    other = keys.split(keys.new_secret(), 4, group.names)
+    for name, answer in answers.items():
+        shares = dict(getattr(answer, kind))
+        if wrong == "one bit" and name == "site-00":
+            shares[owner] = shares[owner][:-1] + bytes([shares[owner][-1] ^ 1])
+        elif wrong == "another secret":
+            shares[owner] = other[name]
+        elif wrong == "no shares":
+            del shares[owner]
+        answers[name] = answer.model_copy(update={kind: shares})
+    before = total.total.copy()
+    if not lost and wrong == "one bit":
+        del answers["site-01"]  # or four right ones would do
+    assert total.missing(answers) == [owner]
+    with pytest.raises(RunError, match=f"of '{owner}' cannot be recovered"):
         total.unmask(answers)
+    assert before.shape == total.total.shape
+
+
+@pytest.mark.parametrize("change", [{"round": ROUND + 1}, {"round": ROUND - 1}, {"session": "cd" * 16}])
+def test_every_step_is_of_the_round_and_session_that_the_keys_are_for(
+    consortium: Make, vectors: Make, change: dict[str, Any]
+) -> None:
+    group = consortium(4)
+    sent = vectors(group, length=4)
+    group.advertise()
+    plan = group.plan()
+    me = "site-00"
+    with pytest.raises(SecureAggregationRefused, match="no keys for"):
+        group.share(me, plan.model_copy(update=change))
+    sealed = {name: group.share(name, plan) for name in group.names}
+    shares = {name: reply.shares[me] for name, reply in sealed.items() if name != me}
+    request = MaskRequest(session=SESSION, round=ROUND, shares=shares)
+    with pytest.raises(SecureAggregationRefused, match="no keys for"):
+        member.receive(group.states[me], request.model_copy(update=change), group.model)
+    group.receive(sealed)
+    for name in group.names:
+        group.masked(name, sent[name])
+    with pytest.raises(SecureAggregationRefused, match="no keys for"):
+        group.sign(me, group.names, **change)
+    good = group.agreed(group.names)
+    with pytest.raises(SecureAggregationRefused, match="no keys for"):
+        member.unmask(group.states[me], good.model_copy(update=change), group.limits)
 
 
 def test_the_server_takes_each_vector_once_and_in_shape(consortium: Make) -> None:

@@ -1,5 +1,7 @@
 """Quantisation: the error keeps its bound, the rounding is unbiased, and the sum never wraps."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,6 +81,13 @@ def test_an_update_that_is_not_finite_is_not_sent(bad: float) -> None:
     model["a"][3, 7] = bad
     with pytest.raises(RunError, match="not finite"):
         quantise(SENT, model, 16.0, 0.5, 2)
+
+
+@pytest.mark.parametrize(("clip", "refused"), [(0.01, True), (0.3, True), (0.5, False), (16.0, False)])
+def test_an_update_that_is_mostly_clipped_is_not_sent(clip: float, refused: bool) -> None:
+    """Sums of plus and minus the clip range, with weights that are known, tell every site's sign."""
+    with pytest.raises(RunError, match="beyond the clip range") if refused else nullcontext():
+        quantise(SENT, trained(0), clip, 0.5, 2, most_clipped=1e-3)
 
 
 def test_words_that_no_clipping_site_sends_are_found_in_the_sum() -> None:
