@@ -18,7 +18,7 @@ from torch import Tensor
 
 from client.csv_tables import write_csv
 from client.image_cache import Progress, open_cache
-from client.site import SiteConfig
+from client.site import BUILD_ADVICE, SiteConfig
 from client.site_files import MANIFEST_FILE, Fault, Listing, data_version, read_listing
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
@@ -230,5 +230,5 @@ def _refuse(config: SiteConfig, site_dir: Path, faults: list[Fault], what: str) 
         [fault.row for fault in faults],
         "Mend these rows, or leave their bags out with --skip-bad."
         if faults
-        else "List its images in manifest.csv; `fedbags bags build` writes complete site folders.",
+        else f"List its images in manifest.csv. {BUILD_ADVICE}",
     )

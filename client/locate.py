@@ -7,7 +7,7 @@ import fcntl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client.site import SITE_FILE
+from client.site import BUILD_ADVICE, SITE_FILE
 from common.config import RunConfig
 from common.errors import ConfigError, UserError
 
@@ -55,7 +55,7 @@ def site_folders(sites_dir: Path) -> list[Path]:
     if not folders:
         raise UserError(
             f"no site folder (one with a {SITE_FILE}) in {sites_dir}\n"
-            "Write some with `fedbags bags build`, or leave --sites-dir out for synthetic hospitals."
+            f"{BUILD_ADVICE} Without --sites-dir there are synthetic hospitals."
         )
     return folders
 

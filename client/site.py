@@ -7,9 +7,10 @@ run configuration: where both speak of the same thing, the stricter one is the s
 import difflib
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator
@@ -19,6 +20,11 @@ from common.config_tables import Section
 from common.errors import ConfigError, require_file
 
 SITE_FILE = "site.toml"
+BUILD_ADVICE = (
+    "`fedbags bags build` writes complete site folders: from labelled images, or with --source counts from "
+    "images and one count per class and bag."
+)
+"""What to do about a folder that is not complete."""
 
 KNOWN_METRICS = (
     "num-bags",
@@ -105,15 +111,25 @@ class SiteConfig(Section):
             ConfigError: not TOML, or faulty keys; every one is named with the file.
         """
         path = site_dir / SITE_FILE
-        require_file(path, "the site file", "`fedbags bags build` writes complete site folders.")
+        advice = f"{BUILD_ADVICE}\nFor a folder that has images and tables: fedbags site init {site_dir}"
+        require_file(path, "the site file", advice)
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+        return cls.from_table(data, str(path))
+
+    @classmethod
+    def from_table(cls, data: Mapping[str, Any], what: str) -> Self:
+        """Check what a site.toml says; ``what`` names it in errors.
+
+        Raises:
+            ConfigError: faulty keys; every one is named.
+        """
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"{path} is faulty:\n{_faults(error)}") from error
+            raise ConfigError(f"{what} is faulty:\n{_faults(error)}") from error
 
     def save(self, site_dir: Path) -> None:
         """Write ``site_dir/site.toml`` in one step: a reader sees the old file or the new one."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.csv_tables import CsvTable, read_csv, whole_number
-from client.site import SiteConfig
+from client.site import BUILD_ADVICE, SiteConfig
 from common.errors import BadRow, DataError
 from common.hierarchy import Hierarchy
 
@@ -85,7 +85,7 @@ def read_listing(site_dir: Path, config: SiteConfig) -> tuple[Hierarchy, Listing
         raise DataError(
             f"the folder of site {config.name!r} cannot be read: {site_dir}",
             fatal,
-            "Mend these files; `fedbags bags build` writes complete site folders.",
+            f"Mend these files. {BUILD_ADVICE}",
         )
     faults = [Fault(row) for row in ragged]
     images = collect_images(site_dir, manifest, "bag_id", faults)

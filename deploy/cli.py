@@ -26,6 +26,7 @@ from deploy import (
     prerequisites,
     provision_cli,
     report_cli,
+    site_init_cli,
     watch_cli,
 )
 from deploy.say import say
@@ -67,6 +68,7 @@ app.command()(watch_cli.status)
 app.command()(watch_cli.metrics)
 app.command()(watch_cli.track)
 site_app.command("keygen")(provision_cli.keygen)
+site_app.command("init")(site_init_cli.init)
 consortium_cli.register(app, site_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
