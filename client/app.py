@@ -12,7 +12,7 @@ from client.bags import QUARANTINE_FILE, BagStore
 from client.evaluation import evaluate_bags, evaluate_labelled, sum_distances
 from client.locate import find_site
 from client.refusal import BudgetRefused
-from client.release import private_release, release_proportions
+from client.release import name_version, private_release, release_proportions
 from client.seeds import training_seeds
 from client.site import SITE_FILE, ReleaseProportions
 from client.training import TrainingResult, train_round
@@ -86,12 +86,14 @@ def proportions(message: Message, context: Context) -> Message:
     if not config.dp.epsilon:
         refuse_unprotected(store)
     if not config.dp.epsilon or store.config.policy.release_proportions is ReleaseProportions.NONE:
-        return Message(to_records(release_proportions(store)), reply_to=message)
+        return Message(
+            to_records(release_proportions(store, name_version(store, find_site(context)))), reply_to=message
+        )
     from client.budget import open_budget
 
     budget = open_budget(context, config, store, find_site(context))
     noised = budget.release(store, config.dp.release_scale)
-    return Message(to_records(private_release(store, noised)), reply_to=message)
+    return Message(to_records(private_release(store, noised, budget.ledger.identifier)), reply_to=message)
 
 
 @app.train()

@@ -12,7 +12,9 @@ from pathlib import Path
 from flwr.app import Context
 
 from client.bags import BagStore
+from client.journal import journal_path, newest_mark
 from client.ledger import Ledger, Reservation
+from client.ledger_anchor import anchor_of_node
 from client.ledger_file import LEDGER_FILE
 from client.locate import is_simulated
 from client.site import PrivacyBudget, PrivateMetrics, ReleaseProportions
@@ -93,7 +95,16 @@ def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Pa
     cap_delta = config.dp.delta if own.delta is None else own.delta
     path = ledger_path(context, config, folder, own)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger.open(path, store.name, store.data_version, cap_epsilon, cap_delta)
+    journal = journal_path(context)
+    ledger = Ledger.open(
+        path,
+        store.name,
+        store.data_version,
+        cap_epsilon,
+        cap_delta,
+        anchor=anchor_of_node(path, context.node_config),
+        seen=newest_mark(journal) if journal else (),
+    )
     randomness = choose_randomness(context, config, store.name)
     return Budget(make_plan(config, store, randomness), ledger, run_name(context, config))
 

@@ -7,15 +7,18 @@ words of ours, so no path, patient id or label can be in it. Knows nothing of wh
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 
 from client.egress import EXPECTED, Handler
+from client.ledger_file import LEDGER_FILE, Mark
 from client.locate import DATA_PATH
 from common.logs import JsonLines
 from common.messages import size
@@ -25,6 +28,8 @@ log = logging.getLogger("fedbags.client")
 JOURNAL_FILE = "journal.jsonl"
 KIT, LOGS = "kit", "logs"
 """The key of the node's configuration that names the site's kit, and the kit's folder for logs."""
+TAIL_BYTES = 2**20
+"""How much of a journal's end is searched for a mark of the ledger."""
 OTHER = "other"
 """The phase of a message of a type that the site does not know."""
 
@@ -46,6 +51,10 @@ class Done:
     """0 where an error went out instead."""
     code: int
     """The error code that went out (``SiteError``, or Flower's); 0 for a reply."""
+    ledger_rows: int = 0
+    """Rows of the site's ledger; 0 where it has none."""
+    ledger_head: str = ""
+    """Hash of the newest of them. A ledger that does not hold it was lost or rolled back."""
 
 
 def record(message: Message, context: Context, call_next: Handler) -> Message:
@@ -67,6 +76,7 @@ def record(message: Message, context: Context, call_next: Handler) -> Message:
             bytes_received=received,
             bytes_sent=0 if reply.has_error() else size(reply.content),
             code=reply.error.code if reply.has_error() else 0,
+            **_ledger_mark(context),
         )
         try:
             append(path, done)
@@ -83,6 +93,41 @@ def journal_path(context: Context) -> Path | None:
     if data := context.node_config.get(DATA_PATH):
         return Path(str(data)) / JOURNAL_FILE
     return None
+
+
+def newest_mark(path: Path) -> tuple[Mark, ...]:
+    """The newest mark of the ledger in a journal, if there is one; reads the end of the file only.
+
+    A line that is torn or edited says nothing: the ledger's anchor has it too.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = max(stream.seek(0, os.SEEK_END) - TAIL_BYTES, 0)
+            stream.seek(start)
+            lines = stream.read().splitlines()[1 if start else 0 :]
+    except FileNotFoundError:
+        return ()
+    for line in reversed(lines):
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            mark = Mark(int(json.loads(line)["ledger_rows"]), str(json.loads(line)["ledger_head"]))
+            if mark.rows > 0:
+                return (mark,)
+    return ()
+
+
+def _ledger_mark(context: Context) -> dict[str, Any]:
+    """What a line says of the ledger, as its anchor has it."""
+    data = context.node_config.get(DATA_PATH)
+    if not data or not (Path(str(data)) / LEDGER_FILE).exists():
+        return {}
+    # Imported here: a site without a budget loads no accountants.
+    from client.ledger_anchor import LedgerLostError, anchor_of_node
+
+    try:
+        anchor = anchor_of_node(Path(str(data)) / LEDGER_FILE, context.node_config).read()
+    except LedgerLostError:
+        return {}
+    return {} if anchor is None else {"ledger_rows": anchor.rows, "ledger_head": anchor.head}
 
 
 def append(path: Path, done: Done) -> None:

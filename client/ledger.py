@@ -7,7 +7,8 @@ that a server sends can raise it. One ledger holds for all runs and data version
 """
 
 import math
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,9 +16,22 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Self
 
+from client.ledger_anchor import ADVICE, AnchorFile, LedgerLostError, anchor_file, lost_marks
 from client.ledger_book import Book, Cap, copies_of
 from client.ledger_check import verify
-from client.ledger_file import Kind, LedgerBusyError, LedgerError, append, create, read_entries, writing
+from client.ledger_file import (
+    Kind,
+    LedgerBusyError,
+    LedgerError,
+    Mark,
+    create,
+    hash_of,
+    newest_of_kind,
+    read_entries,
+    read_entry,
+    writing,
+)
+from client.ledger_file import append as append_row
 from client.refusal import BudgetRefused
 from common.errors import ConfigError, DataError, RunError, require_file
 from common.messages import PrivacyStatement
@@ -32,9 +46,15 @@ __all__ = [
     "Ledger",
     "LedgerBusyError",
     "LedgerError",
+    "LedgerLostError",
     "Reservation",
     "verify",
 ]
+
+
+CARRY_EVERY = 256
+"""Rows after which the book is carried forward in a row of its own: what a new process reads at most."""
+IDENTIFIER_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -55,8 +75,11 @@ class DataVersionError(DataError):
 class Ledger:
     """One site's ledger, opened for use with one data version. Holds no open file between calls."""
 
-    def __init__(self, path: Path, data_version: str, book: Book) -> None:
-        self.path, self.data_version, self._book = path, data_version, book
+    def __init__(
+        self, path: Path, data_version: str, anchor: AnchorFile | None = None, seen: Sequence[Mark] = ()
+    ) -> None:
+        self.path, self.data_version, self._book = path, data_version, Book()
+        self._anchor, self._seen = anchor or anchor_file(path), tuple(seen)
 
     @classmethod
     def open(
@@ -68,6 +91,8 @@ class Ledger:
         cap_delta: float,
         *,
         unit: Unit = Unit.BAG,
+        anchor: AnchorFile | None = None,
+        seen: Sequence[Mark] = (),
     ) -> Self:
         """Open the ledger, or make it; a new cap, or another data version, is recorded as a row.
 
@@ -79,10 +104,13 @@ class Ledger:
             cap_epsilon: the most that may ever be spent, replace-one of ``unit``.
             cap_delta: the delta of the cap and of every figure.
             unit: what the cap protects; fixed when the ledger is made.
+            anchor: where its second anchor lies; beside it if None.
+            seen: other witnesses of the chain, such as the site's journal.
 
         Raises:
             ConfigError: the cap is out of range, or below what is spent already.
             DataVersionError: the data version was not accepted.
+            LedgerLostError: the file is missing, or lost rows that the anchor or a witness names.
             LedgerError: the file belongs to another site or unit, or cannot be trusted.
             LedgerBusyError: the file cannot be written.
         """
@@ -98,10 +126,13 @@ class Ledger:
             "cap_epsilon": float(cap_epsilon),
             "cap_delta": float(cap_delta),
         }
+        ledger = cls(path, data_version, anchor, seen)
+        marks = ledger._marks()  # read first: who wrote them had made the file before
         if not path.exists():
-            create(path, {**opening, "time": _now()})
-        ledger = cls(path, data_version, Book())
-        with ledger._transaction() as db:
+            if marks:
+                raise LedgerLostError(f"the privacy ledger {path} of site {site!r} is missing\n{ADVICE}")
+            create(path, {**opening, "identifier": new_identifier(), "time": now()})
+        with ledger.transaction() as db:
             book = ledger._book
             if book.site != site or book.unit is not unit:
                 raise LedgerError(
@@ -110,18 +141,21 @@ class Ledger:
                 )
             if data_version not in book.versions:
                 raise _not_accepted(path, book, data_version)
-            if (book.data_version, book.cap) != (data_version, Cap(cap_epsilon, cap_delta)):
+            known = (book.data_version, book.cap) == (data_version, Cap(cap_epsilon, cap_delta))
+            # A ledger of an earlier release has no identifiers, and no salt in its newest row.
+            if not known or data_version not in book.identifiers:
                 so_far = spent(book.events, cap_delta, Adjacency.REPLACE_ONE)
                 if so_far > cap_epsilon:
                     raise ConfigError(
                         f"site {site!r} has spent epsilon {so_far:.4g} at delta {cap_delta:g} already, more "
                         f"than a cap of {cap_epsilon:g}: it cannot take part in private training any more"
                     )
-                ledger._append(db, Kind.OPENED, opening)
+                name = book.identifiers.get(data_version) or new_identifier()
+                ledger.append(db, Kind.OPENED, {**opening, "identifier": name})
         return ledger
 
     @staticmethod
-    def accept_version(path: Path, site: str, data_version: str) -> bool:
+    def accept_version(path: Path, site: str, data_version: str, *, anchor: AnchorFile | None = None) -> bool:
         """Record that the site's owner takes a new data version for the same site's data.
 
         Returns:
@@ -133,14 +167,19 @@ class Ledger:
             LedgerBusyError: the file cannot be written.
         """
         require_file(path, "the privacy ledger", "A site writes it when it first trains with a budget.")
-        ledger = Ledger(path, data_version, Book())
-        with ledger._transaction() as db:
+        ledger = Ledger(path, data_version, anchor)
+        with ledger.transaction() as db:
             if ledger._book.site != site:
                 raise LedgerError(f"the ledger {path} is of site {ledger._book.site!r}, not of {site!r}")
             if data_version in ledger._book.versions:
                 return False
-            ledger._append(db, Kind.ACCEPTED, {})
+            ledger.append(db, Kind.ACCEPTED, {"identifier": new_identifier()})
         return True
+
+    @property
+    def identifier(self) -> str:
+        """The random name under which this data version may leave the site; it tells nothing of the data."""
+        return self._book.identifiers[self.data_version]
 
     @property
     def book(self) -> Book:
@@ -184,14 +223,14 @@ class Ledger:
         Raises:
             RunError: there is no such reservation, or it was confirmed before.
         """
-        with self._transaction() as db:
+        with self.transaction() as db:
             if reservation.row not in self._book.open_reservations:
                 raise RunError(f"row {reservation.row} of the ledger is no open reservation")
-            self._append(db, Kind.CONFIRMED, {"reservation": reservation.row})
+            self.append(db, Kind.CONFIRMED, {"reservation": reservation.row})
 
     def release_for(self, data_version: str) -> CountRelease | None:
         """The noised counts of a data version, if they were released before: send these again."""
-        with self._transaction():
+        with self.transaction():
             return self._book.releases.get(data_version)
 
     def store_release(
@@ -220,7 +259,7 @@ class Ledger:
         ``epsilon`` and ``events`` are for the bag, whatever unit the cap protects (PLD, at the cap's
         delta); ``budget_left`` is what the cap leaves, in the ledger's unit.
         """
-        with self._transaction():
+        with self.transaction():
             book = self._book
             events = book.events_for(Unit.BAG)
             epsilon = spent(events, book.cap.delta, Adjacency.REPLACE_ONE)
@@ -233,26 +272,27 @@ class Ledger:
                 budget_left=max(book.cap.epsilon - book.spent(), 0.0),
                 ledger_head=book.head,
                 generator="; ".join(book.generators),
+                losses=book.losses,
             )
 
     def events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
         """All events so far in the order of their rows, reserved ones included."""
-        with self._transaction():
+        with self.transaction():
             return tuple(self._book.events)
 
     def export(self) -> dict[str, Any]:
         """See ``Book.export``."""
-        with self._transaction():
+        with self.transaction():
             return self._book.export()
 
     def _charge(self, kind: Kind, event: PoissonGaussian | DiscreteLaplace, body: dict[str, Any]) -> int:
-        with self._transaction() as db:
+        with self.transaction() as db:
             book = self._book
             if kind is Kind.RELEASED and self.data_version in book.releases:
                 return 0
             asked, cap = (*book.events, *[event] * copies_of(body)), book.cap
             if fits(asked, cap.epsilon, cap.delta, Adjacency.REPLACE_ONE):
-                return self._append(db, kind, body)
+                return self.append(db, kind, body)
         so_far, after = book.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)
         refusal = BudgetRefused(book.site, after - so_far, max(cap.epsilon - so_far, 0.0), cap.epsilon)
         asked_for = {
@@ -262,27 +302,58 @@ class Ledger:
             "copies": copies_of(body),
         }
         # On a full disk the refusal stands all the same.
-        with suppress(LedgerBusyError), self._transaction() as db:
-            self._append(db, Kind.REFUSED, asked_for)
+        with suppress(LedgerBusyError), self.transaction() as db:
+            self.append(db, Kind.REFUSED, asked_for)
         raise refusal
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """Alone with the file, and the book brought up to date with what other processes wrote."""
-        known = len(self._book.entries)
+    def transaction(self, *, checked: bool = True) -> Iterator[Connection]:
+        """Alone with the file, and the book brought up to date with what other processes wrote.
+
+        At the end the rows are on the disk, and then the anchor that names them.
+        """
+        known = self._book.rows
         try:
             with writing(self.path) as db:
-                for entry in read_entries(db, self.path, self._book.last):
-                    self._book.add(entry)
+                self._read(db)
+                if checked:
+                    self._refuse_lost(db)
                 yield db
+                if self._book.rows - self._book.carried_at >= CARRY_EVERY:
+                    self.append(db, Kind.CARRIED, {"state": self._book.state()})
         except BaseException:
-            # Rows of a transaction that was undone must not stay in memory.
-            if len(self._book.entries) != known:
-                self._book = Book.of(self._book.entries[:known])
+            # Rows of a transaction that was undone must not stay in memory; the next one reads anew.
+            if self._book.rows != known:
+                self._book = Book()
             raise
+        self._anchor.advance(self._book)
 
-    def _append(self, db: Connection, kind: Kind, body: dict[str, Any]) -> int:
-        entry = append(db, self._book.last, kind, {**body, "data_version": self.data_version, "time": _now()})
+    def _read(self, db: Connection) -> None:
+        """Read what is new; in a fresh process, only from the newest row that carries all before it."""
+        if self._book.last is None and (newest := newest_of_kind(db, Kind.CARRIED)):
+            entry = read_entry(db, self.path, newest)
+            self._book = Book.carried(entry, lambda seq: read_entry(db, self.path, seq))
+        for entry in read_entries(db, self.path, self._book.last):
+            self._book.add(entry)
+
+    def _marks(self) -> tuple[Mark, ...]:
+        anchored = self._anchor.read()
+        return (*(() if anchored is None else (anchored.mark,)), *self._seen)
+
+    def _refuse_lost(self, db: Connection) -> None:
+        lost = lost_marks(self._marks(), self._book, lambda seq: hash_of(db, seq))
+        if lost:
+            rows = max(mark.rows for mark in lost)
+            raise LedgerLostError(
+                f"the privacy ledger {self.path} holds {self._book.rows} row(s) and not the row {rows} that "
+                f"the site once wrote: it is an older copy, or another ledger\n{ADVICE}"
+            )
+
+    def append(self, db: Connection, kind: Kind, body: dict[str, Any]) -> int:
+        """Add one row in a transaction of ``transaction``, and its meaning to the book; its number."""
+        entry = append_row(
+            db, self._book.last, kind, {**body, "data_version": self.data_version, "time": now()}
+        )
         self._book.add(entry)
         return entry.seq
 
@@ -298,5 +369,9 @@ def _not_accepted(path: Path, book: Book, data_version: str) -> DataVersionError
     )
 
 
-def _now() -> str:
+def new_identifier() -> str:
+    return secrets.token_hex(IDENTIFIER_BYTES)
+
+
+def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

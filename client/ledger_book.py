@@ -7,8 +7,9 @@ made, confirmed or not. A version that the site's owner has not accepted is no v
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +31,29 @@ def copies_of(body: Mapping[str, Any]) -> int:
     return copies
 
 
+Tally = list[tuple[dict[str, Any], int]]
+"""Events as JSON, each with how often it follows upon itself."""
+
+
+def tally(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> Tally:
+    """Events in their order, runs of equal ones together."""
+    return [(event.model_dump(), sum(1 for _ in run)) for event, run in groupby(events)]
+
+
+def untally(runs: Iterable[Iterable[Any]]) -> list[PoissonGaussian | DiscreteLaplace]:
+    """The events of a tally; the inverse of ``tally``.
+
+    Raises:
+        ValueError: a number is below 1, or an event is none.
+    """
+    events: list[PoissonGaussian | DiscreteLaplace] = []
+    for event, number in runs:
+        if number < 1:
+            raise ValueError("an event happened at least once")
+        events += [event_from_dict(event)] * number
+    return events
+
+
 @dataclass(frozen=True)
 class Cap:
     """The most that may ever be spent: epsilon at delta, replace-one of the ledger's unit."""
@@ -49,15 +73,31 @@ class Book:
     """Every data version that was trained on or accepted, with the time of its first row."""
     cap: Cap = field(default_factory=lambda: Cap(0.0, 0.5))
     entries: list[Entry] = field(default_factory=list)
+    """The rows since the book was begun: all of them, unless it was carried forward (``Book.carried``)."""
+    rows: int = 0
+    """Number of the newest row."""
+    head: str = ""
+    """The hash of the newest row, which stands for the whole ledger."""
     events: list[PoissonGaussian | DiscreteLaplace] = field(default_factory=list)
     """In the order of their rows, scaled to ``unit``; reserved ones included."""
+    bag_events: list[PoissonGaussian | DiscreteLaplace] = field(default_factory=list)
+    """The same, scaled to a bag."""
     releases: dict[str, CountRelease] = field(default_factory=dict)
     """By data version."""
+    release_rows: dict[str, int] = field(default_factory=dict)
+    identifiers: dict[str, str] = field(default_factory=dict)
+    """By data version, the random name under which it may leave the site."""
     open_reservations: set[int] = field(default_factory=set)
     """Rows that were reserved and never confirmed; they count."""
     generators: tuple[Generator, ...] = ()
     """Every generator that the charged events drew from, in the order of first use."""
     refusals: int = 0
+    losses: int = 0
+    """How often the site's owner accepted that rows were lost."""
+    lost: set[str] = field(default_factory=set)
+    """The heads of the chains that were lost then."""
+    carried_at: int = 0
+    """The newest row that carries the book forward."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -79,15 +119,62 @@ class Book:
             book.add(entry)
         return book
 
+    @classmethod
+    def carried(cls, entry: Entry, row: Callable[[int], Entry]) -> Self:
+        """The book as a row of kind ``carried`` tells it, without reading those before it.
+
+        Args:
+            entry: that row, part of a chain that was checked when it was written.
+            row: reads one row; asked for the releases of counts only.
+
+        Raises:
+            LedgerError: the row says something that no ledger says.
+        """
+        book = cls()
+        try:
+            state = entry.body["state"]
+            book.site, book.unit = str(state["site"]), Unit(state["unit"])
+            book.data_version = str(state["data_version"])
+            book.versions = {str(version): str(since) for version, since in state["versions"]}
+            book.identifiers = {str(version): str(name) for version, name in state["identifiers"]}
+            book.cap = Cap(float(state["cap"][0]), float(state["cap"][1]))
+            book.events, book.bag_events = untally(state["events"]), untally(state["bag_events"])
+            book.release_rows = {str(version): int(number) for version, number in state["releases"]}
+            for version, number in book.release_rows.items():
+                book.releases[version] = _release(row(number).body)
+            book.open_reservations = set(map(int, state["open"]))
+            book.generators = tuple(map(Generator, state["generators"]))
+            book.refusals, book.losses = int(state["refusals"]), int(state["losses"])
+            book.lost = set(map(str, state["lost"]))
+        except (KeyError, TypeError, ValueError, ValidationError) as error:
+            raise _unusable(entry, error) from error
+        book._end_with(entry)
+        book.carried_at = entry.seq
+        return book
+
+    def state(self) -> dict[str, Any]:
+        """All that later rows build on, as JSON: what a row of kind ``carried`` holds."""
+        return {
+            "site": self.site,
+            "unit": self.unit.value,
+            "data_version": self.data_version,
+            "versions": [[version, since] for version, since in self.versions.items()],
+            "identifiers": [[version, name] for version, name in self.identifiers.items()],
+            "cap": [self.cap.epsilon, self.cap.delta],
+            "events": [[event, number] for event, number in tally(self.events)],
+            "bag_events": [[event, number] for event, number in tally(self.bag_events)],
+            "releases": [[version, number] for version, number in self.release_rows.items()],
+            "open": sorted(self.open_reservations),
+            "generators": [generator.value for generator in self.generators],
+            "refusals": self.refusals,
+            "losses": self.losses,
+            "lost": sorted(self.lost),
+        }
+
     @property
     def last(self) -> Entry | None:
         """The newest row."""
         return self.entries[-1] if self.entries else None
-
-    @property
-    def head(self) -> str:
-        """The hash of the newest row, which stands for the whole ledger."""
-        return self.entries[-1].hash if self.entries else ""
 
     def add(self, entry: Entry) -> None:
         """Take in one more row.
@@ -98,9 +185,12 @@ class Book:
         try:
             self._take(entry)
         except (KeyError, TypeError, ValueError, ValidationError) as error:
-            reason = f"{entry.kind!r} with unusable content ({type(error).__name__})"
-            raise LedgerError(f"row {entry.seq} of the ledger: {reason}") from error
+            raise _unusable(entry, error) from error
+        self._end_with(entry)
+
+    def _end_with(self, entry: Entry) -> None:
         self.entries.append(entry)
+        self.rows, self.head = entry.seq, entry.hash
 
     def _take(self, entry: Entry) -> None:
         body = entry.body
@@ -111,22 +201,41 @@ class Book:
                     raise ValueError("site and unit never change")
                 self.site, self.unit, self.data_version = site, unit, str(body["data_version"])
                 self.cap = Cap(float(body["cap_epsilon"]), float(body["cap_delta"]))
-                self.versions.setdefault(self.data_version, str(body["time"]))
+                self._know_version(body)
             case Kind.ACCEPTED:
-                self.versions.setdefault(str(body["data_version"]), str(body["time"]))
+                self._know_version(body)
             case Kind.RESERVED:
-                self.events += [event_from_dict(body["event"])] * copies_of(body)
+                reserved = [event_from_dict(body["event"])] * copies_of(body)
+                self.events += reserved
+                self.bag_events += reserved  # steps and looks are bounded per bag in any case
                 self._drew_from(body)
                 self.open_reservations.add(entry.seq)
             case Kind.CONFIRMED:
                 self.open_reservations.remove(int(body["reservation"]))
             case Kind.RELEASED:
-                release = CountRelease.model_validate_json(json.dumps(body["release"]))
+                release, version = _release(body), str(body["data_version"])
                 self.events.append(release.event(self.unit))
-                self.releases[str(body["data_version"])] = release
+                self.bag_events.append(release.event(Unit.BAG))
+                self.releases[version], self.release_rows[version] = release, entry.seq
                 self._drew_from(body)
             case Kind.REFUSED:
                 self.refusals += 1
+            case Kind.LOST:
+                self.events += untally(body["events"])
+                self.bag_events += untally(body["bag_events"])
+                self._drew_from(body)
+                self.lost |= set(map(str, body["heads"]))
+                self.losses += 1
+            case Kind.CARRIED:
+                if body["state"] != self.state():
+                    raise ValueError("it carries forward something else than the rows before it say")
+                self.carried_at = entry.seq
+
+    def _know_version(self, body: Mapping[str, Any]) -> None:
+        version = str(body["data_version"])
+        self.versions.setdefault(version, str(body["time"]))
+        if "identifier" in body:
+            self.identifiers.setdefault(version, str(body["identifier"]))
 
     def _drew_from(self, body: Mapping[str, Any]) -> None:
         generator = Generator.read(str(body.get("generator", "")))
@@ -144,25 +253,21 @@ class Book:
         """
         if unit is self.unit:
             return merge(self.events)
-        events: list[PoissonGaussian | DiscreteLaplace] = []
-        for entry in self.entries:
-            if entry.kind == Kind.RELEASED:
-                release = CountRelease.model_validate_json(json.dumps(entry.body["release"]))
-                events.append(release.event(unit))
-            elif entry.kind == Kind.RESERVED:
-                events += [event_from_dict(entry.body["event"])] * copies_of(entry.body)
-        return merge(events)
+        if unit is Unit.BAG:
+            return merge(self.bag_events)
+        raise ValueError(f"a ledger for the unit {self.unit.value!r} tells nothing of the {unit.value!r}")
 
     def export(self) -> dict[str, Any]:
         """All that it takes to recompute ``spent`` with another accountant.
 
         Noise multipliers are relative to the clip norm of one bag. A release's scale is relative to the
         images that the unit named in ``unit`` can move, so that it costs two mechanisms of sensitivity 1
-        and this scale under replace-one, and one under add/remove. Equal events are added up.
+        and this scale under replace-one, and one under add/remove. Equal events are added up. The data
+        version is the random name under which it leaves the site.
         """
         return {
             "site": self.site,
-            "data_version": self.data_version,
+            "data_version": self.identifiers.get(self.data_version, ""),
             "unit": self.unit.explanation,
             "cap": {"epsilon": self.cap.epsilon, "delta": self.cap.delta},
             "events": [event.model_dump() for event in merge(self.events)],
@@ -171,5 +276,15 @@ class Book:
                 "replace_one": self.spent(Adjacency.REPLACE_ONE),
                 "add_remove": self.spent(Adjacency.ADD_REMOVE),
             },
+            "losses": self.losses,
             "head": self.head,
         }
+
+
+def _release(body: Mapping[str, Any]) -> CountRelease:
+    return CountRelease.model_validate_json(json.dumps(body["release"]))
+
+
+def _unusable(entry: Entry, error: Exception) -> LedgerError:
+    reason = f"{entry.kind!r} with unusable content ({type(error).__name__})"
+    return LedgerError(f"row {entry.seq} of the ledger: {reason}")

@@ -1,14 +1,15 @@
 """Whether a ledger file can be believed: every problem, by row. Changes nothing and trusts nothing.
 
 The chain shows what was edited, deleted in the middle, or reordered. An old copy put back, or a wholly
-rewritten ledger, is consistent in itself: those show only against a head hash from outside, such as the
-one in the newest privacy statement that the server holds.
+rewritten ledger, is consistent in itself: those show only against what is kept elsewhere, such as the site's
+anchor, or the head in the newest privacy statement that the server holds.
 """
 
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.ledger_anchor import AnchorFile, LedgerLostError, lost_marks
 from client.ledger_book import Book
 from client.ledger_file import (
     NO_ROW,
@@ -37,13 +38,16 @@ class Problem:
         return self.reason if self.row is None else f"row {self.row}: {self.reason}"
 
 
-def verify(path: Path, head: str | None = None, site: str | None = None) -> list[Problem]:
+def verify(
+    path: Path, head: str | None = None, site: str | None = None, anchor: AnchorFile | None = None
+) -> list[Problem]:
     """Check a ledger file.
 
     Args:
         path: the file.
         head: the ledger head of a privacy statement that this site once sent, as the server holds it.
         site: whose ledger it should be.
+        anchor: the site's second anchor, if it is to be compared.
 
     Returns:
         Everything that is wrong, in the order of the rows; empty when the file can be believed.
@@ -78,7 +82,29 @@ def verify(path: Path, head: str | None = None, site: str | None = None) -> list
                 "(spending is missing), was rewritten, or is another site's",
             )
         )
+    if anchor is not None:
+        problems += _check_anchor(anchor, entries)
     return problems
+
+
+def _check_anchor(anchor: AnchorFile, entries: list[Entry]) -> list[Problem]:
+    try:
+        found = anchor.read()
+        book = Book.of(entries)
+    except LedgerLostError as error:
+        return [Problem(None, str(error))]
+    except LedgerError:
+        return []  # told already, with its row
+    hashes = {entry.seq: entry.hash for entry in entries}
+    if found is None or not lost_marks([found.mark], book, hashes.get):
+        return []
+    return [
+        Problem(
+            len(entries) or None,
+            f"the site once wrote row {found.rows} with the head {found.head[:12]}..., says {anchor.path}: "
+            "the file is an older copy (spending is missing), was rewritten, or is another site's",
+        )
+    ]
 
 
 def _check_file(db: sqlite3.Connection) -> list[Problem]:

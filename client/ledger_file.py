@@ -9,6 +9,7 @@ comes with each privacy statement (``client.ledger_check``).
 import hashlib
 import json
 import os
+import secrets
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,8 @@ APPLICATION_ID = 0x66646C67
 """Tells our file from any other SQLite file ("fdlg")."""
 NO_ROW = "0" * 64
 """What stands for the hash before the first row."""
+SALT, SALT_BYTES = "salt", 16
+"""The key of a row's random part, and its length: a hash that leaves the site tells nothing of the row."""
 WAIT_SECONDS = 60.0
 """How long to wait for another process that holds the file."""
 
@@ -65,6 +68,10 @@ class Kind(StrEnum):
     """The site's owner said that a new data version is the same site's data. Budgets go on composing."""
     REFUSED = "refused"
     """An event that the cap did not allow. Costs nothing."""
+    LOST = "lost"
+    """The site's owner said that rows of this site's ledger are lost; what is known of them counts on."""
+    CARRIED = "carried"
+    """What all rows so far come to, so that nobody has to read them again. Changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,14 @@ class Entry:
     body: Mapping[str, Any]
     previous: str
     hash: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How long the chain of a ledger was, and its newest hash then."""
+
+    rows: int
+    head: str
 
 
 class LedgerError(UserError):
@@ -173,9 +188,10 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def append(db: sqlite3.Connection, last: Entry | None, kind: Kind, body: Mapping[str, Any]) -> Entry:
-    """Add one row after ``last``, the newest row of the file."""
+    """Add one row after ``last``, the newest row of the file, with a salt of its own."""
     seq, previous = (last.seq + 1, last.hash) if last else (1, NO_ROW)
-    text = canonical(body)
+    # Without the salt, whoever knows all of a row but one count would find the count by trying hashes.
+    text = canonical({**body, SALT: secrets.token_hex(SALT_BYTES)})
     entry = Entry(seq, kind.value, json.loads(text), previous, chain_hash(previous, seq, kind.value, text))
     db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (seq, entry.kind, text, previous, entry.hash))
     return entry
@@ -205,6 +221,31 @@ def read_entries(db: sqlite3.Connection, path: Path, last: Entry | None = None) 
     if newest_written(db) > seq:
         raise LedgerError(f"the ledger {path} lost its newest rows, from row {seq + 1} on (deleted)")
     return entries
+
+
+def newest_of_kind(db: sqlite3.Connection, kind: Kind) -> int:
+    """The number of the newest row of a kind, 0 where there is none; read from the end."""
+    row = db.execute("SELECT seq FROM entries WHERE kind = ? ORDER BY seq DESC LIMIT 1", (kind,)).fetchone()
+    return int(row[0]) if row else 0
+
+
+def read_entry(db: sqlite3.Connection, path: Path, seq: int) -> Entry:
+    """One row, checked by itself.
+
+    Raises:
+        LedgerError: it is missing, or its content does not match its hash.
+    """
+    row = db.execute("SELECT * FROM entries WHERE seq = ?", (seq,)).fetchone()
+    entry, problem = parse_row(row, seq, row[3]) if row else (None, "is missing (deleted)")
+    if entry is None or problem:
+        raise LedgerError(f"the ledger {path} cannot be trusted: row {seq}: {problem}")
+    return entry
+
+
+def hash_of(db: sqlite3.Connection, seq: int) -> str | None:
+    """The hash of a row, None where there is no such row."""
+    row = db.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)).fetchone()
+    return str(row[0]) if row else None
 
 
 def newest_written(db: sqlite3.Connection) -> int:

@@ -4,18 +4,29 @@ In a private run the counts are noised and charged to the site's ledger; otherwi
 record says so.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.bags import BagStore
 from client.site import ReleaseProportions
+from client.site_secret import derive
 from common.messages import ProportionRelease
 
 if TYPE_CHECKING:  # the accountants are loaded in private runs only
     from common.privacy.proportions import CountRelease
 
 
-def release_proportions(store: BagStore) -> ProportionRelease:
-    """The exact release of one data version under the site's policy."""
+def name_version(store: BagStore, folder: Path) -> str:
+    """Return the name under which a data version leaves a site without a ledger, 64 hexadecimal digits.
+
+    The data version itself is a hash: whoever knows all but one bag would find that bag by trying. This is
+    derived from it under the site's secret.
+    """
+    return derive(folder, "data-version", store.data_version.encode()).hex()
+
+
+def release_proportions(store: BagStore, version: str) -> ProportionRelease:
+    """The exact release of one data version, of this name, under the site's policy."""
     match store.config.policy.release_proportions:
         case ReleaseProportions.NONE:
             rows = store.leaf_counts[:0]
@@ -23,24 +34,28 @@ def release_proportions(store: BagStore) -> ProportionRelease:
             rows = store.leaf_counts.sum(axis=0, keepdims=True)
         case ReleaseProportions.PER_BAG:
             rows = store.leaf_counts
-    return _record(store, tuple(tuple(map(float, row)) for row in rows), "exact", {})
+    return _record(store, version, tuple(tuple(map(float, row)) for row in rows), "exact", {})
 
 
-def private_release(store: BagStore, noised: "CountRelease") -> ProportionRelease:
-    """The release with noised counts, and the event that they cost."""
+def private_release(store: BagStore, noised: "CountRelease", version: str) -> ProportionRelease:
+    """The release with noised counts, the event that they cost, and the ledger's name of the data version."""
     rows = tuple(tuple(map(float, row)) for row in noised.counts)
-    return _record(store, rows, "discrete-laplace", noised.event(noised.unit).model_dump())
+    return _record(store, version, rows, "discrete-laplace", noised.event(noised.unit).model_dump())
 
 
 def _record(
-    store: BagStore, rows: tuple[tuple[float, ...], ...], mechanism: str, event: dict[str, float | str]
+    store: BagStore,
+    version: str,
+    rows: tuple[tuple[float, ...], ...],
+    mechanism: str,
+    event: dict[str, float | str],
 ) -> ProportionRelease:
     policy = store.config.policy.release_proportions
     sizes = tuple(store.bag_sizes.tolist()) if policy is ReleaseProportions.PER_BAG else ()
     return ProportionRelease.model_validate(
         {
             "site": store.name,
-            "data_version": store.data_version,
+            "data_version": version,
             "hierarchy": store.hierarchy.to_dict(),
             "granularity": policy.value,
             "leaf_counts": rows,

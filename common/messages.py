@@ -167,6 +167,9 @@ class PrivacyStatement(Record):
     budget_left: float | None = Field(None, ge=0, description="epsilon left under the site's cap")
     ledger_head: str = ""
     generator: str = Field("", description="every generator of sampling and noise so far, joined by '; '")
+    losses: int = Field(
+        0, ge=0, le=1000, description="how often the site accepted that rows of its ledger were lost"
+    )
 
 
 _RECORD_NAMES: Mapping[type[Record], str] = {

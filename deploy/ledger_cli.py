@@ -1,6 +1,7 @@
 """`fedbags ledger`: look into a site's privacy ledger, check it, hand it on. Thin: reads and prints."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,9 @@ app = typer.Typer(
 )
 
 File = Annotated[Path, typer.Argument(help="A site's ledger.sqlite.")]
+Kit = Annotated[
+    Path | None, typer.Option(help="The site's kit, where its ledger has its second anchor; none: beside it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
@@ -62,31 +66,38 @@ def verify(
         str | None, typer.Option(help="Ledger head of a statement that the server holds, in hexadecimal.")
     ] = None,
     site: Annotated[str | None, typer.Option(help="Whose ledger it should be.")] = None,
+    kit: Kit = None,
     json_: Json = False,
 ) -> None:
     """Check that no row was edited, deleted, reordered or rolled back; exit 1 if one was.
 
-    An older copy put back can only be found with --head: its hash is in the site's privacy statements.
+    An older copy put back shows against the site's second anchor (in the kit, or beside the ledger), or
+    with --head, whose hash is in the site's privacy statements.
 
     Example: fedbags ledger verify ledger.sqlite --head 3f5a...
     """
+    from client.ledger_anchor import anchor_file
+    from client.ledger_book import Book
     from client.ledger_check import verify as check
     from deploy.tables import console, table
 
     if head is not None and (len(head) != 64 or set(head.lower()) - set("0123456789abcdef")):
         raise UserError("--head takes the 64 hexadecimal digits of a ledger head")
-    problems = check(file, head=head and head.lower(), site=site)
+    anchor = anchor_file(file, kit)
+    problems = check(file, head=head and head.lower(), site=site, anchor=anchor)
+    losses = 0 if problems else Book.read(file).losses
     if json_:
         found = [{"row": problem.row, "reason": problem.reason} for problem in problems]
-        typer.echo(json.dumps({"intact": not problems, "problems": found}, indent=2))
+        typer.echo(json.dumps({"intact": not problems, "losses": losses, "problems": found}, indent=2))
     elif problems:
         rows = table(f"{file}: NOT intact", "row", "problem")
         for problem in problems:
             rows.add_row("file" if problem.row is None else str(problem.row), problem.reason)
         console().print(rows)
     else:
-        against = "" if head else "; without --head an older copy put back would not show"
-        console().print(f"{file}: intact{against}")
+        against = "" if head or anchor.path.exists() else "; without --head an older copy would not show"
+        told = f"; {losses} loss(es) of rows were accepted by the site's owner" if losses else ""
+        console().print(f"{file}: intact{told}{against}")
     if problems:
         raise typer.Exit(1)
 
@@ -97,6 +108,7 @@ def accept_version(
     ledger: Annotated[
         Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
     ] = None,
+    kit: Kit = None,
     json_: Json = False,
 ) -> None:
     """Accept the folder's data as a new version of the same site's data; training is refused until then.
@@ -108,6 +120,7 @@ def accept_version(
     Example: fedbags ledger accept-version SITES/site-1
     """
     from client.ledger import Ledger
+    from client.ledger_anchor import anchor_file
     from client.ledger_book import Book
     from client.site import SiteConfig
     from client.site_files import data_version, read_listing
@@ -116,7 +129,7 @@ def accept_version(
     config = SiteConfig.load(site_folder)
     version = data_version(site_folder, config, read_listing(site_folder, config)[1])
     file = ledger or site_folder / "ledger.sqlite"
-    accepted = Ledger.accept_version(file, config.name, version)
+    accepted = Ledger.accept_version(file, config.name, version, anchor=anchor_file(file, kit))
     book = Book.read(file)
     if json_:
         result = {"accepted": accepted, "data_version": version, "versions": list(book.versions)}
@@ -129,6 +142,58 @@ def accept_version(
         f"epsilon {book.spent():.4g} of {book.cap.epsilon:g} is spent at delta {book.cap.delta:g} "
         f"(replace-one {book.unit.value}, PLD), over {len(book.versions)} data version(s) together"
     )
+
+
+@app.command("accept-loss")
+def accept_loss(
+    site_folder: Annotated[Path, typer.Argument(help="The site's folder.")],
+    kit: Kit = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Accept that the ledger, or its newest rows, are lost; private training is refused until then.
+
+    Put back a copy of the ledger instead, if there is one that is newer or as new. What the second anchor
+    says was spent is charged on; where no anchor says it, the whole budget counts as spent. The loss is a
+    row of the ledger for ever, and every statement and report shows it.
+
+    Example: fedbags ledger accept-loss SITES/site-1 --kit KITS/site-1
+    """
+    from client.journal import JOURNAL_FILE, LOGS, newest_mark
+    from client.ledger_anchor import anchor_file
+    from client.ledger_book import Book
+    from client.ledger_loss import accept_loss as accept_loss_of
+    from client.site import SiteConfig
+    from client.site_files import data_version, read_listing
+    from deploy.tables import console
+
+    config = SiteConfig.load(site_folder)
+    version = data_version(site_folder, config, read_listing(site_folder, config)[1])
+    file = ledger or site_folder / "ledger.sqlite"
+    journal = kit / LOGS / JOURNAL_FILE if kit else file.with_name(JOURNAL_FILE)
+    accepted = accept_loss_of(file, config.name, version, anchor_file(file, kit), newest_mark(journal))
+    if not accepted:
+        if json_:
+            typer.echo(json.dumps({"accepted": False}, indent=2))
+        else:
+            console().print("nothing is lost; nothing was changed")
+        return
+    book = Book.read(file)
+    spent = book.spent()
+    bounded = math.isfinite(spent)
+    if json_:
+        result = {"accepted": True, "losses": book.losses, "spent": spent if bounded else None}
+        typer.echo(json.dumps(result, indent=2))
+        return
+    charged = (
+        f"epsilon {spent:.4g} counts as spent at delta {book.cap.delta:g} (replace-one, PLD)"
+        if bounded
+        else "nobody knows what was spent, so the whole budget counts as spent: this site takes no part in "
+        "private runs any more"
+    )
+    console().print(f"the loss is recorded in {file}, {book.losses} in all; {charged}")
 
 
 @app.command()
@@ -156,9 +221,13 @@ def _describe(kind: str, body: Mapping[str, Any]) -> str:
     if kind == "opened":
         return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
     if kind == "accepted":
-        return f"data version {body['data_version'][:12]}"
+        return f"data version {body.get('identifier', '')[:12]}"
     if kind == "confirmed":
         return f"row {body['reservation']}"
+    if kind == "lost":
+        return f"{len(body['events'])} kind(s) of event known to be lost, charged on"
+    if kind == "carried":
+        return "what all rows so far come to"
     if kind == "released":
         release = body["release"]
         return f"{release['granularity']} counts, Laplace scale {release['scale']:g} per {release['unit']}"

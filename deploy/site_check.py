@@ -25,7 +25,7 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
     with counted(f"reading {site.name}") as progress:
         store = BagStore.open(site, image_size, skip_bad=skip_bad, progress=progress)
         test = LabelledImages.open(site, image_size, skip_bad=skip_bad, progress=progress)
-    release = release_proportions(store)
+    release = release_proportions(store, "not-sent")
     policy = store.config.policy
     private = policy.budget.epsilon is not None
     total = release.total() if not private else None

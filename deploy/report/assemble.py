@@ -249,6 +249,7 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
         else (),
         refusals=refusals_of(book) if book else (),
         data_versions=_data_versions(item, spent),
+        losses=max(book.losses if book else 0, item.statement.losses if item.statement else 0),
         generator=_kind_of(generators),
         generators=tuple(generators),
         stated=_stated(item.statement),

@@ -43,6 +43,7 @@ class Statement(BaseModel):
     budget_left: float | None
     ledger_head: str
     generator: str = ""
+    losses: int = Field(0, ge=0)
 
 
 class ReleaseStatement(BaseModel):

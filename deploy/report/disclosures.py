@@ -93,6 +93,12 @@ def _scope(told: Told) -> list[str]:
             f"From the last statement that the server received ({listed(rest)}): the site's whole ledger at "
             "that time. A round that broke off later is only in the site's ledger."
         )
+    lost = [site.name for site in told.sites if site.losses]
+    if lost:
+        text.append(
+            f"Rows of the ledger were lost, and the site's owner accepted that ({listed(lost)}): what the "
+            "site's second record said of them counts here; what happened beside that record is not known."
+        )
     return text
 
 

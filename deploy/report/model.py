@@ -190,7 +190,10 @@ class Site(Part):
     curve: tuple[CurvePoint, ...]
     what_if: tuple[WhatIf, ...]
     refusals: tuple[Refusal, ...]
-    data_versions: tuple[str, ...] = Field(description="hashes of the site's tables and image files")
+    data_versions: tuple[str, ...] = Field(
+        description="random names that the site gave to the versions of its data; they tell nothing of them"
+    )
+    losses: int = Field(description="how often the site's owner accepted that rows of its ledger were lost")
     generator: GeneratorKind
     generators: tuple[str, ...] = Field(description="by name, as the ledger or the statement records them")
     stated: Stated | None

@@ -27,23 +27,29 @@ class Charge:
 
 def charges(book: "Book") -> list[Charge]:
     """Everything that was spent, in the order of the rows; the events are those of ``book.events``."""
-    rows = [
-        entry
-        for entry in book.entries
-        if entry.kind in (Kind.RESERVED, Kind.RELEASED)
-        for _ in range(int(entry.body.get("copies", 1)))
-    ]
+    rows = [entry for entry in book.entries for _ in range(_events_of(entry))]
     return [
         Charge(
             event=event,
             run=str(entry.body.get("run_id", "")),
-            data_version=str(entry.body.get("data_version", "")),
+            data_version=book.identifiers.get(str(entry.body.get("data_version", "")), ""),
             confirmed=entry.seq not in book.open_reservations,
             row=entry.seq,
             is_look=entry.kind == Kind.RESERVED and isinstance(event, DiscreteLaplace),
         )
         for entry, event in zip(rows, book.events, strict=True)
     ]
+
+
+def _events_of(entry: Entry) -> int:
+    """How many events a row charges."""
+    match Kind(entry.kind):
+        case Kind.RESERVED | Kind.RELEASED:
+            return int(entry.body.get("copies", 1))
+        case Kind.LOST:
+            return sum(number for _, number in entry.body["events"])
+        case _:
+            return 0
 
 
 def training_of(spent: Iterable[Charge]) -> tuple[Training, ...]:
@@ -91,7 +97,7 @@ def releases_of(book: "Book") -> tuple[Release, ...]:
     """Every release, without its counts."""
     return tuple(
         Release(
-            data_version=version,
+            data_version=book.identifiers.get(version, ""),
             mechanism="discrete Laplace",
             granularity=release.granularity.value,
             unit=release.unit.value,
@@ -160,7 +166,12 @@ def _what(kind: str, body: Mapping[str, Any]) -> str:
         case Kind.OPENED:
             return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
         case Kind.ACCEPTED:
-            return f"data version {body['data_version'][:12]} accepted by the site's owner"
+            name = str(body.get("identifier", ""))[:12]
+            return f"data version {name} accepted by the site's owner" if name else "a data version accepted"
+        case Kind.LOST:
+            return "rows of the ledger were lost, and the site's owner accepted that; what is known counts on"
+        case Kind.CARRIED:
+            return "what all rows so far come to"
         case Kind.CONFIRMED:
             return f"round of row {body['reservation']} finished"
         case Kind.RELEASED:

@@ -3,8 +3,8 @@
     python crash_sweep.py LEDGER KIND STRIDE [--count-confirmed-only]
 
 A process of its own: it forks, which the test runner, with its threads, should not. For each point the
-ledger is copied, a child does one round on the copy and kills itself at that point, and the parent reads
-the copy afresh. Prints one JSON object; KIND is ``round`` or ``release``.
+ledger and its anchor are copied, a child does one round on the copies and kills itself at that point, and the
+parent reads them afresh. Prints one JSON object; KIND is ``round`` or ``release``.
 """
 
 import json
@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from client import ledger_book
-from client.ledger import Ledger, verify
-from client.ledger_book import Book
+from client.ledger import Ledger, LedgerLostError, verify
+from client.ledger_anchor import anchor_file
+from client.ledger_book import Book, untally
 from client.ledger_file import Entry, Kind
+from common.privacy.accounting import spent as epsilon
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import SecureRandomness
@@ -41,6 +43,14 @@ def work(path: Path, kind: str, started: Path) -> None:
         reservation = ledger.reserve(EVENT, "run", 2)
         started.touch()
         ledger.confirm(reservation)
+
+
+def renew(template: Path, copy: Path) -> None:
+    """Fresh copies of the ledger and its anchor, without what a killed process left."""
+    for leftover in [*template.parent.glob("copy.*"), *template.parent.glob(".copy.*")]:
+        leftover.unlink()
+    shutil.copy(template, copy)
+    shutil.copy(anchor_file(template).path, anchor_file(copy).path)
 
 
 def kill_at(point: int, counter: list[int]) -> Callable[[FrameType, str, Any], Any]:
@@ -88,7 +98,7 @@ def main() -> None:
     if kind == "release":
         charge = [RELEASE.event(Book.read(template).unit)]
 
-    shutil.copy(template, copy)
+    renew(template, copy)
     counter = [0]
     sys.settrace(kill_at(0, counter))
     work(copy, kind, started)
@@ -96,12 +106,10 @@ def main() -> None:
     after = Book.read(copy).spent()  # also fills the caches that the children inherit
 
     points = range(1, counter[0] + 1, stride)
-    understated, problems, killed, charged = [], [], 0, 0
+    understated, forgotten, refused, problems, killed, charged = [], [], [], [], 0, 0
     for point in points:
         started.unlink(missing_ok=True)
-        for leftover in template.parent.glob("copy.sqlite*"):
-            leftover.unlink()
-        shutil.copy(template, copy)
+        renew(template, copy)
         child = os.fork()
         if child == 0:
             sys.settrace(kill_at(point, [0]))
@@ -109,11 +117,20 @@ def main() -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)
-        problems += [str(problem) for problem in verify(copy)]
+        # The anchor is never ahead of the chain, and what it alone would charge is never too little.
+        problems += [str(problem) for problem in verify(copy, anchor=anchor_file(copy))]
         spent = Book.read(copy).spent(Adjacency.REPLACE_ONE)
         charged += spent > before
-        if spent < before or (started.exists() and spent < after):
+        due = after if started.exists() else before
+        if spent < due:
             understated.append(point)
+        anchor = anchor_file(copy).read()
+        if anchor is None or epsilon(untally(anchor.events), 1e-5, Adjacency.REPLACE_ONE) < due:
+            forgotten.append(point)
+        try:
+            Ledger.open(copy, "site-1", "v1", 8.0, 1e-5)
+        except LedgerLostError:
+            refused.append(point)
     print(
         json.dumps(
             {
@@ -122,6 +139,8 @@ def main() -> None:
                 "killed": killed,
                 "charged": charged,
                 "understated": understated,
+                "forgotten": forgotten,
+                "refused": refused,
                 "problems": problems,
                 "charge": [event.model_dump() for event in charge],
             }

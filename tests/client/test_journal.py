@@ -48,6 +48,8 @@ def test_a_message_becomes_one_line_of_figures(tmp_path: Path) -> None:
         "bytes_received": size(REQUEST),
         "bytes_sent": size(reply.content),
         "code": 0,
+        "ledger_rows": 0,
+        "ledger_head": "",
     }
 
 

@@ -1,0 +1,280 @@
+"""The second anchor: a ledger that is deleted or rolled back is refused until the loss is accepted."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+from client.journal import JOURNAL_FILE, LOGS, newest_mark
+from client.ledger import BudgetRefused, Ledger, LedgerError, LedgerLostError, verify
+from client.ledger_anchor import Anchor, AnchorFile, anchor_file
+from client.ledger_book import Book
+from client.ledger_file import LedgerBusyError, Mark
+from client.ledger_loss import accept_loss
+from common.errors import ConfigError
+from common.privacy.accounting import spent
+from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
+
+DELTA = 1e-5
+EVENT = PoissonGaussian(sample_rate=0.05, noise_multiplier=1.0, steps=10)
+OTHER = PoissonGaussian(sample_rate=0.1, noise_multiplier=2.0, steps=3)
+LOOK = DiscreteLaplace(scale=40.0)
+
+
+@pytest.fixture(params=["beside", "kit"])
+def anchor(request: pytest.FixtureRequest, tmp_path: Path) -> AnchorFile:
+    """The anchor beside the ledger, and in a kit."""
+    if request.param == "beside":
+        return anchor_file(tmp_path / "ledger.sqlite")
+    (tmp_path / "kit" / "state").mkdir(parents=True)
+    return anchor_file(tmp_path / "ledger.sqlite", tmp_path / "kit")
+
+
+@pytest.fixture
+def reopen(tmp_path: Path, anchor: AnchorFile) -> Callable[..., Ledger]:
+    """Opens the ledger as a new process would."""
+
+    def make(**changes: Any) -> Ledger:
+        settings: dict[str, Any] = {
+            "path": tmp_path / "ledger.sqlite",
+            "site": "site-1",
+            "data_version": "v1",
+            "cap_epsilon": 8.0,
+            "cap_delta": DELTA,
+            "anchor": anchor,
+        }
+        return Ledger.open(**(settings | changes))
+
+    return make
+
+
+Reopen = Callable[..., Ledger]
+
+
+def fill(ledger: Ledger, rounds: int = 2) -> float:
+    """Some rounds and a look; what they cost."""
+    for round in range(1, rounds + 1):
+        ledger.confirm(ledger.reserve(EVENT, "run", round))
+    ledger.reserve(LOOK, "run", rounds, copies=2)
+    ledger.reserve(OTHER, "run", rounds + 1)
+    return ledger.book.spent()
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def roll_back(path: Path) -> None:
+    shutil.copy(path.with_name("old"), path)
+
+
+def replace_by_a_fresh_one(path: Path) -> None:
+    path.unlink()
+    Ledger.open(path, "site-1", "v1", 8.0, DELTA, anchor=AnchorFile(path.with_name("elsewhere")))
+
+
+LOSSES = pytest.mark.parametrize("lose", [delete, roll_back, replace_by_a_fresh_one])
+
+
+@LOSSES
+def test_a_lost_ledger_is_refused_and_nothing_is_charged(
+    lose: Callable[[Path], None], reopen: Reopen, anchor: AnchorFile
+) -> None:
+    ledger = reopen()
+    ledger.reserve(EVENT, "run", 1)
+    shutil.copy(ledger.path, ledger.path.with_name("old"))
+    fill(ledger)
+    before = anchor.path.read_bytes()
+    lose(ledger.path)
+    content = ledger.path.read_bytes() if ledger.path.exists() else None
+    for _ in range(2):  # it does not go away by trying again
+        with pytest.raises(LedgerLostError, match="fedbags ledger accept-loss"):
+            reopen()
+    # A process that was running meanwhile grants nothing either.
+    with pytest.raises((LedgerError, LedgerBusyError)):
+        ledger.reserve(EVENT, "run", 9)
+    assert anchor.path.read_bytes() == before
+    assert (ledger.path.read_bytes() if ledger.path.exists() else None) == content
+    if content is not None:
+        assert "site once wrote row" in verify(ledger.path, anchor=anchor)[-1].reason
+
+
+@LOSSES
+def test_an_accepted_loss_is_charged_recorded_and_stated(
+    lose: Callable[[Path], None], reopen: Reopen, anchor: AnchorFile
+) -> None:
+    ledger = reopen()
+    ledger.reserve(EVENT, "run", 1)
+    shutil.copy(ledger.path, ledger.path.with_name("old"))
+    cost = fill(ledger)
+    lost = anchor.read()
+    assert lost is not None
+    lose(ledger.path)
+    assert accept_loss(ledger.path, "site-1", "v1", anchor)
+    assert not accept_loss(ledger.path, "site-1", "v1", anchor)
+    again = reopen()
+    assert again.book.spent() == pytest.approx(cost, rel=1e-9)
+    (row,) = [entry for entry in again.book.entries if entry.kind == "lost"]
+    assert (row.body["heads"], row.body["rows"]) == ([lost.head], [lost.rows])
+    statement = again.statement(1)
+    assert statement.losses == 1
+    assert statement.epsilon == pytest.approx(cost, rel=1e-9)
+    assert again.export()["losses"] == 1
+    assert verify(ledger.path, anchor=anchor) == []
+    assert anchor.read() == Anchor.of(again.book)
+    again.reserve(EVENT, "run", 2)
+    assert Book.read(ledger.path).losses == 1
+
+
+def test_what_is_left_after_a_loss_is_what_was_left_before(reopen: Reopen, anchor: AnchorFile) -> None:
+    cap = spent([EVENT] * 4, DELTA, Adjacency.REPLACE_ONE)
+    ledger = reopen(cap_epsilon=cap)
+    for round in range(1, 4):
+        ledger.reserve(EVENT, "run", round)
+    ledger.path.unlink()
+    accept_loss(ledger.path, "site-1", "v1", anchor)
+    again = reopen(cap_epsilon=cap)
+    again.reserve(EVENT, "run", 4)
+    with pytest.raises(BudgetRefused):
+        again.reserve(EVENT, "run", 5)
+
+
+def test_a_ledger_beside_the_anchors_chain_is_charged_with_both(reopen: Reopen, anchor: AnchorFile) -> None:
+    """A ledger with spending of its own is no older copy: nothing of either may be forgotten."""
+    first = reopen()
+    first.reserve(EVENT, "run", 1)
+    first.path.unlink()
+    other = Ledger.open(first.path, "site-1", "v1", 8.0, DELTA, anchor=AnchorFile(first.path.with_name("x")))
+    other.reserve(OTHER, "run", 1)
+    assert accept_loss(first.path, "site-1", "v1", anchor)
+    assert sorted(event.model_dump_json() for event in reopen().events()) == sorted(
+        event.model_dump_json() for event in (EVENT, OTHER)
+    )
+
+
+def test_without_an_anchor_the_journal_tells_and_the_whole_budget_counts_as_spent(
+    reopen: Reopen, anchor: AnchorFile
+) -> None:
+    ledger = reopen()
+    fill(ledger)
+    seen = (Mark(ledger.book.rows, ledger.book.head),)
+    ledger.path.unlink()
+    anchor.path.unlink()
+    with pytest.raises(LedgerLostError, match="missing"):
+        reopen(seen=seen)
+    assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    with pytest.raises(ConfigError, match="has spent epsilon inf"):
+        reopen(seen=seen)
+    assert math.isinf(Book.read(ledger.path).spent())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"rows": 1}'])
+def test_a_damaged_anchor_refuses_until_the_loss_is_accepted(
+    content: bytes, reopen: Reopen, anchor: AnchorFile
+) -> None:
+    ledger = reopen()
+    ledger.reserve(EVENT, "run", 1)
+    anchor.path.write_bytes(content)
+    with pytest.raises(LedgerLostError, match="cannot be read"):
+        reopen()
+    assert accept_loss(ledger.path, "site-1", "v1", anchor)
+    assert Book.read(ledger.path).losses == 1
+    found = anchor.read()
+    assert found is not None
+    assert found.head == Book.read(ledger.path).head
+
+
+def test_an_anchor_behind_the_ledger_is_no_loss_and_catches_up(reopen: Reopen, anchor: AnchorFile) -> None:
+    """A crash between the row and the anchor; and a site that comes from a release without anchors."""
+    ledger = reopen()
+    ledger.reserve(EVENT, "run", 1)
+    behind = anchor.path.read_bytes()
+    ledger.reserve(EVENT, "run", 2)
+    for left in (behind, None):
+        anchor.path.unlink()
+        if left is not None:
+            anchor.path.write_bytes(left)
+        assert len(reopen().events()) == 2
+        found = anchor.read()
+        assert found is not None
+        assert (found.rows, found.head) == (ledger.book.rows, ledger.book.head)
+
+
+def test_an_older_process_does_not_turn_the_anchor_back(reopen: Reopen, anchor: AnchorFile) -> None:
+    first, second = reopen(), reopen()
+    first.reserve(EVENT, "run", 1)
+    old = Book.read(first.path)
+    second.reserve(EVENT, "run", 2)
+    anchor.advance(old)
+    assert anchor.read() == Anchor.of(Book.read(first.path))
+
+
+def test_a_full_disk_for_the_anchor_grants_nothing(
+    reopen: Reopen, anchor: AnchorFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = reopen()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(AnchorFile, "_write", full)
+    with pytest.raises(LedgerBusyError, match="No space left"):
+        ledger.reserve(EVENT, "run", 1)
+    monkeypatch.undo()
+    assert reopen().events() == (EVENT,)  # charged in vain, and never hidden
+
+
+def test_another_sites_anchor_is_no_loss_that_can_be_accepted(reopen: Reopen, anchor: AnchorFile) -> None:
+    ledger = reopen()
+    ledger.path.unlink()
+    with pytest.raises(LedgerError, match="of site 'site-1', not of 'site-2'"):
+        accept_loss(ledger.path, "site-2", "v1", anchor)
+    assert not ledger.path.exists()
+
+
+def test_a_fresh_site_has_nothing_to_lose(tmp_path: Path, anchor: AnchorFile) -> None:
+    assert not accept_loss(tmp_path / "ledger.sqlite", "site-1", "v1", anchor)
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
+def question(site: Path, kit: Path | None) -> tuple[Message, Context]:
+    from deploy.local_grid import become_server
+
+    become_server()
+    node = {"data-path": str(site)} | ({"kit": str(kit)} if kit else {})
+    return Message(RecordDict(), 7, "query.proportions"), Context(1, 7, node, RecordDict(), {})
+
+
+@pytest.mark.parametrize("with_kit", [False, True])
+def test_the_journal_keeps_the_mark(with_kit: bool, tmp_path: Path) -> None:
+    from client import journal
+
+    site, kit = tmp_path / "site", tmp_path / "kit" if with_kit else None
+    site.mkdir()
+    if kit:
+        (kit / "state").mkdir(parents=True)
+    message, context = question(site, kit)
+
+    def answer(message: Message, context: Context) -> Message:
+        return Message(RecordDict(), reply_to=message)
+
+    journal.record(message, context, answer)
+    file = kit / LOGS / JOURNAL_FILE if kit else site / JOURNAL_FILE
+    assert newest_mark(file) == ()
+    place = anchor_file(site / "ledger.sqlite", kit)
+    ledger = Ledger.open(site / "ledger.sqlite", "site-1", "v1", 8.0, DELTA, anchor=place)
+    journal.record(message, context, answer)
+    mark = (Mark(ledger.book.rows, ledger.book.head),)
+    assert newest_mark(file) == mark
+    with file.open("a") as stream:
+        stream.write("{\n[]\n" + json.dumps({"ledger_rows": 0, "ledger_head": ""}) + '\n{"torn')
+    assert newest_mark(file) == mark
+    place.path.unlink()
+    ledger.path.unlink()
+    with pytest.raises(LedgerLostError):
+        Ledger.open(site / "ledger.sqlite", "site-1", "v1", 8.0, DELTA, anchor=place, seen=newest_mark(file))
