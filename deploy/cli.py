@@ -5,8 +5,10 @@ Heavy libraries are imported inside the commands, so that ``--help`` answers at 
 
 import json
 import os
+import platform
 import sys
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,7 @@ from deploy import (
     site_init_cli,
     watch_cli,
 )
+from deploy.presets import Preset, preset_rows
 from deploy.say import say
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
@@ -50,7 +53,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    add_completion=False,
 )
 site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
 runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
@@ -70,6 +72,24 @@ app.command()(watch_cli.track)
 site_app.command("keygen")(provision_cli.keygen)
 site_app.command("init")(site_init_cli.init)
 consortium_cli.register(app, site_app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        versions = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch"))
+        typer.echo(f"fedbags {version('fedbags')} ({versions}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show versions."),
+    ] = False,
+) -> None:
+    pass
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]
@@ -149,10 +169,19 @@ def simulate(
 
 
 @app.command("config")
-def show_config(json_: Json = False) -> None:
+def show_config(
+    preset: Annotated[
+        Preset | None, typer.Option(help="List what this option of simulate and run also sets, and why.")
+    ] = None,
+    json_: Json = False,
+) -> None:
     """List every configuration key with its default, bounds and meaning."""
-    from deploy.tables import config_rows, print_config
+    from deploy.tables import config_rows, print_config, print_preset
 
+    if preset:
+        settings = preset_rows(preset)
+        print_json(settings) if json_ else print_preset(settings, preset.value)
+        return
     rows = config_rows()
     print_json(rows) if json_ else print_config(rows)
 
@@ -188,7 +217,19 @@ def runs_show(run: RunArgument, json_: Json = False) -> None:
     from deploy.runs import print_summary, read_summary
 
     summary = read_summary(run)
-    print_json(summary) if json_ else print_summary(summary)
+    print_json(summary) if json_ else print_summary(summary, run)
+
+
+@runs_app.command("compare")
+def runs_compare(first: RunArgument, second: RunArgument, json_: Json = False) -> None:
+    """Set two finished runs side by side: other settings, figures per level, epsilon and time.
+
+    Example: fedbags runs compare runs/first runs/private
+    """
+    from deploy.runs import compare_runs, print_comparison
+
+    result = compare_runs(first, second)
+    print_json(result) if json_ else print_comparison(result)
 
 
 @app.command()

@@ -31,6 +31,8 @@ def bars() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console(stderr=True),
+        # A step may take longer than the half minute that rich looks back: then there was no estimate.
+        speed_estimate_period=24 * 3600,
     )
 
 
@@ -76,12 +78,17 @@ class Answers:
                 self.sites.discard(event["site"])
                 self.silent.discard(event["site"])
 
+    def done(self, rounds: int) -> float:
+        """How many of the rounds are done; of the one under way the share of sites that have answered."""
+        share = 1 - len(self.silent) / len(self.sites) if self.sites else 0.0
+        return min(self.round + share, rounds)
+
     def without(self) -> str:
-        """Names the sites that still keep the round; none before the first answer, when nobody is late."""
+        """Name the sites that are still at work in the round; none before the first answer."""
         if not self.silent or self.silent == self.sites:
             return ""
         some = sorted(self.silent)[:3]
-        return f" (without {', '.join(some)}{' ...' if len(self.silent) > len(some) else ''})"
+        return f" (waiting for {', '.join(some)}{' ...' if len(self.silent) > len(some) else ''})"
 
 
 class Follower:
@@ -116,12 +123,10 @@ class Follower:
                 for event in self._new_events():
                     answers.note(event)
                     match event["event"]:
-                        case "enrolled" | "resumed":
-                            progress.update(rounds, completed=event["round"])
                         case "round":
                             loss = event["loss"]
                             text = f"rounds (loss {loss:.3f})" if loss is not None else "rounds"
-                            progress.update(rounds, completed=event["round"], description=text)
+                            progress.update(rounds, description=text)
                         case "left-out":
                             progress.console.print(
                                 f"round {event['round']}: {event['site']} left out of {event['phase']}: "
@@ -134,6 +139,7 @@ class Follower:
                             )
                         case "left":
                             progress.console.print(f"round {event['round']}: {event['site']} left")
+                    progress.update(rounds, completed=answers.done(self._rounds))
                     progress.update(
                         sites,
                         total=len(answers.sites) or None,
@@ -141,6 +147,7 @@ class Follower:
                         description=f"sites{answers.without()}",
                     )
                 if ending:
+                    progress.update(sites, visible=False)
                     return
                 self._stop.wait(INTERVAL)
 

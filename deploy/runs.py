@@ -4,9 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+
+from common.config import RunConfig
 from common.errors import UserError
 from deploy.tables import console, table
 from server.run_folder import RunFolder, read_events
+
+LONGEST_NAME = 36
+"""Characters of a run's name that fit on one line of 80 with the figures; longer ones are folded."""
+FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -40,8 +47,14 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
-    """The list as a table."""
-    runs = table(f"runs in {folder}", "run", "state", "method", "sites", "rounds", "seconds", "leaf accuracy")
+    """Print the list; a run's name is never cut, since other commands take it."""
+    runs = table(f"runs in {folder}", "run", "state", "method", "sites", "rounds", "seconds", "leaf acc.")
+    runs.box, runs.padding, runs.show_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
+    for column in runs.columns:
+        column.overflow = "fold"
+    runs.columns[0].no_wrap = max((len(row["run"]) for row in rows), default=0) <= LONGEST_NAME
+    for column in (runs.columns[1], *runs.columns[3:]):
+        column.no_wrap = True
     for row in rows:
         accuracy = row.get("leaf_accuracy")
         runs.add_row(
@@ -74,8 +87,101 @@ def read_summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def print_summary(summary: dict[str, Any]) -> None:
-    """Figures per level, per site, on held-back bags, and what was left out."""
+def compare_runs(first: Path, second: Path) -> dict[str, Any]:
+    """Return two runs side by side; every list has the first run's value and the second's.
+
+    ``{runs, differences: [{key, values}], levels: [{level, accuracy, balanced_accuracy, macro_f1}], epsilon,
+    rounds, seconds}``; epsilon is the largest of the sites', None where a run was not private, and a level
+    that one run does not have is None there.
+
+    Raises:
+        UserError: one is no run, or has not finished.
+    """
+    summaries = [read_summary(run) for run in (first, second)]
+    one, other = (RunConfig.from_toml(RunFolder(run).config).to_flat() for run in (first, second))
+    found = [{level["name"]: level for level in summary["levels"]} for summary in summaries]
+    return {
+        "runs": [str(first), str(second)],
+        "differences": [
+            {"key": key, "values": [one[key], other[key]]}
+            for key in one
+            if one[key] != other[key] and key not in ("run-dir", "resume")
+        ],
+        "levels": [
+            {"level": name} | {key: [levels.get(name, {}).get(key) for levels in found] for key in FIGURES}
+            for name in dict.fromkeys(name for levels in found for name in levels)
+        ],
+        "epsilon": [_largest_epsilon(summary) for summary in summaries],
+        "rounds": [summary["rounds"] for summary in summaries],
+        "seconds": [summary["seconds"] for summary in summaries],
+    }
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Print what compare_runs found."""
+    out, (first, second) = console(), result["runs"]
+    out.print(f"A: {first}", soft_wrap=True)
+    out.print(f"B: {second}", soft_wrap=True)
+    figures = table("figures", "", "A", "B")
+    for level in result["levels"]:
+        for key, name in FIGURES.items():
+            figures.add_row(f"{level['level']}, {name}", *map(_figure, level[key]))
+    epsilons = ("not private" if value is None else f"{value:.3f}" for value in result["epsilon"])
+    figures.add_row("largest epsilon of a site", *epsilons)
+    figures.add_row("rounds", *map(str, result["rounds"]))
+    figures.add_row("seconds", *(f"{value:.0f}" for value in result["seconds"]))
+    out.print(figures)
+    if not result["differences"]:
+        out.print("their configurations are the same")
+        return
+    settings = table("settings that differ", "key", "A", "B")
+    settings.columns[0].no_wrap = True
+    for column in settings.columns[1:]:
+        column.overflow = "fold"
+    for row in result["differences"]:
+        settings.add_row(row["key"], *map(str, row["values"]))
+    out.print(settings)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _largest_epsilon(summary: dict[str, Any]) -> float | None:
+    spent = [site["epsilon"] for site in summary["per_site"].values() if site["epsilon"] is not None]
+    return max(spent, default=None)
+
+
+def trivial_accuracies(run: Path) -> list[float]:
+    """Return what always naming the most frequent class would get on a run's test images, per level.
+
+    Empty where the sites kept their confusion counts.
+    """
+    path = RunFolder(run).confusion
+    if not path.exists():
+        return []
+    matrices = json.loads(path.read_text(encoding="utf-8"))["argmax"]
+    rows = [[sum(row) for row in matrix] for matrix in matrices]
+    return [max(counts) / sum(counts) for counts in rows if sum(counts)]
+
+
+def say_baseline(summary: dict[str, Any], run: Path) -> None:
+    """Print beside the accuracies what they are to be compared with, and why the demo's are low."""
+    out, trivial = console(), trivial_accuracies(run)
+    if len(trivial) == len(summary["levels"]) and trivial:
+        named = zip(summary["levels"], trivial, strict=True)
+        shares = ", ".join(f"{level['name']} {share:.3f}" for level, share in named)
+        out.print(f"Always naming the most frequent class would get: {shares}.")
+    sites = RunConfig.from_toml(RunFolder(run).config).sites_dir
+    if sites and Path(sites) == run.resolve() / "sites":
+        out.print(
+            "The drawn hospitals are small and their rounds few, to take two minutes: the figures show that "
+            "it learns, not how well. More --rounds learn more."
+        )
+
+
+def print_summary(summary: dict[str, Any], run: Path | None = None) -> None:
+    """Print figures per level, per site, on held-back bags, and what was left out; ``run`` is its folder."""
     out = console()
     if summary.get("stopped_early"):
         out.print(
@@ -100,6 +206,8 @@ def print_summary(summary: dict[str, Any]) -> None:
                 f"{level['accuracy'] * level['classes']:.1f}",
             )
         out.print(levels)
+        if run is not None:
+            say_baseline(summary, run)
     if summary["bags"]:
         bags = table("held-back bags of the selected model (label-free)", "level", "KL (nats)", "L1")
         for level in summary["bags"]:

@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.hierarchy import Hierarchy
 from deploy import interrupt, prerequisites
 from deploy.folder_lock import locked
+from deploy.presets import PRESETS, Preset, values
 from deploy.progress import Follower, counted
 from deploy.runs import print_summary, read_summary
 from deploy.tables import console
@@ -24,27 +25,6 @@ if TYPE_CHECKING:
     from client.bags import BagStore
     from server.run_folder import RunFolder
 
-FOLDER_DEFAULTS: Mapping[str, Scalar] = {"rounds": 120, "evaluation.every": 4, "train.bags-per-step": 4}
-"""For given site folders; the built-in defaults are sized for the two-minute synthetic demo."""
-PRIVATE_DEFAULTS: Mapping[str, Scalar] = {
-    "rounds": 20,
-    "model.backbone": "colour-histogram",
-    "model.atoms-per-class": 1,
-    "model.tied": False,
-    "loss.refinement": 0.0,
-    "train.part": "head",
-    "train.optimiser": "sgd",
-    "train.learning-rate": 0.375,
-    "train.augmentation": "none",
-    "train.held-back": 0.0,
-    "loss.coarse-weight": 3.0,
-    "loss.anneal-from": 3.0,
-    "dp.clip-norm": 1.0,
-    "dp.expected-bags": 40.0,
-    "dp.steps-per-round": 20,
-}
-"""Under --dp: few trained parameters on fixed features, for noise grows with what is trained (docs/privacy.md
-has the figures that these were chosen by). No bag is held back, since no figure of one may leave."""
 LARGEST_SIZE = 224
 LOCK_SECONDS = 0.5
 """How long to wait for a run that was just stopped to let go of its folder."""
@@ -96,6 +76,8 @@ def simulate(
     again = f"fedbags simulate --out {shlex.quote(str(shown))} --resume" + (
         f" --engine {engine}" if engine != "local" else ""
     )
+    if not config_file:
+        say_presets(config, options, settings)
     interrupt.at(lambda: whereabouts(folder, config.rounds, again))
     with locked(folder.path, "a run", LOCK_SECONDS):
         folder.check(config)
@@ -108,7 +90,7 @@ def simulate(
         if figures:
             draw(config, folder)
     if not quiet:
-        print_summary(summary)
+        print_summary(summary, folder.path)
         console().print(f"run folder: {folder.path}", soft_wrap=True)
     return summary
 
@@ -181,13 +163,32 @@ def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file:
     base = RunConfig.from_toml(config_file) if config_file else RunConfig()
     given = {**options, **dict(parse_setting(text) for text in settings)}
     base.with_changes(given)  # a wrong key is told before any image is looked at
+    return base.with_changes({**presets_of(given, config_file), **given})
+
+
+def presets_of(given: Mapping[str, Scalar], config_file: Path | None) -> dict[str, Scalar]:
+    """Return what suits the sites and ``--dp`` of a run that starts from no file, by key."""
     suited: dict[str, Scalar] = {}
     if not config_file:
         if sites_dir := given.get("sites-dir"):
-            suited |= {**FOLDER_DEFAULTS, "model.image-size": usual_image_size(Path(str(sites_dir)))}
+            suited |= values(Preset.SITES_DIR)
+            suited["model.image-size"] = usual_image_size(Path(str(sites_dir)))
         if given.get("dp.epsilon"):
-            suited |= PRIVATE_DEFAULTS
-    return base.with_changes({**suited, **given})
+            suited |= values(Preset.DP)
+    return suited
+
+
+def say_presets(config: RunConfig, options: Mapping[str, Scalar], settings: Sequence[str]) -> None:
+    """Say on standard error which settings a run has because of ``--dp`` and ``--sites-dir``."""
+    given = {**options, **dict(parse_setting(text) for text in settings)}
+    flat, usual = config.to_flat(), RunConfig().to_flat()
+    for preset, option in ((Preset.SITES_DIR, "sites-dir"), (Preset.DP, "dp.epsilon")):
+        if not given.get(option):
+            continue
+        taken = [
+            f"{key}={flat[key]}" for key in PRESETS[preset] if key not in given and flat[key] != usual[key]
+        ]
+        say(f"--{preset.value} also sets {', '.join(taken)} (`fedbags config --preset {preset.value}`)")
 
 
 def parse_dp(text: str | None) -> dict[str, Scalar]:

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import TextColumn
 from rich.segment import Segment
@@ -76,10 +77,27 @@ def _rows(section: BaseModel, prefix: str) -> Iterator[dict[str, Any]]:
 
 
 def print_config(rows: list[dict[str, Any]]) -> None:
-    """The keys as a table."""
-    keys = Table(title="run configuration", title_justify="left", header_style="bold")
-    for name in ("key", "default", "bounds", "meaning"):
-        keys.add_column(name, overflow="fold")
+    """Print the keys with their defaults, bounds and meaning."""
+    keys = _key_table("run configuration", "default", "bounds", "meaning")
     for row in rows:
         keys.add_row(row["key"], str(row["default"]), row["bounds"], row["meaning"])
     console().print(keys)
+
+
+def print_preset(rows: list[dict[str, Any]], option: str) -> None:
+    """Print what an option sets beside itself."""
+    keys = _key_table(f"what --{option} also sets, unless you do", "default", option, "why")
+    for row in rows:
+        keys.add_row(row["key"], str(row["default"]), str(row["preset"]), row["why"])
+    console().print(keys)
+
+
+def _key_table(title: str, *columns: str) -> Table:
+    """An empty table of keys, which are never wrapped: they are there to be copied."""
+    result = Table(
+        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    result.add_column("key", no_wrap=True)
+    for name in columns:
+        result.add_column(name, overflow="fold")
+    return result

@@ -24,7 +24,7 @@ from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.kit_check import check_bundle
 from deploy.progress import Follower
 from deploy.runs import print_summary, read_summary
-from deploy.simulate import compose
+from deploy.simulate import compose, say_presets
 from deploy.tables import console
 
 POLL, OUTAGE = 0.5, 300.0
@@ -69,6 +69,8 @@ def run(
     if resume and config_file is None and out is not None and (out / "config.toml").exists():
         config_file = out / "config.toml"
     config = compose(expected_sites(kit, options, config_file), settings, config_file)
+    if not config_file:
+        say_presets(config, options, settings)
     path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     here: dict[str, Scalar] = {"run-dir": str(path), "resume": resume}
     if not config.federation.statements:
@@ -179,7 +181,7 @@ def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> dict[
         )
     summary = read_summary(path)
     if not quiet:
-        print_summary(summary)
+        print_summary(summary, path)
         console().print(f"run folder: {path}", soft_wrap=True)
     return summary
 

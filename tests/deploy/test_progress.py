@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from deploy.progress import Answers
+import pytest
+
+from deploy.progress import Answers, bars
 
 SITES = ["a", "b", "c", "d", "e"]
 
@@ -25,15 +27,15 @@ def test_before_the_first_answer_nobody_is_said_to_be_missing() -> None:
 
 
 def test_those_who_have_not_answered_yet_are_named_if_they_are_few() -> None:
-    assert after(*of("update", "a")).without() == " (without b, c, d ...)"
-    assert after(*of("update", "a", "b", "d")).without() == " (without c, e)"
+    assert after(*of("update", "a")).without() == " (waiting for b, c, d ...)"
+    assert after(*of("update", "a", "b", "d")).without() == " (waiting for c, e)"
     assert after(*of("update", *SITES)).without() == ""
 
 
 def test_a_masked_update_counts_when_it_has_come_and_not_when_the_sum_is_unmasked() -> None:
     masked = of("statement", "a", "b", "c", "d")
-    assert after(*masked).without() == " (without e)"
-    assert after(*masked, *of("update", "a", "b", "c", "d")).without() == " (without e)"
+    assert after(*masked).without() == " (waiting for e)"
+    assert after(*masked, *of("update", "a", "b", "c", "d")).without() == " (waiting for e)"
 
 
 def test_what_a_look_at_held_back_bags_spends_is_no_answer_to_the_next_round() -> None:
@@ -42,5 +44,25 @@ def test_what_a_look_at_held_back_bags_spends_is_no_answer_to_the_next_round() -
 
 def test_who_left_is_not_missing_and_who_joined_is() -> None:
     answers = after(*of("update", "a", "b"), *of("left", "c"), *of("joined", "f"))
-    assert answers.without() == " (without d, e, f)"
+    assert answers.without() == " (waiting for d, e, f)"
     assert answers.sites == {"a", "b", "d", "e", "f"}
+
+
+def test_the_first_round_has_an_estimate_when_the_first_site_has_answered() -> None:
+    """However long it takes: rich looks back half a minute only, and bars of whole rounds stood still."""
+    answers = Answers()
+    for event in ({"event": "enrolled", "round": 0, "sites": SITES}, *of("update", "a", "b", round=1)):
+        answers.note(event)
+    assert answers.done(10) == pytest.approx(0.4)
+    clock = [0.0]
+    with bars() as progress:
+        progress.get_time = lambda: clock[0]
+        task = progress.add_task("rounds", total=10)
+        for seconds, done in ((0.0, 0.0), (100.0, 0.2), (200.0, answers.done(10))):
+            clock[0] = seconds
+            progress.update(task, completed=done)
+        clock[0] = 260.0
+        progress.update(task, completed=answers.done(10))
+        assert progress.tasks[0].time_remaining is not None
+    assert after(*of("update", *SITES)).done(10) == 2.0
+    assert Answers().done(10) == 0.0

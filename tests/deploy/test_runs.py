@@ -1,0 +1,154 @@
+"""What the commands around runs print: nothing cut at 80 columns, presets listed, two runs side by side."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import RunConfig
+from common.errors import UserError
+from deploy.presets import PRESETS, Preset, preset_rows, values
+from deploy.runs import compare_runs, print_comparison, print_runs, print_summary, trivial_accuracies
+from deploy.simulate import presets_of, say_presets
+from deploy.tables import config_rows, print_config, print_preset
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def fedbags(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.argv[0] = 'fedbags'; from fedbags import main; main()"
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def make_run(folder: Path, accuracy: float, epsilon: float | None = None, **changes: Any) -> Path:
+    """A finished run of two levels and one site, as the server leaves it."""
+    folder.mkdir(parents=True)
+    config = RunConfig().with_changes({"run-dir": str(folder), **changes})
+    (folder / "config.toml").write_text(config.to_toml())
+    level = {"classes": 2, "balanced_accuracy": 0.5, "macro_f1": 0.4, "consistent_accuracy": 0.5}
+    summary = {
+        "name": "fedbags", "method": "lhfglp", "rounds": 3, "selected_round": 3, "stopped_early": None,
+        "sites": 1, "seconds": 12.5, "bags": [], "left_out": [],
+        "levels": [{"name": name, "accuracy": accuracy, **level} for name in ("top", "leaf")],
+        "per_site": {"a": {"bags": 4, "release": "total", "epsilon": epsilon, "levels": []}},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "confusion.json").write_text(
+        json.dumps({"argmax": [[[6, 2], [1, 1]], [[3, 2], [4, 1]]], "path": []})
+    )
+    return folder
+
+
+def test_two_runs_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = make_run(tmp_path / "a", 0.5)
+    second = make_run(tmp_path / "b", 0.75, 7.5, **{"rounds": 20, "dp.epsilon": 8.0})
+    found = compare_runs(first, second)
+    assert {row["key"]: row["values"] for row in found["differences"]} == {
+        "rounds": [12, 20], "dp.epsilon": [0.0, 8.0]
+    }  # fmt: skip
+    assert [(level["level"], level["accuracy"]) for level in found["levels"]] == [
+        ("top", [0.5, 0.75]), ("leaf", [0.5, 0.75])
+    ]  # fmt: skip
+    assert found["epsilon"] == [None, 7.5]
+    assert found["seconds"] == [12.5, 12.5]
+    print_comparison(found)
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in printed.splitlines())
+    for word in ("dp.epsilon", "not private", "7.500", "0.750", "leaf, accuracy"):
+        assert word in printed
+    assert compare_runs(first, first)["differences"] == []
+    with pytest.raises(UserError, match="no run folder"):
+        compare_runs(first, tmp_path / "none")
+    told = fedbags("runs", "compare", str(first), str(second), "--json")
+    assert json.loads(told.stdout) == found
+
+
+def test_accuracies_stand_beside_what_the_most_frequent_class_gets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "a", 0.5)
+    assert trivial_accuracies(run) == [0.8, 0.5]
+    print_summary(json.loads((run / "summary.json").read_text()), run)
+    printed = capsys.readouterr().out
+    assert "most frequent class would get: top 0.800, leaf 0.500" in printed
+    assert "drawn hospitals" not in printed
+    demo = make_run(tmp_path / "demo", 0.42, **{"sites-dir": str(tmp_path / "demo" / "sites")})
+    print_summary(json.loads((demo / "summary.json").read_text()), demo)
+    assert "drawn hospitals are small" in capsys.readouterr().out
+    (run / "confusion.json").unlink()
+    assert trivial_accuracies(run) == []
+
+
+@pytest.mark.parametrize("name", ["fedbags-20261130-112233", "a-name-that-somebody-made-too-long-" * 3])
+def test_a_runs_name_is_not_cut(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "run": name, "rounds": 100, "state": "stopped early", "method": "dllp-hierarchical", "sites": 12,
+        "seconds": 43210.0, "leaf_accuracy": 0.4215,
+    }  # fmt: skip
+    print_runs([row], Path("runs"))
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    if len(name) < 30:
+        assert any(name in line and "0.421" in line for line in lines)
+    else:
+        first = lines[3].split()[0]
+        assert "".join(line.split()[0] for line in lines[3:] if line.strip()) == name, first
+
+
+def test_keys_are_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    print_config(config_rows())
+    for preset in Preset:
+        print_preset(preset_rows(preset), preset.value)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    starts = {line.split()[0] for line in lines if line.strip()}
+    assert {row["key"] for row in config_rows()} <= starts
+
+
+def test_every_setting_of_a_preset_is_listed_with_its_reason() -> None:
+    rows = {row["key"]: row for row in json.loads(fedbags("config", "--preset", "dp", "--json").stdout)}
+    assert rows.keys() == PRESETS[Preset.DP].keys()
+    assert all(row["why"] and row["default"] != row["preset"] for row in rows.values())
+    assert presets_of({"dp.epsilon": 8.0}, None) == values(Preset.DP)
+    assert presets_of({"dp.epsilon": 8.0}, Path("config.toml")) == {}
+    assert presets_of({}, None) == {}
+
+
+def test_what_a_preset_changes_is_said_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    config = RunConfig().with_changes({**values(Preset.DP), "dp.epsilon": 8.0, "rounds": 7})
+    say_presets(config, {"dp.epsilon": 8.0, "rounds": 7}, ())
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "fedbags config --preset dp" in told
+    assert "model.backbone=colour-histogram" in told
+    assert "rounds=" not in told
+    say_presets(RunConfig(), {}, ())
+    assert capsys.readouterr().err == ""
+
+
+def test_the_version_is_told() -> None:
+    result = fedbags("--version")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("fedbags 0.")
+    assert "flwr" in result.stdout
+
+
+def test_a_shell_can_complete_commands() -> None:
+    shown = fedbags("--show-completion", "bash")
+    assert "_FEDBAGS_COMPLETE" in shown.stdout, shown.stderr
+    completed = fedbags(_FEDBAGS_COMPLETE="complete_bash", COMP_WORDS="fedbags simu", COMP_CWORD="1")
+    assert completed.stdout.split() == ["simulate"]
+    assert "--install-completion" in fedbags("--help").stdout
