@@ -5,10 +5,8 @@ Heavy libraries are imported inside the commands, so that ``--help`` answers at 
 
 import json
 import os
-import platform
 import sys
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,6 +74,9 @@ consortium_cli.register(app, site_app)
 
 def _print_version(asked: bool) -> None:
     if asked:
+        import platform
+        from importlib.metadata import version
+
         versions = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch"))
         typer.echo(f"fedbags {version('fedbags')} ({versions}, Python {platform.python_version()})")
         raise typer.Exit

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
-from common.config import RunConfig, Scalar
+Scalar = str | int | float | bool
 
 
 class Preset(StrEnum):
@@ -54,6 +54,8 @@ def values(preset: Preset) -> dict[str, Scalar]:
 
 def preset_rows(preset: Preset) -> list[dict[str, Any]]:
     """Return every setting of a preset: ``{key, default, preset, why}``."""
+    from common.config import RunConfig  # brings pydantic along, which the help need not wait for
+
     usual = RunConfig().to_flat()
     return [
         {"key": key, "default": usual[key], "preset": value, "why": why}
