@@ -10,7 +10,9 @@ and, where there are any, ``levels`` (names of the levels) and ``group`` or ``tr
 patient, or whatever else several images show; with ``_train`` and ``_test`` in the second layout).
 """
 
+import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.sources.npz_bounds import check_arrays
 from client.sources.source_table import ArrayImages, SourceTable
 from common.errors import BadRow, UserError, require_file
 from common.hierarchy import Hierarchy
@@ -43,10 +46,20 @@ def archive_source(archive: Path) -> SourceTable:
     """
     require_file(archive, "the archive", "Give the .npz file of the data set.")
     try:
-        # The first of the two says "File is not a zip file"; numpy would speak of pickles.
-        with zipfile.ZipFile(archive), np.load(archive, allow_pickle=False) as packed:
+        # This says "File is not a zip file"; numpy would speak of pickles.
+        with zipfile.ZipFile(archive) as listed:
+            check_arrays(listed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        with np.load(archive, allow_pickle=False) as packed:
             arrays = _Arrays(archive, dict(packed))
-    except (zipfile.BadZipFile, ValueError, TypeError, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        ValueError,
+        TypeError,
+        OSError,
+    ) as error:
         raise UserError(f"{archive} cannot be read as an archive of arrays: {error}") from error
     tree, paths = arrays.tree()
     in_one = arrays.has("x")

@@ -4,11 +4,13 @@ import shutil
 import tempfile
 import weakref
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from client.sources.npz_bounds import check_arrays
 from client.sources.source_table import ArrayImages, SourceTable
 from common.errors import BadRow, UserError, require_file
 from common.hierarchy import Hierarchy
@@ -73,13 +75,23 @@ def _unpack(archive: Path, folder: Path) -> dict[str, tuple[NDArray[np.uint8], N
     try:
         with zipfile.ZipFile(archive) as packed:
             names = set(packed.namelist())
+            wanted = {f"{split}_{what}.npy" for split in SPLITS for what in ("images", "labels")}
+            check_arrays(packed, shutil.disk_usage(folder).free, wanted)
             for split in SPLITS:
                 files = [f"{split}_{what}.npy" for what in ("images", "labels")]
                 if names.isdisjoint(files):
                     continue
                 mapped = [np.load(packed.extract(name, folder), mmap_mode="r") for name in files]
                 parts[split] = _check(archive, split, *mapped)
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        KeyError,
+        ValueError,
+        OSError,
+    ) as error:
         raise UserError(f"{archive} cannot be read as a MedMNIST archive: {error}") from error
     if "train" not in parts:
         raise UserError(f"{archive} holds no train_images; it is not a MedMNIST archive")
