@@ -7,6 +7,7 @@ an update. Knows nothing of who is waited for and of what the mean is used for (
 import math
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -123,6 +124,13 @@ def check_keys(advert: KeyAdvert, certificate: str) -> None:
     identity.verify(owner.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
 
 
+def odd_ones(adverts: Mapping[str, KeyAdvert]) -> list[str]:
+    """Return the sites that say another run or configuration than most: others would not share with them."""
+    told = {site: (advert.run, advert.settings) for site, advert in adverts.items()}
+    common = Counter(told.values()).most_common(1)
+    return [site for site, says in told.items() if says != common[0][0]]
+
+
 @dataclass
 class Session:
     """One attempt at one round.
@@ -193,6 +201,9 @@ class Session:
                 self.report(site, KEYS, str(error))
                 continue
             adverts[site] = advert.model_copy(update={"certificate": certificate})
+        for site in odd_ones(adverts):
+            self.report(site, KEYS, "it says that it was told another run or configuration than the others")
+            del adverts[site]
         self._need(len(adverts), "made keys")
         weights = {site: self.weights[site] for site in sorted(adverts)}
         if sum(weights.values()) <= 0:

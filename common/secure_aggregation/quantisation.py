@@ -76,8 +76,8 @@ def quantise(
         most_clipped: largest share of coordinates that may lie beyond the clip range, in [0, 1].
 
     Raises:
-        RunError: the update is not finite, or too much of it beyond the clip range. It must not be sent: masked,
-            nobody could find a NaN, and a sum of clipped coordinates tells on which side each site was.
+        RunError: the update is not finite, or too much of it beyond the clip range. It must not be sent:
+            masked, nobody could find a NaN, and a sum of clipped coordinates tells each site's signs.
     """
     words = np.empty(length(trained), np.uint32)
     chances = Keystream(new_secret())

@@ -13,12 +13,15 @@ from safetensors.numpy import load_file
 
 from client.bags import BagStore
 from client.site import SecureAggregationPolicy, SiteConfig
-from client.throwaway import CERTIFICATE_FILE, FOLDER
+from client.throwaway import CERTIFICATE_FILE, FOLDER, KEY_FILE
+from common import identity
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
+from common.identity import load_node_key
 from common.messages import MaskedUpdate, from_records, to_records
 from common.secure_aggregation import keys, quantisation
-from common.secure_aggregation.demands import effective_number
+from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
+from common.secure_aggregation.records import KeyAdvert
 from deploy.local_grid import LocalGrid
 from server import attendance, rounds
 from server.app import app
@@ -322,6 +325,29 @@ def test_weights_are_drawn_towards_equal_ones_as_far_as_sites_demand(
         assert effective_number(list(given.values())) == pytest.approx(effective)
         order = sorted(named, key=lambda site: named[site])
         assert [given[site] for site in order] == sorted(given.values())
+
+
+@pytest.mark.parametrize("change", [{"settings": b"x" * 32}, {"run": 12}])
+def test_a_site_of_another_run_or_configuration_is_left_out_alone(
+    five: Config, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """All others would refuse to share masks with it, and the session would end there."""
+
+    def bend(asked: str, node: int, reply: Message) -> Message:
+        if (asked, node) == ("query.keys", 2):
+            advert = from_records(reply.content, KeyAdvert).model_copy(update=change)
+            key = load_node_key(tmp_path / "bent" / FOLDER / advert.site / KEY_FILE)
+            signature = identity.sign(key, KEYS_SIGNED, advert.signed())
+            told = to_records(advert.model_copy(update={"signature": signature}))
+            reply.content["key-advert"] = told["key-advert"]
+        return reply
+
+    run(five("bent"), bend)
+    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    assert sum(event["event"] == "update" for event in events) == 4
+    assert [(e["site"], e["phase"]) for e in events if e["event"] == "left-out"] == [
+        ("hospital-3", "query.keys")
+    ]
 
 
 def wrong_length(reply: Message) -> None:
