@@ -1,29 +1,24 @@
 """The ClientApp of a hospital: what it answers to each question of the server."""
 
-from functools import lru_cache
-from pathlib import Path
-
-import torch
 from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 
 from client import egress, journal
-from client.bags import QUARANTINE_FILE, BagStore
+from client.bags import BagStore
+from client.disclosure import bags_of_a_round, may_leave
+from client.door import SiteApp
 from client.evaluation import evaluate_bags, evaluate_labelled, sum_distances
+from client.figures import suppress
 from client.locate import find_site
-from client.refusal import BudgetRefused
+from client.opening import open_site, receive_model, skips_bad, terms_of
 from client.release import name_version, private_release, release_proportions
 from client.seeds import training_seeds
-from client.site import SITE_FILE, ReleaseProportions
+from client.site import ReleaseProportions
 from client.training import TrainingResult, train_round
-from common.build import rebuild_model
 from common.config import RunConfig
-from common.config_tables import ModelConfig
-from common.errors import SecureAggregationRefused
-from common.hierarchy import Hierarchy
+from common.errors import ConfigError, SecureAggregationRefused
 from common.lhfglp import LHFGLP
 from common.messages import Metric, ModelUpdate, PrivacyStatement, from_records, to_records
-from common.model_file import load_arrays, trainable_arrays
+from common.model_file import trainable_arrays
 from common.secure_aggregation.records import (
     MaskedUpdate,
     MaskRequest,
@@ -32,12 +27,11 @@ from common.secure_aggregation.records import (
     SurvivorList,
     UnmaskRequest,
 )
-from common.trainable import trainable_parameters
 
-app = ClientApp(mods=[journal.record, egress.guard])
+app = SiteApp(mods=[journal.record, egress.guard])
 
 
-@app.query("keys")
+@app.answers("query.keys")
 def keys(message: Message, context: Context) -> Message:
     """Secure aggregation, first step: fresh public keys under the node key's signature."""
     from client.secure_aggregation import Member
@@ -48,7 +42,7 @@ def keys(message: Message, context: Context) -> Message:
     )
 
 
-@app.query("shares")
+@app.answers("query.shares")
 def shares(message: Message, context: Context) -> Message:
     """Secure aggregation, second step: check everybody's keys, seal shares of the own secrets for them."""
     from client.secure_aggregation import Member
@@ -58,7 +52,7 @@ def shares(message: Message, context: Context) -> Message:
     )
 
 
-@app.query("survivors")
+@app.answers("query.survivors")
 def survivors(message: Message, context: Context) -> Message:
     """Secure aggregation, after training: sign the list of those whose vectors the server says it has."""
     from client.secure_aggregation import Member
@@ -68,7 +62,7 @@ def survivors(message: Message, context: Context) -> Message:
     )
 
 
-@app.query("unmask")
+@app.answers("query.unmask")
 def unmask(message: Message, context: Context) -> Message:
     """Secure aggregation, last step: the shares with which the masks are taken off the sum."""
     from client.secure_aggregation import Member
@@ -79,12 +73,10 @@ def unmask(message: Message, context: Context) -> Message:
     )
 
 
-@app.query("proportions")
+@app.answers("query.proportions")
 def proportions(message: Message, context: Context) -> Message:
     """Say how many images of each leaf the site has, as far as its policy releases that."""
     config, store = open_site(context)
-    if not config.dp.epsilon:
-        refuse_unprotected(store)
     if not config.dp.epsilon or store.config.policy.release_proportions is ReleaseProportions.NONE:
         return Message(
             to_records(release_proportions(store, name_version(store, find_site(context)))), reply_to=message
@@ -96,19 +88,19 @@ def proportions(message: Message, context: Context) -> Message:
     return Message(to_records(private_release(store, noised, budget.ledger.identifier)), reply_to=message)
 
 
-@app.train()
+@app.answers("train")
 def train(message: Message, context: Context) -> Message:
     """Train the server's model on the site's bags and send its arrays back."""
     config, store = open_site(context)
     refuse_in_clear(config, store)
     request = from_records(message.content, ModelUpdate)
     model, metrics, statement = train_locally(context, config, store, request)
-    update = answer(config, store, request, metrics, model)
+    update = answer("train", context, store, request, metrics, model)
     reply = to_records(update, statement, transport=config.federation.transport)
     return Message(reply, reply_to=message)
 
 
-@app.train("masked")
+@app.answers("train.masked")
 def train_masked(message: Message, context: Context) -> Message:
     """Train as ever, and send the update under masks that only come off the sum of many sites' updates."""
     from client.secure_aggregation import Member
@@ -118,17 +110,13 @@ def train_masked(message: Message, context: Context) -> Message:
     member = Member.open(context)
     member.receive(from_records(message.content, MaskRequest), request)
     model, metrics, statement = train_locally(context, config, store, request)
-    beside = store.config.policy.secure_aggregation.metrics
+    told = answer("train.masked", context, store, request, metrics).metrics
     update = MaskedUpdate(
         session=member.session,
         round=request.round,
         sender=store.name,
         vector=member.mask(request.arrays, trainable_arrays(model)),
-        metrics={
-            key: value
-            for key, value in answer(config, store, request, metrics).metrics.items()
-            if key in beside and not isinstance(value, tuple)
-        },
+        metrics={key: value for key, value in told.items() if not isinstance(value, tuple)},
     )
     return Message(to_records(update, statement), reply_to=message)
 
@@ -137,11 +125,11 @@ def train_locally(
     context: Context, config: RunConfig, store: BagStore, request: ModelUpdate
 ) -> tuple[LHFGLP, dict[str, Metric], PrivacyStatement]:
     """One round on the site's bags: the trained model, what could be told of it, and what it cost."""
-    model = receive_model(config, store, request)
+    model = receive_model(config, store.hierarchy, request.arrays)
     if config.dp.epsilon:
         result, statement = train_privately(context, config, store, model, request.round)
     else:
-        refuse_unprotected(store)
+        refuse_few_bags(context, config, store)
         result = train_round(model, store, config, request.round, training_seeds(context, config, store.name))
         statement = PrivacyStatement(site=store.name, round=request.round)
     metrics: dict[str, Metric] = {
@@ -167,17 +155,18 @@ def train_privately(
     return result, budget.confirm(reservation, round)
 
 
-@app.evaluate("bags")
+@app.answers("evaluate.bags")
 def evaluate_on_bags(message: Message, context: Context) -> Message:
     """Compare the model's proportions with those of the held-back bags; with noise in a private run."""
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
-    model = receive_model(config, store, request)
+    model = receive_model(config, store.hierarchy, request.arrays)
     if not config.dp.epsilon:
         metrics = evaluate_bags(model, store, config)
-        return Message(to_records(answer(config, store, request, metrics)), reply_to=message)
+        update = answer("evaluate.bags", context, store, request, metrics)
+        return Message(to_records(update), reply_to=message)
     metrics, statement = look_privately(context, config, store, model, request.round)
-    update = answer(config, store, request, metrics, kind="evaluate.bags")
+    update = answer("evaluate.bags", context, store, request, metrics)
     return Message(to_records(update, statement), reply_to=message)
 
 
@@ -197,7 +186,7 @@ def look_privately(
     return metrics, budget.confirm(reservation, round)
 
 
-@app.evaluate("test")
+@app.answers("evaluate.test")
 def evaluate_on_test(message: Message, context: Context) -> Message:
     """Count the model's hits on the site's labelled test images, if it has any."""
     # Imported here so that training never loads the module that opens instance labels.
@@ -205,54 +194,28 @@ def evaluate_on_test(message: Message, context: Context) -> Message:
 
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
-    test = LabelledImages.open(find_site(context), config.model.image_size, skip_bad=config.skip_bad)
-    metrics = evaluate_labelled(receive_model(config, store, request), test, config) if test else {}
-    return Message(to_records(answer(config, store, request, metrics)), reply_to=message)
-
-
-def open_site(context: Context) -> tuple[RunConfig, BagStore]:
-    """The run's configuration and the site's bags; sets torch's threads as the run asks."""
-    config = RunConfig.from_flat(context.run_config)
-    if torch.get_num_threads() != config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    folder = find_site(context)
-    # What the owner writes; not the ledger and the quarantine list, which a run itself changes.
-    tables = {folder / SITE_FILE, *folder.glob("*.csv")} - {folder / QUARANTINE_FILE}
-    stamps = tuple(path.stat().st_mtime_ns for path in sorted(tables))
-    return config, _open_store(folder, stamps, config.model.image_size, config.skip_bad)
-
-
-@lru_cache(maxsize=64)
-def _open_store(folder: Path, stamps: tuple[int, ...], size: int, skip_bad: bool) -> BagStore:
-    """Opened once per process and version of the site's tables (a deployed site answers one message per
-    process; a simulation answers many)."""
-    return BagStore.open(folder, size, skip_bad=skip_bad)
-
-
-def receive_model(config: RunConfig, store: BagStore, request: ModelUpdate) -> LHFGLP:
-    """The model with the arrays that the server sent."""
-    model = _architecture(config.model, store.hierarchy)
-    trainable_parameters(model, config.trained_part)
-    load_arrays(model, request.arrays)
-    return model
-
-
-@lru_cache(maxsize=2)
-def _architecture(config: ModelConfig, hierarchy: Hierarchy) -> LHFGLP:
-    """Built once per process: every float of it is overwritten by the next message."""
-    return rebuild_model(config, hierarchy)
+    terms = terms_of(context, store.config)
+    size, skip_bad = config.model.image_size, skips_bad(config, terms)
+    test = LabelledImages.open(find_site(context), size, skip_bad=skip_bad)
+    model = receive_model(config, store.hierarchy, request.arrays)
+    counts = evaluate_labelled(model, test, config) if test else {}
+    metrics = suppress(counts, terms.minimum_cell_size)
+    return Message(to_records(answer("evaluate.test", context, store, request, metrics)), reply_to=message)
 
 
 def answer(
-    config: RunConfig,
+    kind: str,
+    context: Context,
     store: BagStore,
     request: ModelUpdate,
     metrics: dict[str, Metric],
     model: LHFGLP | None = None,
-    kind: str = "train",
 ) -> ModelUpdate:
     """A reply with the metrics that may leave, and the trained arrays if any."""
-    allowed = egress.allowed_metrics(kind, store.config, private=config.dp.epsilon > 0)
+    config = RunConfig.from_flat(context.run_config)
+    training, held_back = store.split(config.train.held_back, config.seed)
+    terms = terms_of(context, store.config)
+    allowed = may_leave(kind, config, store.config, terms, training=len(training), held_back=len(held_back))
     return ModelUpdate(
         sender=store.name,
         round=request.round,
@@ -271,12 +234,16 @@ def refuse_in_clear(config: RunConfig, store: BagStore) -> None:
         raise SecureAggregationRefused("an update in clear was asked for, where only masked ones may leave")
 
 
-def refuse_unprotected(store: BagStore) -> None:
-    """A site with a budget does not train, or release counts, without privacy.
+def refuse_few_bags(context: Context, config: RunConfig, store: BagStore) -> None:
+    """A real site makes no exact update from so small a part of its bags that it is nearly one of them.
 
     Raises:
-        BudgetRefused: it has one.
+        ConfigError: the run divides the bags into such parts.
     """
-    own = store.config.policy.budget
-    if own.epsilon is not None:
-        raise BudgetRefused(store.name, float("inf"), own.epsilon, own.epsilon)
+    terms = terms_of(context, store.config)
+    training, _ = store.split(config.train.held_back, config.seed)
+    fewest = terms.minimum_held_back_bags
+    if terms.strict and config.train.rounds_per_pass > 1 and bags_of_a_round(config, len(training)) < fewest:
+        raise ConfigError(
+            f"train.rounds-per-pass = {config.train.rounds_per_pass} makes rounds of fewer than {fewest} bags"
+        )

@@ -7,7 +7,7 @@ Pixels come from the memory-mapped cache, whose rows lie bag after bag, so that 
 import hashlib
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -59,6 +59,16 @@ class StoreSummary:
 
 
 @dataclass(frozen=True)
+class OwnSplit:
+    """A site's own division of its bags, of which nothing follows from what a server says."""
+
+    share: float
+    """Of the bags, held back; in [0, 1)."""
+    key: bytes
+    """Fixes which bags are held back; derived from the site's secret."""
+
+
+@dataclass(frozen=True)
 class BagStore:
     """The bags of one site, in the order of its manifest. ``store[i]`` is a Bag."""
 
@@ -74,6 +84,8 @@ class BagStore:
     """Shape (B,), images."""
     _starts: NDArray[np.int64]
     _images: NDArray[np.uint8]
+    own_split: OwnSplit | None = field(default=None, kw_only=True)
+    """None: the run divides the bags, as in a simulation."""
 
     @classmethod
     def open(
@@ -168,14 +180,19 @@ class BagStore:
 
         Args:
             held_back: share of the bags in [0, 1). Above 0, and with two bags or more, at least one
-                bag is held back and at least one is kept.
-            seed: with the site's name it fixes the division.
+                bag is held back and at least one is kept. A site with a split of its own takes from it
+                only whether bags are held back at all.
+            seed: with the site's name it fixes the division, unless the site has its own.
 
         Returns:
             Bag indices to train on, and held-back ones, both ascending.
         """
         name_seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
-        order = np.random.default_rng([seed, name_seed]).permutation(len(self))
+        entropy = [seed, name_seed]
+        if self.own_split is not None:
+            held_back = self.own_split.share if held_back > 0 else 0.0
+            entropy = [int.from_bytes(self.own_split.key, "big")]
+        order = np.random.default_rng(entropy).permutation(len(self))
         number = 0
         if held_back > 0 and len(self) >= 2:
             number = min(max(1, round(held_back * len(self))), len(self) - 1)

@@ -1,20 +1,33 @@
-"""The guard at a site's door: a Flower mod that lets out only what the contract and the policy allow.
+"""The guard at a site's door: a Flower mod that asks who may ask, and sends only what it wrote itself.
 
-A reply with any other record, key, dtype, shape or metric is refused as a whole and an error goes out in
-its place. Errors, ours included, leave with a fixed text per kind: the text of an exception can carry a
-path or a patient id, so it goes to the site's own log at most, never to the server.
+What a handler answers is parsed, held against the site's own name, hierarchy, bags and ledger and against
+the request, and what goes out is the guard's own encoding of that, in a fixed order: no byte of the
+handler's message leaves. A reply with any other record, key, dtype, shape, metric or value is refused as a
+whole and an error goes out in its place. Errors, ours included, leave with a fixed text per kind: the text
+of an exception can carry a path or a patient id, so it goes to the site's own log at most.
 """
 
 import logging
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
+import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 
+from client.bags import BagStore
+from client.disclosure import may_leave
+from client.door import QUESTIONS, Handler, Question, admit
+from client.figures import check_metrics
+from client.ledger_view import Charges
 from client.locate import find_site
+from client.masked_egress import rebuild_masked
+from client.opening import open_site, terms_of, trained_shapes
 from client.refusal import BudgetRefused
-from client.site import PrivateMetrics, SiteConfig
+from client.release import name_version, release_proportions
+from client.site import ReleaseProportions, SiteConfig, Terms
 from common.config import RunConfig
-from common.config_tables import DPConfig
 from common.errors import (
     ConfigError,
     DataError,
@@ -36,56 +49,76 @@ from common.messages import (
     SiteError,
     check_only,
     from_records,
+    to_records,
 )
-from common.secure_aggregation.records import (
-    InSession,
-    KeyAdvert,
-    MaskedUpdate,
-    SealedShares,
-    SurvivorSignature,
-    UnmaskShares,
-)
+from common.secure_aggregation.records import InSession, MaskedUpdate
 
 log = logging.getLogger("fedbags.client")
 
-Handler = Callable[[Message, Context], Message]
+
+class UnknownQuestionError(FedbagsError):
+    """A message type, or a request, that is none of the site's questions."""
 
 
-UNCOVERED_BY_DP = {"num-bags", "confusion"}
-"""Metrics that may leave a private run. They are not covered by its epsilon, and the report says so: the
-number of bags, and counts on labelled test images, which are never trained on."""
+@dataclass(frozen=True)
+class Facts:
+    """What a reply is held against: the site's own word, and the request's."""
 
-NOISED = {"noised-bags-tv", "held-back-bags"}
-"""What may leave a private run of a look at the held-back bags, where ``private-metrics`` is "noise": sums
-with noise that the ledger has paid for (common/privacy/looks.py), and the number of bags, which is public."""
+    kind: str
+    question: Question
+    request: RecordDict
+    context: Context
+    config: RunConfig
+    folder: Path
+    site: SiteConfig
+    terms: Terms
+    charges: Charges
+    """What the site's ledger was charged while the question was answered."""
 
-EXPECTED: dict[str, tuple[type[Record], ...]] = {
-    "query.proportions": (ProportionRelease,),
-    "train": (ModelUpdate, PrivacyStatement),
-    "train.masked": (MaskedUpdate, PrivacyStatement),
-    "query.keys": (KeyAdvert,),
-    "query.shares": (SealedShares,),
-    "query.survivors": (SurvivorSignature,),
-    "query.unmask": (UnmaskShares,),
-    "evaluate.bags": (ModelUpdate,),
-    "evaluate.test": (ModelUpdate,),
-}
-"""The records that each kind of reply holds, all of them and no other."""
+    @property
+    def private(self) -> bool:
+        """Whether the run is private."""
+        return self.config.dp.epsilon > 0
 
-EXPECTED_PRIVATE = {**EXPECTED, "evaluate.bags": (ModelUpdate, PrivacyStatement)}
-"""The same in a private run, where a look spends budget."""
+    @cached_property
+    def store(self) -> BagStore:
+        """The site's bags."""
+        return open_site(self.context)[1]
+
+    @cached_property
+    def asked(self) -> ModelUpdate:
+        """The model that the server sent."""
+        return from_records(self.request, ModelUpdate)
+
+    @cached_property
+    def training(self) -> int:
+        """Bags that are trained on."""
+        return len(self.store.split(self.config.train.held_back, self.config.seed)[0])
+
+    @property
+    def held_back(self) -> int:
+        """Bags that are held back."""
+        return len(self.store) - self.training
+
+    def allowed_metrics(self) -> frozenset[str]:
+        """The metrics that this reply may hold."""
+        return may_leave(
+            self.kind, self.config, self.site, self.terms, training=self.training, held_back=self.held_back
+        )
 
 
 def guard(message: Message, context: Context, call_next: Handler) -> Message:
-    """Flower mod: run the handler, check its reply, and replace a bad one by an error."""
-    kind = message.metadata.message_type
+    """Flower mod: admit the question, have it answered, and send the guard's own encoding of the answer."""
+    kind, private = "a question", False
     try:
-        site = SiteConfig.load(find_site(context))
-        dp = RunConfig.from_flat(context.run_config).dp
-        reply = call_next(message, context)
-        check_reply(kind, message.content, reply.content, site, dp)
+        facts = _gather(message, context)
+        kind, private = facts.kind, facts.private and bool(facts.question.touches)
+        admit(facts.question, facts.config, facts.site, facts.terms)
+        answer = call_next(message, context).content
+        records = to_records(*rebuild(facts, answer), transport=facts.config.federation.transport)
+        return Message(records, reply_to=message)
     except Exception as error:
-        code = classify(error)
+        code = classify(error, private=private)
         # The class alone: even the site's log lines carry no path, patient id or label. What a secure
         # aggregation is refused for has none of them in it, and the site must know.
         told = (
@@ -98,116 +131,150 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
             {"phase": kind, "reason": SITE_ERRORS[code], "error": told},
         )
         return Message(Error(int(code), SITE_ERRORS[code]), reply_to=message)
-    return reply
 
 
-def allowed_metrics(kind: str, site: SiteConfig, *, private: bool) -> set[str]:
-    """The metrics that may leave: those of the policy and, in a private run, only those without training
-    data in them (losses and held-back figures come from private bags, and no noise covers them), and the
-    noised ones where the policy has them sent."""
-    allowed = set(site.policy.metrics)
-    if not private:
-        return allowed
-    noised = kind == "evaluate.bags" and site.policy.private_metrics is PrivateMetrics.NOISE
-    return (allowed & UNCOVERED_BY_DP) | (NOISED if noised else set())
-
-
-def check_reply(
-    kind: str, request: RecordDict, reply: RecordDict, site: SiteConfig, dp: DPConfig | None = None
-) -> None:
-    """Check that a reply holds what this kind of message may carry, and nothing else.
-
-    Args:
-        kind: the Flower message type.
-        request: what the server sent; an update may only hold arrays that it sent, in their shapes.
-        reply: what would leave.
-        site: the site's name and policy.
-        dp: what the run promises; it is private where epsilon is above 0.
+def _gather(message: Message, context: Context) -> Facts:
+    """What is known of a question before it is answered.
 
     Raises:
-        EgressError: anything else than the contract allows; names keys and shapes only.
+        UnknownQuestionError: the site has no such question, or the request holds other records.
     """
-    private = dp is not None and dp.epsilon > 0
+    kind = message.metadata.message_type
+    question = QUESTIONS.get(kind)
+    if question is None:
+        raise UnknownQuestionError("the site does not answer messages of this type")
     try:
-        kinds = (EXPECTED_PRIVATE if private else EXPECTED)[kind]
-        check_only(reply, *kinds)
-        for record in kinds:
-            content = from_records(reply, record)
-            if isinstance(content, ModelUpdate):
-                sent = from_records(request, ModelUpdate)
-                _check_update(kind, sent, content, site, allowed_metrics(kind, site, private=private))
-                if dp is not None and "noised-bags-tv" in content.metrics:
-                    _check_look(content, from_records(reply, PrivacyStatement), dp)
-            elif getattr(content, "site", site.name) != site.name:
-                raise EgressError("the record speaks for another site")
-            elif isinstance(content, InSession):
-                # Imported here: a run in clear loads no cryptography.
-                from client.masked_egress import check_masked
+        check_only(message.content, *question.asks)
+    except MessageError as error:
+        raise UnknownQuestionError("the request does not hold the records of its type") from error
+    config, folder = RunConfig.from_flat(context.run_config), find_site(context)
+    site = SiteConfig.load(folder)
+    return Facts(
+        kind=kind,
+        question=question,
+        request=message.content,
+        context=context,
+        config=config,
+        folder=folder,
+        site=site,
+        terms=terms_of(context, site),
+        charges=Charges.before(context, config, site, folder),
+    )
 
-                check_masked(request, content, site, allowed_metrics(kind, site, private=private))
-            elif isinstance(content, ProportionRelease):
-                _check_release(content, site)
-                if private and not content.is_private:
-                    raise EgressError("exact counts in a private run")
+
+def rebuild(facts: Facts, reply: RecordDict) -> list[Record]:
+    """Return the records that a reply may consist of, made anew from what the handler answered.
+
+    Raises:
+        EgressError: the reply is anything else than an answer to this question; names keys and shapes only.
+    """
+    kinds = facts.question.answers_in(facts.config)
+    try:
+        check_only(reply, *kinds)
+        return [_rebuilt(facts, reply, from_records(reply, kind)) for kind in kinds]
     except MessageError as error:
         raise EgressError(str(error)) from error
-    except KeyError as error:
-        raise EgressError(f"no reply is defined for messages of type {error}") from error
 
 
-def _check_update(
-    kind: str, sent: ModelUpdate, reply: ModelUpdate, site: SiteConfig, allowed: set[str]
-) -> None:
-    if reply.sender != site.name:
-        raise EgressError("the update speaks for another site")
-    if reply.arrays and site.policy.secure_aggregation.required:
-        raise EgressError("this site's updates leave masked only")
-    if kind != "train" and reply.arrays:
-        raise EgressError(f"a reply to {kind} carries no arrays")
-    for name, array in reply.arrays.items():
-        if name not in sent.arrays:
-            raise EgressError("an array that the server did not send")
-        if array.shape != sent.arrays[name].shape:
-            raise EgressError(f"array {name!r} has shape {array.shape}")
-    for name in reply.metrics:
-        if name.partition(".")[0] not in allowed:
-            raise EgressError("a metric that the site's policy does not allow")
+def _rebuilt(facts: Facts, reply: RecordDict, record: Record) -> Record:
+    match record:
+        case ModelUpdate():
+            return _update(facts, record)
+        case PrivacyStatement():
+            return _statement(facts, record)
+        case ProportionRelease():
+            return _release(facts, record)
+        case InSession():
+            words = 0
+            if isinstance(record, MaskedUpdate):
+                check_metrics(facts, record.metrics)
+                _check_charge(facts)
+                shapes = trained_shapes(facts.config, facts.store.hierarchy).values()
+                words = sum(math.prod(shape) for shape in shapes)
+            return rebuild_masked(facts.request, record, facts.site, facts.context.run_id, words)
+        case _:
+            raise EgressError("a record that no reply may hold")
 
 
-def _check_look(update: ModelUpdate, statement: PrivacyStatement, dp: DPConfig) -> None:
-    """Noised sums are whole steps, and the ledger has paid for each of them at the scale of the run."""
-    sums = update.metrics["noised-bags-tv"]
-    if not isinstance(sums, tuple) or not all(isinstance(value, int) for value in sums):
-        raise EgressError("a figure of held-back bags without noise")
-    paid = [event for event in statement.events if event.get("scale") == dp.metrics_scale]
-    if len(paid) < len(sums):
-        raise EgressError("figures of held-back bags that the ledger has not paid for")
+def _update(facts: Facts, reply: ModelUpdate) -> ModelUpdate:
+    """Arrays under the names and in the order of what is trained, and the metrics in the order of names."""
+    if (reply.sender, reply.round) != (facts.site.name, facts.asked.round):
+        raise EgressError("the update speaks for another site or round")
+    arrays = reply.arrays
+    if facts.kind == "train":
+        if facts.site.policy.secure_aggregation.required or facts.config.secure_aggregation.enabled:
+            raise EgressError("this site's updates leave masked only")
+        shapes = trained_shapes(facts.config, facts.store.hierarchy)
+        if arrays.keys() != shapes.keys():
+            raise EgressError("the arrays are not exactly those that are trained")
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
+                raise EgressError(f"array {name!r} has another shape, or values that are not finite")
+        arrays = {name: arrays[name] for name in shapes}
+        _check_charge(facts)
+    elif arrays:
+        raise EgressError("an evaluation carries no arrays")
+    check_metrics(facts, reply.metrics)
+    metrics = {name: reply.metrics[name] for name in sorted(reply.metrics)}
+    return ModelUpdate(sender=facts.site.name, round=facts.asked.round, arrays=arrays, metrics=metrics)
 
 
-def _check_release(release: ProportionRelease, site: SiteConfig) -> None:
-    if release.granularity != site.policy.release_proportions.value:
-        raise EgressError(f"proportions released {release.granularity}, which policy does not allow")
-    rows = {"none": 0, "total": 1, "per-bag": release.bags}[release.granularity]
-    if len(release.leaf_counts) != rows:
-        raise EgressError(f"{len(release.leaf_counts)} rows of counts for {release.granularity}")
-    if release.granularity != "per-bag" and release.bag_sizes:
-        raise EgressError("bag sizes leave only with counts per bag")
+def _check_charge(facts: Facts) -> None:
+    """A private round was charged while it was trained, and nothing older pays for it."""
+    if facts.private and not facts.charges.paid_for_training(facts.asked.round, facts.config):
+        raise EgressError("a private round that the ledger has not paid for")
 
 
-def classify(error: Exception) -> SiteError:
-    """The code under which an exception leaves the site."""
+def _statement(facts: Facts, reply: PrivacyStatement) -> PrivacyStatement:
+    """The ledger's own statement; without privacy, one that says that no bound holds."""
+    if (reply.site, reply.round) != (facts.site.name, facts.asked.round):
+        raise EgressError("the privacy statement speaks for another site or round")
+    own = PrivacyStatement(site=facts.site.name, round=facts.asked.round)
+    if facts.private:
+        own = facts.charges.statement(facts.asked.round)
+    if reply != own:
+        raise EgressError("the privacy statement is not what the site's ledger states")
+    return own
+
+
+def _release(facts: Facts, reply: ProportionRelease) -> ProportionRelease:
+    """The release of this data version: exact as the policy says, noised as the ledger keeps it."""
+    releases = facts.site.policy.release_proportions is not ReleaseProportions.NONE
+    if facts.private and releases:
+        own = facts.charges.release(facts.store)
+    else:
+        own = release_proportions(facts.store, name_version(facts.store, facts.folder))
+    if reply != own:
+        raise EgressError("the release is not the one of this data version")
+    return own
+
+
+def classify(error: Exception, *, private: bool = False) -> SiteError:
+    """Return the code under which an exception leaves the site.
+
+    Args:
+        error: what was raised.
+        private: the question touches data in a private run. What fails there may depend on private data,
+            so every failure but those of budget, protocol and configuration, which never do, looks alike.
+    """
     match error:
+        case UnknownQuestionError():
+            return SiteError.QUESTION
         case BudgetRefused():
             return SiteError.BUDGET
         case RoundTaken():
             return SiteError.ROUND_TAKEN
         case SecureAggregationRefused() | IdentityError():
             return SiteError.SECURE_AGGREGATION
+        case ConfigError():
+            return SiteError.CONFIGURATION
+        case _ if private:
+            return SiteError.UNANSWERED
         case EgressError():
             return SiteError.EGRESS
         case DataError():
             return SiteError.DATA
-        case ConfigError() | UserError():
+        case UserError():
             return SiteError.CONFIGURATION
         case RunError() | FedbagsError():
             return SiteError.TRAINING

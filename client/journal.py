@@ -17,7 +17,7 @@ from typing import Any
 
 from flwr.app import Context, Message
 
-from client.egress import EXPECTED, Handler
+from client.door import QUESTIONS, Handler
 from client.ledger_file import LEDGER_FILE, Mark
 from client.locate import DATA_PATH
 from common.logs import JsonLines
@@ -71,7 +71,7 @@ def record(message: Message, context: Context, call_next: Handler) -> Message:
             time=round(time.time(), 3),
             run=context.run_id,
             round=int(group) if group.isdecimal() and len(group) < 10 else 0,
-            phase=kind if kind in EXPECTED else OTHER,
+            phase=kind if kind in QUESTIONS else OTHER,
             seconds=round(time.monotonic() - started, 3),
             bytes_received=received,
             bytes_sent=0 if reply.has_error() else size(reply.content),

@@ -6,7 +6,6 @@ that a server sends can raise it. One ledger holds for all runs and data version
 (see ``client.ledger_book``), and several processes may use it at once.
 """
 
-import math
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -254,26 +253,9 @@ class Ledger:
         return self._book.releases[self.data_version]
 
     def statement(self, round: int) -> PrivacyStatement:
-        """What the site tells the server after a round. It speaks of replace-one BAG in any case.
-
-        ``epsilon`` and ``events`` are for the bag, whatever unit the cap protects (PLD, at the cap's
-        delta); ``budget_left`` is what the cap leaves, in the ledger's unit.
-        """
+        """See ``Book.statement``."""
         with self.transaction():
-            book = self._book
-            events = book.events_for(Unit.BAG)
-            epsilon = spent(events, book.cap.delta, Adjacency.REPLACE_ONE)
-            return PrivacyStatement(
-                site=book.site,
-                round=round,
-                epsilon=epsilon if math.isfinite(epsilon) else None,
-                delta=book.cap.delta,
-                events=tuple(event.model_dump() for event in events),
-                budget_left=max(book.cap.epsilon - book.spent(), 0.0),
-                ledger_head=book.head,
-                generator="; ".join(book.generators),
-                losses=book.losses,
-            )
+            return self._book.statement(round)
 
     def events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
         """All events so far in the order of their rows, reserved ones included."""

@@ -7,6 +7,7 @@ made, confirmed or not. A version that the site's owner has not accepted is no v
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from client.ledger_file import Entry, Kind, LedgerError, read_entries, reading
 from common.errors import require_file
+from common.messages import PrivacyStatement
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict, merge
 from common.privacy.proportions import CountRelease
@@ -62,6 +64,17 @@ class Cap:
     delta: float
 
 
+@dataclass(frozen=True)
+class NewestReservation:
+    """The newest row that reserved something."""
+
+    row: int
+    event: PoissonGaussian | DiscreteLaplace
+    copies: int
+    run_id: str
+    round: int
+
+
 @dataclass
 class Book:
     """The meaning of a ledger's rows, brought forward row by row with ``add``."""
@@ -98,6 +111,7 @@ class Book:
     """The heads of the chains that were lost then."""
     carried_at: int = 0
     """The newest row that carries the book forward."""
+    newest: NewestReservation | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -205,11 +219,14 @@ class Book:
             case Kind.ACCEPTED:
                 self._know_version(body)
             case Kind.RESERVED:
-                reserved = [event_from_dict(body["event"])] * copies_of(body)
-                self.events += reserved
-                self.bag_events += reserved  # steps and looks are bounded per bag in any case
+                event, copies = event_from_dict(body["event"]), copies_of(body)
+                self.events += [event] * copies
+                self.bag_events += [event] * copies  # steps and looks are bounded per bag in any case
                 self._drew_from(body)
                 self.open_reservations.add(entry.seq)
+                self.newest = NewestReservation(
+                    entry.seq, event, copies, str(body["run_id"]), int(body["round"])
+                )
             case Kind.CONFIRMED:
                 self.open_reservations.remove(int(body["reservation"]))
             case Kind.RELEASED:
@@ -256,6 +273,26 @@ class Book:
         if unit is Unit.BAG:
             return merge(self.bag_events)
         raise ValueError(f"a ledger for the unit {self.unit.value!r} tells nothing of the {unit.value!r}")
+
+    def statement(self, round: int) -> PrivacyStatement:
+        """Return what the site tells the server after a round. It speaks of replace-one BAG in any case.
+
+        ``epsilon`` and ``events`` are for the bag, whatever unit the cap protects (PLD, at the cap's
+        delta). ``budget_left`` is what the cap leaves, in the ledger's unit.
+        """
+        events = self.events_for(Unit.BAG)
+        epsilon = spent(events, self.cap.delta, Adjacency.REPLACE_ONE)
+        return PrivacyStatement(
+            site=self.site,
+            round=round,
+            epsilon=epsilon if math.isfinite(epsilon) else None,
+            delta=self.cap.delta,
+            events=tuple(event.model_dump() for event in events),
+            budget_left=max(self.cap.epsilon - self.spent(), 0.0),
+            ledger_head=self.head,
+            generator="; ".join(self.generators),
+            losses=self.losses,
+        )
 
     def export(self) -> dict[str, Any]:
         """All that it takes to recompute ``spent`` with another accountant.

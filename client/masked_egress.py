@@ -1,4 +1,4 @@
-"""The guard's checks of what leaves in a secure aggregation: shares that were asked for, and masked words.
+"""The guard's part in a secure aggregation: shares that were asked for, and masked words, made anew.
 
 Part of ``client.egress``, which calls it with every such record. Knows no key and no mask: a handler that
 went wrong, or was replaced, must not get past it.
@@ -8,9 +8,8 @@ from flwr.app import RecordDict
 
 from client.site import SiteConfig
 from common.errors import EgressError
-from common.messages import ModelUpdate, Record, from_records
-from common.secure_aggregation.keys import SHARE_BYTES
-from common.secure_aggregation.quantisation import length
+from common.messages import Record, from_records
+from common.record import SiteName
 from common.secure_aggregation.records import (
     InSession,
     KeyAdvert,
@@ -25,6 +24,8 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 
+SHARE_BYTES = 52
+"""As ``common.secure_aggregation.keys``, which a run in clear does not load."""
 TAG_BYTES = 16
 ASKED: dict[type[Record], type[InSession]] = {
     KeyAdvert: SessionOffer,
@@ -36,45 +37,68 @@ ASKED: dict[type[Record], type[InSession]] = {
 """What each of these replies answers."""
 
 
-def check_masked(request: RecordDict, reply: InSession, site: SiteConfig, allowed: set[str]) -> None:
-    """Check a reply of a secure aggregation.
+def rebuild_masked(
+    request: RecordDict, reply: InSession, site: SiteConfig, run: int, words: int = 0
+) -> InSession:
+    """Return a reply of a secure aggregation made anew, in a fixed order.
 
     Args:
         request: what the server sent.
-        reply: what would leave.
+        reply: what the handler answered.
         site: the site's name and policy.
-        allowed: metrics that may leave in clear from a training.
+        run: the run's number, which keys are signed for.
+        words: numbers that are trained, for a masked update.
 
     Raises:
-        EgressError: another site, session or round, both shares of one site, or a metric too many.
+        EgressError: another site, session, round or length, or both shares of one site.
     """
     asked = from_records(request, ASKED[type(reply)])
     if (reply.session, reply.round) != (asked.session, asked.round):
         raise EgressError("a reply to another session or round of secure aggregation")
-    if isinstance(reply, SealedShares):
-        if site.name in reply.shares:
-            raise EgressError("a site's own share stays with it")
-        if any(len(sealed) != 2 * SHARE_BYTES + TAG_BYTES for sealed in reply.shares.values()):
-            raise EgressError("sealed shares have one length")
-    elif isinstance(reply, MaskedUpdate):
-        _check_masked_update(request, reply, site, allowed)
-    elif isinstance(reply, UnmaskShares) and isinstance(asked, UnmaskRequest):
-        _check_shares(reply, set(asked.survivors))
+    speaker = reply.sender if isinstance(reply, MaskedUpdate) else getattr(reply, "site", "")
+    if speaker != site.name:
+        raise EgressError("the record speaks for another site")
+    match reply:
+        case KeyAdvert():
+            if reply.run != run:
+                raise EgressError("keys for another run")
+            return reply.model_copy()
+        case SealedShares():
+            assert isinstance(asked, SessionPlan)
+            return _sealed(reply, set(asked.sites) - {site.name})
+        case MaskedUpdate():
+            if len(reply.vector) != words:
+                raise EgressError("not one word for each number that is trained")
+            metrics = {name: reply.metrics[name] for name in sorted(reply.metrics)}
+            return reply.model_copy(update={"metrics": metrics})
+        case SurvivorSignature():
+            return SurvivorSignature(
+                **{name: getattr(reply, name) for name in SurvivorSignature.model_fields}
+            )
+        case UnmaskShares():
+            assert isinstance(asked, UnmaskRequest)
+            return _shares(reply, set(asked.survivors))
+        case _:
+            raise EgressError("a record that no reply may hold")
 
 
-def _check_masked_update(
-    request: RecordDict, reply: MaskedUpdate, site: SiteConfig, allowed: set[str]
-) -> None:
-    if reply.sender != site.name:
-        raise EgressError("the update speaks for another site")
-    if len(reply.vector) > length(from_records(request, ModelUpdate).arrays):
-        raise EgressError("more words than the model that the server sent")
-    if not reply.metrics.keys() <= allowed & set(site.policy.secure_aggregation.metrics):
-        raise EgressError("a metric that the site's policy does not allow beside a masked update")
+def _sealed(reply: SealedShares, others: set[SiteName]) -> SealedShares:
+    if not reply.shares.keys() <= others:
+        raise EgressError("a site's own share stays with it, and others go to members of the plan only")
+    if any(len(sealed) != 2 * SHARE_BYTES + TAG_BYTES for sealed in reply.shares.values()):
+        raise EgressError("sealed shares have one length")
+    return reply.model_copy(update={"shares": _sorted(reply.shares)})
 
 
-def _check_shares(reply: UnmaskShares, survivors: set[str]) -> None:
+def _shares(reply: UnmaskShares, survivors: set[SiteName]) -> UnmaskShares:
     if not reply.self_masks.keys() <= survivors or reply.mask_keys.keys() & survivors:
         raise EgressError("a share of a secret that must not be known")
     if any(len(share) != SHARE_BYTES for share in [*reply.self_masks.values(), *reply.mask_keys.values()]):
         raise EgressError("shares have one length")
+    return reply.model_copy(
+        update={"self_masks": _sorted(reply.self_masks), "mask_keys": _sorted(reply.mask_keys)}
+    )
+
+
+def _sorted(shares: dict[SiteName, bytes]) -> dict[SiteName, bytes]:
+    return {name: shares[name] for name in sorted(shares)}

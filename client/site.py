@@ -8,6 +8,7 @@ import difflib
 import tempfile
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 from common.config import flatten
 from common.config_tables import Section
 from common.errors import ConfigError, require_file
+from common.record import SiteName
 
 SITE_FILE = "site.toml"
 BUILD_ADVICE = (
@@ -36,6 +38,8 @@ KNOWN_METRICS = (
     "confusion",
 )
 """Every metric that a site can send at all; a policy names the ones that it may send."""
+HELD_BACK = 0.1
+"""Share of the bags that a real site holds back where its site.toml does not say."""
 
 
 class ReleaseProportions(StrEnum):
@@ -76,29 +80,89 @@ class SecureAggregationPolicy(Section):
     )
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What holds at a node: what its site.toml says and, where that is silent, the default."""
+
+    strict: bool
+    """The defaults are those of a real site; a simulated one has no patients to protect."""
+    metrics: frozenset[str]
+    """Names of the metrics that may leave."""
+    held_back: float | None
+    """Share of the bags that are held back, in (0, 0.9]; None: the run says, and draws them."""
+    minimum_held_back_bags: int
+    """Fewest bags that an exact figure is computed over."""
+    minimum_cell_size: int
+    """Counts of test images below this, and above 0, are suppressed."""
+    skip_bad: bool | None
+    """Whether bad rows are left out; None: the run says."""
+
+
 class SitePolicy(Section):
-    """What the site's owner allows."""
+    """What the site's owner allows. A key that is None takes the default of ``terms``."""
 
     minimum_bag_size: int = Field(4, ge=1, description="images; a smaller bag is refused")
     release_proportions: ReleaseProportions = ReleaseProportions.TOTAL
-    metrics: tuple[str, ...] = Field(KNOWN_METRICS, description="names of the metrics that may leave")
+    metrics: tuple[str, ...] | None = Field(None, description="names of the metrics that may leave")
     private_metrics: PrivateMetrics = PrivateMetrics.WITHHOLD
+    held_back: float | None = Field(None, gt=0, le=0.9, description="share of bags held back for selection")
+    minimum_held_back_bags: int | None = Field(None, ge=1, description="fewest bags of an exact figure")
+    minimum_cell_size: int | None = Field(None, ge=0, le=1000, description="smallest count of test images")
+    skip_bad: bool | None = Field(None, description="leave out bad rows instead of refusing")
     budget: PrivacyBudget = PrivacyBudget()
     secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
 
     @field_validator("metrics")
     @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [name for name in names if name not in KNOWN_METRICS]
+    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        unknown = [name for name in names or () if name not in KNOWN_METRICS]
         if unknown:
             raise ValueError(f"unknown metric(s) {unknown}; known are {list(KNOWN_METRICS)}")
         return names
+
+    def terms(self, *, simulated: bool) -> Terms:
+        """Return what holds at a node of this policy.
+
+        Args:
+            simulated: the node is one of a simulation (``client.locate.is_simulated``). It keeps what a
+                run asks for; a real site has the strict defaults.
+        """
+
+        def default(own: float | None, real: float, simulation: float) -> int:
+            return int((simulation if simulated else real) if own is None else own)
+
+        metrics = self.metrics
+        if metrics is None:
+            metrics = KNOWN_METRICS if simulated else self._safe_metrics()
+        return Terms(
+            strict=not simulated,
+            metrics=frozenset(metrics),
+            held_back=HELD_BACK if self.held_back is None and not simulated else self.held_back,
+            minimum_held_back_bags=default(self.minimum_held_back_bags, 8, 1),
+            minimum_cell_size=default(self.minimum_cell_size, 5, 0),
+            skip_bad=False if self.skip_bad is None and not simulated else self.skip_bad,
+        )
+
+    def _safe_metrics(self) -> tuple[str, ...]:
+        """The metrics that tell no more of the label counts than the site releases of them anyway.
+
+        A server that sends a model of constant answers reads mean proportions off a mean KL, and single
+        bags' shares of a class off a mean L1, which has a kink at each (``tests/client/test_door.py``
+        does). A training loss has terms of its method that are no more linear than L1.
+        """
+        withheld: dict[ReleaseProportions, set[str]] = {
+            ReleaseProportions.NONE: {"loss", "bags-kl", "bags-l1", "num-images"},
+            ReleaseProportions.TOTAL: {"loss", "bags-l1"},
+            ReleaseProportions.PER_BAG: set(),
+        }
+        budget = set() if self.budget.epsilon is None else {"confusion"}
+        return tuple(n for n in KNOWN_METRICS if n not in withheld[self.release_proportions] | budget)
 
 
 class SiteConfig(Section):
     """One site, as its ``site.toml`` says."""
 
-    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    name: SiteName
     hierarchy: str = Field("hierarchy.csv", pattern=r"^[^/\\]+$", description="file beside site.toml")
     policy: SitePolicy = SitePolicy()
 

@@ -5,6 +5,7 @@ root-to-leaf path. Knows nothing of images, models or sites.
 """
 
 import csv
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,15 @@ from common.errors import BadRow, DataError
 
 if TYPE_CHECKING:  # the tree is read where no model is
     from torch import Tensor
+
+
+LONGEST_LABEL = 200
+"""Characters of the name of a class or level."""
+
+
+def is_label(name: str) -> bool:
+    """Whether a text can name a class or level: not empty, not long, and printable throughout."""
+    return 0 < len(name) <= LONGEST_LABEL and not any(unicodedata.category(c)[0] == "C" for c in name)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Hierarchy:
                 every bad row is listed.
         """
         bad: list[BadRow] = []
-        if not levels or not all(levels) or len(set(levels)) != len(levels):
+        if not levels or not all(map(is_label, levels)) or len(set(levels)) != len(levels):
             raise DataError(
                 f"{file}: the header must name each level once, coarse to fine; got {list(levels)}"
             )
@@ -68,6 +78,10 @@ class Hierarchy:
             cells = [cell.strip() for cell in row]
             if len(cells) != len(levels) or not all(cells):
                 bad.append(BadRow(file, number, f"{len(levels)} non-empty cells expected: {cells}"))
+                continue
+            if odd := [cell for cell in cells if not is_label(cell)]:
+                reason = f"a name of more than {LONGEST_LABEL} characters, or with a control character: "
+                bad.append(BadRow(file, number, reason + ascii(odd[0][:40])))
                 continue
             conflict = ""
             for level in range(1, len(levels)):

@@ -6,20 +6,31 @@ the place of a site's ModelUpdate, and the other records of ``common.secure_aggr
 and after it. Nothing else may travel. This is the only module that builds or reads Flower records.
 """
 
+import io
 import math
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 
 from common.config_tables import Transport
-from common.errors import RunError
+from common.errors import DataError, RunError
 from common.hierarchy import Hierarchy
+from common.plain import one_line
+from common.privacy.events import event_from_dict
 from common.record import Record as Record
+from common.record import Round, SiteName, check_json
 from common.secure_aggregation.records import (
     KeyAdvert,
     MaskedUpdate,
@@ -37,6 +48,15 @@ from common.secure_aggregation.records import (
 FloatArray = NDArray[np.float32]
 T = TypeVar("T", bound="Record")
 Metric = int | float | tuple[int, ...] | tuple[float, ...]
+SUPPRESSED = -1
+"""Stands for a count of test images that is above 0 and below the site's smallest cell."""
+SMALLEST_CELL = "confusion.smallest-cell"
+"""The metric beside confusion counts that says so: the least count, above 0, that is shown."""
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+Event = Annotated[
+    dict[str, float | str], Field(max_length=5), AfterValidator(lambda event: _known_event(event))
+]
+"""A DP event of a kind that is accounted for (common/privacy/events.py)."""
 
 _JSON = "json"
 _ARRAYS, _METRICS = "arrays", "metrics"
@@ -59,6 +79,10 @@ class SiteError(IntEnum):
     """The site does not go on with a secure aggregation: what it was told is not what it can trust."""
     ROUND_TAKEN = 1008
     """The site's part of this round is done; the run goes on with the next round."""
+    QUESTION = 1009
+    """The site answers no such question."""
+    UNANSWERED = 1010
+    """In a private run, whatever else failed at the site: which it was may depend on private data."""
 
 
 SITE_ERRORS: Mapping[SiteError, str] = {
@@ -72,13 +96,49 @@ SITE_ERRORS: Mapping[SiteError, str] = {
     SiteError.SECURE_AGGREGATION: "the site refused to go on with the secure aggregation; its log says why",
     SiteError.ROUND_TAKEN: "the site has done its part of this round's sum already, or begun the round with "
     "another model; it takes part in the next round",
+    SiteError.QUESTION: "the site does not answer such a question",
+    SiteError.UNANSWERED: "the site could not answer: its log says why, and `fedbags site check` at the site "
+    "lists bad rows; a data version that its privacy ledger does not know is accepted with "
+    "`fedbags ledger accept-version`",
 }
 """What each code means. A site sends this text and no other, and a server writes down this text whatever
 came with the code: the text of an exception can carry a path or a patient id."""
 
 
 class MessageError(ValueError):
-    """A Flower record is not one of ours. The text names records, keys, dtypes and shapes only."""
+    """A Flower record is not one of ours. The text names records, keys, dtypes and shapes only.
+
+    Names can be another party's, so the text is short and printable whatever they are.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+def _known_event(event: dict[str, float | str]) -> dict[str, float | str]:
+    event_from_dict(event)
+    return event
+
+
+MOST_LEVELS, MOST_LEAVES = 20, 20_000
+
+
+def _label_tree(data: dict[str, Any]) -> dict[str, Any]:
+    """Refuse everything but a label tree of a size that can be handled."""
+    levels, rows = data.get("levels"), data.get("rows")
+    if data.keys() != {"levels", "rows"} or not isinstance(levels, list) or not isinstance(rows, list):
+        raise ValueError("a label tree has levels and rows")
+    if len(levels) > MOST_LEVELS or len(rows) > MOST_LEAVES:
+        raise ValueError(f"a label tree has at most {MOST_LEVELS} levels and {MOST_LEAVES} leaves")
+    if not all(
+        isinstance(row, list) and all(isinstance(cell, str) for cell in row) for row in [levels, *rows]
+    ):
+        raise ValueError("the rows of a label tree are lists of names")
+    try:
+        Hierarchy.from_dict(data)
+    except DataError as error:
+        raise ValueError("no label tree whose leaves are all at one level, with names of one line") from error
+    return data
 
 
 class ProportionRelease(Record):
@@ -87,17 +147,44 @@ class ProportionRelease(Record):
     Only the finest level is sent; coarser counts are its sums, so the levels agree by construction.
     """
 
-    site: str
-    data_version: str
-    hierarchy: dict[str, Any] = Field(description="Hierarchy.to_dict(): class names, no data")
-    granularity: Literal["none", "total", "per-bag"]
-    leaf_counts: tuple[tuple[float, ...], ...] = Field(
-        description="shape (0, C_L), (1, C_L) for the site total, or (bags, C_L); images"
+    site: SiteName
+    data_version: str = Field(pattern=r"^[0-9A-Za-z-]{1,64}$")
+    hierarchy: Annotated[dict[str, Any], AfterValidator(_label_tree)] = Field(
+        description="Hierarchy.to_dict(): class names, no data"
     )
-    bags: int = Field(ge=1, description="number of bags; not protected")
-    bag_sizes: tuple[int, ...] = Field(description="images per bag, only when released per bag")
+    granularity: Literal["none", "total", "per-bag"]
+    leaf_counts: tuple[Annotated[tuple[Number, ...], Field(max_length=20_000)], ...] = Field(
+        max_length=1_000_000,
+        description="shape (0, C_L), (1, C_L) for the site total, or (bags, C_L); images",
+    )
+    bags: int = Field(ge=1, le=1_000_000, description="number of bags; not protected")
+    bag_sizes: tuple[Annotated[int, Field(ge=1, le=10**9)], ...] = Field(
+        max_length=1_000_000, description="images per bag, only when released per bag"
+    )
     mechanism: Literal["none", "exact", "discrete-laplace"]
-    event: dict[str, float | str] = Field(description="the accounted DP event; empty when not private")
+    event: Annotated[dict[str, float | str], Field(max_length=5)] = Field(
+        description="the accounted DP event; empty when not private"
+    )
+
+    @model_validator(mode="after")
+    def _is_what_it_says(self) -> Self:
+        """Rows as the granularity says, whole numbers, and an event exactly where there is noise."""
+        rows = {"none": 0, "total": 1, "per-bag": self.bags}[self.granularity]
+        if len(self.leaf_counts) != rows:
+            raise ValueError(f"{len(self.leaf_counts)} rows of counts for {self.granularity}, not {rows}")
+        if (self.mechanism == "none") != (rows == 0):
+            raise ValueError("counts under mechanism 'none', or none under another")
+        if len(self.bag_sizes) != (rows if self.granularity == "per-bag" else 0):
+            raise ValueError("bag sizes leave with counts per bag, one for each, and else not at all")
+        leaves, least = len(self.hierarchy["rows"]), 0.0 if self.mechanism == "exact" else -math.inf
+        for row in self.leaf_counts:
+            if len(row) != leaves or not all(value.is_integer() and value >= least for value in row):
+                raise ValueError("a row of counts that is not one whole number for each leaf")
+        if (self.mechanism == "discrete-laplace") != bool(self.event):
+            raise ValueError("noise without its event, or an event without noise")
+        if self.event:
+            _known_event(self.event)
+        return self
 
     @property
     def is_private(self) -> bool:
@@ -124,6 +211,25 @@ def _read_only(arrays: Any) -> dict[str, FloatArray]:
     return checked
 
 
+def _plain(metrics: Any) -> dict[str, Metric]:
+    """Refuse truth values, which Python takes for numbers."""
+    for value in dict(metrics).values():
+        if any(type(number) is bool for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("a metric is a number, or several")
+    return dict(metrics)
+
+
+ArrayName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.]+$")]
+MetricName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[a-z0-9.-]+$")]
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+MetricValue = (
+    Integer
+    | float
+    | Annotated[tuple[Integer, ...], Field(max_length=10**7)]
+    | Annotated[tuple[float, ...], Field(max_length=10**7)]
+)
+
+
 class ModelUpdate(Record):
     """Model arrays and the metrics that policy allows; server to site, and back.
 
@@ -131,10 +237,14 @@ class ModelUpdate(Record):
     ``name`` or ``name.detail``; ``name`` is what a site's policy allows or withholds.
     """
 
-    sender: str = Field(description="a site's name, or 'server'")
-    round: int = Field(ge=0)
-    arrays: Annotated[dict[str, FloatArray], BeforeValidator(_read_only)] = Field(default={})
-    metrics: dict[str, Metric] = Field(default={})
+    sender: SiteName = Field(description="a site's name, or 'server'")
+    round: Round
+    arrays: Annotated[dict[ArrayName, FloatArray], BeforeValidator(_read_only), Field(max_length=10_000)] = (
+        Field(default={})
+    )
+    metrics: Annotated[dict[MetricName, MetricValue], BeforeValidator(_plain), Field(max_length=200)] = Field(
+        default={}
+    )
 
     @property
     def megabytes(self) -> float:
@@ -149,27 +259,41 @@ class _Envelope(Record):
     45 and more, a round of a small model was requests above all.
     """
 
-    sender: str
-    round: int
-    shapes: dict[str, tuple[NonNegativeInt, ...]]
+    sender: SiteName
+    round: Round
+    shapes: dict[ArrayName, Annotated[tuple[NonNegativeInt, ...], Field(max_length=8)]] = Field(
+        max_length=10_000
+    )
 
 
 class PrivacyStatement(Record):
     """What a site has spent so far, in its own words, sent with every update."""
 
-    site: str
-    round: int = Field(ge=0)
+    site: SiteName
+    round: Round
     unit: Literal["bag"] = "bag"
     adjacency: Literal["replace-one"] = "replace-one"
     epsilon: float | None = Field(None, ge=0, description="None: no bound holds (training is not private)")
     delta: float | None = Field(None, gt=0, lt=1)
-    events: tuple[dict[str, float | str], ...] = ()
+    events: tuple[Event, ...] = Field((), max_length=5_000)
     budget_left: float | None = Field(None, ge=0, description="epsilon left under the site's cap")
-    ledger_head: str = ""
-    generator: str = Field("", description="every generator of sampling and noise so far, joined by '; '")
+    ledger_head: str = Field("", pattern=r"^([0-9a-f]{64})?$")
+    generator: Annotated[str, AfterValidator(lambda text: _known_generators(text))] = Field(
+        "", max_length=500, description="every generator of sampling and noise so far, joined by '; '"
+    )
     losses: int = Field(
         0, ge=0, le=1000, description="how often the site accepted that rows of its ledger were lost"
     )
+
+
+def _known_generators(text: str) -> str:
+    if text:
+        from common.privacy.randomness import Generator  # a run in clear loads no cryptography
+
+        named = text.split("; ")
+        if len(set(named)) != len(named) or not set(named) <= set(Generator):
+            raise ValueError("a generator that is none of the known ones, or one twice")
+    return text
 
 
 _RECORD_NAMES: Mapping[type[Record], str] = {
@@ -187,6 +311,18 @@ _RECORD_NAMES: Mapping[type[Record], str] = {
     UnmaskRequest: "unmask-request",
     UnmaskShares: "unmask-shares",
 }
+_MOST_TEXT: Mapping[type[Record], int] = {
+    ProportionRelease: 2**24,
+    SessionPlan: 2**24,
+    ModelUpdate: 2**22,
+    SealedShares: 2**22,
+    MaskRequest: 2**22,
+    UnmaskRequest: 2**22,
+    SurvivorList: 2**22,
+    UnmaskShares: 2**22,
+}
+_MOST_TEXT_OF_OTHERS = 2**20
+"""Characters of a record's JSON that are read at all: what is longer is refused before it is parsed."""
 
 
 def size(records: RecordDict) -> int:
@@ -234,12 +370,13 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
     if config is None or list(config) != [_JSON] or not isinstance(config[_JSON], str):
         raise MessageError(f"record {name!r} is missing or malformed")
     try:
+        text = check_json(str(config[_JSON]), _MOST_TEXT.get(kind, _MOST_TEXT_OF_OTHERS))
         if kind is MaskedUpdate:
-            masked = MaskedUpdate.model_validate_json(str(config[_JSON]))
+            masked = MaskedUpdate.model_validate_json(text)
             return kind.model_validate({**masked.model_dump(), "vector": _decode_words(records)})
         if kind is not ModelUpdate:
-            return kind.model_validate_json(str(config[_JSON]))
-        head = _Envelope.model_validate_json(str(config[_JSON]))
+            return kind.model_validate_json(text)
+        head = _Envelope.model_validate_json(text)
         arrays = _unpack(records, head.shapes)
         metrics = {
             key: tuple(v) if isinstance(v, list) else v for key, v in records.metric_records[_METRICS].items()
@@ -250,8 +387,13 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
     except KeyError as error:
         raise MessageError(f"record {error} is missing") from None
     except ValidationError as error:
-        faults = ", ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        found = error.errors(include_url=False, include_context=False, include_input=False)[:5]
+        faults = ", ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in found)
         raise MessageError(f"record {name!r}: {faults}") from None
+    except MessageError:
+        raise
+    except ValueError as error:
+        raise MessageError(f"record {name!r}: {error}") from None
 
 
 def combine(*parts: RecordDict) -> RecordDict:
@@ -338,10 +480,13 @@ def _only_array(records: RecordDict, name: str) -> Array:
 
 
 def _values(name: str, array: Array) -> NDArray[Any]:
+    stream = io.BytesIO(array.data)
     try:
-        values = array.numpy()
+        values: NDArray[Any] = np.load(stream, allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
         raise MessageError(f"array {name!r} cannot be read ({type(error).__name__})") from None
+    if stream.read(1):
+        raise MessageError(f"array {name!r} is followed by further bytes")
     if values.dtype != array.dtype or values.shape != tuple(array.shape):
         raise MessageError(f"array {name!r} is not of the dtype and shape that it says")
     return values

@@ -1,9 +1,22 @@
 """The base of everything that crosses the network: frozen, strict, and no field that is not declared.
 
-Knows nothing of Flower and of what the records mean.
+Every text has a pattern and a length, every number a range, so that no record can fill a memory or deceive
+a terminal. Knows nothing of Flower and of what the records mean.
 """
 
-from pydantic import BaseModel, ConfigDict
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SITE_NAME = r"^[A-Za-z0-9._-]+$"
+SiteName = Annotated[str, Field(min_length=1, max_length=100, pattern=SITE_NAME)]
+"""The name of a site, as in site.toml: nothing that a terminal or a file system could take for more."""
+Round = Annotated[int, Field(ge=0, le=10**9)]
+"""A round's number; 0 is before the first."""
+MOST_SITES = 10_000
+"""Sites that one record can speak of."""
 
 
 class Record(BaseModel):
@@ -18,3 +31,31 @@ class Record(BaseModel):
         ser_json_bytes="base64",
         val_json_bytes="base64",
     )
+
+
+def check_json(text: str, most: int) -> str:
+    """Return a JSON text if it is short enough, and no object in it has a key twice.
+
+    Args:
+        text: from another party.
+        most: characters that are read at all.
+
+    Raises:
+        ValueError: it is longer, no JSON, nested too deep, or has a key twice; none of it is in the message.
+    """
+    if len(text) > most:
+        raise ValueError(f"a text of {len(text)} characters, at most {most} are read")
+    try:
+        json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+    except json.JSONDecodeError:
+        raise ValueError("no JSON") from None
+    return text
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("JSON with a key twice")
+    return found

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from client.bags import BagStore
-from client.egress import allowed_metrics
+from client.disclosure import IN_REPLY, may_leave
 from client.labelled import LabelledImages
+from client.opening import with_own_split
 from client.release import release_proportions
 from client.site import KNOWN_METRICS, SitePolicy
+from common.config import RunConfig
 from deploy.progress import counted
 from deploy.tables import console, table
 
@@ -29,8 +31,7 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
     policy = store.config.policy
     private = policy.budget.epsilon is not None
     total = release.total() if not private else None
-    kinds = ("train", "evaluate.bags", "evaluate.test")
-    metrics = sorted(set().union(*(allowed_metrics(kind, store.config, private=private) for kind in kinds)))
+    metrics = sorted(metrics_that_leave(store, site, private=private))
     return {
         "site": store.name,
         "data_version": store.data_version,
@@ -71,6 +72,18 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
             "always": ["images", "labels of single images", "file names", "patient ids", "bag ids"],
         },
     }
+
+
+def metrics_that_leave(store: BagStore, site: Path, *, private: bool) -> set[str]:
+    """Return the metrics that the site, as a real one, may send in a run with every default."""
+    terms = store.config.policy.terms(simulated=False)
+    config = RunConfig().with_changes({"dp.epsilon": 1.0} if private else {})
+    training, held_back = with_own_split(store, site, terms, private=private).split(
+        config.train.held_back, config.seed
+    )
+    bags = {"training": len(training), "held_back": len(held_back)}
+    replies = (may_leave(kind, config, store.config, terms, **bags) for kind in IN_REPLY)
+    return set().union(*replies)
 
 
 def describe_update(policy: SitePolicy) -> str:

@@ -18,7 +18,15 @@ from server import checkpoint
 from server.attendance import Attendance, Turn
 from server.central_dp import central_statement
 from server.checkpoint import ServerState
-from server.evaluation import Confusion, add_up, confusions, level_figures
+from server.evaluation import (
+    Confusion,
+    accuracy_bounds,
+    add_up,
+    confusions,
+    level_figures,
+    shown,
+    smallest_cell,
+)
 from server.provenance import code_version
 from server.rounds import Rounds
 from server.run_folder import RunFolder
@@ -104,9 +112,12 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
         save_model(folder.path, rounds.model, card)
     except UserError as error:
         raise RunError(f"{error}\nThe last checkpoint is intact: go on with --resume.") from error
-    counts = test_counts(rounds)
+    counts, smallest = test_counts(rounds)
     tree = rounds.model.hierarchy
-    per_site = {site: level_figures(tree, *pair) for site, pair in counts.items()}
+    bounds = accuracy_bounds(tree, list(counts.values()), list(smallest.values()))
+    site_bounds = {site: accuracy_bounds(tree, [counts[site]], [smallest[site]]) for site in counts}
+    counts = {site: (shown(argmax), shown(path)) for site, (argmax, path) in counts.items()}
+    per_site = {site: level_figures(tree, *pair, site_bounds[site]) for site, pair in counts.items()}
     pooled = add_up(list(counts.values())) if counts else None
     if pooled:
         folder.write_confusion(*pooled)
@@ -122,7 +133,7 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
             "seconds": round(state.seconds, 3),
             "code": code,
             "engine": getattr(rounds.grid, "engine", "flower"),  # our own grid names itself
-            "levels": level_figures(tree, *pooled) if pooled else [],
+            "levels": level_figures(tree, *pooled, bounds) if pooled else [],
             "bags": state.bags,
             "per_site": {
                 site: {
@@ -148,12 +159,16 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     folder.event("finished", round=state.round, seconds=state.seconds)
 
 
-def test_counts(rounds: Rounds) -> dict[str, tuple[Confusion, Confusion]]:
-    """Confusion counts of the selected model (argmax, path) by site; sites without any are absent."""
+def test_counts(rounds: Rounds) -> tuple[dict[str, tuple[Confusion, Confusion]], dict[str, int]]:
+    """Confusion counts of the selected model (argmax, path), and the least count shown, by site.
+
+    Sites without any are absent.
+    """
     tree = rounds.model.hierarchy
-    counts = {}
+    counts, smallest = {}, {}
     for site, update in rounds.test_updates().items():
         argmax, path = (confusions(update, tree, decoder) for decoder in ("argmax", "path"))
         if argmax is not None and path is not None:
             counts[site] = (argmax, path)
-    return counts
+            smallest[site] = smallest_cell(update)
+    return counts, smallest

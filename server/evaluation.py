@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.hierarchy import Hierarchy
-from common.messages import MessageError, ModelUpdate
+from common.messages import SMALLEST_CELL, SUPPRESSED, MessageError, ModelUpdate
 from common.privacy.looks import GRID
 from server.acceptance import LARGEST_FIGURE
 
@@ -51,7 +51,8 @@ def check_figures(update: ModelUpdate, hierarchy: Hierarchy, bags: int) -> None:
             counts = np.atleast_1d(metrics.get(name, 0))
             if name in metrics and counts.shape != (size * size,):
                 raise MessageError(f"metric {name!r} must be {size} times {size} counts")
-            if counts.dtype.kind != "i" or counts.min() < 0 or counts.max() > LARGEST_FIGURE:
+            lowest = SUPPRESSED if smallest_cell(update) > 1 else 0
+            if counts.dtype.kind != "i" or counts.min() < lowest or counts.max() > LARGEST_FIGURE:
                 raise MessageError(f"metric {name!r} must be counts between 0 and {LARGEST_FIGURE:g}")
 
 
@@ -59,20 +60,30 @@ def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> 
     """Mean KL and L1 per level over all held-back bags of all sites that sent theirs.
 
     Returns:
-        One ``{"level", "kl", "l1"}`` per level (nats; total variation times two, in [0, 2]), or None
-        when no site sent any.
+        One ``{"level", "kl", "l1"}`` per level (nats; total variation times two, in [0, 2]), without
+        "l1" where no site sends it; None when no site sent any KL.
     """
-    # The figures are those that check_figures let pass.
-    usable = [u for u in updates if {"bags-kl", "bags-l1", "held-back-bags"} <= u.metrics.keys()]
-    weights = np.array([u.metrics["held-back-bags"] for u in usable], dtype=np.float64)
-    if weights.sum() == 0:
+    means = {key: _pooled(updates, f"bags-{key}") for key in ("kl", "l1")}
+    sent = {key: mean for key, mean in means.items() if mean is not None}
+    if "kl" not in sent:
         return None
-    kl = np.average([np.atleast_1d(u.metrics["bags-kl"]) for u in usable], axis=0, weights=weights)
-    l1 = np.average([np.atleast_1d(u.metrics["bags-l1"]) for u in usable], axis=0, weights=weights)
     return [
-        {"level": name, "kl": float(kl[level]), "l1": float(l1[level])}
+        {"level": name, **{key: float(mean[level]) for key, mean in sent.items()}}
         for level, name in enumerate(hierarchy.levels)
     ]
+
+
+def _pooled(updates: Sequence[ModelUpdate], metric: str) -> NDArray[np.float64] | None:
+    """The mean of a metric over the held-back bags of the sites that sent it, shape (levels,)."""
+    values, weights = [], []
+    for update in updates:
+        # The figures are those that check_figures let pass.
+        if {metric, "held-back-bags"} <= update.metrics.keys():
+            values.append(np.atleast_1d(update.metrics[metric]))
+            weights.append(update.metrics["held-back-bags"])
+    if not values:
+        return None
+    return np.asarray(np.average(values, axis=0, weights=np.array(weights, dtype=np.float64)))
 
 
 def noised_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[dict[str, Any]] | None:
@@ -103,7 +114,7 @@ def noised_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> 
 def selection_score(bags: Sequence[Mapping[str, Any]]) -> float:
     """What model selection minimises, from bags only: the KL summed over the levels (nats), or the noised
     L1 in a private run, which has no KL (one bag can move it without bound)."""
-    return float(sum(level.get("kl", level["l1"]) for level in bags))
+    return float(sum(level["kl"] if "kl" in level else level["l1"] for level in bags))
 
 
 def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> Confusion | None:
@@ -124,6 +135,52 @@ def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> Confu
     return matrices
 
 
+def shown(confusion: Confusion) -> Confusion:
+    """The counts without those that a site suppressed, which stand as 0."""
+    return [np.maximum(level, 0) for level in confusion]
+
+
+def accuracy_bounds(
+    hierarchy: Hierarchy, counts: Sequence[tuple[Confusion, Confusion]], smallest: Sequence[int]
+) -> list[dict[str, Any] | None]:
+    """Between which figures the accuracies lie where sites suppressed small counts.
+
+    Args:
+        hierarchy: the label tree.
+        counts: the (argmax, path) counts of each site, suppressed ones as ``SUPPRESSED``.
+        smallest: the least count that each of these sites shows.
+
+    Returns:
+        Per level None where nothing is suppressed, else ``{"cells", "accuracy", "consistent_accuracy"}``:
+        the number of suppressed counts, and the two bounds of each figure.
+    """
+    found: list[dict[str, Any] | None] = []
+    for level in range(len(hierarchy.levels)):
+        cells, bounds = 0, {}
+        for reading, name in enumerate(("accuracy", "consistent_accuracy")):
+            low, high = np.zeros(2), np.zeros(2)  # images on the diagonal, and off it
+            for pair, limit in zip(counts, smallest, strict=True):
+                matrix = pair[reading][level]
+                hidden, right = matrix == SUPPRESSED, np.eye(len(matrix), dtype=bool)
+                cells += int(hidden.sum())
+                for place, side in enumerate((right, ~right)):
+                    seen, unseen = matrix[side & ~hidden].sum(), int((side & hidden).sum())
+                    low[place] += seen + unseen
+                    high[place] += seen + unseen * max(limit - 1, 1)
+            bounds[name] = [
+                float(low[0] / max(low[0] + high[1], 1)),
+                float(high[0] / max(high[0] + low[1], 1)),
+            ]
+        found.append({"cells": cells, **bounds} if cells else None)
+    return found
+
+
+def smallest_cell(update: ModelUpdate) -> int:
+    """The least count of test images that the site shows; 1 where it shows all."""
+    value = update.metrics.get(SMALLEST_CELL, 1)
+    return value if isinstance(value, int) and 1 <= value <= 1000 else 1
+
+
 def add_up(pairs: Sequence[tuple[Confusion, Confusion]]) -> tuple[Confusion, Confusion]:
     """Sum the (argmax, path) counts over sites, level by level."""
     argmax, path = zip(*pairs, strict=True)
@@ -138,11 +195,19 @@ def level_figures(
     hierarchy: Hierarchy,
     argmax: Confusion,
     path: Confusion,
+    bounds: Sequence[dict[str, Any] | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy, balanced accuracy and macro-F1 per level, and the accuracy of the consistent path.
 
     Balanced accuracy is the mean recall of the classes that have test images; macro-F1 averages over the
     classes that occur in the test or among the predictions (torchmetrics' rule).
+
+    Args:
+        hierarchy: the label tree.
+        argmax: counts of each level by itself; suppressed ones are left out.
+        path: counts of the best root-to-leaf path.
+        bounds: of ``accuracy_bounds``. A level of which counts are suppressed says so under "suppressed":
+            its figures are of the shown counts, and the true ones lie between these bounds.
     """
     figures = []
     for level, name in enumerate(hierarchy.levels):
@@ -158,6 +223,8 @@ def level_figures(
                 "consistent_accuracy": _share_right(path[level]),
             }
         )
+        if bounds is not None and bounds[level] is not None:
+            figures[-1]["suppressed"] = bounds[level]
     return figures
 
 

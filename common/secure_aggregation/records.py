@@ -12,17 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
-from common.record import Record
+from common.record import MOST_SITES, Record, SiteName
 
 SESSION = Field(pattern=r"^[0-9a-f]{32}$", description="128 random bits, in hex")
 Words = NDArray[np.uint32]
+Shares = Annotated[dict[SiteName, Annotated[bytes, Field(max_length=200)]], Field(max_length=MOST_SITES)]
+"""By site, what only it can open, or a share."""
 
 
 class InSession(Record):
     """Base: which attempt at which round a record belongs to."""
 
     session: str = SESSION
-    round: int = Field(ge=1)
+    round: int = Field(ge=1, le=10**9)
 
 
 class SessionOffer(InSession):
@@ -32,8 +34,8 @@ class SessionOffer(InSession):
 class KeyAdvert(InSession):
     """Site to server, and on to every other site: fresh public keys, signed with the site's node key."""
 
-    site: str
-    run: int
+    site: SiteName
+    run: int = Field(ge=0, lt=2**64)
     settings: bytes = Field(
         min_length=32,
         max_length=32,
@@ -43,7 +45,12 @@ class KeyAdvert(InSession):
     mask_key: bytes = Field(min_length=32, max_length=32, description="X25519, for pairwise masks")
     commitment: bytes = Field(min_length=32, max_length=32, description="SHA-256 of the self-mask's seed")
     signature: bytes = Field(b"", max_length=200, description="ECDSA of ``signed()``")
-    certificate: str = Field("", max_length=10_000, description="PEM; the server adds it where empty")
+    certificate: str = Field(
+        "",
+        max_length=10_000,
+        pattern=r"^[A-Za-z0-9+/= \n-]*$",
+        description="PEM; the server adds it where empty",
+    )
 
     def signed(self) -> bytes:
         """The bytes that the signature is over: everything but itself and the certificate."""
@@ -58,8 +65,12 @@ class SessionPlan(InSession):
     clip_range: float = Field(
         ge=0.01, le=1e6, description="each coordinate of an update is clipped to +-this"
     )
-    weights: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(description="by site; they sum to 1")
-    adverts: tuple[KeyAdvert, ...] = Field(description="in the order of the site names")
+    weights: dict[SiteName, Annotated[float, Field(ge=0, le=1)]] = Field(
+        max_length=MOST_SITES, description="by site; they sum to 1"
+    )
+    adverts: tuple[KeyAdvert, ...] = Field(
+        max_length=MOST_SITES, description="in the order of the site names"
+    )
 
     @property
     def sites(self) -> list[str]:
@@ -80,14 +91,14 @@ class SessionPlan(InSession):
 class SealedShares(InSession):
     """Site to server: for each neighbour one ciphertext that only this neighbour can open."""
 
-    site: str
-    shares: dict[str, bytes]
+    site: SiteName
+    shares: Shares
 
 
 class MaskRequest(InSession):
     """Server to site, beside the model: the ciphertexts of the neighbours that are still there."""
 
-    shares: dict[str, bytes]
+    shares: Shares
 
 
 def _words(vector: Any) -> Words:
@@ -101,36 +112,38 @@ def _words(vector: Any) -> Words:
 class MaskedUpdate(InSession):
     """Site to server: its quantised update plus masks, modulo 2**32, and the metrics that policy allows."""
 
-    sender: str
+    sender: SiteName
     vector: Annotated[Words, BeforeValidator(_words)] = Field(default=np.zeros(0, np.uint32), exclude=True)
-    metrics: dict[str, int | float] = Field(default={})
+    metrics: dict[Annotated[str, Field(max_length=60, pattern=r"^[a-z0-9.-]+$")], int | float] = Field(
+        default={}, max_length=10
+    )
 
 
 class SurvivorList(InSession):
     """Server to site: whose masked vectors have arrived."""
 
-    survivors: tuple[str, ...]
+    survivors: tuple[SiteName, ...] = Field(max_length=MOST_SITES)
 
 
 class SurvivorSignature(InSession):
     """Site to server, and on to every survivor: the one list of survivors that this site was told, signed."""
 
-    site: str
+    site: SiteName
     signature: bytes = Field(min_length=1, max_length=200, description="ECDSA with the site's node key")
 
 
 class UnmaskRequest(SurvivorList):
     """Server to site: the list of survivors again, and who has signed it."""
 
-    signatures: dict[str, bytes] = Field(description="by site")
+    signatures: Shares = Field(description="by site")
 
 
 class UnmaskShares(InSession):
     """Site to server: for each neighbour one share, of its self-mask or of its mask key, never of both."""
 
-    site: str
-    self_masks: dict[str, bytes] = Field(description="shares for those whose vector is in the sum")
-    mask_keys: dict[str, bytes] = Field(description="shares for those whose vector is missing")
+    site: SiteName
+    self_masks: Shares = Field(description="shares for those whose vector is in the sum")
+    mask_keys: Shares = Field(description="shares for those whose vector is missing")
 
 
 def canonical(content: Any) -> bytes:

@@ -1,169 +1,432 @@
-"""The guard lets out what the contract and the policy allow, and nothing else; errors carry no data."""
+"""The guard sends what it wrote itself: of a handler's reply nothing leaves that is not the honest answer."""
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from client import egress
 from client.app import app
-from client.egress import SiteError, check_reply
-from client.site import PrivateMetrics, SiteConfig, SitePolicy
-from common.build import build_model
-from common.config import RunConfig
-from common.config_tables import DPConfig
+from client.egress import SiteError
 from common.errors import ConfigError, DataError, EgressError, RunError, UserError
 from common.hierarchy import Hierarchy
 from common.messages import (
     SITE_ERRORS,
-    Metric,
     ModelUpdate,
     PrivacyStatement,
     ProportionRelease,
     from_records,
     to_records,
 )
-from common.model_file import all_arrays
-from deploy.local_grid import become_server
 
-SITE = SiteConfig(name="north")
-WEIGHT = np.ones((2, 3), np.float32)
-REQUEST = to_records(ModelUpdate(sender="server", round=1, arrays={"w": WEIGHT}))
+from .asking import PRIVATE, Node, with_policy
+
 CANARIES = ("patient-4711", "/secret/path", "melanoma")
+LOOK: dict[str, Any] = PRIVATE | {"dp.metrics-scale": 40.0}
 
 
-def good_reply() -> RecordDict:
-    update = ModelUpdate(sender="north", round=1, arrays={"w": WEIGHT}, metrics={"num-bags": 3, "loss": 0.5})
-    return to_records(update, PrivacyStatement(site="north", round=1))
+class Case:
+    """One question to one site, with the honest reply, which a test then changes."""
+
+    def __init__(self, site: Path, kind: str, changes: dict[str, Any]) -> None:
+        self.node, self.kind, self.changes = Node(site), kind, changes
+        self.message = self.node.message(kind, self.node.request(kind, changes))
+        self.context = self.node.context(changes)
+        self.honest = self._honest()
+
+    def _honest(self) -> RecordDict:
+        """What the handler answers, seen inside the guard."""
+        seen: list[RecordDict] = []
+
+        def handler(message: Message, context: Context) -> Message:
+            reply = app.handlers[self.kind](message, context)
+            seen.append(reply.content)
+            return reply
+
+        self.sent = egress.guard(self.message, self.context, handler)
+        assert not self.sent.has_error(), self.sent.error
+        return seen[0]
+
+    def again(self) -> None:
+        """Let the handler charge the ledger again, so that an honest reply would be paid for."""
+        self.honest = self._honest()
+
+    def send(self, change: Callable[[RecordDict], object], *, charge: bool = False) -> Message:
+        """What leaves where a handler answers the honest reply with a change."""
+
+        def handler(message: Message, context: Context) -> Message:
+            reply = app.handlers[self.kind](message, context) if charge else None
+            content = reply.content if reply is not None else copied(self.honest)
+            change(content)
+            return Message(content, reply_to=message)
+
+        return egress.guard(self.message, self.context, handler)
 
 
-def test_what_the_contract_allows_goes_out() -> None:
-    check_reply("train", REQUEST, good_reply(), SITE)
+def copied(records: RecordDict) -> RecordDict:
+    made = {ArrayRecord: ArrayRecord, MetricRecord: MetricRecord, ConfigRecord: ConfigRecord}
+    return RecordDict({name: made[type(record)](dict(record)) for name, record in records.items()})
 
 
-def extra_record(reply: RecordDict) -> None:
-    reply["labels"] = MetricRecord({"label": 3})
+def plain(records: RecordDict) -> dict[str, Any]:
+    """Records as something that compares by content."""
+    return {
+        name: {key: (v.dtype, v.shape, v.data) if isinstance(v, Array) else v for key, v in record.items()}
+        for name, record in records.items()
+    }
 
 
-def extra_metric(reply: RecordDict) -> None:
-    reply["metrics"]["age"] = 61  # type: ignore[index]
+@pytest.fixture(scope="module")
+def cases(sites_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """By name: training and evaluations, with and without privacy."""
+    root = tmp_path_factory.mktemp("cases")
+    policy = {"private-metrics": "noise", "metrics": ["num-bags", "loss", "confusion"]}
+    budget = {"budget": {"epsilon": 500.0, "delta": 1e-3}}
+    clear = with_policy(sites_dir / "hospital-1", root / "clear", **{"release-proportions": "total"})
+    per_bag = with_policy(
+        sites_dir / "hospital-1",
+        root / "per-bag",
+        **{"release-proportions": "per-bag", "held-back": 0.5, "minimum-held-back-bags": 4},
+    )
+    private = with_policy(sites_dir / "hospital-1", root / "private", **policy, **budget)
+    return {
+        "train": Case(per_bag, "train", {}),
+        "bags": Case(per_bag, "evaluate.bags", {}),
+        "test": Case(clear, "evaluate.test", {}),
+        "release": Case(clear, "query.proportions", {}),
+        "release per bag": Case(per_bag, "query.proportions", {}),
+        "private train": Case(private, "train", PRIVATE),
+        "look": Case(private, "evaluate.bags", LOOK),
+        "private release": Case(private, "query.proportions", PRIVATE),
+        "private test": Case(private, "evaluate.test", PRIVATE),
+    }
 
 
-def label_as_metric(reply: RecordDict) -> None:
-    reply["metrics"]["melanoma"] = 1  # type: ignore[index]
+def edit(record: str, change: Callable[[dict[str, Any]], object]) -> Callable[[RecordDict], None]:
+    """A change of the JSON of a record."""
+
+    def apply(reply: RecordDict) -> None:
+        content = json.loads(str(reply[record]["json"]))  # type: ignore[index]
+        change(content)
+        reply[record] = ConfigRecord({"json": json.dumps(content)})
+
+    return apply
 
 
-def path_as_config(reply: RecordDict) -> None:
-    reply["path"] = ConfigRecord({"path": "/secret/path"})
+def text(record: str, old: str, new: str) -> Callable[[RecordDict], None]:
+    """A change of the text of a record's JSON."""
+
+    def apply(reply: RecordDict) -> None:
+        before = str(reply[record]["json"])  # type: ignore[index]
+        assert old in before
+        reply[record] = ConfigRecord({"json": before.replace(old, new, 1)})
+
+    return apply
 
 
-def path_in_the_statement(reply: RecordDict) -> None:
-    reply["privacy"] = ConfigRecord({"json": '{"site":"north","round":1,"path":"/secret/path"}'})
+def metric(name: str, value: Any) -> Callable[[RecordDict], None]:
+    def apply(reply: RecordDict) -> None:
+        reply["metrics"] = MetricRecord({**reply["metrics"], name: value})  # type: ignore[dict-item]
+
+    return apply
 
 
-def extra_key_in_a_record(reply: RecordDict) -> None:
-    reply["update"]["patient"] = "patient-4711"  # type: ignore[index]
+def without(record: str, key: str | None = None) -> Callable[[RecordDict], None]:
+    def apply(reply: RecordDict) -> None:
+        if key is None:
+            del reply[record]
+        else:
+            del reply[record][key]  # type: ignore[attr-defined]
+
+    return apply
 
 
-def extra_array(reply: RecordDict) -> None:
-    reply["arrays"]["images"] = Array(WEIGHT)  # type: ignore[index]
+def numbers(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[RecordDict], None]:
+    """A change of the trained numbers."""
+
+    def apply(reply: RecordDict) -> None:
+        values = reply["arrays"]["arrays"].numpy()  # type: ignore[index,union-attr]
+        reply["arrays"] = ArrayRecord({"arrays": Array(change(values.copy()))})
+
+    return apply
 
 
-def other_shape(reply: RecordDict) -> None:
-    other = to_records(ModelUpdate(sender="north", round=1, arrays={"w": np.ones((2, 4), np.float32)}))
-    reply["arrays"], reply["update"] = other["arrays"], other["update"]
+def raw(change: Callable[[bytes], bytes]) -> Callable[[RecordDict], None]:
+    """A change of the bytes of the array."""
+
+    def apply(reply: RecordDict) -> None:
+        own: Array = reply["arrays"]["arrays"]  # type: ignore[index,assignment]
+        array = Array(own.dtype, own.shape, own.stype, change(own.data))
+        reply["arrays"] = ArrayRecord({"arrays": array})
+
+    return apply
 
 
-def other_dtype(reply: RecordDict) -> None:
-    reply["arrays"] = ArrayRecord({"arrays": Array(np.ones(6, np.int64))})
+def put(name: str, record: Any) -> Callable[[RecordDict], None]:
+    def apply(reply: RecordDict) -> None:
+        reply[name] = record
+
+    return apply
 
 
-def other_site(reply: RecordDict) -> None:
-    text = str(reply["update"]["json"])  # type: ignore[index]
-    reply["update"] = ConfigRecord({"json": text.replace("north", "south")})
+def with_payload(values: np.ndarray) -> np.ndarray:
+    """A NaN whose free bits hold a text."""
+    values.view(np.uint32)[:2] = 0x7FC00000 | np.frombuffer(b"pt4711xx", np.uint16)[:2]
+    return values
 
 
-def no_statement(reply: RecordDict) -> None:
-    del reply["privacy"]
+def more_arrays(reply: RecordDict) -> None:
+    update = from_records(reply, ModelUpdate)
+    extra = {**update.arrays, "patient": np.zeros(3, np.float32)}
+    reply["arrays"], reply["update"] = (
+        to_records(update.model_copy(update={"arrays": extra}))[key] for key in ("arrays", "update")
+    )
 
 
-@pytest.mark.parametrize(
-    "tamper",
-    [
-        extra_record, extra_metric, label_as_metric, path_as_config, path_in_the_statement,
-        extra_key_in_a_record, extra_array, other_shape, other_dtype, other_site, no_statement,
-    ],
-)  # fmt: skip
-def test_anything_else_is_refused_without_its_content(tamper: Callable[[RecordDict], None]) -> None:
-    reply = good_reply()
-    tamper(reply)
-    with pytest.raises(EgressError) as caught:
-        check_reply("train", REQUEST, reply, SITE)
-    assert not any(canary in str(caught.value) for canary in CANARIES if canary != "melanoma")
+def fewer_arrays(reply: RecordDict) -> None:
+    update = from_records(reply, ModelUpdate)
+    fewer = dict(list(update.arrays.items())[1:])
+    reply["arrays"], reply["update"] = (
+        to_records(update.model_copy(update={"arrays": fewer}))[key] for key in ("arrays", "update")
+    )
 
 
-def test_a_metric_that_policy_withholds_is_refused() -> None:
-    quiet = SITE.model_copy(update={"policy": SitePolicy(metrics=("num-bags",))})
-    with pytest.raises(EgressError, match="policy"):
-        check_reply("train", REQUEST, good_reply(), quiet)
+def other_order(reply: RecordDict) -> None:
+    update = from_records(reply, ModelUpdate)
+    turned = dict(reversed(update.arrays.items()))
+    reply["arrays"], reply["update"] = (
+        to_records(update.model_copy(update={"arrays": turned}))[key] for key in ("arrays", "update")
+    )
 
 
-LOOK = SITE.model_copy(update={"policy": SitePolicy(private_metrics=PrivateMetrics.NOISE)})
-PRIVATE = DPConfig(epsilon=8.0, metrics_scale=20.0)
-PAID = [{"kind": "discrete_laplace", "scale": 20.0}] * 2
+HEAD = "ab" * 32
+LAPLACE = {"kind": "discrete_laplace", "scale": 40.0}
+TEXT = "patient-4711: melanoma"
 
 
-def look_reply(metrics: dict[str, Metric], events: Sequence[dict[str, float | str]] = PAID) -> RecordDict:
-    update = ModelUpdate(sender="north", round=1, metrics=metrics)
-    return to_records(update, PrivacyStatement(site="north", round=1, epsilon=1.0, events=tuple(events)))
+def privacy(**changes: Any) -> Callable[[RecordDict], None]:
+    return edit("privacy", lambda content: content.update(changes))
 
 
-NOISED_SUMS: dict[str, Metric] = {"noised-bags-tv": (512, -40), "held-back-bags": 7}
+def release(**changes: Any) -> Callable[[RecordDict], None]:
+    return edit("release", lambda content: content.update(changes))
 
 
-def test_noised_figures_leave_a_private_run_where_the_policy_says_so() -> None:
-    check_reply("evaluate.bags", REQUEST, look_reply(NOISED_SUMS), LOOK, PRIVATE)
-    check_reply("evaluate.bags", REQUEST, look_reply({}), SITE, PRIVATE)
+def another_count(content: dict[str, Any]) -> None:
+    content["leaf_counts"][0][0] = 4711.0
 
 
-@pytest.mark.parametrize(
-    ("kind", "metrics", "events", "site"),
-    [
-        # withheld by the policy
-        ("evaluate.bags", NOISED_SUMS, PAID, SITE),
-        # figures without noise, under their own names and under that of a noised one
-        ("evaluate.bags", {**NOISED_SUMS, "bags-l1": (0.5, 0.6)}, PAID, LOOK),
-        ("evaluate.bags", {"bags-kl": (0.5, 0.6), "held-back-bags": 7}, PAID, LOOK),
-        ("evaluate.bags", {"noised-bags-tv": (0.5123, 0.25), "held-back-bags": 7}, PAID, LOOK),
-        ("evaluate.bags", {"noised-bags-tv": 0.5123}, PAID, LOOK),
-        ("evaluate.bags", {"loss": 0.3}, PAID, LOOK),
-        # not paid for, or at another scale
-        ("evaluate.bags", NOISED_SUMS, PAID[:1], LOOK),
-        ("evaluate.bags", NOISED_SUMS, [{"kind": "discrete_laplace", "scale": 8.0}] * 2, LOOK),
-        # in another reply than that of a look
-        ("train", NOISED_SUMS, PAID, LOOK),
-    ],
-)
-def test_anything_else_of_held_back_bags_stays_in_a_private_run(
-    kind: str, metrics: dict[str, Metric], events: list[dict[str, float | str]], site: SiteConfig
+THREE = ArrayRecord({"arrays": Array(np.zeros(3, np.float32))})
+SMUGGLED: list[tuple[str, str, Callable[[RecordDict], object]]] = [
+    # metrics
+    ("a list in num-bags", "train", metric("num-bags", [4, 4711])),
+    ("another number of bags", "train", metric("num-bags", 4711)),
+    ("a float for a number of bags", "train", metric("num-bags", 4.25)),
+    ("labels in confusion of a train reply", "train", metric("confusion.argmax.0", [3, 1, 4])),
+    ("a patient id in a metric's name", "train", metric("confusion.patient-4711", 1)),
+    ("a detail of an allowed metric", "train", metric("loss.patient-4711", 0.5)),
+    ("an unknown metric", "train", metric("melanoma", 1)),
+    ("a list of losses", "train", metric("loss", [0.5, 0.25])),
+    ("a loss of NaN", "train", metric("loss", float("nan"))),
+    ("more images than there are", "train", metric("num-images", 10**9)),
+    ("a metric too few", "train", without("metrics", "num-images")),
+    ("a level too many", "bags", metric("bags-kl", [0.5, 0.5, 0.5, 0.5])),
+    ("a distance that none is", "bags", metric("bags-l1", [4711.0, 0.5, 0.5])),
+    ("another number of held-back bags", "bags", metric("held-back-bags", 4711)),
+    ("a matrix of another size", "test", metric("confusion.argmax.0", [9] * 8)),
+    ("a level that is not there", "test", metric("confusion.argmax.7", [9] * 9)),
+    ("a reading that is not there", "test", metric("confusion.labels.0", [9] * 9)),
+    ("a count below the smallest cell", "test", metric("confusion.argmax.0", [1] * 9)),
+    ("a negative count", "test", metric("confusion.argmax.0", [-4711] * 9)),
+    ("exact counts of tests of a site with a budget", "private test", metric("num-bags", 8)),
+    # the envelope
+    ("another site", "train", edit("update", lambda c: c.update(sender="patient-4711"))),
+    ("another round", "train", edit("update", lambda c: c.update(round=4711))),
+    ("a key twice", "train", text("update", '"sender"', f'"sender":"{TEXT}","sender"')),
+    ("a key too many", "train", edit("update", lambda c: c.update(patient=4711))),
+    ("blanks in the text", "train", text("update", '"sender":', '"sender":   \t ')),
+    ("a key of the record", "train", lambda r: r["update"].update(patient=TEXT)),  # type: ignore[union-attr]
+    ("a further record", "train", put("labels", MetricRecord({"label": 3}))),
+    ("a record of paths", "train", put("path", ConfigRecord({"path": "/secret/path"}))),
+    ("a record too few", "train", without("privacy")),
+    # arrays
+    ("bytes after the array", "train", raw(lambda data: data + TEXT.encode())),
+    ("text in the array's header", "train", raw(lambda data: data.replace(b" " * 9, b"#pt-4711 ", 1))),
+    ("a NaN with a payload", "train", numbers(with_payload)),
+    ("infinity", "train", numbers(lambda v: np.full_like(v, np.inf))),
+    ("another dtype", "train", numbers(lambda v: v.astype(np.float64))),
+    ("numbers too many", "train", numbers(lambda v: np.append(v, v[:1]))),
+    ("another array", "train", more_arrays),
+    ("an array too few", "train", fewer_arrays),
+    ("another order of the arrays", "train", other_order),
+    ("arrays beside an evaluation", "bags", put("arrays", THREE)),
+    # the statement
+    ("a generator in own words", "train", privacy(generator=TEXT)),
+    ("a ledger's head in own words", "train", privacy(ledger_head=TEXT)),
+    ("a ledger's head of a site without a ledger", "train", privacy(ledger_head=HEAD)),
+    ("an epsilon of a run without one", "train", privacy(epsilon=0.4711)),
+    ("a statement of another round", "train", privacy(round=4711)),
+    ("a generator in own words, private", "private train", privacy(generator=TEXT)),
+    ("another head", "private train", privacy(ledger_head=HEAD)),
+    ("events in own words", "private train", privacy(events=[{"kind": TEXT}])),
+    ("an event too many", "private train", edit("privacy", lambda c: c["events"].append(LAPLACE))),
+    ("an event too few", "private train", edit("privacy", lambda c: c["events"].clear())),
+    ("another epsilon", "private train", privacy(epsilon=0.4711)),
+    ("another budget", "private train", privacy(budget_left=0.4711)),
+    ("another delta", "private train", privacy(delta=0.4711)),
+    ("a loss of a private run", "private train", metric("loss", 0.5)),
+    # the release
+    ("class names of its own", "release", edit("release", lambda c: c["hierarchy"]["rows"][0].append(TEXT))),
+    ("a class renamed", "release", text("release", "round", "patient-4711")),
+    ("a key beside the tree", "release", edit("release", lambda c: c["hierarchy"].update(patient=4711))),
+    ("a data version in own words", "release", release(data_version=TEXT)),
+    ("another number of bags in the release", "release", release(bags=4711)),
+    ("bag sizes with a total", "release", release(bag_sizes=[8] * 8)),
+    ("counts called noised", "release", release(mechanism="discrete-laplace", event=LAPLACE)),
+    ("other counts", "release", edit("release", another_count)),
+    ("an event of a run without one", "release", release(event=LAPLACE)),
+    ("bag sizes of another sum", "release per bag", release(bag_sizes=[4711] * 8)),
+    ("exact counts in a private run", "private release", release(mechanism="exact", event={})),
+    ("other noise than the ledger keeps", "private release", edit("release", another_count)),
+    (
+        "another event than the ledger's",
+        "private release",
+        edit("release", lambda c: c["event"].update(scale=4711.0)),
+    ),
+    # a look
+    ("a look in floats", "look", metric("noised-bags-tv", [0.5, 0.25, 0.125])),
+    ("a look of one number", "look", metric("noised-bags-tv", 4711)),
+    ("an exact figure beside the noised", "look", metric("bags-l1", [0.5, 0.5, 0.5])),
+    ("a look of more levels", "look", metric("noised-bags-tv", [1, 2, 3, 4])),
+    ("a look beyond its range", "look", metric("noised-bags-tv", [10**12, 0, 0])),
+]
+
+
+@pytest.mark.parametrize(("case", "change"), [pytest.param(*rest, id=name) for name, *rest in SMUGGLED])
+def test_what_a_handler_smuggles_does_not_leave(
+    case: str, change: Callable[[RecordDict], object], cases: dict[str, Case]
 ) -> None:
-    with pytest.raises(EgressError):
-        check_reply(kind, REQUEST, look_reply(metrics, events), site, PRIVATE)
+    """A changed reply is refused, or what goes out is byte for byte the honest one."""
+    own = cases[case]
+    if own.context.run_config["dp.epsilon"]:
+        refused_or_the_ledgers_own(own, change)
+        return
+    reply = own.send(change)
+    if reply.has_error():
+        assert (reply.error.code, reply.error.reason) in [
+            (int(code), told) for code, told in SITE_ERRORS.items()
+        ]
+    else:
+        assert plain(reply.content) == plain(own.sent.content)
 
 
-def test_a_look_in_a_private_run_states_what_is_spent() -> None:
-    reply = look_reply(NOISED_SUMS)
-    del reply["privacy"]
-    with pytest.raises(EgressError):
-        check_reply("evaluate.bags", REQUEST, reply, LOOK, PRIVATE)
+def refused_or_the_ledgers_own(own: Case, change: Callable[[RecordDict], object]) -> None:
+    """In a private run every answer is charged anew, so it is compared with what the handler answered."""
+    honest: list[dict[str, Any]] = []
+
+    def after(reply: RecordDict) -> None:
+        honest.append(plain(copied(reply)))
+        change(reply)
+
+    reply = own.send(after, charge=True)
+    assert reply.has_error() or plain(reply.content) == honest[0]
 
 
-def test_a_reply_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(EgressError, match="no reply is defined"):
-        check_reply("query.images", REQUEST, good_reply(), SITE)
+def test_the_honest_replies_leave_as_they_are(cases: dict[str, Case]) -> None:
+    for own in cases.values():
+        assert plain(own.sent.content) == plain(own.honest)
+
+
+@pytest.mark.parametrize("case", ["private train", "look"])
+def test_an_answer_that_nothing_was_charged_for_stays(case: str, cases: dict[str, Case]) -> None:
+    """The very reply that left a moment ago does not leave again: an older reservation paid for it."""
+    reply = cases[case].send(lambda records: None)
+    assert reply.error.code == SiteError.UNANSWERED
+
+
+def test_the_rest_of_a_reply_is_the_guard_s_own(cases: dict[str, Case]) -> None:
+    """Group, type and time to live follow from the question, whatever the handler set."""
+    own = cases["train"]
+
+    def handler(message: Message, context: Context) -> Message:
+        reply = Message(copied(own.honest), reply_to=message, ttl=17.0)
+        for key, value in (("group_id", TEXT), ("message_type", "train.x"), ("reply_to_message_id", TEXT)):
+            reply.metadata.__dict__[f"_{key}"] = value
+        return reply
+
+    sent = egress.guard(own.message, own.context, handler)
+    kept = sent.metadata
+    assert (kept.group_id, kept.message_type, kept.reply_to_message_id) == ("1", "train", "m")
+    assert kept.ttl > 17
+    failed = egress.guard(own.message, own.context, lambda m, c: Message(Error(4711, TEXT), reply_to=m))
+    assert (failed.error.code, failed.error.reason) == (SiteError.INTERNAL, SITE_ERRORS[SiteError.INTERNAL])
+
+
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=20), st.just(TEXT)
+)
+values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_other_record_is_refused_or_comes_out_as_the_honest_one(
+    cases: dict[str, Case], data: st.DataObject
+) -> None:
+    """A random value in a random place of the JSON of a random reply without privacy."""
+    own = cases[data.draw(st.sampled_from(["train", "bags", "test", "release", "release per bag"]))]
+    record = data.draw(st.sampled_from([n for n, r in own.honest.items() if isinstance(r, ConfigRecord)]))
+    content = json.loads(str(own.honest[record]["json"]))  # type: ignore[index]
+    place, key = content, data.draw(st.sampled_from([*content, "more"]))
+    while isinstance(place.get(key) if isinstance(place, dict) else place[key], dict | list):
+        inner = place[key]
+        keys: list[Any] = [*inner, "more"] if isinstance(inner, dict) else list(range(len(inner)))
+        if not keys or data.draw(st.booleans()):
+            break
+        place, key = inner, data.draw(st.sampled_from(keys))
+    place[key] = data.draw(values)
+    changed = ConfigRecord({"json": json.dumps(content)})
+    reply = own.send(put(record, changed))
+    assert reply.has_error() or plain(reply.content) == plain(own.sent.content)
+
+
+counted = st.one_of(
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.lists(st.integers(-(2**63), 2**63 - 1), max_size=12),
+    st.lists(st.floats(), max_size=12),
+)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_metric_leaves_under_its_name_in_its_type_and_range_or_not_at_all(
+    cases: dict[str, Case], data: st.DataObject
+) -> None:
+    own = cases[data.draw(st.sampled_from(["train", "bags", "test"]))]
+    known = list(own.honest["metrics"])
+    name = data.draw(st.sampled_from(known) | st.text("abc-.019", min_size=1, max_size=20))
+    reply = own.send(metric(name, data.draw(counted)))
+    if not reply.has_error():
+        sent, honest = reply.content["metrics"], own.sent.content["metrics"]
+        assert sent.keys() == honest.keys()
+        assert isinstance(sent, MetricRecord)
+        for key, value in sent.items():
+            assert type(value) is type(honest[key])  # type: ignore[index]
+            if isinstance(value, list):
+                assert len(value) == len(honest[key])  # type: ignore[index,arg-type]
 
 
 @pytest.mark.parametrize(
@@ -178,17 +441,21 @@ def test_a_reply_of_an_unknown_kind_is_refused() -> None:
         (OSError(28, "No space left on device"), SiteError.INTERNAL),
     ],
 )
+@pytest.mark.parametrize("private", [False, True])
 def test_every_error_leaves_as_a_fixed_text(
-    error: Exception, code: SiteError, sites_dir: Path, caplog: pytest.LogCaptureFixture
+    error: Exception, code: SiteError, private: bool, cases: dict[str, Case], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """In a private run, what may depend on private data looks the same, whatever it was."""
     error.args = (" ".join(CANARIES), *error.args)
 
     def fail(message: Message, context: Context) -> Message:
         raise error
 
-    message, context = ask("train", REQUEST, sites_dir)
+    own = cases["private train" if private else "train"]
     with caplog.at_level(logging.DEBUG):
-        reply = egress.guard(message, context, fail)
+        reply = egress.guard(own.message, own.context, fail)
+    if (private and code is not SiteError.CONFIGURATION) or (private and type(error) is UserError):
+        code = SiteError.UNANSWERED
     assert reply.error.code == code
     assert reply.error.reason == SITE_ERRORS[code]
     for canary in CANARIES:
@@ -196,55 +463,39 @@ def test_every_error_leaves_as_a_fixed_text(
         assert canary not in caplog.text
 
 
-def ask(kind: str, content: RecordDict, sites_dir: Path, **changes: str) -> tuple[Message, Context]:
-    become_server()
-    config = RunConfig().with_changes({"model.image-size": 16, "model.atoms-per-class": 2, **changes})
-    message = Message(content, 7, kind)
-    return message, Context(
-        1, 7, {"data-path": str(sites_dir / "hospital-1")}, RecordDict(), config.to_flat()
-    )
-
-
 def test_a_server_that_asks_for_another_folder_gets_a_fixed_refusal(sites_dir: Path) -> None:
-    message, context = ask("train", REQUEST, sites_dir, **{"sites-dir": str(sites_dir)})
-    assert app(message, context).error.reason == SITE_ERRORS[SiteError.CONFIGURATION]
+    node = Node(sites_dir / "hospital-1")
+    reply = node.ask("train", node.model(), sites_dir=str(sites_dir))
+    assert reply.error.reason == SITE_ERRORS[SiteError.CONFIGURATION]
 
 
 def test_a_real_site_answers_with_the_three_records_only(sites_dir: Path) -> None:
-    message, context = ask("query.proportions", RecordDict(), sites_dir)
-    release = from_records(app(message, context).content, ProportionRelease)
-    tree = Hierarchy.from_csv(sites_dir / "hospital-1" / "hierarchy.csv")
-    assert release.tree() == tree
+    node = Node(sites_dir / "hospital-1")
+    release = from_records(node.ask("query.proportions").content, ProportionRelease)
+    assert release.tree() == Hierarchy.from_csv(node.site / "hierarchy.csv")
     assert release.granularity == "total"
     assert sum(release.leaf_counts[0]) == 64
     assert not release.is_private
-
-    config = RunConfig.from_flat(context.run_config)
-    model = build_model(config.model, tree, 0)
-    request = to_records(ModelUpdate(sender="server", round=1, arrays=all_arrays(model)))
-    message, context = ask("train", request, sites_dir)
-    reply = app(message, context)
-    assert not reply.has_error()
+    model = node.model()
+    reply = node.ask("train", model)
     assert set(reply.content) == {"arrays", "metrics", "update", "privacy"}
     update = from_records(reply.content, ModelUpdate)
-    assert any((update.arrays[name] != array).any() for name, array in all_arrays(model).items())
+    assert from_records(reply.content, PrivacyStatement).epsilon is None
+    assert update.arrays.keys() <= model.arrays.keys()
+    assert any((update.arrays[name] != model.arrays[name]).any() for name in update.arrays)
 
 
 def test_a_planted_fault_at_a_site_leaves_no_trace_of_data(
     sites_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     site = tmp_path / "patient-4711"
     shutil.copytree(sites_dir / "hospital-1", site)
     manifest = site / "manifest.csv"
     manifest.write_text(manifest.read_text() + "images/patient-4711-melanoma.png,bag-x\n")
-    message, context = ask("query.proportions", RecordDict(), sites_dir)
-    context.node_config["data-path"] = str(site)
     with caplog.at_level(logging.DEBUG):
-        reply = app(message, context)
+        reply = Node(site).ask("query.proportions")
     assert reply.error.code == SiteError.DATA
     captured = capfd.readouterr()
     for canary in (*CANARIES, str(tmp_path)):
-        for text in (str(reply.error.reason), caplog.text, captured.out, captured.err):
-            assert canary not in text
+        for told in (str(reply.error.reason), caplog.text, captured.out, captured.err):
+            assert canary not in told

@@ -11,7 +11,8 @@ from flwr.app import Context, Message, RecordDict
 
 from client import app as client_app
 from client.claims import claim
-from client.egress import check_reply
+from client.door import QUESTIONS
+from client.masked_egress import rebuild_masked
 from client.secure_aggregation import STATE
 from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
 from client.throwaway import FOLDER, throwaway_kit
@@ -47,6 +48,8 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 from deploy.local_grid import become_server
+
+from .asking import Node, with_policy
 
 SESSION, ROUND = "0f" * 16, 1
 OTHER = "1e" * 16
@@ -365,7 +368,6 @@ def test_secrets_are_in_the_nodes_state_and_leave_it_as_soon_as_they_can(nodes: 
 
 
 SITE = SiteConfig(name="north")
-SENT = to_records(ModelUpdate(sender="server", round=ROUND, arrays={"w": np.zeros((2, 3), np.float32)}))
 GOOD_SHARES = {"a": b"x" * SHARE_BYTES}
 
 
@@ -380,8 +382,7 @@ def masked(**changes: Any) -> MaskedUpdate:
         ("train.masked", MaskRequest(**NOW, shares={}), masked(sender="south")),
         ("train.masked", MaskRequest(**NOW, shares={}), masked(round=2)),
         ("train.masked", MaskRequest(**NOW, shares={}), masked(session="1e" * 16)),
-        ("train.masked", MaskRequest(**NOW, shares={}), masked(metrics={"loss": 0.5})),
-        ("train.masked", MaskRequest(**NOW, shares={}), masked(metrics={"age": 61})),
+        ("train.masked", MaskRequest(**NOW, shares={}), masked(vector=np.zeros(5, np.uint32))),
         ("train.masked", MaskRequest(**NOW, shares={}), masked(vector=np.zeros(7, np.uint32))),
         (
             "query.unmask",
@@ -421,34 +422,45 @@ def masked(**changes: Any) -> MaskedUpdate:
     ],
 )  # fmt: skip
 def test_the_guard_stops_what_a_handler_must_not_send(kind: str, asked: Record, reply: Any) -> None:
-    request = combine(SENT, to_records(asked)) if kind == "train.masked" else to_records(asked)
-    statement = [PrivacyStatement(site="north", round=ROUND)] if kind == "train.masked" else []
+    assert kind in QUESTIONS
     with pytest.raises(EgressError):
-        check_reply(kind, request, to_records(reply, *statement), SITE)
+        rebuild_masked(to_records(asked), reply, SITE, run=1, words=6)
 
 
 def test_the_guard_lets_the_right_replies_out() -> None:
-    request = combine(SENT, to_records(MaskRequest(**NOW, shares={})))
-    statement = PrivacyStatement(site="north", round=ROUND)
-    check_reply("train.masked", request, to_records(masked(), statement), SITE)
-    policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(metrics=("num-bags", "loss")))
-    open_site = SITE.model_copy(update={"policy": policy})
-    check_reply("train.masked", request, to_records(masked(metrics={"loss": 0.5}), statement), open_site)
+    request = to_records(MaskRequest(**NOW, shares={}))
+    sent = rebuild_masked(request, masked(), SITE, run=1, words=6)
+    assert sent.model_dump() == masked().model_dump()
     shares = UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={"b": b"y" * SHARE_BYTES})
-    check_reply(
-        "query.unmask",
-        to_records(UnmaskRequest(**NOW, survivors=("a",), signatures={})),
-        to_records(shares),
-        SITE,
+    asked = to_records(UnmaskRequest(**NOW, survivors=("a",), signatures={}))
+    assert rebuild_masked(asked, shares, SITE, run=1) == shares
+
+
+@pytest.mark.parametrize("metric", ["loss", "num-images", "confusion", "patient-4711"])
+def test_a_metric_that_the_policy_does_not_allow_beside_a_masked_update_stays(
+    nodes: Nodes, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, model = nodes.until_masks(), nodes.model()
+    right = client_app.answer
+
+    def tell_more(*arguments: Any, **named: Any) -> ModelUpdate:
+        told = right(*arguments, **named)
+        return told.model_copy(update={"metrics": {**told.metrics, metric: 1}})
+
+    monkeypatch.setattr(client_app, "answer", tell_more)
+    reply = nodes.ask("hospital-1", "train.masked", model, requests["hospital-1"])
+    assert code(reply) == SiteError.EGRESS
+
+
+def test_an_update_in_clear_of_a_site_that_sends_masked_ones_stays(sites_dir: Path, tmp_path: Path) -> None:
+    """Even where the handler forgot that the site wants it so."""
+    site = with_policy(
+        sites_dir / "hospital-1", tmp_path / "site", **{"secure-aggregation": {"required": True}}
     )
-    with pytest.raises(EgressError, match="records"):
-        check_reply("train.masked", request, to_records(masked()), SITE)  # no statement
-    update = ModelUpdate(sender="north", round=ROUND, arrays={"w": np.zeros((2, 3), np.float32)})
-    strict = SITE.model_copy(
-        update={"policy": SitePolicy(secure_aggregation=SecureAggregationPolicy(required=True))}
-    )
-    with pytest.raises(EgressError, match="masked only"):
-        check_reply("train", SENT, to_records(update, statement), strict)
+    node = Node(site)
+    with pytest.MonkeyPatch.context() as forgetful:
+        forgetful.setattr(client_app, "refuse_in_clear", lambda *_: None)
+        assert code(node.ask("train", node.model())) == SiteError.EGRESS
 
 
 def test_a_claim_is_made_by_one_of_many_at_once(tmp_path: Path) -> None:

@@ -12,8 +12,43 @@ def test_defaults_release_the_total_and_all_known_metrics() -> None:
     policy = SiteConfig(name="x").policy
     assert policy.minimum_bag_size == 4
     assert policy.release_proportions is ReleaseProportions.TOTAL
-    assert policy.metrics == KNOWN_METRICS
+    assert policy.terms(simulated=True).metrics == set(KNOWN_METRICS)
     assert policy.budget == PrivacyBudget(epsilon=None, delta=None)
+
+
+@pytest.mark.parametrize(
+    ("policy", "withheld"),
+    [
+        (SitePolicy(), {"loss", "bags-l1"}),
+        (SitePolicy(release_proportions=ReleaseProportions.PER_BAG), set()),
+        (
+            SitePolicy(release_proportions=ReleaseProportions.NONE),
+            {"loss", "bags-l1", "bags-kl", "num-images"},
+        ),
+        (SitePolicy(budget=PrivacyBudget(epsilon=1.0, delta=1e-6)), {"loss", "bags-l1", "confusion"}),
+    ],
+)
+def test_a_real_site_withholds_what_tells_more_than_it_releases(
+    policy: SitePolicy, withheld: set[str]
+) -> None:
+    terms = policy.terms(simulated=False)
+    assert terms.metrics == set(KNOWN_METRICS) - withheld
+    assert (terms.held_back, terms.minimum_held_back_bags) == (0.1, 8)
+    assert (terms.minimum_cell_size, terms.skip_bad) == (5, False)
+
+
+def test_what_a_site_says_itself_holds_and_a_simulated_one_leaves_the_rest_to_the_run() -> None:
+    silent = SitePolicy().terms(simulated=True)
+    assert (silent.held_back, silent.skip_bad) == (None, None)
+    assert (silent.minimum_held_back_bags, silent.minimum_cell_size) == (1, 0)
+    said = SitePolicy(
+        metrics=("loss",), held_back=0.3, minimum_held_back_bags=4, minimum_cell_size=2, skip_bad=True
+    )
+    for simulated in (True, False):
+        terms = said.terms(simulated=simulated)
+        assert terms.metrics == {"loss"}
+        assert (terms.held_back, terms.minimum_held_back_bags) == (0.3, 4)
+        assert (terms.minimum_cell_size, terms.skip_bad) == (2, True)
 
 
 def test_save_then_load_gives_the_same_and_leaves_no_other_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.config import RunConfig
@@ -22,6 +23,8 @@ from server import app as server_app
 from server import checkpoint, run_folder
 from server.app import app
 from server.run_folder import RunFolder, append_line, read_events
+
+from .conftest import TREE
 
 
 @pytest.fixture
@@ -136,9 +139,8 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_space(
     monkeypatch.setattr(module, function, broken)
     confused = pytest.MonkeyPatch()
     if file == "confusion.json":  # scripted sites hold no labelled images
-        counts = {"n": (["a"], ["b"])}
-        confused.setattr("server.app.test_counts", lambda rounds: counts)
-        confused.setattr("server.app.add_up", lambda pairs: ([], []))
+        empty = [np.zeros((size, size), np.int64) for size in TREE.sizes]
+        confused.setattr("server.app.test_counts", lambda rounds: ({"n": (empty, empty)}, {"n": 1}))
         confused.setattr("server.app.level_figures", lambda *_: [])
     with pytest.raises(RunError, match="No space left on device") as caught:
         federation.run(federation.sites(dict(three)), quorum=3)

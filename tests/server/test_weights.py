@@ -10,7 +10,10 @@ from common.messages import ProportionRelease
 from server.weights import fedpals_weights, label_marginal_weights
 
 
-def release(site: str, counts: tuple[float, ...], bags: int = 10) -> ProportionRelease:
+def release(
+    site: str, counts: tuple[float, ...], bags: int = 10, *, noised: bool = False
+) -> ProportionRelease:
+    mechanism = "discrete-laplace" if noised else "exact"
     return ProportionRelease(
         site=site,
         data_version="v",
@@ -19,8 +22,8 @@ def release(site: str, counts: tuple[float, ...], bags: int = 10) -> ProportionR
         leaf_counts=(counts,) if counts else (),
         bags=bags,
         bag_sizes=(),
-        mechanism="exact" if counts else "none",
-        event={},
+        mechanism=mechanism if counts else "none",  # type: ignore[arg-type]
+        event={"kind": "discrete_laplace", "scale": 8.0} if noised else {},
     )
 
 
@@ -47,7 +50,9 @@ def test_weights_lie_on_the_simplex(sites: int, classes: int, regularisation: fl
 
 
 def test_negative_noised_counts_do_no_harm() -> None:
-    weights = fedpals_weights({"a": release("a", (-1.0, 5.0)), "b": release("b", (5.0, 0.0))}, "uniform", 0.0)
+    weights = fedpals_weights(
+        {"a": release("a", (-1.0, 5.0), noised=True), "b": release("b", (5.0, 0.0))}, "uniform", 0.0
+    )
     assert weights["a"] == pytest.approx(0.5, abs=1e-3)
 
 

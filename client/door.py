@@ -1,0 +1,134 @@
+"""The one door of a site: every question that it answers at all, and who may ask which.
+
+``QUESTIONS`` is the only list of message types. The app takes handlers for these and no other, the guard
+checks requests and replies against it, and the tests run over it. Knows nothing of how a question is
+answered.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Flag, auto
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client.refusal import BudgetRefused
+from client.site import SiteConfig, Terms
+from common.config import RunConfig
+from common.errors import ConfigError
+from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, Record
+from common.secure_aggregation.records import (
+    KeyAdvert,
+    MaskedUpdate,
+    MaskRequest,
+    SealedShares,
+    SessionOffer,
+    SessionPlan,
+    SurvivorList,
+    SurvivorSignature,
+    UnmaskRequest,
+    UnmaskShares,
+)
+
+Handler = Callable[[Message, Context], Message]
+Mod = Callable[[Message, Context, Handler], Message]
+
+
+class Touches(Flag):
+    """What of a site's data an answer is computed from."""
+
+    NOTHING = 0
+    BAGS = auto()
+    """Images of bags, and the label counts of the bags."""
+    TEST = auto()
+    """Labelled test images."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One message type: what it touches, and the records that come in and go out, all of them."""
+
+    touches: Touches
+    asks: tuple[type[Record], ...]
+    answers: tuple[type[Record], ...]
+    private_answers: tuple[type[Record], ...] = ()
+    """In a private run, where it differs."""
+
+    def answers_in(self, config: RunConfig) -> tuple[type[Record], ...]:
+        """Return the kinds of records of a reply in this run."""
+        return self.private_answers or self.answers if config.dp.epsilon else self.answers
+
+
+QUESTIONS: dict[str, Question] = {
+    "query.proportions": Question(Touches.BAGS, (), (ProportionRelease,)),
+    "query.keys": Question(Touches.NOTHING, (SessionOffer,), (KeyAdvert,)),
+    "query.shares": Question(Touches.NOTHING, (SessionPlan,), (SealedShares,)),
+    "query.survivors": Question(Touches.NOTHING, (SurvivorList,), (SurvivorSignature,)),
+    "query.unmask": Question(Touches.NOTHING, (UnmaskRequest,), (UnmaskShares,)),
+    "train": Question(Touches.BAGS, (ModelUpdate,), (ModelUpdate, PrivacyStatement)),
+    "train.masked": Question(Touches.BAGS, (ModelUpdate, MaskRequest), (MaskedUpdate, PrivacyStatement)),
+    "evaluate.bags": Question(
+        Touches.BAGS, (ModelUpdate,), (ModelUpdate,), private_answers=(ModelUpdate, PrivacyStatement)
+    ),
+    "evaluate.test": Question(Touches.TEST, (ModelUpdate,), (ModelUpdate,)),
+}
+"""By message type. A type that is not here cannot be answered."""
+
+
+def admit(question: Question, config: RunConfig, site: SiteConfig, terms: Terms) -> None:
+    """Refuse a question that this site does not answer in this run, before any data are opened.
+
+    Raises:
+        BudgetRefused: it touches data of a site with a privacy budget, and the run is not private.
+        ConfigError: the run is private, and a real site has no budget.
+    """
+    if not question.touches:
+        return
+    cap = site.policy.budget.epsilon
+    if not config.dp.epsilon and cap is not None:
+        raise BudgetRefused(site.name, float("inf"), cap, cap)
+    if config.dp.epsilon and cap is None and terms.strict:
+        raise ConfigError(
+            "this site has no privacy budget: write [policy.budget] epsilon and delta into site.toml"
+        )
+
+
+class SiteApp(ClientApp):
+    """Flower's ClientApp with one way in: every message, of whatever type, passes the mods.
+
+    Flower's own refuses an unknown type before any mod sees it, in words of its own. Here ``answers`` takes
+    the place of ``train``, ``evaluate`` and ``query``.
+
+    Args:
+        mods: outermost first; the last one must let nothing pass that no handler is there for.
+    """
+
+    def __init__(self, mods: list[Mod]) -> None:
+        super().__init__()
+        self.handlers: dict[str, Handler] = {}
+        answer: Handler = self._dispatch
+        for mod in reversed(mods):
+            answer = _wrapped(mod, answer)
+        self._answer = answer
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer one message."""
+        return self._answer(message, context)
+
+    def answers(self, kind: str) -> Callable[[Handler], Handler]:
+        """Register the handler of a message type, which must be one of ``QUESTIONS``, once."""
+        if kind not in QUESTIONS or kind in self.handlers:
+            raise ValueError(f"{kind!r} is no question, or has a handler already")
+
+        def register(handler: Handler) -> Handler:
+            self.handlers[kind] = handler
+            return handler
+
+        return register
+
+    def _dispatch(self, message: Message, context: Context) -> Message:
+        return self.handlers[message.metadata.message_type](message, context)
+
+
+def _wrapped(mod: Mod, inner: Handler) -> Handler:
+    return lambda message, context: mod(message, context, inner)
