@@ -48,6 +48,7 @@ def report_command(
       fedbags report site/ledger.sqlite --out report --pdf
       fedbags report runs/demo north/ledger.sqlite south/ledger.sqlite --out report
     """
+    from deploy.report.prose import figure
     from deploy.tables import console
 
     written = report(sources, out, pdf)
@@ -59,8 +60,8 @@ def report_command(
         worst = written["worst"]
         if worst:
             screen.print(
-                f"epsilon {worst['epsilon']:.4g} at delta {worst['delta']:g} at site {worst['site']} (unit "
-                f"{worst['unit']}, {worst['adjacency']}, {worst['accountant']}, upper bound)",
+                f"epsilon {figure(worst['epsilon'])} at delta {worst['delta']:g} at site {worst['site']} "
+                f"(unit {worst['unit']}, {worst['adjacency']}, {worst['accountant']}, upper bound)",
             )
         for problem in written["problems"]:
             where = "" if problem["row"] is None else f", row {problem['row']}"

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client.ledger_file import LedgerError, reading
 from common.errors import RunError, UserError
 from common.privacy.events import Event
-from deploy.report.model import Audit, CentralNoise, LeftOut, Problem, Settings
+from deploy.report.model import Audit, CentralNoise, LeftOut, Loss, Problem, Settings
 
 if TYPE_CHECKING:  # loads torch, which a report from statements alone does not need
     from client.ledger_book import Book
@@ -73,6 +73,7 @@ class Evidence:
     stated: dict[int, float] = field(default_factory=dict)
     """Stated epsilon by round of the run."""
     training_bags: int | None = None
+    losses: list[Loss] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -200,6 +201,9 @@ def _read_run(path: Path, found: Collected) -> None:
                 "Give one run, or the site's ledger.sqlite."
             )
         found.sites[name] = Evidence(name, statement=statements.get(name), release=releases.get(name))
+    for loss in state.get("losses", ()):
+        figures = {key: loss[key] for key in Loss.model_fields}
+        found.sites[loss["site"]].losses.append(Loss.model_validate(figures))
     for event in events:
         evidence = found.sites.get(str(event.get("site")))
         if evidence and event["event"] == "statement" and event.get("epsilon") is not None:

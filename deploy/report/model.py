@@ -144,6 +144,14 @@ class LedgerState(Part):
     intact: bool
 
 
+class Loss(Part):
+    """A site's word that rows of its ledger are lost, and what it had stated until then."""
+
+    round: int
+    epsilon: float | None
+    delta: float | None
+
+
 class Stated(Part):
     """What the site told the server last."""
 
@@ -196,6 +204,7 @@ class Site(Part):
     losses: int = Field(description="how often the site's owner accepted that rows of its ledger were lost")
     generator: GeneratorKind
     generators: tuple[str, ...] = Field(description="by name, as the ledger or the statement records them")
+    losses: tuple[Loss, ...] = Field(description="of rows of its ledger, as the site declared to the server")
     stated: Stated | None
     ledger: LedgerState | None
     rows: tuple[Row, ...] = Field(description="of ledgers that were named as a source")

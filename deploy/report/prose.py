@@ -24,8 +24,10 @@ NOT_COVERED = (
 
 NOT_SECURE = (GeneratorKind.INSECURE, GeneratorKind.UNKNOWN)
 
-WEAK = 10.0
-"""Above this, an epsilon is commonly held to promise little."""
+STRONG, WEAK = 1.0, 10.0
+"""Up to the first, an epsilon is commonly held to be strong; above the second, to promise little."""
+NEARLY_SURE = 0.95
+"""From this chance of being right on, the attacker of the bet is as good as certain."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def cautions(told: Told) -> tuple[str, ...]:
     if told.worst is not None and told.worst.epsilon > WEAK:
         found.append(
             f"An epsilon above {WEAK:g} is weak: staying within such a budget alone protects little "
-            f"({told.worst.site}: {told.worst.epsilon:.4g}, {told.worst.adjacency} {told.worst.unit}, delta "
-            f"{told.worst.delta:g}, {told.worst.accountant})."
+            f"({told.worst.site}: {figure(told.worst.epsilon)}, {told.worst.adjacency} {told.worst.unit}, "
+            f"delta {told.worst.delta:g}, {told.worst.accountant})."
         )
     for site in told.sites:
         if site.delta is not None and site.delta_limit is not None and site.delta >= site.delta_limit:
@@ -150,27 +152,37 @@ def _what_it_means(told: Told) -> tuple[str, ...]:
     return (
         "What was sent was limited and mixed with random noise, so that there is a bound on what anybody can "
         f"tell from it about {UNITS[worst.unit]}: whether it was there, or another in its place. The bound "
-        f"is epsilon: at {who}, epsilon is {worst.epsilon:.4g} at delta {worst.delta:g} (unit: {worst.unit}; "
-        f"adjacency: {worst.adjacency}; accountant: {worst.accountant}), over everything that was ever sent. "
-        "Smaller is more private; delta is the chance that the bound fails.",
+        f"is epsilon: at {who}, epsilon is {figure(worst.epsilon)} at delta {worst.delta:g} (unit: "
+        f"{worst.unit}; adjacency: {worst.adjacency}; accountant: {worst.accountant}), over everything that "
+        "was ever sent. Smaller is more private; delta is the chance that the bound fails.",
         f"Put as a bet: somebody who knows everything else, sees all that {worst.site} sent and must say "
         f"which of two bags was used, is right at most {100 * worst.guess_right:.4g} % of the time, where a "
-        f"coin is right 50 %. {_judgement(worst.epsilon)}",
+        f"coin is right 50 %. {judgement(worst)}",
     )
 
 
-def _judgement(epsilon: float) -> str:
-    if epsilon <= 1:
-        return "By common reading (Ponomareva et al. 2023) an epsilon of at most 1 is a strong guarantee."
-    if epsilon <= WEAK:
-        return (
-            "By common reading (Ponomareva et al. 2023) an epsilon above 1 and up to 10 is a reasonable "
-            "guarantee: this bound is for the worst imaginable attacker, and real attacks do worse."
-        )
+def judgement(worst: Worst) -> str:
+    """Where an epsilon stands on the usual scale, and what that is worth in the bet."""
+    scale = (
+        "On the scale that is usually read (Ponomareva et al. 2023: up to 1 strong, up to "
+        f"{WEAK:g} what private training commonly reaches, above that weak)"
+    )
+    if worst.epsilon <= STRONG:
+        return f"{scale} this is strong: even such an attacker does little better than the coin."
+    if worst.epsilon > WEAK:
+        return f"{scale} this is weak: the bound alone protects little, and only an audit can say more."
+    if worst.guess_right < NEARLY_SURE:
+        return f"{scale} this is in the middle: such an attacker has an advantage, and stays in doubt."
     return (
-        "By common reading (Ponomareva et al. 2023) an epsilon above 10 is weak: the bound alone protects "
-        "little, and only an audit can say more."
+        f"{scale} this is in the middle, and the bet says what that means here: the bound does not hold off "
+        "an attacker who knows everything else. What protects a bag then is that real attackers know "
+        "much less; how much they find out is not bounded by this figure, and an audit measures it."
     )
+
+
+def figure(epsilon: float) -> str:
+    """Return an epsilon for a sentence: four digits, and no more than thousandths."""
+    return "less than 0.001" if 0 < epsilon < 1e-3 else f"{epsilon:.4g}"
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -41,10 +41,26 @@ def field_path(*keys: str | int) -> str:
     return ".".join(str(key).replace("%", "%25").replace(".", "%2E") for key in keys)
 
 
-def shown(value: Any) -> str:
-    """A figure as the page shows it: four digits, and no exponent where a few zeros do."""
+EPSILONS = frozenset(
+    {
+        "epsilon", "confirmed", "left", "cap", "add_remove", "opacus_rdp", "without_amplification",
+        "epsilon_alone", "budget_left", "replace_one",
+    }
+)  # fmt: skip
+"""Fields that hold an epsilon. Nobody reads more of one than its thousandths; report.json has them all."""
+
+
+def shown(value: Any, name: str = "") -> str:
+    """Return a figure as the page shows it: four digits, and no exponent where a few zeros do.
+
+    Args:
+        value: of any type.
+        name: of its field; see EPSILONS.
+    """
     if not isinstance(value, float):
         return str(value)
+    if name in EPSILONS and 0 < value < 1e-3:
+        return "< 0.001"
     text = f"{value:.4g}"
     if "e-" in text and value >= 1e-7:
         decimals = int(text.partition("e-")[2]) + len(text.partition("e")[0].replace(".", "")) - 1
@@ -62,7 +78,7 @@ def _value(data: Any, *keys: str | int, absent: str = "not recorded") -> Markup:
         )
     exact = repr(data) if isinstance(data, float) else str(data)
     return Markup('<span data-field="{}" data-value="{}">{}</span>').format(
-        field_path(*keys), exact, visible_lines(shown(data))
+        field_path(*keys), exact, visible_lines(shown(data, str(keys[-1])))
     )
 
 

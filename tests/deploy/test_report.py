@@ -29,9 +29,9 @@ from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, e
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import Generator, InsecureSeededRandomness
 from deploy.report.accounts import Accountants, Answer, Question
-from deploy.report.model import Report
-from deploy.report.prose import listed
-from deploy.report.render import field_path
+from deploy.report.model import Report, Worst
+from deploy.report.prose import judgement, listed
+from deploy.report.render import field_path, shown
 from deploy.report_cli import find_browser, report, report_command
 from server.central_dp import central_statement
 
@@ -586,3 +586,93 @@ def test_events_in_the_json_are_enough_to_recompute(run: Path, tmp_path: Path) -
             ),
         ]
         assert figures["epsilon"] == spent(map(event_from_dict, events), DELTA, Adjacency.REPLACE_ONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("left", 1.934e-7, "< 0.001"),
+        ("epsilon", 0.00099, "< 0.001"),
+        ("epsilon", 0.001, "0.001"),
+        ("epsilon", 7.99999981, "8"),
+        ("left", 0.0, "0"),
+        ("cap", 12.5, "12.5"),
+        ("delta", 1e-6, "0.000001"),
+        ("delta_limit", 0.0001234, "0.0001234"),
+        ("sample_rate", 0.0005, "0.0005"),
+    ],
+)
+def test_nobody_reads_an_epsilon_beyond_its_thousandths(name: str, value: float, text: str) -> None:
+    assert shown(value, name) == text
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "says"),
+    [
+        (0.0005, "this is strong"),
+        (1.0, "this is strong"),
+        (2.0, "stays in doubt"),
+        (4.0, "does not hold off an attacker"),
+        (8.0, "does not hold off an attacker"),
+        (12.0, "this is weak"),
+    ],
+)
+def test_the_judgement_and_the_bet_follow_from_one_scale(epsilon: float, says: str) -> None:
+    """A bet that is right 99.97 % of the time and a "reasonable guarantee" stood side by side."""
+    guess = 1 / (1 + math.exp(-epsilon))
+    worst = Worst(
+        site="north", epsilon=epsilon, delta=1e-4, unit="bag", adjacency="replace-one", accountant="PLD",
+        cap=None, left=None, guess_right=guess,
+    )  # fmt: skip
+    text = judgement(worst)
+    assert says in text
+    assert "reasonable" not in text
+    assert ("in the middle" in text) == (1 < epsilon <= 10)
+    assert ("does not hold off" in text) == (guess >= 0.95 and epsilon <= 10)
+
+
+class Cells(HTMLParser):
+    """Of every table: its column heads, and the label of each cell of its body."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: list[tuple[list[str], list[str | None], bool]] = []
+        self._head = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag == "table":
+            self.tables.append(([], [], "stack" in (given.get("class") or "").split()))
+        elif tag == "td" and self.tables and "colspan" not in given:
+            self.tables[-1][1].append(given.get("data-label"))
+        self._head = tag == "th" and given.get("scope") != "row"
+
+    def handle_data(self, data: str) -> None:
+        if self._head and self.tables:
+            self.tables[-1][0].append(data)
+        self._head = False
+
+
+def test_wide_tables_name_each_cell_for_a_phone(run: Path, tmp_path: Path) -> None:
+    """A phone is too narrow for eight columns: the rows become blocks, a line for each cell."""
+    report([run], tmp_path / "out")
+    tables = Cells((tmp_path / "out/report.html").read_text()).tables
+    wide = [(heads, labels) for heads, labels, stack in tables if len(heads) > 4 or stack]
+    assert len(wide) > 3
+    for heads, labels in wide:
+        assert labels
+        assert all(label in heads for label in labels)
+
+
+def test_a_declared_loss_stands_with_what_had_been_stated(run: Path, tmp_path: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["losses"] = [{"round": 2, "site": "north", "epsilon": 3.25, "delta": 1e-4}]
+    (run / "summary.json").write_text(json.dumps(summary))
+    report([run], tmp_path / "out")
+    data = json.loads((tmp_path / "out/report.json").read_text())
+    assert data["sites"]["north"]["losses"] == [{"round": 2, "epsilon": 3.25, "delta": 1e-4}]
+    assert data["sites"]["south"]["losses"] == []
+    page = (tmp_path / "out/report.html").read_text()
+    assert "In round 2 the site declared that rows of its ledger were lost" in page
+    assert 'data-value="3.25"' in page
