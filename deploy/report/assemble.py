@@ -252,7 +252,7 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
         losses=max(book.losses if book else 0, item.statement.losses if item.statement else 0),
         generator=_kind_of(generators),
         generators=tuple(generators),
-        losses=tuple(item.losses),
+        declared_losses=tuple(item.declared_losses),
         stated=_stated(item.statement),
         ledger=_ledger_state(item),
         rows=rows_of(book) if book and item.named else (),

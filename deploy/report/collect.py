@@ -73,7 +73,7 @@ class Evidence:
     stated: dict[int, float] = field(default_factory=dict)
     """Stated epsilon by round of the run."""
     training_bags: int | None = None
-    losses: list[Loss] = field(default_factory=list)
+    declared_losses: list[Loss] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -203,7 +203,7 @@ def _read_run(path: Path, found: Collected) -> None:
         found.sites[name] = Evidence(name, statement=statements.get(name), release=releases.get(name))
     for loss in state.get("losses", ()):
         figures = {key: loss[key] for key in Loss.model_fields}
-        found.sites[loss["site"]].losses.append(Loss.model_validate(figures))
+        found.sites[loss["site"]].declared_losses.append(Loss.model_validate(figures))
     for event in events:
         evidence = found.sites.get(str(event.get("site")))
         if evidence and event["event"] == "statement" and event.get("epsilon") is not None:

@@ -204,7 +204,7 @@ class Site(Part):
     losses: int = Field(description="how often the site's owner accepted that rows of its ledger were lost")
     generator: GeneratorKind
     generators: tuple[str, ...] = Field(description="by name, as the ledger or the statement records them")
-    losses: tuple[Loss, ...] = Field(description="of rows of its ledger, as the site declared to the server")
+    declared_losses: tuple[Loss, ...] = Field(description="to the server, with what was stated before")
     stated: Stated | None
     ledger: LedgerState | None
     rows: tuple[Row, ...] = Field(description="of ledgers that were named as a source")

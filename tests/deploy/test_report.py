@@ -671,8 +671,8 @@ def test_a_declared_loss_stands_with_what_had_been_stated(run: Path, tmp_path: P
     (run / "summary.json").write_text(json.dumps(summary))
     report([run], tmp_path / "out")
     data = json.loads((tmp_path / "out/report.json").read_text())
-    assert data["sites"]["north"]["losses"] == [{"round": 2, "epsilon": 3.25, "delta": 1e-4}]
-    assert data["sites"]["south"]["losses"] == []
+    assert data["sites"]["north"]["declared_losses"] == [{"round": 2, "epsilon": 3.25, "delta": 1e-4}]
+    assert data["sites"]["south"]["declared_losses"] == []
     page = (tmp_path / "out/report.html").read_text()
     assert "In round 2 the site declared that rows of its ledger were lost" in page
     assert 'data-value="3.25"' in page
