@@ -355,7 +355,7 @@ def _stated_release(item: Evidence) -> tuple[Release, ...]:
 def _stated(statement: Statement | None) -> Stated | None:
     if statement is None:
         return None
-    return Stated.model_validate(statement.model_dump(exclude={"site", "events"}))
+    return Stated.model_validate(statement.model_dump(exclude={"site", "events", "losses"}))
 
 
 def _ledger_state(item: Evidence) -> LedgerState | None:
