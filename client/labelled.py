@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from client.csv_tables import read_csv
 from client.image_cache import Progress, open_cache
+from client.label_names import unknown_label
 from client.site import SiteConfig
 from client.site_files import TEST_FILE, Fault, collect_images, fingerprint, read_hierarchy
 from common.errors import BadRow, DataError
@@ -79,8 +80,7 @@ class LabelledImages:
             if image.key in hierarchy.leaf_index:
                 known.append(image)
                 continue
-            reason = f"unknown label {image.key!r}; it is no leaf of the hierarchy"
-            faults.append(Fault(BadRow(TEST_FILE, image.line, reason)))
+            faults.append(Fault(BadRow(TEST_FILE, image.line, unknown_label(image.key, hierarchy))))
         keep = np.arange(len(known))
         images = np.zeros((0, image_size, image_size, 3), dtype=np.uint8)
         if known:

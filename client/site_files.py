@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.csv_tables import CsvTable, read_csv, whole_number
+from client.label_names import unknown_label
 from client.site import BUILD_ADVICE, SiteConfig
 from common.errors import BadRow, DataError
 from common.hierarchy import Hierarchy
@@ -196,7 +197,7 @@ def _collect_counts(
         leaf, number = hierarchy.leaf_index.get(label), whole_number(text)
         reason = ""
         if leaf is None:
-            reason = f"unknown label {label!r}; it is no leaf of the hierarchy"
+            reason = unknown_label(label, hierarchy)
         elif number is None:
             reason = f"count {text!r} is not a whole number >= 0"
         elif (bag, label) in seen:

@@ -195,7 +195,8 @@ def _refuse_unread(context: typer.Context, source: SourceKind, options: Iterable
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise UserError(f"--source {source} does not read {names}")
+        counted = " (--source counts does)" if "--counts" in names else ""
+        raise UserError(f"--source {source} does not read {names}{counted}")
 
 
 def _show(report: "BuildReport", as_json: bool) -> None:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from client.bags import write_quarantine
 from client.image_cache import Progress
+from client.label_names import refuse_twins
 from client.sources.build_steps import Steps, image_faults, refuse_existing, whole_or_nothing
 from client.sources.division import column, divide, groups_of, is_missing, make_bags
-from client.sources.label_names import refuse_twins
 from client.sources.partition import Indices
 from client.sources.report import BuildReport, make_report
 from client.sources.site_writer import SitePlan, write_site

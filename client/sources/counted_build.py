@@ -19,9 +19,9 @@ from client.site import SiteConfig, SitePolicy
 from client.site_files import MANIFEST_FILE, Fault
 from client.sources.build_steps import Steps, image_faults, refuse_existing, whole_or_nothing
 from client.sources.counts import CountedBags
+from client.sources.dicom import MixedImages
 from client.sources.report import BuildReport, SiteReport
 from client.sources.site_writer import write_counts, write_images
-from client.sources.source_table import FileImages
 from common.errors import BadRow, DataError, UserError
 
 
@@ -57,7 +57,7 @@ def build_counted_site(
     refuse_existing(target, "--name")
     paths = [path for members in bags.images for path in members]
     bag_of = [number for number, members in enumerate(bags.images) for _ in members]
-    images = FileImages(paths)
+    images = MixedImages(paths)
     step = Steps(2 * len(paths), progress)
     faults = list(bags.faults)
     for index, reason in image_faults(images, len(paths), step):

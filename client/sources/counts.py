@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.csv_tables import CsvTable, read_csv, whole_number
+from client.label_names import did_you_mean, fold, refuse_twins, unknown_label
 from client.site_files import Fault
-from client.sources.file_index import FileIndex, FoundFiles, find_images, is_hidden
-from client.sources.label_names import did_you_mean, fold, refuse_twins, unknown_label
+from client.sources.dicom import DICOM_SUFFIXES
+from client.sources.file_index import IMAGE_SUFFIXES, FileIndex, FoundFiles, find_images, is_hidden
 from client.sources.table import image_column
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
@@ -209,9 +210,13 @@ class _Counts:
             self.notes.append(f"{blank} blank cell(s) of {table.file} count as 0.")
 
 
+def _is_picture(ending: str) -> bool:
+    return ending in IMAGE_SUFFIXES or ending in DICOM_SUFFIXES
+
+
 def _bags_of_folders(root: Path, faults: list[Fault]) -> tuple[dict[str, list[Path]], FoundFiles]:
     """The images below each folder in ``root``, by name; pictures outside these folders are faults."""
-    found = find_images(root)
+    found = find_images(root, _is_picture)
     folders = (path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name))
     members: dict[str, list[Path]] = {path.name: [] for path in folders}
     for path in found.images:
@@ -230,7 +235,7 @@ def _bags_of_table(
     root: Path, table: CsvTable, faults: list[Fault]
 ) -> tuple[dict[str, list[Path]], FoundFiles]:
     """The images of each bag, in the order of a table."""
-    index = FileIndex(root)
+    index = FileIndex(root, _is_picture)
     image, bag_name = image_column(table), _bag_column(table)
     members: dict[str, list[Path]] = {}
     first: dict[Path, tuple[int, str]] = {}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.decoding import check_pixels, stretch
-from client.sources.source_table import SourceTable, save_png
+from client.sources.source_table import FileImages, SourceImages, SourceTable, save_png
 from client.sources.table import table_source
 from common.errors import BadRow, UserError
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # pydicom is an extra
     from pydicom import Dataset
 
 PATIENT_COLUMN = "dicom-patient"
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
+"""Endings that nothing else has, lower case."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,39 @@ class DicomImages:
         return self.paths[index].stat().st_size
 
 
+@dataclass(frozen=True)
+class MixedImages:
+    """Files of either kind, DICOM told by its ending."""
+
+    paths: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        if any(map(_has_dicom_ending, self.paths)):
+            require_pydicom()
+
+    def _one(self, index: int) -> SourceImages:
+        path = self.paths[index]
+        return DicomImages([path]) if _has_dicom_ending(path) else FileImages([path])
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def read(self, index: int) -> Image.Image:
+        return self._one(index).read(0)
+
+    def write(self, index: int, stem: Path) -> str:
+        return self._one(index).write(0, stem)
+
+    def size(self, index: int) -> int:
+        return self.paths[index].stat().st_size
+
+
+def require_pydicom() -> None:
+    """Raise a UserError if the extra that reads DICOM is not installed."""
+    if find_spec("pydicom") is None:
+        raise UserError("DICOM needs pydicom: pip install 'fedbags[dicom]'")
+
+
 def dicom_source(
     folder: Path,
     labels: Path,
@@ -62,8 +97,7 @@ def dicom_source(
         UserError: pydicom is not installed; and see table_source.
         DataError: see table_source.
     """
-    if find_spec("pydicom") is None:
-        raise UserError("DICOM needs pydicom: pip install 'fedbags[dicom]'")
+    require_pydicom()
     table = table_source(
         folder, labels, hierarchy, label_column, DicomImages, is_dicom_name, depth=depth, fold_case=fold_case
     )
@@ -226,4 +260,8 @@ def _describe(path: Path) -> tuple[str, bool, str]:
 
 def is_dicom_name(ending: str) -> bool:
     """Whether DICOM files may end so: an ending of their own, none, or the last number of a UID."""
-    return ending in (".dcm", ".dicom", ".dic", ".ima", ".img", "") or ending[1:].isdigit()
+    return ending in DICOM_SUFFIXES or ending in (".img", "") or ending[1:].isdigit()
+
+
+def _has_dicom_ending(path: Path) -> bool:
+    return path.suffix.lower() in DICOM_SUFFIXES

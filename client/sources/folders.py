@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from client.label_names import usual_spellings
 from client.sources.file_index import find_images
-from client.sources.label_names import usual_spellings
 from client.sources.source_table import TEST_WORDS, TRAIN_WORDS, FileImages, SourceTable
 from common.errors import BadRow, UserError
 from common.hierarchy import Hierarchy

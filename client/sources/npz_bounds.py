@@ -16,8 +16,8 @@ MAX_MEMBERS = 1000
 def check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | None = None) -> None:
     """Refuse an archive that would not fit, or whose arrays are not of the size that they declare.
 
-    A file that is longer than the zip declares is cut off there by ``zipfile`` and fails its checksum, so what
-    is declared is what can come.
+    A file that is longer than the zip declares is cut off there by ``zipfile`` and fails its checksum, so
+    what is declared is what can come.
 
     Args:
         packed: the open archive.

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from client.csv_tables import CsvTable, read_csv
+from client.label_names import refuse_twins, unknown_label, usual_spellings
 from client.sources.file_index import IMAGE_SUFFIXES, Ending, FileIndex
-from client.sources.label_names import refuse_twins, unknown_label, usual_spellings
 from client.sources.source_table import FileImages, SourceImages, SourceTable
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy

@@ -130,10 +130,10 @@ def test_two_processes_that_build_at_once_end_with_one_cache(
 ) -> None:
     decode = client.image_cache._decode
 
-    def other_process_wins(path: Path, size: int) -> object:
+    def other_process_wins(path: Path, size: int, *read: object) -> object:
         monkeypatch.setattr(client.image_cache, "_decode", decode)
         BagStore.open(site, 8)
-        return decode(path, size)
+        return decode(path, size, *read)
 
     monkeypatch.setattr(client.image_cache, "_decode", other_process_wins)
     assert len(BagStore.open(site, 8)) == 3
@@ -227,7 +227,8 @@ def test_an_image_of_too_many_pixels(site: Path, monkeypatch: pytest.MonkeyPatch
         ("manifest.csv", "images/10.png,b1", "images/10.png,b2", "counts 4 images, manifest.csv lists 3"),
         ("manifest.csv", "images/10.png,b1", "images/10.png,b9", "row 2: bag 'b9' has no row in bags.csv"),
         ("bags.csv", "b1,red,2", "b1,purple,2", "row 2: unknown label 'purple'"),
-        ("bags.csv", "b1,red,2", "b1,warm,2", "row 2: unknown label 'warm'"),
+        ("bags.csv", "b1,red,2", "b1,warm,2", "row 2: label 'warm' is a class of level warmth"),
+        ("bags.csv", "b1,red,2", "b1,RED,2", "no leaf of the hierarchy; did you mean 'red'?"),
         ("bags.csv", "b1,red,2", "b1,red,3", "row 2: bag 'b1' counts 5 images, manifest.csv lists 4"),
         ("bags.csv", "b1,red,2", "b1,red,-2", "row 2: count '-2' is not a whole number"),
         ("bags.csv", "b1,red,2", "b1,red,2.5", "row 2: count '2.5' is not a whole number"),

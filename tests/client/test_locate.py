@@ -1,5 +1,6 @@
 """No server says where a real site's data is, or where it writes."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from client.budget import ledger_path
-from client.locate import find_site, is_simulated
+from client.locate import find_site, is_simulated, site_folders
 from client.site import PrivacyBudget
 from common.config import RunConfig
 from common.errors import ConfigError, UserError
@@ -55,3 +56,9 @@ def test_a_real_site_never_writes_its_ledger_where_the_server_says(
     assert ledger_path(real, config, tmp_path / "site", own).parent == tmp_path / "site"
     below_run = ledger_path(simulated, config, tmp_path / "site", own).is_relative_to(tmp_path / "elsewhere")
     assert below_run == (epsilon is None)
+
+
+def test_what_a_broken_build_leaves_is_no_site(sites_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(sites_dir / "hospital-1", tmp_path / "one")
+    shutil.copytree(sites_dir / "hospital-2", tmp_path / ".two-x1y2")
+    assert site_folders(tmp_path) == [tmp_path / "one"]

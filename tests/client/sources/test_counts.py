@@ -14,9 +14,11 @@ from client.labelled import LabelledImages
 from client.site import SiteConfig
 from client.sources.counted_build import build_counted_site
 from client.sources.counts import read_counted_bags
+from client.sources.dicom import to_8_bits
 from client.sources.report import BuildReport
 from common.errors import DataError, UserError
 from deploy.bags_cli import app
+from tests.client.sources.test_dicom import write_dicom
 
 Draw = Callable[[Path], None]
 
@@ -251,6 +253,19 @@ def test_what_is_left_out_is_counted_and_named(hospital: Path, draw: Draw) -> No
     assert ".pdf (1)" in notes
     assert "2 images are the same as another, byte for byte" in notes
     assert "1 of these 1 lie in more than one bag" in notes
+
+
+def test_dicom_files_are_bags_too(hospital: Path) -> None:
+    pytest.importorskip("pydicom")
+    ramp = np.tile(np.arange(0, 4096, 256, dtype=np.uint16), (16, 1))
+    for number in range(4):
+        (hospital / f"bags/week 1/1{number}.png").unlink()
+        write_dicom(hospital / f"bags/week 1/1{number}.dcm", ramp + np.uint16(number), "CANARY^1")
+    assert build(hospital).used == 13
+    store = BagStore.open(hospital / "SITES/site-a", 16)
+    assert np.array_equal(store[0].images[0][..., 0], to_8_bits(hospital / "bags/week 1/10.dcm"))
+    for path in (hospital / "SITES").rglob("*"):
+        assert path.is_dir() or b"CANARY^1" not in path.read_bytes()
 
 
 def command(*arguments: str | Path) -> str:
