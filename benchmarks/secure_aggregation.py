@@ -5,7 +5,7 @@
 Both sides are the real ones: server.rounds asks, the ClientApp with its guard answers, LocalGrid serialises
 every message both ways, all in this process. Only local training is left out: in its place each site adds a
 fixed step to every trained parameter. A round is everything from the trainable arrays of the current model
-to the next model: requests, replies, checks, sum, server optimiser; for secure aggregation all four waves,
+to the next model: requests, replies, checks, sum, server optimiser; for secure aggregation all five waves,
 signatures, secret sharing, quantisation and masks. Enrolment, model building and checkpoints are outside.
 
 ``ratio`` is processor time, secure / plain, the median of pairs of rounds that are measured in turn (a shared
@@ -59,7 +59,8 @@ def no_training(model, store, config, round, seeds):  # type: ignore[no-untyped-
     """A fixed step in place of local training."""
     for parameter in model.parameters():
         parameter.data.add_(STEP)
-    return TrainingResult(1.0, 1, 10, 80)
+    training, _ = store.split(config.train.held_back, config.seed)
+    return TrainingResult(1.0, 1, len(training), 8 * len(training))
 
 
 def prepare(folder: Path, sites: int, secure: bool) -> tuple[Rounds, CountingGrid]:
