@@ -6,21 +6,25 @@ sampling come from a cryptographic generator wherever real patients are; only a 
 them from a seed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flwr.app import Context
 
-from client.bags import BagStore
+from client.bags import CACHE_FOLDER, BagStore
 from client.journal import journal_path, newest_mark
 from client.ledger import Ledger, Reservation
 from client.ledger_anchor import anchor_of_node
 from client.ledger_file import LEDGER_FILE
 from client.locate import is_simulated
+from client.plan_cache import SigmaCache
 from client.site import PrivacyBudget, PrivateMetrics, ReleaseProportions
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.messages import PrivacyStatement
+from common.privacy.accounting import calibrate
 from common.privacy.events import DiscreteLaplace
 from common.privacy.plan import PrivacyPlan
 from common.privacy.proportions import CountRelease, Granularity, noise_generator, release_counts
@@ -31,9 +35,19 @@ from common.privacy.randomness import InsecureSeededRandomness, Randomness, Secu
 class Budget:
     """One site's plan for one run, and the ledger that is asked before each part of it."""
 
-    plan: PrivacyPlan
+    make: Callable[[], PrivacyPlan]
+    """Makes the plan, which may take seconds."""
     ledger: Ledger
     run_id: str
+
+    @cached_property
+    def plan(self) -> PrivacyPlan:
+        """The plan, made when it is first needed.
+
+        Raises:
+            UserError: the settings make no plan.
+        """
+        return self.make()
 
     def reserve(self, round: int) -> Reservation:
         """Charge a round before it is trained.
@@ -41,6 +55,7 @@ class Budget:
         Raises:
             BudgetRefused: the site's cap does not allow it.
         """
+        self.ledger.refuse_used_up()
         return self.ledger.reserve(
             self.plan.round_event(), self.run_id, round, generator=self.plan.randomness.description
         )
@@ -51,6 +66,7 @@ class Budget:
         Raises:
             BudgetRefused: the site's cap does not allow it.
         """
+        self.ledger.refuse_used_up()
         levels, generator = self.plan.look, noise_generator(self.plan.randomness)
         return self.ledger.reserve(levels[0], self.run_id, round, copies=len(levels), generator=generator)
 
@@ -64,13 +80,15 @@ class Budget:
         stored = self.ledger.release_for(store.data_version)
         if stored is not None:
             return stored
+        self.ledger.refuse_used_up()
+        randomness = self.plan.randomness  # settings that make no plan must not cost a release
         drawn = release_counts(
             store.leaf_counts,
             scale=scale,
             granularity=Granularity(store.config.policy.release_proportions.value),
-            randomness=self.plan.randomness,
+            randomness=randomness,
         )
-        generator = noise_generator(self.plan.randomness)
+        generator = noise_generator(randomness)
         return self.ledger.store_release(drawn, self.run_id, generator=generator)
 
 
@@ -106,10 +124,16 @@ def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Pa
         seen=newest_mark(journal) if journal else (),
     )
     randomness = choose_randomness(context, config, store.name)
-    return Budget(make_plan(config, store, randomness), ledger, run_name(context, config))
+    cache = SigmaCache(folder / CACHE_FOLDER)
+    return Budget(lambda: make_plan(config, store, randomness, cache), ledger, run_name(context, config))
 
 
-def make_plan(config: RunConfig, store: BagStore, randomness: Randomness) -> PrivacyPlan:
+def make_plan(
+    config: RunConfig,
+    store: BagStore,
+    randomness: Randomness,
+    find_sigma: Callable[..., float] = calibrate,
+) -> PrivacyPlan:
     """The plan of a site for ALL rounds and looks of the run and its release of counts together.
 
     Raises:
@@ -133,6 +157,7 @@ def make_plan(config: RunConfig, store: BagStore, randomness: Randomness) -> Pri
         looks=config.evaluation.looks(config.rounds),
         randomness=randomness,
         force_delta=dp.force_delta,
+        find_sigma=find_sigma,
     )
 
 

@@ -99,7 +99,8 @@ def open_cache(
                 f"the image cache in {folder} cannot be written: {error.strerror or error}.\n"
                 f"Allow writing there ({needed:,} bytes), or point the cache at another folder."
             ) from error
-        _remove_others(folder, target, f"{kind}-{image_size}-")
+        # Of every kind only the newest: a server that asks for many sizes must not fill the disk.
+        _remove_others(folder, target, f"{kind}-")
     record = json.loads((target / "cache.json").read_text(encoding="utf-8"))
     return CachedImages(
         images=np.load(target / "images.npy", mmap_mode="r"),

@@ -54,6 +54,8 @@ __all__ = [
 CARRY_EVERY = 256
 """Rows after which the book is carried forward in a row of its own: what a new process reads at most."""
 IDENTIFIER_BYTES = 32
+LEAST_EVENT = DiscreteLaplace(scale=1e6)
+"""Costs next to nothing: what does not fit beside it leaves no room for any training."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,18 @@ class Ledger:
     def book(self) -> Book:
         """What the ledger says, as of the last call."""
         return self._book
+
+    def refuse_used_up(self) -> None:
+        """Refuse where nothing is left of the cap, before anybody searches for a plan.
+
+        Raises:
+            BudgetRefused: all of it is spent.
+        """
+        with self.transaction():
+            book = self._book
+            # The least that can be asked for costs something: nothing fits where nothing is left.
+            if not fits((*book.events, LEAST_EVENT), book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE):
+                raise BudgetRefused(book.site, 0.0, 0.0, book.cap.epsilon)
 
     def reserve(
         self,

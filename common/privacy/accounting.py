@@ -8,6 +8,7 @@ the dots"), so every figure is an upper bound; the grid is chosen to stay within
 """
 
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,8 @@ POINTS = 2**22
 LEAST_SCALE = 1e-3
 """A release with less noise (epsilon above 2000) counts as not private at all."""
 LARGEST_SIGMA = 1e6
+CALIBRATION_SECONDS = 120.0
+"""The most that a search for sigma may take; usual settings take seconds."""
 
 
 def spent(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float, adjacency: Adjacency) -> float:
@@ -133,12 +136,18 @@ def calibrate(
         sigma with ``spent(also + steps) <= target_epsilon``, checked on the value returned.
 
     Raises:
-        UserError: ``also`` leaves nothing of the target.
+        UserError: ``also`` leaves nothing of the target, or the search takes too long.
     """
     others = tuple(also)
+    deadline = time.monotonic() + CALIBRATION_SECONDS
 
     def over(sigma: float) -> float:
         """log(spent / target): falls with sigma, at most 0 when the target holds."""
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the noise for {steps} steps at sample rate {sample_rate:g} was not found within "
+                f"{CALIBRATION_SECONDS:g} s: ask for fewer steps or looks, or for more bags per step"
+            )
         event = PoissonGaussian(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
         return math.log(max(min(spent((*others, event), delta, adjacency), 1e9), 1e-9) / target_epsilon)
 

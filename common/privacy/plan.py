@@ -6,7 +6,7 @@ spent over all runs is the ledger's to say.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 LEAST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-6, 1e6
 """Far outside these float32 holds no noise: its variance is zero below 1e-22, and gradients leave bare."""
+
+
+MOST_STEPS = 200_000
+MOST_FIGURES = 10_000
+LEAST_RATE = 1e-5
+"""Bounds of what a run may ask for; beyond them the search for sigma takes minutes, or is of no use."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class PrivacyPlan:
         adjacency: Adjacency = Adjacency.REPLACE_ONE,
         randomness: Randomness,
         force_delta: bool = False,
+        find_sigma: Callable[..., float] = calibrate,
     ) -> Self:
         """Check the settings and, given epsilon, find the noise for ALL rounds, looks and the release.
 
@@ -94,12 +101,18 @@ class PrivacyPlan:
             adjacency: what epsilon is meant for; sites enforce their budgets on replace-one.
             randomness: where sampling and noise come from.
             force_delta: accept a weak delta; ``delta_is_weak`` then marks the plan.
+            find_sigma: ``calibrate``, or something that remembers what it found. What the plan charges is of
+                the sigma that it returns, whatever that is.
 
         Raises:
             UserError: a setting is out of range or contradicts another; all faults are listed.
         """
         faults = _faults(epsilon, noise_multiplier, delta, clip_norm, number_of_bags)
         faults += _more_faults(expected_bags_per_step, number_of_bags, steps_per_round, rounds)
+        if len(look) * looks > MOST_FIGURES:
+            faults.append(
+                f"{looks} looks of {len(look)} figures each are more than {MOST_FIGURES}; look less often"
+            )
         if not faults and delta >= 1 / number_of_bags and not force_delta:
             faults.append(
                 f"delta = {delta:g} is not below 1 / {number_of_bags} bags: one bag could be given away "
@@ -111,7 +124,7 @@ class PrivacyPlan:
         if noise_multiplier is None:
             assert epsilon is not None
             steps, beside = steps_per_round * rounds, _beside(release, look, looks)
-            noise_multiplier = calibrate(epsilon, delta, rate, steps, also=beside, adjacency=adjacency)
+            noise_multiplier = find_sigma(epsilon, delta, rate, steps, also=beside, adjacency=adjacency)
         return cls(
             target_epsilon=epsilon,
             noise_multiplier=float(noise_multiplier),
@@ -234,8 +247,15 @@ def _more_faults(expected: float, number_of_bags: int, steps_per_round: int, rou
             f"{expected:g} expected bags per step of {number_of_bags} bags is a sample rate "
             "outside (0, 1]; draw fewer bags per step"
         )
+    elif expected < LEAST_RATE * number_of_bags:
+        faults.append(
+            f"{expected:g} expected bags per step of {number_of_bags} bags is a sample rate below "
+            f"{LEAST_RATE:g}; draw more bags per step"
+        )
     if steps_per_round < 1:
         faults.append(f"steps per round must be at least 1, got {steps_per_round}")
     if rounds < 1:
         faults.append(f"rounds must be at least 1, got {rounds}")
+    if steps_per_round * rounds > MOST_STEPS:
+        faults.append(f"{steps_per_round} steps in {rounds} rounds are more than {MOST_STEPS} in all")
     return faults
