@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from client.bags import BagStore
-from client.ledger import DataVersionError, Ledger
+from client.ledger import DataVersionError, Ledger, LedgerLostError
+from client.ledger_anchor import anchor_file
 from client.ledger_book import Book
 from common.errors import UserError
 from common.privacy.events import PoissonGaussian
@@ -59,7 +60,34 @@ def test_a_new_data_version_is_accepted_by_hand(sites_dir: Path, tmp_path: Path)
     assert "nothing was changed" in again.output
     assert f"epsilon {Book.read(path).spent():.4g} of 8" in again.output
     assert Ledger.open(path, name, version, 8.0, 1e-5).events() == (EVENT,)
-    assert version[:12] in runner.invoke(app, ["show", str(path)]).output
+    assert Book.read(path).identifiers[version][:12] in runner.invoke(app, ["show", str(path)]).output
+
+
+@pytest.mark.parametrize("with_kit", [False, True])
+def test_a_loss_is_accepted_by_hand_and_shown(with_kit: bool, sites_dir: Path, tmp_path: Path) -> None:
+    site, kit = tmp_path / "site", tmp_path / "kit"
+    shutil.copytree(sites_dir / "hospital-1", site)
+    (kit / "state").mkdir(parents=True)
+    options = ["--kit", str(kit)] if with_kit else []
+    path, version = site / "ledger.sqlite", BagStore.open(site, 16).data_version
+    anchor = anchor_file(path, kit if with_kit else None)
+    runner = CliRunner(env={"COLUMNS": "200"})
+    told = runner.invoke(app, ["accept-loss", str(site), *options, "--json"])
+    assert json.loads(told.output) == {"accepted": False}
+    ledger = Ledger.open(path, "hospital-1", version, 8.0, 1e-5, anchor=anchor)
+    ledger.reserve(EVENT, "first", 1)
+    spent = ledger.book.spent()
+    path.unlink()
+    with pytest.raises(LedgerLostError):
+        Ledger.open(path, "hospital-1", version, 8.0, 1e-5, anchor=anchor)
+    told = runner.invoke(app, ["accept-loss", str(site), *options, "--json"])
+    assert json.loads(told.output) == {"accepted": True, "losses": 1, "spent": pytest.approx(spent)}
+    assert "nothing is lost" in runner.invoke(app, ["accept-loss", str(site), *options]).output
+    verified = runner.invoke(app, ["verify", str(path), *options, "--json"])
+    assert json.loads(verified.output) == {"intact": True, "losses": 1, "problems": []}
+    assert "1 loss(es)" in runner.invoke(app, ["verify", str(path), *options]).output
+    assert json.loads(runner.invoke(app, ["export", str(path), "--json"]).output)["losses"] == 1
+    assert "lost" in runner.invoke(app, ["show", str(path)]).output
 
 
 def test_verify_exits_1_on_tampering_and_names_the_row(ledger: Ledger) -> None:
