@@ -101,7 +101,7 @@ def test_site_check_of_a_site_with_a_budget_shows_private_runs(sites_dir: Path, 
     assert leaves["label_counts"] is None
     assert "epsilon 3" in leaves["model_update"]
     assert "masked" in leaves["model_update"]
-    assert leaves["metrics"] == ["confusion", "num-bags"]
+    assert leaves["metrics"] == ["num-bags"]
 
 
 def test_every_key_is_listed_with_its_bounds(tmp_path: Path) -> None:
