@@ -82,6 +82,8 @@ def run_metrics(state: RunState, run: str) -> Iterator[Metric]:
     yield _gauge("fedbags_run_info", "Which run these metrics are of; always 1.", {(run,): 1.0}, "run")
     stages = {(stage.value,): float(stage is state.stage) for stage in Stage}
     yield _gauge("fedbags_run_stage", "1 for the stage that the run is in.", stages, "stage")
+    early = float(bool(state.stopped_early))
+    yield GaugeMetricFamily("fedbags_run_stopped_early", "1 if used-up budgets ended the run.", early)
     yield GaugeMetricFamily("fedbags_round", "The last finished round.", state.round)
     yield GaugeMetricFamily("fedbags_rounds", "The rounds that the run will have.", state.rounds)
     yield GaugeMetricFamily(

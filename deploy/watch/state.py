@@ -128,6 +128,8 @@ class RunState:
     refusals: Mapping[str, int] = field(default_factory=dict)
     """By cause; only those that happened."""
     failure: str = ""
+    stopped_early: str = ""
+    """Why the run ended well before its last round, if it did."""
     first: float = 0.0
     """Time of the first event, seconds since 1970; 0 while there is none."""
     last: float = 0.0
@@ -187,6 +189,8 @@ class RunState:
                     updates=int(event.get("updates", 0)),
                     loss=event.get("loss"),
                 )
+            case "stopped-early":
+                return replace(state, stopped_early=str(event.get("reason", "")))
             case "finished":
                 return replace(state, stage=Stage.FINISHED, missing=0, waiting_for=())
             case "failed":
@@ -210,6 +214,7 @@ class RunState:
             rounds=int(event.get("rounds", self.rounds)),
             sites=sites,
             failure="",
+            stopped_early="",
         )
 
     def _phase(self, event: Event) -> Self:

@@ -189,3 +189,16 @@ def test_the_newest_run_is_watched(own_run: Path) -> None:
     second.path.mkdir()
     second.config.write_text("")
     assert (source.look(), source.name) == (RunState(), "second")
+
+
+def test_a_run_that_stopped_early_says_why_until_it_goes_on() -> None:
+    state = fold(
+        [
+            {"event": "enrolled", "time": 1.0, "round": 0, "rounds": 5, "sites": ["north"]},
+            {"event": "round", "time": 2.0, "round": 1, "updates": 1, "loss": None},
+            {"event": "stopped-early", "time": 3.0, "round": 1, "reason": "the privacy budget of north"},
+            {"event": "finished", "time": 4.0, "round": 1},
+        ]
+    )
+    assert (state.stage, state.stopped_early) == (Stage.FINISHED, "the privacy budget of north")
+    assert state.after({"event": "resumed", "round": 1, "rounds": 5, "sites": ["north"]}).stopped_early == ""
