@@ -19,10 +19,13 @@ def fold(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'NAME'?"`` for the known name most like this one, or nothing."""
+def did_you_mean(name: str, known: Iterable[str], alike: float = 0.75) -> str:
+    """Return ``"; did you mean 'NAME'?"`` for the known name most like this one, or nothing.
+
+    ``alike`` is difflib's ratio in [0, 1] that a name must reach; of numbered names many are nearly alike.
+    """
     choices = {fold(other): other for other in known}
-    near = difflib.get_close_matches(fold(name), choices, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(fold(name), choices, n=1, cutoff=alike)
     return f"; did you mean {choices[near[0]]!r}?" if near else ""
 
 

@@ -53,6 +53,8 @@ def build_counted_site(
     except ValidationError as error:
         reasons = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
         raise UserError(f"--name {name!r} cannot name a site: {reasons}") from error
+    if name.startswith("."):
+        raise UserError(f"--name {name!r}: a hidden folder is no site; begin with a letter or a digit")
     target = out / name
     refuse_existing(target, "--name")
     paths = [path for members in bags.images for path in members]

@@ -26,6 +26,9 @@ COUNT_COLUMNS = ("count", "number", "images", "n")
 TOTAL_COLUMNS = ("total", "sum")
 """Names of columns, in any case. A wide table may hold the total of its rows, which is then checked."""
 
+ALIKE = 0.88
+"""How alike two names of bags must be to be one: ``week 1`` and ``week 9`` are not."""
+
 
 @dataclass(frozen=True)
 class CountedBags:
@@ -269,7 +272,7 @@ def _cross_check(
         if bag in spoilt:
             continue
         if bag not in counts.vectors:
-            near = did_you_mean(bag, counts.vectors.keys() - members.keys())
+            near = did_you_mean(bag, counts.vectors.keys() - members.keys(), ALIKE)
             reason = f"bag {bag!r} ({len(paths)} image(s)) has no counts in {counts.file}{near}"
             faults.append(Fault(BadRow(root, None, reason), bag))
             continue
@@ -284,6 +287,6 @@ def _cross_check(
     for bag in counts.vectors:
         if bag in members or bag in spoilt:
             continue
-        near = did_you_mean(bag, members.keys() - counts.vectors.keys())
+        near = did_you_mean(bag, members.keys() - counts.vectors.keys(), ALIKE)
         row = BadRow(counts.file, counts.lines[bag], f"bag {bag!r} has counts, but no image{near}")
         faults.append(Fault(row, bag))

@@ -130,6 +130,7 @@ def test_a_site_is_added_and_none_is_replaced(hospital: Path) -> None:
         ("week 1,2", "wek 1,2", "bag 'week 1' (4 image(s)) has no counts in counts.csv; did you mean 'wek"),
         ("week 1,2", "week 2,2", "row 3: bag 'week 2' stands already in row 2"),
         ("week 1,2", ",2", "row 2: bag is empty"),
+        ("week 1,2,1,1", "week 9,2,1,1", "bag 'week 9' has counts, but no image\n"),
         ("week 1,2,1,1", "week 1,2,1", "row 2: 3 cells where the header has 4"),
         (
             "Canary red",
@@ -293,6 +294,8 @@ def test_the_command_adds_a_site(hospital: Path) -> None:
         (["--name", "three", "--sites", "2", "--bag-size", "4"], "does not read --bag-size, --sites"),
         ([], "needs --images, --counts, --hierarchy and --name"),
         (["--name", "a b"], "--name 'a b' cannot name a site"),
+        (["--name", ".a"], "--name '.a'"),
+        (["--name", ".."], "--name '..'"),
     ):
         with pytest.raises(UserError, match=message):
             command(*options, *wrong)
