@@ -44,7 +44,8 @@ def ask(site: Path, kind: str, **changes: object) -> Message:
     model = build_model(config.model, Hierarchy.from_csv(site / "hierarchy.csv"), 0)
     content = to_records(ModelUpdate(sender="server", round=1, arrays=all_arrays(model)))
     context = Context(1, 7, {"data-path": str(site)}, RecordDict(), config.to_flat())
-    return app(Message(content, 7, kind, group_id="1"), context)
+    asked = RecordDict() if kind.startswith("query") else content
+    return app(Message(asked, 7, kind, group_id="1"), context)
 
 
 PRIVATE = {"dp.epsilon": 20.0, "dp.delta": 1e-3, "dp.expected-bags": 1.0, "dp.steps-per-round": 1}
