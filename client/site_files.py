@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.csv_tables import CsvTable, read_csv, whole_number
-from client.label_names import unknown_label
+from client.label_names import refuse_twins, unknown_label
 from client.site import BUILD_ADVICE, SiteConfig
 from common.errors import BadRow, DataError
 from common.hierarchy import Hierarchy
@@ -64,7 +64,9 @@ class Listing:
 def read_hierarchy(site_dir: Path, config: SiteConfig, fatal: list[BadRow]) -> Hierarchy | None:
     """Read the site's label tree; what is wrong with it goes to ``fatal``."""
     try:
-        return Hierarchy.from_csv(site_dir / config.hierarchy)
+        tree = Hierarchy.from_csv(site_dir / config.hierarchy)
+        refuse_twins(tree, config.hierarchy)
+        return tree
     except DataError as error:
         rows = error.rows or (BadRow(config.hierarchy, None, error.summary),)
         fatal.extend(BadRow(config.hierarchy, row.row, row.reason) for row in rows)

@@ -239,6 +239,12 @@ def test_an_image_of_too_many_pixels(site: Path, monkeypatch: pytest.MonkeyPatch
         ("bags.csv", "b1,red,2", 'b1,"red,2', "is not CSV"),
         ("manifest.csv", "path,", "file,", "row 1: the header lacks column(s) ['path']"),
         ("manifest.csv", "path,bag_id", "path,path", "lacks column(s) ['bag_id']"),
+        (
+            "hierarchy.csv",
+            "cold,green",
+            "cold,green\ncold,Green",
+            "colour 'Green' and 'green' differ only by",
+        ),
         ("hierarchy.csv", "cold,green", "cold", "hierarchy.csv, row 3: 2 non-empty cells"),
         ("hierarchy.csv", "cold,green", "cold,red", "hierarchy.csv, row 3: colour 'red' has another parent"),
         ("site.toml", "minimum-bag-size = 4", "minimum-bag-size = 5", "bag 'b1' holds 4 image(s), the min"),

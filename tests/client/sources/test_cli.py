@@ -69,6 +69,37 @@ def test_bad_rows_with_and_without_skip_bad(tmp_path: Path) -> None:
     assert (tmp_path / "out/quarantine.csv").is_file()
 
 
+def test_levels_fold_case_and_missing_groups_reach_the_sources(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    rows = ["image;diagnosis_1;diagnosis_2;patient"]
+    for index in range(16):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+        rows.append(f"{index};{['a', 'b', 'B', 'a'][index % 4]};;{'p' if index < 8 else ''}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    options = ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels.csv"), "--sites", "1"]
+    options += ["--bag-size", "4", "--group-column", "patient", "--out", str(tmp_path / "out")]
+    given: list[str] = []
+    for more, missing in (
+        (["--levels", "1"], "with --levels 1"),
+        (["--fold-case"], "--fold-case"),
+        (["--missing-groups", "alone"], "--missing-groups alone"),
+    ):
+        with pytest.raises(UserError, match=missing):
+            build(*options, *given)
+        assert not (tmp_path / "out").exists()
+        given += more
+    text = " ".join(build(*options, *given).split())
+    assert "16 of 16 images used" in text
+    assert "4 label(s) were joined with others: 'b' (4)." in text
+    assert "8 image(s) without patient are each a group of its own" in text
+    for source, option in (("folders", "--levels"), ("cub", "--fold-case"), ("archive", "--fold-case")):
+        value = ["1"] if option == "--levels" else []
+        with pytest.raises(UserError, match=f"--source {source} does not read {option}"):
+            build("--source", source, "--images", str(tmp_path), option, *value, "--out", str(tmp_path / "x"))
+
+
 def test_the_help_teaches_and_loads_nothing_heavy() -> None:
     assert "fedbags bags build --source table" in build("--help")
     code = "import sys, deploy.bags_cli; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
