@@ -165,7 +165,8 @@ def test_planted_bug_the_data_version_itself(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("client.app.name_version", lambda store, folder: store.data_version)
+    for module in ("client.app", "client.egress"):  # the guard alone would refuse what the handler sends
+        monkeypatch.setattr(f"{module}.name_version", lambda store, folder: store.data_version)
     assert bags_found(what_leaves(site, caplog, capfd), site, tmp_path / "candidates") == [TRUE]
 
 
