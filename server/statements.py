@@ -80,10 +80,10 @@ class StatementBook:
         with self._alone():
             before = self._memories(statement.site)
             digest = self._digest(statement)
-            if any(digest in memory.taken for memory in before):
-                return None
-            declares = [m.last for m in before if _losses(statement) > _losses(m.last)]
+            declares = [m.last for m in before if statement.losses > m.last.losses]
             if not all(_covers(statement, memory.last) for memory in before):
+                if any(digest in memory.taken for memory in before):
+                    return None
                 self._rolled_back.add(statement.site)
             elif declares:
                 self._rolled_back.discard(statement.site)
@@ -158,7 +158,7 @@ def _covers(new: PrivacyStatement, old: PrivacyStatement) -> bool:
     A site that declares a loss and does not know what it lost states an event without noise: that bounds
     nothing, so it admits everything.
     """
-    declares = _losses(new) - _losses(old)
+    declares = new.losses - old.losses
     now = _counted(new)
     if declares > 0 and any(kind[0] == "poisson_gaussian" and kind[2] == 0 for kind in now):
         return True
@@ -175,7 +175,3 @@ def _counted(statement: PrivacyStatement) -> Counter[tuple[Any, ...]]:
         else:
             counts[event.kind, event.scale] += 1
     return counts
-
-
-def _losses(statement: PrivacyStatement) -> int:
-    return int(getattr(statement, "losses", 0))
