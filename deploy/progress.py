@@ -72,7 +72,7 @@ class Answers:
             # A statement comes with every answer; of masked updates it is all that is seen before their sum.
             case "update" | "statement" if event["round"] > self.round:
                 self.silent.discard(event["site"])
-            case "round":
+            case "round" | "round-skipped":
                 self.round, self.silent = event["round"], set(self.sites)
             case "left":
                 self.sites.discard(event["site"])
@@ -89,6 +89,14 @@ class Answers:
             return ""
         some = sorted(self.silent)[:3]
         return f" (waiting for {', '.join(some)}{' ...' if len(self.silent) > len(some) else ''})"
+
+
+def skipped(event: Mapping[str, Any]) -> str:
+    """Say of a round-skipped event which round was skipped, and for which sites."""
+    return (
+        f"round {event['round']} skipped, the model stays as it was: {', '.join(event['sites'])} had done "
+        "their part of this round's sum already"
+    )
 
 
 class Follower:
@@ -137,6 +145,8 @@ class Follower:
                                 f"round {event['round']}: waiting for {event['missing']} more site(s)"
                                 + (f" of {', '.join(event['sites'])}" if event["sites"] else "")
                             )
+                        case "round-skipped":
+                            progress.console.print(skipped(event))
                         case "left":
                             progress.console.print(f"round {event['round']}: {event['site']} left")
                     progress.update(rounds, completed=answers.done(self._rounds))

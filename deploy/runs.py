@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 
 from common.config import RunConfig
 from common.errors import UserError
+from deploy.suppressed import bounds_of, figure, known, suppression
 from deploy.tables import console, table
 from server.run_folder import RunFolder, read_events
 
@@ -17,7 +18,9 @@ FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "ma
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """Every run below ``folder``: name, state, rounds done, and leaf accuracy where there is one.
+    """Every run below ``folder``: name, state, rounds done, and leaf accuracy where it is known.
+
+    Where sites suppressed small counts it is not, and ``leaf_accuracy_bounds`` says between what it lies.
 
     Raises:
         UserError: the folder does not exist.
@@ -32,12 +35,14 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"run": config.parent.name, "rounds": rounds}
         if run.summary.exists():
             summary = read_summary(config.parent)
+            leaf = summary["levels"][-1] if summary["levels"] else {}
             row |= {
                 "state": "stopped early" if summary.get("stopped_early") else "finished",
                 "method": summary["method"],
                 "sites": summary["sites"],
                 "seconds": summary["seconds"],
-                "leaf_accuracy": summary["levels"][-1]["accuracy"] if summary["levels"] else None,
+                "leaf_accuracy": known(leaf, "accuracy"),
+                "leaf_accuracy_bounds": bounds_of(leaf),
             }
         else:
             failed = bool(events) and events[-1]["event"] == "failed"
@@ -56,7 +61,6 @@ def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
     for column in (runs.columns[1], *runs.columns[3:]):
         column.no_wrap = True
     for row in rows:
-        accuracy = row.get("leaf_accuracy")
         runs.add_row(
             row["run"],
             row["state"],
@@ -64,7 +68,7 @@ def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
             str(row.get("sites", "")),
             str(row["rounds"]),
             f"{row['seconds']:.0f}" if "seconds" in row else "",
-            f"{accuracy:.3f}" if accuracy is not None else "",
+            figure(row.get("leaf_accuracy"), row.get("leaf_accuracy_bounds"), none=""),
         )
     console().print(runs)
 
@@ -90,9 +94,10 @@ def read_summary(run: Path) -> dict[str, Any]:
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     """Return two runs side by side; every list has the first run's value and the second's.
 
-    ``{runs, differences: [{key, values}], levels: [{level, accuracy, balanced_accuracy, macro_f1}], epsilon,
-    rounds, seconds}``; epsilon is the largest of the sites', None where a run was not private, and a level
-    that one run does not have is None there.
+    ``{runs, differences: [{key, values}], levels: [{level, accuracy, balanced_accuracy, macro_f1,
+    accuracy_bounds}], epsilon, rounds, seconds}``; epsilon is the largest of the sites', None where a run was
+    not private, and a figure that one run does not have is None there. Bounds stand in for the figures of
+    a level of which sites suppressed small counts.
 
     Raises:
         UserError: one is no run, or has not finished.
@@ -108,7 +113,11 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
             if one[key] != other[key] and key not in ("run-dir", "resume")
         ],
         "levels": [
-            {"level": name} | {key: [levels.get(name, {}).get(key) for levels in found] for key in FIGURES}
+            {
+                "level": name,
+                **{key: [known(levels.get(name, {}), key) for levels in found] for key in FIGURES},
+                "accuracy_bounds": [bounds_of(levels.get(name, {})) for levels in found],
+            }
             for name in dict.fromkeys(name for levels in found for name in levels)
         ],
         "epsilon": [_largest_epsilon(summary) for summary in summaries],
@@ -125,7 +134,8 @@ def print_comparison(result: dict[str, Any]) -> None:
     figures = table("figures", "", "A", "B")
     for level in result["levels"]:
         for key, name in FIGURES.items():
-            figures.add_row(f"{level['level']}, {name}", *map(_figure, level[key]))
+            bounds = level["accuracy_bounds"] if key == "accuracy" else (None, None)
+            figures.add_row(f"{level['level']}, {name}", *map(figure, level[key], bounds))
     epsilons = ("not private" if value is None else f"{value:.3f}" for value in result["epsilon"])
     figures.add_row("largest epsilon of a site", *epsilons)
     figures.add_row("rounds", *map(str, result["rounds"]))
@@ -141,10 +151,6 @@ def print_comparison(result: dict[str, Any]) -> None:
     for row in result["differences"]:
         settings.add_row(row["key"], *map(str, row["values"]))
     out.print(settings)
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _largest_epsilon(summary: dict[str, Any]) -> float | None:
@@ -171,7 +177,8 @@ def say_baseline(summary: dict[str, Any], run: Path) -> None:
     if len(trivial) == len(summary["levels"]) and trivial:
         named = zip(summary["levels"], trivial, strict=True)
         shares = ", ".join(f"{level['name']} {share:.3f}" for level, share in named)
-        out.print(f"Always naming the most frequent class would get: {shares}.")
+        shown = " (of the cells shown)" if any(map(suppression, summary["levels"])) else ""
+        out.print(f"Always naming the most frequent class would get{shown}: {shares}.")
     sites = RunConfig.from_toml(RunFolder(run).config).sites_dir
     if sites and Path(sites) == run.resolve() / "sites":
         out.print(
@@ -200,26 +207,36 @@ def print_summary(summary: dict[str, Any], run: Path | None = None) -> None:
                 level["name"],
                 str(level["classes"]),
                 *(
-                    f"{level[key]:.3f}"
+                    figure(known(level, key), bounds_of(level, key))
                     for key in ("accuracy", "balanced_accuracy", "macro_f1", "consistent_accuracy")
                 ),
-                f"{level['accuracy'] * level['classes']:.1f}",
+                "-".join(
+                    f"{value * level['classes']:.1f}" for value in bounds_of(level) or [level["accuracy"]]
+                ),
             )
         out.print(levels)
+        for level in summary["levels"]:
+            if told := suppression(level):
+                out.print(
+                    f"{level['name']}: {told} by sites, so its accuracies lie between the two figures, and "
+                    "the others cannot be told."
+                )
         if run is not None:
             say_baseline(summary, run)
     if summary["bags"]:
         bags = table("held-back bags of the selected model (label-free)", "level", "KL (nats)", "L1")
         for level in summary["bags"]:
             kl = f"{level['kl']:.3f}" if "kl" in level else "withheld (L1 is noised)"
-            bags.add_row(level["level"], kl, f"{level['l1']:.3f}")
+            bags.add_row(level["level"], kl, f"{level['l1']:.3f}" if "l1" in level else "withheld")
         out.print(bags)
     names = [level["name"] for level in summary["levels"]]
     sites = table("per site", "site", "bags", "release", "epsilon", *(f"{name} acc." for name in names))
     for site, figures in summary["per_site"].items():
-        accuracies = [f"{level['accuracy']:.3f}" for level in figures["levels"]] or ["-"] * len(names)
+        accuracies = [figure(known(level, "accuracy"), bounds_of(level)) for level in figures["levels"]]
         epsilon = "not private" if figures["epsilon"] is None else f"{figures['epsilon']:.2f}"
-        sites.add_row(site, str(figures["bags"]), figures["release"], epsilon, *accuracies)
+        sites.add_row(
+            site, str(figures["bags"]), figures["release"], epsilon, *(accuracies or ["-"] * len(names))
+        )
     out.print(sites)
     for item in summary["left_out"]:
         out.print(f"left out: round {item['round']}, {item['site']}, {item['phase']}: {item['reason']}")

@@ -151,18 +151,20 @@ def accuracy_bounds(
         smallest: the least count that each of these sites shows.
 
     Returns:
-        Per level None where nothing is suppressed, else ``{"cells", "accuracy", "consistent_accuracy"}``:
-        the number of suppressed counts, and the two bounds of each figure.
+        Per level None where nothing is suppressed, else ``{"cells", "below", "accuracy",
+        "consistent_accuracy"}``: the number of suppressed counts, the number that they are all below, and
+        the two bounds of each figure.
     """
     found: list[dict[str, Any] | None] = []
     for level in range(len(hierarchy.levels)):
-        cells, bounds = 0, {}
+        cells, below, bounds = 0, 0, {}
         for reading, name in enumerate(("accuracy", "consistent_accuracy")):
             low, high = np.zeros(2), np.zeros(2)  # images on the diagonal, and off it
             for pair, limit in zip(counts, smallest, strict=True):
                 matrix = pair[reading][level]
                 hidden, right = matrix == SUPPRESSED, np.eye(len(matrix), dtype=bool)
-                cells += int(hidden.sum())
+                if hidden.any():
+                    cells, below = cells + int(hidden.sum()), max(below, limit)
                 for place, side in enumerate((right, ~right)):
                     seen, unseen = matrix[side & ~hidden].sum(), int((side & hidden).sum())
                     low[place] += seen + unseen
@@ -171,7 +173,7 @@ def accuracy_bounds(
                 float(low[0] / max(low[0] + high[1], 1)),
                 float(high[0] / max(high[0] + low[1], 1)),
             ]
-        found.append({"cells": cells, **bounds} if cells else None)
+        found.append({"cells": cells, "below": below, **bounds} if cells else None)
     return found
 
 

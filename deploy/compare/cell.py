@@ -86,7 +86,7 @@ def work(run: Path) -> None:
         **order.row,
         "seconds": summary["seconds"],
         "levels": levels,
-        "proportion_l1": summary["bags"][-1]["l1"] if summary["bags"] else None,
+        "proportion_l1": summary["bags"][-1].get("l1") if summary["bags"] else None,
         "rounds": summary["rounds"],
         "selected_round": summary["selected_round"],
         "memory_mb": round(peak_memory() / 2**20, 1),

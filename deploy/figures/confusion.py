@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from common.hierarchy import Hierarchy
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.style import GREY, new_figure, wrapped
+from deploy.suppressed import bounds_of, figure, suppression
 
 MOST_NUMBERED = 12
 """Classes up to which every cell tells its share in figures."""
@@ -24,33 +25,37 @@ def draw_confusion(runs: Sequence[FinishedRun], level: int) -> Figure:
 
     Rows are true classes, and each is divided by its sum; the rows of classes without test images stay
     empty. Classes stand in the order of the tree, with lines between the children of different parents.
+    Counts that sites suppressed are drawn as 0: the title says how many, and each panel between what its
+    accuracy lies.
     """
     tree = runs[0].tree
-    panels: list[tuple[str, NDArray[np.int64]]] = []
+    panels: list[tuple[str, NDArray[np.int64], Sequence[float] | None]] = []
     for run, label in zip(runs, labels(runs), strict=True):
         assert run.confusion is not None
+        argmax, path = run.confusion["argmax"][level], run.confusion["path"][level]
+        figures = run.summary["levels"][level]
+        heading = "best class of the level" if len(runs) == 1 else label
+        panels.append((heading, argmax, bounds_of(figures)))
         if len(runs) == 1:
-            panels.append(("best class of the level", run.confusion["argmax"][level]))
-            panels.append(("best root-to-leaf path", run.confusion["path"][level]))
-        else:
-            panels.append((label, run.confusion["argmax"][level]))
+            panels.append(("best root-to-leaf path", path, bounds_of(figures, "consistent_accuracy")))
+    told = sorted({text for run in runs if (text := suppression(run.summary["levels"][level]))})
     side = float(np.clip(2.6 + 0.2 * tree.sizes[level], 4.2, 8.6))
-    what = f"Confusion of test images at level '{tree.levels[level]}'"
-    figure = new_figure(side * len(panels) + 1, side + 0.9, title(what, runs), "compressed")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    what = f"Confusion of test images at level '{tree.levels[level]}'" + "".join(f", {text}" for text in told)
+    picture = new_figure(side * len(panels) + 1, side + 0.9, title(what, runs), "compressed")
+    grid = picture.subplots(1, len(panels), squeeze=False)[0]
     drawn = None
-    for number, (axes, (heading, counts)) in enumerate(zip(grid, panels, strict=True)):
+    for number, (axes, (heading, counts, bounds)) in enumerate(zip(grid, panels, strict=True)):
         drawn = _draw_matrix(axes, tree, level, counts)
-        accuracy = np.trace(counts) / max(1, counts.sum())
-        axes.set_title(f"{heading}: accuracy {accuracy:.3f}")
+        accuracy = float(np.trace(counts) / max(1, counts.sum()))
+        axes.set_title(f"{heading}: accuracy {figure(accuracy, bounds)}")
         axes.set_xlabel("predicted")
         if number == 0:
             axes.set_ylabel("true")
         else:
             axes.tick_params(left=False, labelleft=False)
     assert drawn is not None
-    figure.colorbar(drawn, ax=list(grid), label="share of the true class", fraction=0.03, pad=0.01)
-    return figure
+    picture.colorbar(drawn, ax=list(grid), label="share of the true class", fraction=0.03, pad=0.01)
+    return picture
 
 
 def _draw_matrix(axes: Axes, tree: Hierarchy, level: int, counts: NDArray[np.int64]) -> AxesImage:

@@ -89,7 +89,8 @@ def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, 
                     zorder=3,
                 )
     if not shown:
-        _say(axes, "no figures of held-back bags")
+        kept = any(run.of("bags") for run in runs)
+        _say(axes, "withheld by the sites" if kept else "no figures of held-back bags")
         return
     _count_rounds(axes)
     axes.set_ylim(bottom=0)

@@ -87,6 +87,9 @@ def run_metrics(state: RunState, run: str) -> Iterator[Metric]:
     yield GaugeMetricFamily("fedbags_round", "The last finished round.", state.round)
     yield GaugeMetricFamily("fedbags_rounds", "The rounds that the run will have.", state.rounds)
     yield GaugeMetricFamily(
+        "fedbags_rounds_skipped", "Rounds that left the model as it was.", len(state.skipped)
+    )
+    yield GaugeMetricFamily(
         "fedbags_round_updates", "Updates used in the last finished round.", state.updates
     )
     counts = {

@@ -128,6 +128,8 @@ class RunState:
     refusals: Mapping[str, int] = field(default_factory=dict)
     """By cause; only those that happened."""
     failure: str = ""
+    skipped: tuple[int, ...] = ()
+    """Rounds that left the model as it was, since sites had unmasked their sum before and it was lost."""
     stopped_early: str = ""
     """Why the run ended well before its last round, if it did."""
     first: float = 0.0
@@ -189,6 +191,9 @@ class RunState:
                     updates=int(event.get("updates", 0)),
                     loss=event.get("loss"),
                 )
+            case "round-skipped":
+                number = int(event["round"])
+                return replace(state._going_on(), round=number, updates=0, skipped=(*self.skipped, number))
             case "stopped-early":
                 return replace(state, stopped_early=str(event.get("reason", "")))
             case "finished":

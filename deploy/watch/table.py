@@ -41,6 +41,9 @@ def run_table(state: RunState, run: str, now: float) -> RenderableType:
     if state.missing:
         names = ", ".join(state.waiting_for) or "any"
         parts.append(Text(f"waiting for {state.missing} more site(s), of: {names}", style="yellow"))
+    if state.skipped:
+        rounds = ", ".join(map(str, state.skipped))
+        parts.append(Text(f"rounds skipped, as the sum of sites was lost: {rounds}", style="yellow"))
     if state.stopped_early:
         parts.append(Text(f"stopped early: {state.stopped_early}", style="yellow"))
     if state.failure:

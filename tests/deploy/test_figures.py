@@ -20,6 +20,7 @@ from common.methods import Method
 from common.model_file import ModelCard, save_model
 from deploy.figures.activation import activate, choose_images, last_feature_map
 from deploy.figures.confusion import draw_confusion, row_shares, tree_order
+from deploy.figures.curves import draw_curves
 from deploy.figures.draw import confusion_names, draw_figures
 from deploy.figures.embedding import draw_bags
 from deploy.figures.finished_run import FinishedRun, labels
@@ -87,7 +88,10 @@ def make_run(
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     counts = [(np.eye(size) * 4).astype(int).tolist() for size in TREE.sizes]
     (folder / "confusion.json").write_text(json.dumps({"argmax": counts, "path": counts}), encoding="utf-8")
-    summary = {"rounds": 3, "selected_round": 2, "per_site": {"east": {}, "west": {}}}
+    summary = {
+        "rounds": 3, "selected_round": 2, "per_site": {"east": {}, "west": {}},
+        "levels": [{"name": name} for name in TREE.levels],
+    }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
 
@@ -158,6 +162,37 @@ def test_curves_without_losses_and_bags(run: Path) -> None:
     event = {"event": "round", "round": 1, "updates": 2, "loss": None}
     (run / "metrics.jsonl").write_text(json.dumps(event) + "\n", encoding="utf-8")
     assert_pictures(draw_figures([run], None)[:1])
+
+
+@pytest.mark.parametrize("withheld", [{"l1"}, {"kl"}, {"kl", "l1"}])
+def test_curves_of_what_sites_withhold_say_so(run: Path, withheld: set[str]) -> None:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    for event in events:
+        for level in event.get("levels", ()):
+            for key in withheld:
+                del level[key]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    with house_style():
+        figure = draw_curves([FinishedRun.open(run)])
+    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert texts == [[], *(["withheld by the sites"] if key in withheld else [] for key in ("kl", "l1"))]
+    assert [bool(axes.lines) for axes in figure.axes[1:]] == [True, True]
+
+
+def test_a_matrix_with_suppressed_counts_says_so_and_gives_bounds(run: Path, sites: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    bounds = {"cells": 14, "below": 5, "accuracy": [0.612, 0.681], "consistent_accuracy": [0.4, 0.5]}
+    summary["levels"][2]["suppressed"] = bounds
+    (run / "summary.json").write_text(json.dumps(summary))
+    with house_style():
+        figures = [draw_confusion([FinishedRun.open(run)], level) for level in (1, 2)]
+    titles = [[axes.get_title() for axes in figure.axes[:2]] for figure in figures]
+    assert [title.partition(": ")[2] for title in titles[0]] == ["accuracy 1.000"] * 2
+    assert [title.partition(": ")[2] for title in titles[1]] == ["accuracy 0.61-0.69", "accuracy 0.40-0.50"]
+    heads = [figure.get_suptitle().splitlines()[0] for figure in figures]
+    assert ["suppressed" in head for head in heads] == [False, True]
+    assert heads[1].endswith("14 cells below 5 suppressed")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What the bars say of the sites of a round that is under way."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deploy.progress import Answers, bars
+from deploy.progress import Answers, Follower, bars
 
 SITES = ["a", "b", "c", "d", "e"]
 
@@ -66,3 +68,18 @@ def test_the_first_round_has_an_estimate_when_the_first_site_has_answered() -> N
         assert progress.tasks[0].time_remaining is not None
     assert after(*of("update", *SITES)).done(10) == 2.0
     assert Answers().done(10) == 0.0
+
+
+def test_a_skipped_round_is_said_and_nobody_of_it_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skipped = {"event": "round-skipped", "round": 2, "sites": ["a", "b"], "reason": "2 of 3 updates"}
+    answers = after(*of("update", "a"), skipped)
+    assert (answers.round, answers.silent, answers.without()) == (2, set(SITES), "")
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps(skipped) + "\n")
+    with Follower(metrics, 3):
+        pass
+    told = " ".join(capsys.readouterr().err.split())
+    assert "round 2 skipped" in told
+    assert "a, b had done their part" in told

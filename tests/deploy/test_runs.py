@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,22 @@ from typing import Any
 
 import pytest
 
+from client.locate import site_folders
+from client.site import SiteConfig
 from common.config import RunConfig
 from common.errors import UserError
 from deploy.presets import PRESETS, Preset, preset_rows, values
-from deploy.runs import compare_runs, print_comparison, print_runs, print_summary, trivial_accuracies
-from deploy.simulate import presets_of, say_presets
+from deploy.runs import (
+    compare_runs,
+    list_runs,
+    print_comparison,
+    print_runs,
+    print_summary,
+    read_summary,
+    trivial_accuracies,
+)
+from deploy.simulate import presets_of, run_engine, say_presets
+from deploy.suppressed import figure
 from deploy.tables import config_rows, print_config, print_preset
 
 
@@ -90,6 +102,95 @@ def test_accuracies_stand_beside_what_the_most_frequent_class_gets(
     assert "drawn hospitals are small" in capsys.readouterr().out
     (run / "confusion.json").unlink()
     assert trivial_accuracies(run) == []
+
+
+SUPPRESSED = {"cells": 14, "below": 5, "accuracy": [0.612, 0.681], "consistent_accuracy": [0.3, 0.5]}
+
+
+def suppress_leaves(run: Path) -> dict[str, Any]:
+    """Let the summary say that small counts of leaves were suppressed; of the top, none."""
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    summary["levels"][1]["suppressed"] = SUPPRESSED
+    summary["per_site"]["a"]["levels"] = summary["levels"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+def test_an_accuracy_with_suppressed_counts_is_told_as_its_bounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = make_run(tmp_path / "a", 0.512), make_run(tmp_path / "b", 0.75)
+    print_summary(suppress_leaves(run), run)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    rows = [line.split("│") for line in lines if line.count("│") == 8]
+    top, leaf = (next(row for row in rows if name in row[1]) for name in ("top", "leaf"))
+    assert [cell.strip() for cell in top[3:8]] == ["0.512", "0.500", "0.400", "0.500", "1.0"]
+    assert [cell.strip() for cell in leaf[3:8]] == ["0.61-0.69", "-", "-", "0.30-0.50", "1.2-1.4"]
+    assert "leaf: 14 cells below 5 suppressed" in printed
+    assert "top: 14" not in printed
+    assert "would get (of the cells shown):" in printed
+    (site,) = [line for line in lines if "not private" in line]
+    assert [cell.strip() for cell in site.split("│")[-3:-1]] == ["0.512", "0.61-0.69"]
+    (row, _) = listed = list_runs(tmp_path)
+    assert (row["leaf_accuracy"], row["leaf_accuracy_bounds"]) == (None, [0.612, 0.681])
+    print_runs(listed, tmp_path)
+    assert ["0.61-0.69" in line for line in capsys.readouterr().out.splitlines() if "lhfglp" in line] == [
+        True, False
+    ]  # fmt: skip
+    found = compare_runs(run, other)
+    assert found["levels"][1] == {
+        "level": "leaf", "accuracy": [None, 0.75], "balanced_accuracy": [None, 0.5], "macro_f1": [None, 0.4],
+        "accuracy_bounds": [[0.612, 0.681], None],
+    }  # fmt: skip
+    print_comparison(found)
+    assert "0.61-0.69" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [([0.0, 1.0], "0.00-1.00"), ([0.6149, 0.6801], "0.61-0.69"), ([0.25, 0.25], "0.25-0.25")],
+)
+def test_bounds_are_rounded_outwards(bounds: list[float], text: str) -> None:
+    assert figure(0.5, bounds) == text
+
+
+@pytest.mark.parametrize(
+    ("level", "cells"),
+    [
+        ({"kl": 0.5, "l1": 0.25}, ["0.500", "0.250"]),
+        ({"kl": 0.5}, ["0.500", "withheld"]),
+        ({"l1": 0.25}, ["withheld (L1 is noised)", "0.250"]),
+    ],
+)
+def test_what_sites_withhold_of_held_back_bags_is_said(
+    level: dict[str, float], cells: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = read_summary(make_run(tmp_path / "a", 0.5))
+    print_summary(summary | {"bags": [{"level": "only", **level}]})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "only" in line]
+    assert [cell.strip() for cell in line.split("│")[2:4]] == cells
+
+
+def test_a_run_of_sites_with_the_terms_of_a_real_one_is_told_whole(
+    sites_dir: Path, small_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sites = tmp_path / "sites"
+    shutil.copytree(sites_dir, sites)
+    for site in site_folders(sites):
+        own = SiteConfig.load(site)
+        strict = own.policy.terms(simulated=False)
+        policy = {"metrics": tuple(sorted(strict.metrics)), "minimum_cell_size": strict.minimum_cell_size}
+        own.model_copy(update={"policy": own.policy.model_copy(update=policy)}).save(site)
+    run_engine(small_config({"sites-dir": str(sites)}), "local", workers=0)
+    summary = read_summary(tmp_path / "run")
+    assert [sorted(level) for level in summary["bags"]] == [["kl", "level"]] * len(summary["levels"])
+    assert summary["levels"][-1]["suppressed"]["below"] == 5
+    print_summary(summary, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "below 5 suppressed" in printed
+    assert "withheld" in printed
 
 
 @pytest.mark.parametrize("name", ["fedbags-20261130-112233", "a-name-that-somebody-made-too-long-" * 3])

@@ -1,16 +1,20 @@
 """The state of a run is a pure fold over its events, and its figures are those of the events."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from common.messages import SITE_ERRORS
 from deploy.watch.lines import JsonLinesFile
+from deploy.watch.prometheus import run_metrics
 from deploy.watch.source import RunSource
 from deploy.watch.state import CAUSES, RunState, Stage, cause_of, fold
+from deploy.watch.table import run_table
 from server.checkpoint import load_newest
 from server.exchange import FLOWER_ERRORS
 from server.run_folder import RunFolder, read_events
@@ -42,6 +46,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "phase": st.sampled_from(["enrol", "train", "evaluate.bags"]),
         "reason": REASONS,
     },
+    "round-skipped": {"round": ROUNDS, "sites": st.lists(NAMES, max_size=3), "reason": REASONS},
     "round": {"round": ROUNDS, "updates": st.integers(0, 3), "loss": st.none()},
     "finished": {"round": ROUNDS},
     "failed": {"reason": REASONS},
@@ -202,3 +207,20 @@ def test_a_run_that_stopped_early_says_why_until_it_goes_on() -> None:
     )
     assert (state.stage, state.stopped_early) == (Stage.FINISHED, "the privacy budget of north")
     assert state.after({"event": "resumed", "round": 1, "rounds": 5, "sites": ["north"]}).stopped_early == ""
+
+
+def test_a_skipped_round_is_one_of_the_run_and_is_named() -> None:
+    events = [
+        {"event": "enrolled", "time": 1.0, "round": 0, "rounds": 5, "sites": ["north"]},
+        {"event": "round", "time": 2.0, "round": 1, "updates": 1, "loss": 0.5},
+        {"event": "round-skipped", "time": 3.0, "round": 2, "sites": ["north"], "reason": "1 of 3"},
+    ]
+    state = fold(events)
+    assert (state.stage, state.round, state.updates, state.loss) == (Stage.RUNNING, 2, 0, 0.5)
+    assert state.skipped == (2,)
+    shown = {sample.name: sample.value for metric in run_metrics(state, "first") for sample in metric.samples}
+    assert shown["fedbags_rounds_skipped"] == 1
+    text = io.StringIO()
+    Console(file=text, width=80).print(run_table(state, "first", now=4.0))
+    assert "rounds skipped" in text.getvalue()
+    assert fold(events[:2]).skipped == ()
