@@ -1,8 +1,8 @@
 """The folder of one run: what is where, and how it is written so that a reader never sees half a file.
 
 config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
-metrics.jsonl       one event a line: joined, waiting, enrolled, phase, update, statement, round, left-out,
-                    left, ledger-lost, checkpoint-damaged, stopped-early, resumed, failed, finished
+metrics.jsonl       one event a line: joined, waiting, enrolled, phase, update, statement, round,
+                    round-skipped, left-out, left, ledger-lost, checkpoint-damaged, stopped-early, resumed, failed, finished
 checkpoints/        see checkpoint.py
 model.safetensors   the selected model, with model.json beside it
 summary.json        the figures of the finished run

@@ -78,7 +78,7 @@ def print_summary(name: str) -> None:
 
 def print_predictions(name: str) -> None:
     level = {"level": "leaf", "class": name, "probability": 0.5}
-    code = {"atoms": [{"atom": 1, "class": name, "value": 1.0}]}
+    code = {"level": "leaf", "atoms": [{"atom": 1, "class": name, "value": 1.0}]}
     row = {"image": name, "levels": [level], "path": [name], "path_probability_product": 0.5, "codes": [code]}
     predict.print_predictions([row])
 
