@@ -2,7 +2,8 @@
 
 config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
 metrics.jsonl       one event a line: joined, waiting, enrolled, phase, update, statement, round,
-                    round-skipped, left-out, left, ledger-lost, checkpoint-damaged, stopped-early, resumed, failed, finished
+                    round-skipped, left-out, left, ledger-lost, checkpoint-damaged, stopped-early, resumed,
+                    failed, finished
 checkpoints/        see checkpoint.py
 model.safetensors   the selected model, with model.json beside it
 summary.json        the figures of the finished run
