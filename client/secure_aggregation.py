@@ -215,18 +215,20 @@ def find_kit(context: Context, config: RunConfig, site: SiteConfig) -> Path:
         raise ConfigError(
             f"secure aggregation needs the site's kit: start the SuperNode with --node-config '{KIT}=\"...\"'"
         )
-    return throwaway_kit(run_folder(config), site.name)
+    return throwaway_kit(run_folder(context, config), site.name)
 
 
 def claims_path(context: Context, config: RunConfig, folder: Path) -> Path:
     """With the site's data; a simulated site's lies under the run."""
     if not is_simulated(context):
         return folder / CLAIMS_FILE
-    path = run_folder(config) / "sites" / folder.name / CLAIMS_FILE
+    path = run_folder(context, config) / "sites" / folder.name / CLAIMS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def run_folder(config: RunConfig) -> Path:
-    """What the simulated sites of a run share."""
-    return Path(config.run_dir) if config.run_dir else Path.home() / ".fedbags"
+def run_folder(context: Context, config: RunConfig) -> Path:
+    """Return what the simulated sites of one run share, and no other run does: the folder of the run."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    return Path.home() / ".fedbags" / "runs" / f"{config.name}-{context.run_id}"

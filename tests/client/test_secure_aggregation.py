@@ -1,5 +1,6 @@
 """A site in a secure aggregation: what it demands, what it does once, and what its guard lets out."""
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 from deploy.local_grid import become_server
+from server.app import run_path
 
 from .asking import Node, with_policy
 
@@ -297,6 +299,29 @@ def test_the_site_demands_its_own_minimum(nodes: Nodes) -> None:
     adverts = nodes.keys()
     two = {name: adverts[name] for name in ("hospital-1", "hospital-2")}
     assert code(nodes.ask("hospital-1", "query.shares", nodes.plan(two))) == SiteError.SECURE_AGGREGATION
+
+
+def test_simulated_sites_of_runs_without_a_folder_share_nothing_with_another_run(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one run of a simulation did must not be refused to the next one, whose run folder is its own."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    config = nodes.config.with_changes({"run-dir": ""})
+    runs = tmp_path / "home" / ".fedbags" / "runs"
+    for number in (1, 2):
+        for context in nodes.contexts.values():
+            context.run_config = config.to_flat()
+            context.run_id, context.state = number, RecordDict()
+        nodes.keys()
+        assert code(nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))) == (
+            SiteError.SECURE_AGGREGATION
+        )
+        assert run_path(config, number) == runs / f"fedbags-{number}"
+        assert (runs / f"fedbags-{number}" / FOLDER / "hospital-1" / "node.key").is_file()
+    shutil.rmtree(runs / "fedbags-1")  # with the run, its claims are gone
+    for context in nodes.contexts.values():
+        context.run_id = 1
+    nodes.keys()
 
 
 def test_an_update_in_clear_is_refused(nodes: Nodes, small_config: Callable[..., RunConfig]) -> None:
