@@ -1,5 +1,6 @@
 """One door: which questions a site answers, to whom, and that no sequence of them tells of a single bag."""
 
+import csv
 import itertools
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from common.messages import (
     SITE_ERRORS,
     ModelUpdate,
     PrivacyStatement,
+    ProportionRelease,
     SiteError,
     combine,
     from_records,
@@ -271,3 +273,29 @@ def test_what_the_ledger_refuses_is_not_trained(private_node: Node, monkeypatch:
     reply = private_node.ask("train", private_node.model(PRIVATE), **SETTINGS)
     assert refusal(reply)[0] == SiteError.BUDGET
     assert trained == []
+
+
+@pytest.mark.parametrize("run", [False, True], ids=["run: refuse", "run: skip"])
+@pytest.mark.parametrize(
+    ("simulated", "own"), [(False, None), (False, False), (False, True), (True, None), (True, False)]
+)
+def test_whether_bad_rows_are_left_out_is_the_site_s_choice(
+    simulated: bool, own: bool | None, run: bool, sites_dir: Path, tmp_path: Path
+) -> None:
+    """Which images a release and a test are of is not for a server to switch."""
+    policy = {} if own is None else {"skip_bad": own}
+    site = with_policy(sites_dir / "hospital-1", tmp_path / "sites" / "hospital-1", **policy)
+    for table in ("manifest.csv", "test.csv"):
+        with (site / table).open(encoding="utf-8", newline="") as stream:
+            (site / next(csv.DictReader(stream))["path"]).write_bytes(b"no image")
+    node = Node(site, simulated=simulated)
+    skips = run if simulated and own is None else bool(own)
+    for kind in ("query.proportions", "train", "evaluate.test"):
+        reply = node.ask(kind, node.request(kind), skip_bad=run)
+        if skips:
+            assert not reply.has_error(), kind
+        else:
+            assert refusal(reply)[0] == SiteError.DATA, kind
+    if skips:
+        release = from_records(node.ask("query.proportions", skip_bad=run).content, ProportionRelease)
+        assert release.bags == len(BagStore.open(site, SIZE, skip_bad=True)) == 7

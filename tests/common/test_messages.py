@@ -1,5 +1,8 @@
 """The three records survive the way through Flower's records, and nothing else does."""
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -19,6 +22,7 @@ from common.messages import (
     from_records,
     to_records,
 )
+from common.privacy.randomness import Generator
 
 RELEASE = ProportionRelease(
     site="north",
@@ -127,3 +131,34 @@ def test_any_further_record_is_refused() -> None:
     records["labels"] = MetricRecord({"label": 1})
     with pytest.raises(MessageError, match="labels"):
         check_only(records, ModelUpdate, PrivacyStatement)
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "fields"),
+    [
+        ("privacy", PrivacyStatement, {"site": "north", "round": 2}),
+        ("update", ModelUpdate, {"sender": "north", "round": 2, "shapes": {}}),
+        ("release", ProportionRelease, json.loads(RELEASE.model_dump_json())),
+    ],
+)
+def test_a_text_of_100_megabytes_is_refused_before_it_is_parsed(
+    record: str, kind: Any, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but its length is looked at: neither parser sees it, and none of it is in the refusal."""
+    text = json.dumps({**fields, "generator": "y" * 100_000_000})
+    records = RecordDict({record: ConfigRecord({"json": text})})
+
+    def parse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the text was parsed")
+
+    monkeypatch.setattr(json, "loads", parse)
+    monkeypatch.setattr(kind, "model_validate_json", parse)
+    with pytest.raises(MessageError, match="characters, at most") as refusal:
+        from_records(records, kind)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["y" * 1_000_000, "os-urandom", "\x1b[2J", "; ".join([Generator.AES] * 2)])
+def test_a_generator_that_is_not_known_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError):
+        PrivacyStatement(site="north", round=1, generator=text)
