@@ -5,6 +5,7 @@ A site that answered, if only with a refusal, would answer the same again: when 
 below its quorum it ends at once. Knows no model and no update.
 """
 
+import hashlib
 import logging
 import time
 from collections import Counter
@@ -54,7 +55,7 @@ class Attendance:
         Returns:
             The names that were added.
         """
-        connected = set(self.grid.get_node_ids())
+        connected = {node.node_id: fingerprint(node.public_key) for node in self.grid.get_nodes()}
         for site in self.roster.drop_disconnected(connected):
             self.left(round, site)
         fresh = self.roster.newcomers(connected)
@@ -63,6 +64,7 @@ class Attendance:
         known = set(self.roster.releases)
         added = enrol(self.grid, self.roster, fresh, self.config, round, self.report, self.folder.exchanged)
         for site in added:
+            self.roster.keys[site] = connected[self.roster.nodes[site]]
             self.folder.event("joined", round=round, site=site, again=site in known)
             log.info("round %(round)d: %(site)s takes part", {"round": round, "site": site})
         return added
@@ -95,6 +97,11 @@ class Attendance:
             "round %(round)d: waiting for %(missing)d more site(s), of %(sites)s",
             {"round": round, "missing": missing, "sites": names},
         )
+
+
+def fingerprint(public_key: bytes) -> str:
+    """Return a short name of a node's public key (PEM, as Flower keeps it); empty if there is no key."""
+    return hashlib.sha256(public_key).hexdigest()[:16] if public_key else ""
 
 
 class Turn:

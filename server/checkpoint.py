@@ -66,6 +66,8 @@ class ServerState(BaseModel):
     seconds: float = 0.0
     releases: dict[str, ProportionRelease] = {}
     statements: dict[str, PrivacyStatement] = {}
+    statement_keys: dict[str, str] = {}
+    """Fingerprints of the keys of the nodes that made them, by site."""
     losses: list[DeclaredLoss] = []
     left_out: list[LeftOut] = []
     digests: dict[str, list[str]] = {}

@@ -30,6 +30,8 @@ class Roster:
 
     hierarchy: Hierarchy | None = None
     nodes: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of the key of each such node, as Flower knows it; empty where nodes have none."""
     releases: dict[str, ProportionRelease] = field(default_factory=dict)
     """Of every site that ever took part, those that left included."""
     refused: dict[int, tuple[str, str]] = field(default_factory=dict)

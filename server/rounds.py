@@ -65,7 +65,9 @@ class Rounds:
         self.optimiser = ServerOptimiser(config.federation, config.central_dp)
         self.best: dict[str, FloatArray] = dict(trainable_arrays(model))
         kept = config.federation.statements
-        self.statements = StatementBook(Path(kept) if kept else None, state.statements, folder.path.name)
+        self.statements = StatementBook(
+            Path(kept) if kept else None, state.statements, folder.path.name, state.statement_keys
+        )
         self.used_up: dict[str, tuple[int, int]] = {}
         """Node and round of every site that left because of its privacy budget."""
         self.taken: set[str] = set()
@@ -275,6 +277,8 @@ class Rounds:
         """Send each site its request; yield the replies that are no errors, in the order of ``requests``."""
         by_node = {self.roster.nodes[site]: site for site in requests if site in self.roster.nodes}
         asked = {node: requests[site] for node, site in by_node.items()}
+        if self.config.dp.epsilon:
+            self.statements.asking({site: self.roster.keys[site] for site in by_node.values()})
         deadline, note = self.config.federation.deadline, self.folder.exchanged
         for reply in ask(self.grid, asked, kind, round=number, deadline=deadline, note=note):
             site = by_node[reply.node]
@@ -304,8 +308,10 @@ class Rounds:
         Raises:
             MessageError: it leaves out what the site stated before.
         """
-        before = self.statements.take(statement)
-        self.state.statements[statement.site] = self.statements.last(statement.site) or statement
+        key = self.roster.keys[statement.site]
+        before = self.statements.take(statement, key)
+        self.state.statements[statement.site] = self.statements.last(statement.site, key) or statement
+        self.state.statement_keys[statement.site] = key
         figures = statement.model_dump(include={"site", "epsilon", "delta", "budget_left"})
         self.folder.event("statement", round=statement.round, **figures)
         if before is not None:

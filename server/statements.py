@@ -25,10 +25,17 @@ _REPEATS = 1000
 """Statements of a site that are known again when they come once more."""
 
 
-ROLLED_BACK = (
-    "its privacy statement leaves out what it stated before: its ledger was replaced or rolled back. At the "
-    "site, put the newest ledger back, or declare the loss with `fedbags ledger accept-loss`"
-)
+_Site = tuple[str, str]
+"""A site's name, and the fingerprint of its node's key (empty: nodes have no keys)."""
+
+
+def rolled_back(newest: PrivacyStatement) -> str:
+    """Say what is wrong with a statement that leaves out what ``newest`` states, and what to do about it."""
+    told = f" --head {newest.ledger_head}" if newest.ledger_head else ""
+    return (
+        "its privacy statement leaves out what it stated before: its ledger was replaced or rolled back. At "
+        f"the site, put the newest back, or declare the loss: fedbags ledger accept-loss DATA{told}"
+    )
 
 
 class Memory(BaseModel):
@@ -44,29 +51,68 @@ class Memory(BaseModel):
 class StatementBook:
     """The statements of all sites.
 
+    Anybody can give any name, so what is kept of a name counts only against the node that said it: a site is
+    known by its name and its node's key together.
+
     Args:
         folder: where they outlive a run, one file a site; None keeps them for this run alone.
         known: statements from the checkpoint of a run that goes on, by site.
         run: the run's name; an answer may come again in the run that asked for it, and in no other.
+        keys: fingerprints of the keys of the nodes that made the known statements, by site.
 
     Raises:
         RunError: the folder, or a file in it, cannot be read.
     """
 
-    def __init__(self, folder: Path | None, known: Mapping[str, PrivacyStatement], run: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        known: Mapping[str, PrivacyStatement],
+        run: str = "",
+        keys: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder, self._run = folder, run
-        self._rolled_back: set[str] = set()
-        self._known = {site: Memory(last=statement) for site, statement in known.items()}
+        self._left_out: dict[_Site, PrivacyStatement] = {}
+        """Of a site whose ledger was rolled back: a statement that its own leaves out."""
+        self._own = {(site, (keys or {}).get(site, "")): Memory(last=last) for site, last in known.items()}
+        """What sites said in this run."""
+        self._asked: dict[_Site, PrivacyStatement | None] = {}
+        """What the folder held of sites when they were asked."""
         if folder is not None:
             with self._alone():
                 for file in sorted(folder.glob("*.json")):
                     self._read(file)
 
-    def take(self, statement: PrivacyStatement) -> PrivacyStatement | None:
-        """Take a statement in, if it leaves out nothing that its site stated before.
+    def asking(self, sites: Mapping[str, str]) -> None:
+        """Remember what sites have stated, before they are asked: their answers cannot leave it out.
+
+        Without it they are held to what they have stated when their answers are read, which is more where
+        another run has read an answer since.
+
+        Args:
+            sites: the fingerprint of its node's key, by site.
+
+        Raises:
+            RunError: what is kept of a site cannot be read.
+        """
+        with self._alone():
+            for site in sites.items():
+                kept = self._kept(site)
+                self._asked[site] = kept.last if kept else None
+
+    def take(self, statement: PrivacyStatement, key: str = "") -> PrivacyStatement | None:
+        """Take a statement in, if it leaves out nothing that its site stated before it was asked.
+
+        A site that is in two runs at once answers one after the other, and the answers may be read in
+        another order. The older is then part of the newer; of two ledgers that went different ways each has
+        what the other has not.
 
         A statement that claims no bound (of a run without privacy) hides nothing and is not kept. An answer
         that comes a second time, after a crash or a lost reply, is known by its events and its ledger's head.
+
+        Args:
+            statement: from a site.
+            key: fingerprint of the key of the node that it came from, where nodes have keys.
 
         Returns:
             The statement before it, if the site declares by this one that its ledger lost rows.
@@ -77,42 +123,49 @@ class StatementBook:
         """
         if statement.delta is None and not statement.events:
             return None
+        site = (statement.site, key)
         with self._alone():
-            before = self._memories(statement.site)
+            own, kept = self._own.get(site), self._kept(site)
+            before = [memory for memory in (kept, own) if memory is not None]
+            asked = self._asked.get(site, kept.last if kept else None)
             digest = self._digest(statement)
             declares = [m.last for m in before if statement.losses > m.last.losses]
-            if not all(_covers(statement, memory.last) for memory in before):
+            newer = [m.last for m in before if not _covers(statement, m.last)]
+            held = [last for last in (asked, own.last if own else None) if last is not None]
+            missing = [last for last in held if not _covers(statement, last)]
+            missing += [last for last in newer if not _covers(last, statement)]
+            if missing:
                 if any(digest in memory.taken for memory in before):
                     return None
-                self._rolled_back.add(statement.site)
+                self._left_out[site] = missing[0]
             elif declares:
-                self._rolled_back.discard(statement.site)
+                self._left_out.pop(site, None)
             # Such a ledger goes on growing: what it left out stays left out, whatever comes on top of it.
-            if statement.site in self._rolled_back:
-                raise MessageError(ROLLED_BACK)
-            taken = [digest for memory in before for digest in memory.taken][-_REPEATS:]
-            self._keep(Memory(last=statement, taken=[*taken, digest]))
+            if site in self._left_out:
+                raise MessageError(rolled_back(self._left_out[site]))
+            taken = [*dict.fromkeys(digest for memory in before for digest in memory.taken), digest][
+                -_REPEATS:
+            ]
+            self._own[site] = Memory(last=statement, taken=taken)
+            self._keep(site, Memory(last=newer[0] if newer else statement, taken=taken))
         return declares[0] if declares else None
 
-    def last(self, site: str) -> PrivacyStatement | None:
+    def last(self, site: str, key: str = "") -> PrivacyStatement | None:
         """Return what a site stated last in this run, or in the checkpoint that it goes on from."""
-        memory = self._known.get(site)
+        memory = self._own.get((site, key))
         return memory.last if memory else None
 
     def _digest(self, statement: PrivacyStatement) -> str:
         told = statement.model_dump_json(include={"site", "events", "ledger_head", "losses"})
         return hashlib.sha256(f"{self._run} {told}".encode()).hexdigest()[:32]
 
-    def _memories(self, site: str) -> list[Memory]:
-        """What the folder holds of a site, and what this run does: a folder may be new, or put back."""
+    def _kept(self, site: _Site) -> Memory | None:
+        """What the folder holds of a site. It may be new, or put back, and hold less than this run does."""
         file = self._file(site)
-        kept = [self._read(file)] if file is not None and file.exists() else []
-        known = self._known.get(site)
-        return [*kept, *([known] if known is not None and known not in kept else [])]
+        return self._read(file) if file is not None and file.exists() else None
 
-    def _keep(self, memory: Memory) -> None:
-        self._known[memory.last.site] = memory
-        if (file := self._file(memory.last.site)) is not None:
+    def _keep(self, site: _Site, memory: Memory) -> None:
+        if (file := self._file(site)) is not None:
             try:
                 write_text(file, memory.model_dump_json() + "\n")
             except OSError as error:
@@ -121,8 +174,9 @@ class StatementBook:
                     "The last checkpoint is intact: free some space and go on with --resume."
                 ) from error
 
-    def _file(self, site: str) -> Path | None:
-        return None if self._folder is None else self._folder / f"{site}.json"
+    def _file(self, site: _Site) -> Path | None:
+        name, key = site
+        return None if self._folder is None else self._folder / f"{name}{'@' if key else ''}{key}.json"
 
     def _read(self, file: Path) -> Memory:
         try:

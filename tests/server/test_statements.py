@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RunError
 from common.messages import MessageError, PrivacyStatement, to_records
+from common.plain import REASON_CHARACTERS
 from common.privacy.events import DiscreteLaplace, PoissonGaussian, merge
 from server.statements import StatementBook
 
@@ -140,6 +142,81 @@ def test_an_answer_of_another_run_does_not_come_again(tmp_path: Path) -> None:
         StatementBook(tmp_path, {}, "second").take(old)
 
 
+@pytest.mark.parametrize("late", ["of the other run", "of a third run that has read nothing before"])
+def test_a_site_in_two_runs_is_not_taken_for_rolled_back_by_the_order_of_reading(
+    tmp_path: Path, late: str
+) -> None:
+    first, second = StatementBook(tmp_path, {}, "first"), StatementBook(tmp_path, {}, "second")
+    both = {"north": ""}
+    if late == "of the other run":
+        first.asking(both)
+        first.take(statement([gaussian(4)], "a"))
+    first.asking(both)
+    second.asking(both)
+    # The site answers the first run and then the second; the second reads its answer first.
+    second.take(statement([gaussian(4), gaussian(4, 2.0), gaussian(4, 3.0)], "c"))
+    assert first.take(statement([gaussian(4), gaussian(4, 2.0)], "b")) is None
+    assert first.last("north") == statement([gaussian(4), gaussian(4, 2.0)], "b")
+    kept = json.loads((tmp_path / "north.json").read_text())["last"]
+    assert len(kept["events"]) == 3  # the newest, whoever read it
+    first.asking(both)
+    assert first.take(statement([gaussian(8), gaussian(4, 2.0), gaussian(4, 3.0)], "d")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "events"),
+    {
+        "the other run's events are gone": [gaussian(4), gaussian(4, 2.0)],
+        "this run's events are gone": [gaussian(4, 2.0), gaussian(4, 3.0)],
+        "a ledger that went another way": [gaussian(4), gaussian(9, 5.0)],
+    }.items(),
+)
+def test_what_was_read_before_a_site_was_asked_is_in_its_answer(
+    tmp_path: Path, name: str, events: Events
+) -> None:
+    first, second = StatementBook(tmp_path, {}, "first"), StatementBook(tmp_path, {}, "second")
+    first.asking({"north": ""})
+    first.take(statement([gaussian(4)], "a"))
+    second.asking({"north": ""})
+    if name != "a ledger that went another way":
+        second.take(statement([gaussian(4), gaussian(4, 3.0)], "b"))
+    first.asking({"north": ""})
+    second.take(statement([gaussian(4), gaussian(4, 3.0), gaussian(1, 7.0)], "c"))
+    with pytest.raises(MessageError):
+        first.take(statement(events, "d"))
+
+
+def test_a_node_that_takes_a_name_does_not_shut_its_site_out_for_ever(tmp_path: Path) -> None:
+    lie = statement([gaussian(4, 9.0)], "x", losses=1000)
+    StatementBook(tmp_path, {}, "first").take(lie, "stranger")
+    own = StatementBook(tmp_path, {}, "second")
+    assert own.take(statement([gaussian(4)], "a"), "its own") is None
+    assert own.take(statement([gaussian(8)], "b"), "its own") is None
+    later = StatementBook(tmp_path, {}, "third")
+    with pytest.raises(MessageError):
+        later.take(statement([gaussian(4)], "c"), "its own")  # which still counts against the site itself
+    with pytest.raises(MessageError):
+        later.take(statement([gaussian(8)], "b"), "stranger")
+    (tmp_path / "north@its own.json").unlink()  # how the coordinator begins anew with one site
+    assert StatementBook(tmp_path, {}, "fourth").take(statement([gaussian(4)], "c"), "its own") is None
+
+
+def test_a_checkpoint_counts_against_the_node_that_made_the_statement() -> None:
+    book = StatementBook(None, {"north": statement([gaussian(8)], "b")}, keys={"north": "stranger"})
+    assert book.last("north", "stranger") is not None
+    assert book.take(statement([gaussian(4)], "x"), "its own") is None
+    with pytest.raises(MessageError):
+        book.take(statement([gaussian(4)], "x"), "stranger")
+
+
+def test_the_reason_names_the_head_to_declare_the_loss_with_and_is_not_cut() -> None:
+    book, newest = StatementBook(None, {}), statement([gaussian(8)], "a")
+    book.take(newest)
+    with pytest.raises(MessageError, match=f"accept-loss DATA --head {newest.ledger_head}") as caught:
+        book.take(statement([gaussian(4)], "b"))
+    assert len(str(caught.value)) <= REASON_CHARACTERS
+
+
 def test_a_run_that_goes_on_compares_with_its_checkpoint() -> None:
     book = StatementBook(None, {"north": statement([gaussian(8)], "b")})
     assert book.take(statement([gaussian(8)], "b")) is None
@@ -204,6 +281,34 @@ def test_a_site_whose_ledger_was_rolled_back_is_left_out_in_the_next_run(
     assert [event["updates"] for event in federation.events("round")] == [2, 2, 2]
     assert "north" not in summary["statements"]
     assert json.loads((folder / "north.json").read_text())["last"]["events"][0]["steps"] == 12
+
+
+def test_a_site_is_known_by_its_nodes_key_as_flower_tells_it(
+    federation: Any, three: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, keys = {"north": 40}, {node: f"first key of {node}".encode() for node in three}
+
+    def behave(site: str, kind: str, round: int, request: Message, reply: Message) -> Message:
+        if (site, kind) == ("north", "train"):
+            steps["north"] += 4
+            own = statement([gaussian(steps[site])], f"{steps[site]}", round=round)
+            reply.content["privacy"] = to_records(own)["privacy"]
+        return reply
+
+    def get_nodes(grid: Any) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, public_key=keys[node]) for node in grid.get_node_ids()]
+
+    folder = tmp_path / "statements"
+    sites = federation.sites(dict(three), behave)
+    monkeypatch.setattr(type(sites), "get_nodes", get_nodes)
+    federation.run(sites, statements=folder, rounds=1)
+    assert [file.name.split("@")[0] for file in folder.glob("*@*.json")] == ["north"]
+    steps["north"] = 0
+    keys |= {node: b"another key" for node, site in three.items() if site == "north"}
+    federation.folder = tmp_path / "second"
+    summary = federation.run(federation.sites(dict(three), behave), statements=folder, rounds=1)
+    assert summary["left_out"] == []
+    assert len(list(folder.glob("north@*.json"))) == 2
 
 
 def test_a_run_says_which_site_declared_a_loss(
