@@ -1,16 +1,23 @@
-"""Reserving and confirming a round in a ledger that already holds 200 rounds.
+"""Reserving and confirming a round in a ledger that already holds 200 rounds, and in two long ones.
 
     python benchmarks/ledger.py --json
+    python benchmarks/ledger.py --long --json
 
 Each round is a reservation checked against the cap and its confirmation, both synced to the disk. The
 time is that of rounds 181 to 200 under a cap that round 200 just meets, where the check has to be exact.
 A row costs five syncs, so a disk (or a busy machine) whose fsync takes 4 ms cannot be fast here.
+
+With ``--long``: a ledger of 400 different noise multipliers, and one of 100,000 rows. The times are those of
+a new process: of opening the ledger, one reservation with new noise, and its statement, imports excluded. For
+the 400 it is also given without the file of what was composed before.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,11 +25,29 @@ from functools import partial
 from pathlib import Path
 
 from client.ledger import Ledger
+from client.ledger_carry import CarryFile
+from client.ledger_file import Kind
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, PoissonGaussian
 
 ROUNDS, LAST = 200, 20
 DELTA = 1e-5
+SIGMAS, ROWS, BATCH = 400, 100_000, 10_000
+NEW_PROCESS = f"""
+import json, sys, time
+from pathlib import Path
+import dp_accounting.pld.privacy_loss_distribution
+from client.ledger import Ledger
+from common.privacy.events import PoissonGaussian
+times = [time.perf_counter()]
+ledger = Ledger.open(Path(sys.argv[1]), "site-1", "version", 1e3, {DELTA})
+times.append(time.perf_counter())
+ledger.reserve(PoissonGaussian(sample_rate=0.1, noise_multiplier=float(sys.argv[2]), steps=1), "run", 1)
+times.append(time.perf_counter())
+ledger.statement(1)
+times.append(time.perf_counter())
+print(json.dumps([after - before for before, after in zip(times, times[1:])]))
+"""
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -66,12 +91,52 @@ def measure() -> dict[str, float]:
     }
 
 
+def in_new_process(path: Path, sigma: float) -> dict[str, float]:
+    """Seconds that a new process takes for opening, reserving and stating."""
+    command = [sys.executable, "-c", NEW_PROCESS, str(path), str(sigma)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    times = (round(seconds, 3) for seconds in json.loads(result.stdout))
+    return dict(zip(("open_s", "reserve_s", "statement_s"), times, strict=True))
+
+
+def measure_long() -> dict[str, dict[str, float]]:
+    """Seconds of a new process with each of the two long ledgers."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        ledger = Ledger.open(Path(scratch) / "sigmas.sqlite", "site-1", "version", 1e3, DELTA)
+        for number in range(SIGMAS):
+            event = PoissonGaussian(sample_rate=0.1, noise_multiplier=20 + number / 100, steps=1)
+            ledger.reserve(event, "run", number)
+        ledger.statement(SIGMAS)
+        figures[f"{SIGMAS} sigmas"] = in_new_process(ledger.path, 10.0)
+        CarryFile(ledger.path).path.unlink()
+        figures[f"{SIGMAS} sigmas, without the file"] = in_new_process(ledger.path, 11.0)
+
+        ledger = Ledger.open(Path(scratch) / "rows.sqlite", "site-1", "version", 1e3, DELTA)
+        event = PoissonGaussian(sample_rate=0.1, noise_multiplier=500.0, steps=1)
+        body = {"event": event.model_dump(), "run_id": "run", "round": 1}
+        for _ in range(ROWS // BATCH):
+            with ledger.transaction() as db:
+                for _ in range(BATCH):
+                    ledger.append(db, Kind.RESERVED, body)
+        figures[f"{ROWS} rows"] = in_new_process(ledger.path, 10.0)
+    return figures
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args().json
-    figures = measure()
+    parser.add_argument("--long", action="store_true", help="the two long ledgers, which take minutes")
+    arguments = parser.parse_args()
+    if arguments.long:
+        for name, times in (long := measure_long()).items():
+            if not arguments.json:
+                print(f"{name}: " + ", ".join(f"{key} {seconds}" for key, seconds in times.items()))
+        if arguments.json:
+            print(json.dumps(long, indent=2))
+        return
+    as_json, figures = arguments.json, measure()
     if as_json:
         print(json.dumps(figures, indent=2))
     else:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from client.ledger_anchor import ADVICE, AnchorFile, LedgerLostError, anchor_file, lost_marks
 from client.ledger_book import Book, Cap, copies_of
+from client.ledger_carry import CarryFile
 from client.ledger_check import verify
 from client.ledger_file import (
     Kind,
@@ -81,6 +82,7 @@ class Ledger:
     ) -> None:
         self.path, self.data_version, self._book = path, data_version, Book()
         self._anchor, self._seen = anchor or anchor_file(path), tuple(seen)
+        self._carry = CarryFile(path)
 
     @classmethod
     def open(
@@ -314,6 +316,7 @@ class Ledger:
                 self._read(db)
                 if checked:
                     self._refuse_lost(db)
+                self._carry.recall(self._book, lambda seq: hash_of(db, seq))
                 yield db
                 if self._book.rows - self._book.carried_at >= CARRY_EVERY:
                     self.append(db, Kind.CARRIED, {"state": self._book.state()})
@@ -323,6 +326,7 @@ class Ledger:
                 self._book = Book()
             raise
         self._anchor.advance(self._book)
+        self._carry.keep(self._book)
 
     def _read(self, db: Connection) -> None:
         """Read what is new; in a fresh process, only from the newest row that carries all before it."""

@@ -148,6 +148,6 @@ def _check_meaning(entries: list[Entry]) -> list[Problem]:
             return [Problem(entry.seq, str(error))]
     if not entries:
         return [Problem(None, "the ledger holds no row")]
-    if not fits(book.events, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE):
+    if not fits(book.events, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE, afresh=True):
         return [Problem(entries[-1].seq, f"more than the cap of {book.cap.epsilon:g} was spent")]
     return []

@@ -5,19 +5,20 @@ delta as given, accountant as named. The accountant of record is dp-accounting's
 distributions (PLD; Koskela et al. 2020, Doroshenko et al. 2022), the only one that takes replace-one for
 the sampled Gaussian and that can hold the Laplace release. Losses are rounded to a grid upwards ("connect
 the dots"), so every figure is an upper bound; the grid is chosen to stay within about 0.2% of the limit.
+Accounts of many different events build on what was composed before (``common.privacy.composition``).
 """
 
 import math
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
+from common.privacy.composition import amounts_of, compose
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, merge
 
 Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
@@ -48,18 +49,26 @@ def spent(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float, adj
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta must lie in (0, 1), got {delta}")
-    return _epsilon(merge(events), delta, adjacency)
+    return _epsilon(merge(events), delta, adjacency, False)
 
 
 def fits(
-    events: Iterable[PoissonGaussian | DiscreteLaplace], epsilon: float, delta: float, adjacency: Adjacency
+    events: Iterable[PoissonGaussian | DiscreteLaplace],
+    epsilon: float,
+    delta: float,
+    adjacency: Adjacency,
+    *,
+    afresh: bool = False,
 ) -> bool:
-    """Whether ``spent`` stays at or under ``epsilon``; cheaper, for a coarser bound mostly suffices."""
+    """Whether ``spent`` stays at or under ``epsilon``; cheaper, for a coarser bound mostly suffices.
+
+    With ``afresh``, everything is composed from the events, whatever was composed before.
+    """
     merged = merge(events)
     if not merged or not _is_bounded(merged):
         return not merged
-    coarse = _coarse(merged, adjacency).get_epsilon_for_delta(delta)
-    return bool(coarse <= epsilon) or _epsilon(merged, delta, adjacency) <= epsilon
+    coarse = _coarse(merged, adjacency, afresh).get_epsilon_for_delta(delta)
+    return bool(coarse <= epsilon) or _epsilon(merged, delta, adjacency, afresh) <= epsilon
 
 
 def delta_at(
@@ -69,7 +78,7 @@ def delta_at(
     merged = merge(events)
     if not merged or not _is_bounded(merged):
         return 1.0 if merged else 0.0
-    return float(_fine(merged, adjacency).get_delta_for_epsilon(epsilon))
+    return float(_fine(merged, adjacency, False).get_delta_for_epsilon(epsilon))
 
 
 def epsilon_curve(
@@ -204,14 +213,14 @@ def _is_bounded(merged: Events) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(merged: Events, delta: float, adjacency: Adjacency) -> float:
-    if not merged:
-        return 0.0
-    return float(_fine(merged, adjacency).get_epsilon_for_delta(delta)) if _is_bounded(merged) else math.inf
+def _epsilon(merged: Events, delta: float, adjacency: Adjacency, afresh: bool) -> float:
+    if not merged or not _is_bounded(merged):
+        return math.inf if merged else 0.0
+    return float(_fine(merged, adjacency, afresh).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=8)
-def _coarse(merged: Events, adjacency: Adjacency) -> Any:
+def _coarse(merged: Events, adjacency: Adjacency, afresh: bool) -> Any:
     """The composition on a wide grid: an upper bound for little time, whatever the noise."""
     interval = COARSENING * _interval(merged)
     for event in merged:
@@ -219,17 +228,18 @@ def _coarse(merged: Events, adjacency: Adjacency) -> Any:
             # Hardly any noise: the largest loss of a step, with eight standard deviations of a sum of them.
             largest = 2 / event.noise_multiplier**2 + 20 / event.noise_multiplier
             interval = max(interval, _power_of_two(largest * math.sqrt(event.steps) * 4 / POINTS))
-    return _compose(merged, adjacency, interval)
+    return compose(amounts_of(merged), adjacency, interval, afresh=afresh)
 
 
 @lru_cache(maxsize=8)
-def _fine(merged: Events, adjacency: Adjacency) -> Any:
+def _fine(merged: Events, adjacency: Adjacency, afresh: bool) -> Any:
     """The composition on the grid that the figures come from."""
-    coarse = _coarse(merged, adjacency)
+    coarse = _coarse(merged, adjacency, afresh)
     epsilon = coarse.get_epsilon_for_delta(1e-6)
     if epsilon > 1000:
         return coarse
-    return _compose(merged, adjacency, max(_interval(merged), _power_of_two(8 * (epsilon + 5) / POINTS)))
+    interval = max(_interval(merged), _power_of_two(8 * (epsilon + 5) / POINTS))
+    return compose(amounts_of(merged), adjacency, interval, afresh=afresh)
 
 
 def _interval(merged: Events) -> float:
@@ -241,50 +251,3 @@ def _interval(merged: Events) -> float:
 def _power_of_two(value: float) -> float:
     """The largest power of two that is not above ``value``: few different grids, so caches are met."""
     return 2.0 ** math.floor(math.log2(value))
-
-
-def _compose(merged: Events, adjacency: Adjacency, interval: float) -> Any:
-    parts = [
-        _step(event.sample_rate, event.noise_multiplier, adjacency, interval).self_compose(
-            event.steps * times
-        )
-        if isinstance(event, PoissonGaussian)
-        else _release(event.scale, adjacency, interval).self_compose(times)
-        for event, times in Counter(merged).items()
-    ]
-    return reduce(lambda composed, part: composed.compose(part), parts)
-
-
-@lru_cache(maxsize=32)
-def _step(sample_rate: float, noise_multiplier: float, adjacency: Adjacency, interval: float) -> Any:
-    """One step of DP-SGD on the clipped sum; replace-one moves it by twice the clip norm."""
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    relation = {
-        Adjacency.REPLACE_ONE: NeighboringRelation.REPLACE_ONE,
-        Adjacency.ADD_REMOVE: NeighboringRelation.ADD_OR_REMOVE_ONE,
-    }[adjacency]
-    return pld.from_gaussian_mechanism(
-        noise_multiplier,
-        value_discretization_interval=interval,
-        sampling_prob=sample_rate,
-        neighboring_relation=relation,
-    )
-
-
-@lru_cache(maxsize=32)
-def _release(scale: float, adjacency: Adjacency, interval: float) -> Any:
-    """One release of counts. dp-accounting takes no Laplace event under replace-one, so it is built here.
-
-    A unit of m images moves at most m images out of some counts and m into others. Noise of scale b m
-    makes each of the two a (1/b)-DP mechanism, whatever the classes; discrete Laplace of sensitivity 1 has
-    but the losses +-1/b, so it is randomised response, which dominates every (1/b)-DP mechanism.
-    Add/remove moves images one way only: one such mechanism. Bags compose in parallel.
-    """
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    one_way = pld.from_discrete_laplace_mechanism(
-        1 / scale, sensitivity=1, value_discretization_interval=interval
-    )
-    return one_way.compose(one_way) if adjacency is Adjacency.REPLACE_ONE else one_way

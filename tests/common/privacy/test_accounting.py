@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from common.errors import UserError
-from common.privacy import accounting
+from common.privacy import accounting, composition
 from common.privacy.accounting import (
     calibrate,
     delta_at,
@@ -203,9 +203,9 @@ def test_the_second_accountant_agrees(sigma: float, number: int, q: float) -> No
 
 
 def test_planted_bug_an_epsilon_for_add_remove_sold_as_replace_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = accounting._step
+    right = composition._step
     monkeypatch.setattr(
-        accounting, "_step", lambda q, sigma, _, interval: right(q, sigma, ADD_REMOVE, interval)
+        composition, "_step", lambda q, sigma, _, interval: right(q, sigma, ADD_REMOVE, interval)
     )
     accounting._epsilon.cache_clear()
     accounting._fine.cache_clear()
