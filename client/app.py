@@ -235,7 +235,11 @@ def refuse_in_clear(config: RunConfig, store: BagStore) -> None:
 
 
 def refuse_few_bags(context: Context, config: RunConfig, store: BagStore) -> None:
-    """A real site makes no exact update from so small a part of its bags that it is nearly one of them.
+    """Refuse at a real site rounds of so small a part of its bags that an update is nearly one of them.
+
+    It bounds the division alone. A round that is a whole pass trains on all bags that there are, be they ever
+    so few: an exact update tells of its bags whatever their number, and a privacy budget or secure
+    aggregation is what protects them.
 
     Raises:
         ConfigError: the run divides the bags into such parts.

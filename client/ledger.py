@@ -364,8 +364,9 @@ def _not_accepted(path: Path, book: Book, data_version: str) -> DataVersionError
         f"the data of site {book.site!r} is of version\n  {data_version}\n"
         f"which its privacy ledger {path} has never seen. It holds what was spent on\n{known}",
         advice="If the wrong folder or ledger was given, give the right one. If this is the same site's "
-        "data, changed or copied on purpose, accept it once: `fedbags ledger accept-version SITE_FOLDER`. "
-        "What was spent keeps counting then: the same patients may be in both versions.",
+        "data, changed or copied on purpose, accept it once: "
+        "`fedbags ledger accept-version SITE_FOLDER [--kit KIT]`. What was "
+        "spent keeps counting then: the same patients may be in both versions.",
     )
 
 

@@ -248,6 +248,11 @@ def hash_of(db: sqlite3.Connection, seq: int) -> str | None:
     return str(row[0]) if row else None
 
 
+def holds(db: sqlite3.Connection, head: str) -> bool:
+    """Whether a row of the file has this hash."""
+    return db.execute("SELECT 1 FROM entries WHERE hash = ?", (head,)).fetchone() is not None
+
+
 def newest_written(db: sqlite3.Connection) -> int:
     """The highest row number that SQLite ever gave out here; it outlives the row."""
     row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()

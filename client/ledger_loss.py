@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from client.ledger import Ledger, new_identifier, now
-from client.ledger_anchor import AnchorFile, LedgerLostError, lost_events, lost_marks
-from client.ledger_file import Kind, LedgerError, Mark, create, hash_of
+from client.ledger_anchor import Anchor, AnchorFile, LedgerLostError, lost_events, lost_marks
+from client.ledger_book import Book, Tally
+from client.ledger_file import Kind, LedgerError, Mark, create, hash_of, holds
 from common.privacy.events import PoissonGaussian, Unit
 
 LEAST_CAP = 1e-9
@@ -16,13 +17,23 @@ NO_NOISE = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.0, steps=1)
 """Stands for spending that nobody knows: no epsilon bounds it."""
 
 
+UNKNOWN_ROWS = 0
+"""Stands for the length of a chain of which only the newest hash is known."""
+
+
 def accept_loss(
-    path: Path, site: str, data_version: str, anchor: AnchorFile, seen: Sequence[Mark] = ()
+    path: Path,
+    site: str,
+    data_version: str,
+    anchor: AnchorFile,
+    seen: Sequence[Mark] = (),
+    head: str | None = None,
 ) -> bool:
     """Record that the site's owner takes it that rows of the ledger are lost, and charge what is known.
 
-    What the anchor says was spent is charged on. Where there is no anchor that can be read, an event
-    without noise is charged: nobody knows what was spent, so the whole budget counts as spent.
+    What the anchor says was spent is charged on. Where a witness names rows that no anchor that can be read
+    covers, an event without noise is charged too: nobody knows what was spent, so the whole budget counts as
+    spent.
 
     Args:
         path: the ledger; a missing one is made anew.
@@ -30,6 +41,7 @@ def accept_loss(
         data_version: of the site's data as it is now; taken as accepted in a new ledger.
         anchor: where the second anchor lies.
         seen: other witnesses of the chain, such as the site's journal.
+        head: the ledger head that the coordinator holds of this site, 64 hexadecimal digits.
 
     Returns:
         False when nothing is lost; nothing is written then.
@@ -47,7 +59,7 @@ def accept_loss(
     if anchored is not None and anchored.site != site:
         raise LedgerError(f"the anchor {anchor.path} is of site {anchored.site!r}, not of {site!r}")
     if not path.exists():
-        if anchored is None and not unreadable and not seen:
+        if anchored is None and not unreadable and not seen and head is None:
             return False
         opening = {
             "site": site,
@@ -63,15 +75,28 @@ def accept_loss(
         if book.site != site:
             raise LedgerError(f"the ledger {path} is of site {book.site!r}, not of {site!r}")
         marks = [*([anchored.mark] if anchored else []), *seen]
-        lost = lost_marks(marks, book, lambda seq: hash_of(db, seq))
+        lost = lost_marks(dict.fromkeys(marks), book, lambda seq: hash_of(db, seq))
+        if head is not None and head not in {mark.head for mark in marks} | book.lost and not holds(db, head):
+            lost.append(Mark(UNKNOWN_ROWS, head))
         if not lost and not unreadable:
             return False
-        if anchored is None:
-            events = {"events": [(NO_NOISE.model_dump(), 1)], "bag_events": [(NO_NOISE.model_dump(), 1)]}
-        else:
-            events = (
-                lost_events(anchored, book) if anchored.mark in lost else {"events": [], "bag_events": []}
-            )
-        body = {**events, "heads": [mark.head for mark in lost], "rows": [mark.rows for mark in lost]}
+        body = {
+            **_charged(lost, anchored, book),
+            "heads": [mark.head for mark in lost],
+            "rows": [mark.rows for mark in lost],
+        }
         ledger.append(db, Kind.LOST, body)
     return True
+
+
+def _charged(lost: Sequence[Mark], anchored: Anchor | None, book: Book) -> dict[str, Tally]:
+    """What a loss costs: what the anchor says was lost, and no bound where something names further rows."""
+    reaches = anchored.rows if anchored is not None and anchored.mark in lost else UNKNOWN_ROWS
+    known = (
+        lost_events(anchored, book) if anchored is not None and reaches else {"events": [], "bag_events": []}
+    )
+    # A chain as long as the anchor's, or shorter, is taken for the beginning of the anchor's own, unless the
+    # ledger holds the anchor's: then it is another.
+    if anchored is not None and all(UNKNOWN_ROWS < mark.rows <= reaches for mark in lost):
+        return known
+    return {key: [*told, (NO_NOISE.model_dump(), 1)] for key, told in known.items()}

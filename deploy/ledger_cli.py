@@ -81,10 +81,8 @@ def verify(
     from client.ledger_check import verify as check
     from deploy.tables import console, table
 
-    if head is not None and (len(head) != 64 or set(head.lower()) - set("0123456789abcdef")):
-        raise UserError("--head takes the 64 hexadecimal digits of a ledger head")
     anchor = anchor_file(file, kit)
-    problems = check(file, head=head and head.lower(), site=site, anchor=anchor)
+    problems = check(file, head=_head(head), site=site, anchor=anchor)
     losses = 0 if problems else Book.read(file).losses
     if json_:
         found = [{"row": problem.row, "reason": problem.reason} for problem in problems]
@@ -151,6 +149,10 @@ def accept_loss(
     ledger: Annotated[
         Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="Ledger head that the coordinator holds and this ledger does not, in hexadecimal."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Accept that the ledger, or its newest rows, are lost; private training is refused until then.
@@ -158,6 +160,9 @@ def accept_loss(
     Put back a copy of the ledger instead, if there is one that is newer or as new. What the second anchor
     says was spent is charged on; where no anchor says it, the whole budget counts as spent. The loss is a
     row of the ledger for ever, and every statement and report shows it.
+
+    Where ledger, anchor and journal all come from one old backup, nothing at the site tells of the loss: give
+    the head that the coordinator names in its refusal.
 
     Example: fedbags ledger accept-loss SITES/site-1 --kit KITS/site-1
     """
@@ -173,12 +178,18 @@ def accept_loss(
     version = data_version(site_folder, config, read_listing(site_folder, config)[1])
     file = ledger or site_folder / "ledger.sqlite"
     journal = kit / LOGS / JOURNAL_FILE if kit else file.with_name(JOURNAL_FILE)
-    accepted = accept_loss_of(file, config.name, version, anchor_file(file, kit), newest_mark(journal))
+    seen = newest_mark(journal)
+    accepted = accept_loss_of(file, config.name, version, anchor_file(file, kit), seen, _head(head))
     if not accepted:
         if json_:
             typer.echo(json.dumps({"accepted": False}, indent=2))
         else:
-            console().print("nothing is lost; nothing was changed")
+            hint = (
+                ""
+                if head
+                else "; if the coordinator refuses the site, give the head that it names with --head"
+            )
+            console().print(f"nothing is lost; nothing was changed{hint}")
         return
     book = Book.read(file)
     spent = book.spent()
@@ -215,6 +226,17 @@ def export(file: File, json_: Json = False) -> None:
     for key, value in exported.items():
         rows.add_row(key, value if isinstance(value, str) else json.dumps(value))
     console().print(rows)
+
+
+def _head(text: str | None) -> str | None:
+    """Return a ledger head as the ledger writes it.
+
+    Raises:
+        UserError: it is none.
+    """
+    if text is not None and (len(text) != 64 or set(text.lower()) - set("0123456789abcdef")):
+        raise UserError("--head takes the 64 hexadecimal digits of a ledger head")
+    return text and text.lower()
 
 
 def _describe(kind: str, body: Mapping[str, Any]) -> str:

@@ -173,6 +173,112 @@ def test_without_an_anchor_the_journal_tells_and_the_whole_budget_counts_as_spen
     assert math.isinf(Book.read(ledger.path).spent())
 
 
+def keep(*files: Path) -> None:
+    for file in files:
+        shutil.copy(file, file.with_name(f"{file.name}.bak"))
+
+
+def put_back(*files: Path) -> None:
+    for file in files:
+        shutil.copy(file.with_name(f"{file.name}.bak"), file)
+
+
+def refuses_all(path: Path, anchor: AnchorFile, seen: tuple[Mark, ...] = ()) -> None:
+    """No further round is granted, nor under another cap."""
+    with pytest.raises(BudgetRefused):
+        Ledger.open(path, "site-1", "v1", 8.0, DELTA, anchor=anchor, seen=seen).reserve(EVENT, "run", 9)
+    with pytest.raises(ConfigError, match="has spent epsilon inf"):
+        Ledger.open(path, "site-1", "v1", 9.0, DELTA, anchor=anchor, seen=seen)
+
+
+@pytest.mark.parametrize("anchor_from", ["the ledger's backup", "a later backup"])
+@pytest.mark.parametrize("ledger_from", [put_back, delete])
+def test_rows_that_only_the_journal_names_use_up_the_whole_budget(
+    ledger_from: Callable[[Path], None], anchor_from: str, reopen: Reopen, anchor: AnchorFile
+) -> None:
+    """Ledger and anchor come from old backups, and nobody knows what the newer rows spent."""
+    ledger = reopen()
+    ledger.reserve(EVENT, "run", 1)
+    keep(ledger.path, anchor.path)
+    if anchor_from == "a later backup":
+        ledger.reserve(EVENT, "run", 2)
+        keep(anchor.path)
+    fill(ledger)
+    seen = (Mark(ledger.book.rows, ledger.book.head),)
+    ledger_from(ledger.path)
+    put_back(anchor.path)
+    with pytest.raises(LedgerLostError):
+        reopen(seen=seen)
+    assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    assert not accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    assert math.isinf(Book.read(ledger.path).spent())
+    assert Book.read(ledger.path).losses == 1
+    refuses_all(ledger.path, anchor, seen)
+
+
+def test_a_chain_beside_the_one_that_ledger_and_anchor_agree_on_uses_up_the_whole_budget(
+    reopen: Reopen, anchor: AnchorFile
+) -> None:
+    """The journal's mark is no longer than the anchor, and still of another chain."""
+    ledger = reopen()
+    keep(ledger.path, anchor.path)
+    ledger.reserve(EVENT, "run", 1)
+    seen = (Mark(ledger.book.rows, ledger.book.head),)
+    put_back(ledger.path, anchor.path)
+    fill(reopen())
+    assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    assert math.isinf(Book.read(ledger.path).spent())
+
+
+def test_a_journal_behind_the_anchor_costs_nothing_on_top(reopen: Reopen, anchor: AnchorFile) -> None:
+    """A crash after the anchor and before the journal's line: the anchor knows all that was spent."""
+    ledger = reopen()
+    seen = (Mark(ledger.book.rows, ledger.book.head),)
+    cost = fill(ledger)
+    ledger.path.unlink()
+    assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    assert reopen(seen=seen).book.spent() == pytest.approx(cost, rel=1e-9)
+
+
+def test_a_head_that_only_the_coordinator_holds_uses_up_the_whole_budget(
+    reopen: Reopen, anchor: AnchorFile
+) -> None:
+    """The whole site comes from one old backup: ledger, anchor and journal agree."""
+    ledger = reopen()
+    ledger.reserve(EVENT, "run", 1)
+    keep(ledger.path, anchor.path)
+    fill(ledger)
+    told = ledger.statement(1).ledger_head
+    put_back(ledger.path, anchor.path)
+    again = reopen()
+    again.reserve(OTHER, "another run", 1)
+    assert not accept_loss(ledger.path, "site-1", "v1", anchor)
+    assert not accept_loss(ledger.path, "site-1", "v1", anchor, head=again.statement(1).ledger_head)
+    assert accept_loss(ledger.path, "site-1", "v1", anchor, head=told)
+    assert not accept_loss(ledger.path, "site-1", "v1", anchor, head=told)
+    statement = Book.read(ledger.path).statement(1)
+    assert (statement.losses, statement.epsilon, statement.budget_left) == (1, None, 0.0)
+    refuses_all(ledger.path, anchor)
+
+
+def test_the_coordinators_head_costs_nothing_on_top_where_the_anchor_has_it(
+    reopen: Reopen, anchor: AnchorFile
+) -> None:
+    ledger = reopen()
+    cost = fill(ledger)
+    ledger.path.unlink()
+    assert accept_loss(ledger.path, "site-1", "v1", anchor, head=ledger.book.head)
+    assert reopen().book.spent() == pytest.approx(cost, rel=1e-9)
+
+
+def test_a_site_of_which_only_the_coordinator_knows_starts_with_its_budget_used_up(
+    tmp_path: Path, anchor: AnchorFile
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    assert accept_loss(path, "site-1", "v1", anchor, head="ab" * 32)
+    assert math.isinf(Book.read(path).spent())
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b'{"rows": 1}'])
 def test_a_damaged_anchor_refuses_until_the_loss_is_accepted(
     content: bytes, reopen: Reopen, anchor: AnchorFile

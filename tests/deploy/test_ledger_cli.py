@@ -90,6 +90,26 @@ def test_a_loss_is_accepted_by_hand_and_shown(with_kit: bool, sites_dir: Path, t
     assert "lost" in runner.invoke(app, ["show", str(path)]).output
 
 
+def test_the_coordinators_head_is_a_loss_where_the_site_itself_sees_none(
+    sites_dir: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(sites_dir / "hospital-1", site)
+    ledger = Ledger.open(
+        site / "ledger.sqlite", "hospital-1", BagStore.open(site, 16).data_version, 8.0, 1e-5
+    )
+    ledger.reserve(EVENT, "first", 1)
+    runner = CliRunner(env={"COLUMNS": "400"})
+    told = runner.invoke(app, ["accept-loss", str(site)])
+    assert "nothing is lost" in told.output
+    assert "give the head that it names with --head" in told.output
+    own = runner.invoke(app, ["accept-loss", str(site), "--head", ledger.book.head.upper()])
+    assert own.output == "nothing is lost; nothing was changed\n"
+    told = runner.invoke(app, ["accept-loss", str(site), "--head", "AB" * 32, "--json"])
+    assert json.loads(told.output) == {"accepted": True, "losses": 1, "spent": None}
+    assert isinstance(runner.invoke(app, ["accept-loss", str(site), "--head", "ab"]).exception, UserError)
+
+
 def test_verify_exits_1_on_tampering_and_names_the_row(ledger: Ledger) -> None:
     runner, head = CliRunner(env={"COLUMNS": "200"}), ledger.statement(1).ledger_head
     assert runner.invoke(app, ["verify", str(ledger.path), "--head", head]).exit_code == 0
