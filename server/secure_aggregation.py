@@ -30,6 +30,7 @@ from common.messages import (
     to_records,
 )
 from common.secure_aggregation import keys
+from common.secure_aggregation.cohort import neighbourhoods
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
 from common.secure_aggregation.quantisation import digest, length, mean_of
 from common.secure_aggregation.records import (
@@ -220,7 +221,14 @@ class Session:
 
     def _share(self, plan: SessionPlan) -> dict[str, SealedShares]:
         request = to_records(plan)
-        sealed = dict(self._replies(SHARES, dict.fromkeys(plan.sites, request), SealedShares))
+        sealed = {}
+        joined = neighbourhoods(plan)
+        for site, reply in self._replies(SHARES, dict.fromkeys(plan.sites, request), SealedShares):
+            if reply.shares.keys() != set(joined[site]) - {site}:
+                # A neighbour without its share would refuse the session.
+                self.report(site, SHARES, "not one share for each of its neighbours")
+                continue
+            sealed[site] = reply
         self._need(len(sealed), "shared their secrets")
         return sealed
 
@@ -232,7 +240,9 @@ class Session:
         requests = {}
         for site in total.sharing:
             shares = {peer: reply.shares[site] for peer, reply in sealed.items() if site in reply.shares}
-            request = MaskRequest(session=self.name, round=self.round, shares=shares)
+            request = MaskRequest(
+                session=self.name, round=self.round, sharing=tuple(total.sharing), shares=shares
+            )
             requests[site] = combine(model, to_records(request))
         metrics = {}
         for site, content in self.exchange(TRAIN_MASKED, requests):

@@ -203,7 +203,9 @@ class Coordinator:
                 to_records(self.model(site)),
                 to_records(
                     MaskRequest(
-                        **now, shares={p: s.shares[site] for p, s in sealed.items() if site in s.shares}
+                        **now,
+                        sharing=tuple(sorted(sealed)),
+                        shares={p: s.shares[site] for p, s in sealed.items() if site in s.shares},
                     )
                 ),
             )

@@ -6,6 +6,8 @@ before ``agree`` give a new one. That no step is done twice is the caller's busi
 Knows nothing of Flower, files and models; an update is a vector of words.
 """
 
+import hashlib
+from collections.abc import Iterable
 from datetime import datetime
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -58,6 +60,8 @@ class MemberState(Record):
     """By site: its certified node key, a compressed point of P-384."""
     held: dict[str, tuple[bytes, bytes]] = Field(default={}, repr=False)
     """By site, its own name included: the shares it was given, of the self-mask's seed and the mask key."""
+    sharing: tuple[str, ...] = ()
+    """The sites that it was told share secrets, in all of the session: its masks hold for this list only."""
     model: bytes = b""
     """SHA-256 of the model that it was sent to train in this session."""
 
@@ -178,14 +182,17 @@ def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberSta
         model: SHA-256 of the model that came with it.
 
     Raises:
-        SecureAggregationRefused: too few are left, or a share is not what its sender sealed.
+        SecureAggregationRefused: too few are left, not one share of each neighbour on the list, or a share is
+            not what its sender sealed.
     """
     state.belongs_to(request)
     plan = state.agreed()
     members = neighbourhood(plan, state.site)
-    peers = set(members) - {state.site}
-    if not request.shares.keys() <= peers:
-        raise SecureAggregationRefused("shares of sites that are no neighbours of this one")
+    sharing = tuple(sorted(set(request.sharing)))
+    if sharing != request.sharing or state.site not in sharing or not set(sharing) <= set(plan.sites):
+        raise SecureAggregationRefused("not a list of sites of this session with this site on it")
+    if request.shares.keys() != set(sharing) & set(members) - {state.site}:
+        raise SecureAggregationRefused("not one share of each neighbour that shared its secrets")
     needed = threshold(len(members), plan.threshold_share)
     if len(request.shares) + 1 < needed:
         raise SecureAggregationRefused(
@@ -199,21 +206,22 @@ def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberSta
         if len(opened) != 2 * keys.SHARE_BYTES:
             raise SecureAggregationRefused(f"the shares of {peer!r} have a wrong length")
         held[peer] = (opened[: keys.SHARE_BYTES], opened[keys.SHARE_BYTES :])
-    return state.model_copy(update={"held": held, "seal_key": b"", "model": model})
+    return state.model_copy(update={"held": held, "seal_key": b"", "sharing": sharing, "model": model})
 
 
 def mask(state: MemberState, vector: Words) -> MemberState:
     """Add the self-mask and one mask per neighbour to the vector in place, and forget the keys.
 
     A pair's masks cancel in the sum: the first of the two by name adds, the other subtracts. They cancel
-    only where both were sent the same model, since its digest is part of every mask's key.
+    only where both were told the same list of sharing sites and sent the same model: both are part of every
+    mask's key. So a server cannot have some mask among themselves while the others count on all.
     """
     plan = state.agreed()
     if not state.model:
         raise SecureAggregationRefused("this site has not been sent a model in this session")
     if not state.seed or not state.mask_key:
         raise SecureAggregationRefused("this site has masked a vector in this session already")
-    context = mask_context(plan, state.model)
+    context = mask_context(plan, state.sharing, state.model)
     add_mask(vector, keys.derive(state.seed, SELF_MASK, context))
     for peer in sorted(state.held.keys() - {state.site}):
         key = keys.pairwise_key(state.mask_key, plan.advert(peer).mask_key, PAIR_MASK, context)
@@ -224,9 +232,9 @@ def mask(state: MemberState, vector: Words) -> MemberState:
     return state.model_copy(update={"seed": b"", "mask_key": b""})
 
 
-def mask_context(plan: SessionPlan, model: bytes) -> bytes:
-    """What every mask's key is derived with: all that the sites were told, the model included."""
-    return plan.transcript() + model
+def mask_context(plan: SessionPlan, sharing: Iterable[str], model: bytes) -> bytes:
+    """Return what every mask's key is derived with: 96 bytes for plan, list of sharing sites, and model."""
+    return plan.transcript() + hashlib.sha256(canonical(sorted(sharing))).digest() + model
 
 
 def agree(
@@ -273,6 +281,11 @@ def _check_list(state: MemberState, request: SurvivorList, limits: Limits) -> No
     if state.seed:
         raise SecureAggregationRefused("this site has sent no vector, so it has no part in unmasking")
     check_survivors(plan, state.site, request.survivors, limits)
+    if not set(request.survivors) <= set(state.sharing):
+        # The survivors that it has no mask with would be no part of the sum that comes off.
+        raise SecureAggregationRefused(
+            "survivors that shared no secrets in the session as this site knows it"
+        )
 
 
 def _signed(state: MemberState, request: SurvivorList) -> bytes:

@@ -96,8 +96,11 @@ class SealedShares(InSession):
 
 
 class MaskRequest(InSession):
-    """Server to site, beside the model: the ciphertexts of the neighbours that are still there."""
+    """Server to site, beside the model: who shared secrets, and what the neighbours among them sealed."""
 
+    sharing: tuple[SiteName, ...] = Field(
+        max_length=MOST_SITES, description="whose shares were handed on, the receiver included, sorted"
+    )
     shares: Shares
 
 

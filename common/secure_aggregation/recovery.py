@@ -67,7 +67,7 @@ class MaskedSum:
         Raises:
             RunError: a secret cannot be recovered; says whose. The sum is of no use then.
         """
-        context = mask_context(self.plan, self.model)
+        context = mask_context(self.plan, self.sharing, self.model)
         for site in self._secrets_needed():
             secret = self._secret(site, answers)
             survived = site in self.survivors

@@ -90,7 +90,7 @@ class Node:
             "query.survivors": (SurvivorList(**NOW, survivors=("a",)),),
             "query.unmask": (UnmaskRequest(**NOW, survivors=("a",), signatures={}),),
             "train": (self.model(settings),),
-            "train.masked": (self.model(settings), MaskRequest(**NOW, shares={})),
+            "train.masked": (self.model(settings), MaskRequest(**NOW, sharing=(), shares={})),
             "evaluate.bags": (self.model(settings),),
             "evaluate.test": (self.model(settings),),
         }

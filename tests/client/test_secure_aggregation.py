@@ -101,7 +101,11 @@ class Nodes:
             for name in self.names
         }
         return {
-            name: MaskRequest(**NOW | now, shares={p: s.shares[name] for p, s in sealed.items() if p != name})
+            name: MaskRequest(
+                **NOW | now,
+                sharing=tuple(sorted(sealed)),
+                shares={p: s.shares[name] for p, s in sealed.items() if p != name},
+            )
             for name in self.names
         }
 
@@ -404,11 +408,11 @@ def masked(**changes: Any) -> MaskedUpdate:
 @pytest.mark.parametrize(
     ("kind", "asked", "reply"),
     [
-        ("train.masked", MaskRequest(**NOW, shares={}), masked(sender="south")),
-        ("train.masked", MaskRequest(**NOW, shares={}), masked(round=2)),
-        ("train.masked", MaskRequest(**NOW, shares={}), masked(session="1e" * 16)),
-        ("train.masked", MaskRequest(**NOW, shares={}), masked(vector=np.zeros(5, np.uint32))),
-        ("train.masked", MaskRequest(**NOW, shares={}), masked(vector=np.zeros(7, np.uint32))),
+        ("train.masked", MaskRequest(**NOW, sharing=(), shares={}), masked(sender="south")),
+        ("train.masked", MaskRequest(**NOW, sharing=(), shares={}), masked(round=2)),
+        ("train.masked", MaskRequest(**NOW, sharing=(), shares={}), masked(session="1e" * 16)),
+        ("train.masked", MaskRequest(**NOW, sharing=(), shares={}), masked(vector=np.zeros(5, np.uint32))),
+        ("train.masked", MaskRequest(**NOW, sharing=(), shares={}), masked(vector=np.zeros(7, np.uint32))),
         (
             "query.unmask",
             UnmaskRequest(**NOW, survivors=("a", "b"), signatures={}),
@@ -453,7 +457,7 @@ def test_the_guard_stops_what_a_handler_must_not_send(kind: str, asked: Record, 
 
 
 def test_the_guard_lets_the_right_replies_out() -> None:
-    request = to_records(MaskRequest(**NOW, shares={}))
+    request = to_records(MaskRequest(**NOW, sharing=(), shares={}))
     sent = rebuild_masked(request, masked(), SITE, run=1, words=6)
     assert sent.model_dump() == masked().model_dump()
     shares = UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={"b": b"y" * SHARE_BYTES})

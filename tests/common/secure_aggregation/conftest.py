@@ -74,7 +74,7 @@ class Consortium:
     def receive(self, sealed: dict[str, SealedShares]) -> None:
         for name in sealed:
             shares = {sender: reply.shares[name] for sender, reply in sealed.items() if name in reply.shares}
-            request = MaskRequest(session=SESSION, round=ROUND, shares=shares)
+            request = MaskRequest(session=SESSION, round=ROUND, sharing=tuple(sorted(sealed)), shares=shares)
             self.states[name] = member.receive(self.states[name], request, self.model)
 
     def masked(self, name: str, vector: Words) -> Words:

@@ -10,10 +10,11 @@ from scipy.sparse.csgraph import maximum_flow
 
 from common.errors import SecureAggregationRefused
 from common.secure_aggregation import keys, member
-from common.secure_aggregation.cohort import neighbourhood, threshold
+from common.secure_aggregation.cohort import neighbourhood, neighbourhoods, threshold
 from common.secure_aggregation.demands import Limits
 from common.secure_aggregation.masking import add_mask, subtract_mask
 from common.secure_aggregation.records import (
+    MaskRequest,
     SessionPlan,
     SurvivorList,
     UnmaskRequest,
@@ -151,7 +152,7 @@ def test_secure_aggregation_never_unmasks_one_site(
     told, enough = lists_against(plan, victim)
     assert enough == (neighbours == 2 or (neighbours > 0 and share == 0.51))  # the attack is right
     answers = answers_to(group, told)
-    context = member.mask_context(plan, group.model)
+    context = member.mask_context(plan, group.names, group.model)
     assert vector_of(plan, victim, masked[victim], answers, context) is None
     assert not any(peer in answer.mask_keys for answer in answers.values() for peer in group.names)
 
@@ -168,3 +169,92 @@ def test_a_sparse_graph_is_refused_unless_the_site_allows_it(consortium: Make, n
     for fewest in (1, neighbours):
         group.limits = Limits(3, 0.8, fewest_neighbours=fewest)
         assert len(group.share("site-00", plan).shares) == neighbours
+
+
+def arc(plan: SessionPlan, number: int) -> list[str]:
+    """The first ``number`` sites of the ring, in its order: each is joined to the next ones."""
+    joined, sites = neighbourhoods(plan), plan.sites
+    place = [sites[0]]
+    while len(place) < len(sites):
+        # Of the sites that are left, the next on the ring has most neighbours among the last ones placed.
+        left = [site for site in sites if site not in place]
+        place.append(max(left, key=lambda s: [back in joined[s] for back in reversed(place)]))
+    return place[:number]
+
+
+@pytest.mark.parametrize(
+    ("sites", "inside", "changes", "weights"),
+    [
+        (3, 2, {}, None),
+        (5, 4, {"limits": Limits(5, 0.8)}, None),
+        (5, 4, {"limits": Limits(3, 0.5)}, [0.395, 0.07, 0.07, 0.07, 0.395]),
+        (9, 5, {"limits": Limits(9, 0.8), "threshold_share": 0.51}, None),
+        # On a ring even where the sites at the ends of the arc refuse, the others hold shares enough.
+        (12, 2, {"limits": Limits(3, 0.8, 2), "neighbours": 2}, None),
+        (12, 3, {"limits": Limits(9, 0.8, 2), "neighbours": 2}, None),
+        (16, 5, {"limits": Limits(9, 0.8, 4), "neighbours": 4, "threshold_share": 0.51}, None),
+        (16, 7, {"limits": Limits(9, 0.8, 6), "neighbours": 6, "threshold_share": 0.51}, None),
+    ],
+)
+@pytest.mark.parametrize("told", ["own list", "full list"])
+def test_no_sum_over_fewer_sites_than_the_list_comes_off(
+    consortium: Make,
+    vectors: Make,
+    sites: int,
+    inside: int,
+    changes: dict[str, Any],
+    weights: list[float] | None,
+    told: str,
+) -> None:
+    """A server hands shares on within a few sites only, and has all sign the list of everybody."""
+    group = consortium(sites, **changes)
+    sent = vectors(group, length=1000)
+    group.advertise()
+    plan = group.plan()
+    if weights:
+        plan = plan.model_copy(update={"weights": dict(zip(group.names, weights, strict=True))})
+    few = arc(plan, inside) if group.neighbours else group.names[:inside]
+    sealed = {name: group.share(name, plan) for name in group.names}
+    joined = neighbourhoods(plan)
+    masked: dict[str, Words] = {}
+    lists = {name: sorted(few) if name in few else group.names for name in group.names}
+    for name in group.names:
+        request = MaskRequest(
+            **NOW,
+            sharing=tuple(lists[name] if told == "own list" else group.names),
+            shares={p: sealed[p].shares[name] for p in lists[name] if p != name and p in joined[name]},
+        )
+        try:
+            group.states[name] = member.receive(group.states[name], request, group.model)
+        except SecureAggregationRefused:
+            continue
+        masked[name] = group.masked(name, sent[name])
+    if told == "full list":
+        assert not masked.keys() & set(few if inside == 2 or not group.neighbours else few[:1])
+    answers = answers_to(group, dict.fromkeys(masked, group.names))
+    assert not sum_of(plan, [name for name in few if name in masked], few, masked, sent, answers, group)
+
+
+def sum_of(
+    plan: SessionPlan,
+    there: list[str],
+    few: list[str],
+    masked: Mapping[str, Words],
+    sent: Mapping[str, Words],
+    answers: Mapping[str, UnmaskShares],
+    group: Any,
+) -> bool:
+    """Whether these answers give away the sum of the few sites."""
+    if there != few:
+        return False
+    total = np.zeros(1000, np.uint32)
+    for name in few:
+        shares = {holder: a.self_masks[name] for holder, a in answers.items() if name in a.self_masks}
+        seed = keys.join(shares, threshold(len(neighbourhood(plan, name)), plan.threshold_share))
+        if seed is None or keys.commit(seed) != plan.advert(name).commitment:
+            return False
+        vector = masked[name].copy()
+        context = member.mask_context(plan, group.states[name].sharing, group.model)
+        subtract_mask(vector, keys.derive(seed, member.SELF_MASK, context))
+        total += vector
+    return bool(np.array_equal(total, np.sum([sent[name] for name in few], axis=0, dtype=np.uint32)))

@@ -229,9 +229,10 @@ def test_shares_from_outside_the_neighbourhood_are_refused(consortium: Make) -> 
     me = group.names[0]
     stranger = next(name for name in group.names if name not in neighbourhood(plan, me))
     shares = {name: sealed[name].shares[me] for name in neighbourhood(plan, me) if name != me}
-    request = MaskRequest(session=SESSION, round=ROUND, shares=shares | {stranger: b"x" * 120})
-    with pytest.raises(SecureAggregationRefused, match="no neighbours"):
-        member.receive(group.states[me], request, group.model)
+    for given in (shares | {stranger: b"x" * 120}, dict(list(shares.items())[1:])):
+        request = MaskRequest(session=SESSION, round=ROUND, sharing=tuple(group.names), shares=given)
+        with pytest.raises(SecureAggregationRefused, match="not one share of each neighbour"):
+            member.receive(group.states[me], request, group.model)
 
 
 def test_survivors_are_checked_at_the_site(consortium: Make, vectors: Make) -> None:
@@ -301,8 +302,8 @@ def test_shares_are_given_to_a_list_that_enough_sites_signed_and_to_no_other(
     assert member.unmask(state, noisy, group.limits).self_masks.keys() == set(group.names)
 
 
-@pytest.mark.parametrize("change", ["weights", "clip_range", "model"])
-def test_masks_are_of_one_plan_and_one_model(consortium: Make, change: str) -> None:
+@pytest.mark.parametrize("change", ["weights", "clip_range", "model", "sharing"])
+def test_masks_are_of_one_plan_one_list_and_one_model(consortium: Make, change: str) -> None:
     """The same keys under another plan or model give other masks: nothing of one session is in another."""
     group = consortium(3)
     group.advertise()
@@ -314,6 +315,7 @@ def test_masks_are_of_one_plan_and_one_model(consortium: Make, change: str) -> N
         "weights": {"plan": plan.model_copy(update={"weights": weights})},
         "clip_range": {"plan": plan.model_copy(update={"clip_range": 2.0})},
         "model": {"model": b"n" * 32},
+        "sharing": {"sharing": ("site-00", "site-01")},
     }[change]
     first, second = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
     member.mask(state, first)
@@ -327,7 +329,7 @@ def test_masks_are_of_one_plan_and_one_model(consortium: Make, change: str) -> N
             vector[:] = 0
             member.mask(one, vector)
             if held:
-                context = member.mask_context(one.agreed(), one.model)
+                context = member.mask_context(one.agreed(), one.sharing, one.model)
                 member.subtract_mask(vector, keys.derive(one.seed, member.SELF_MASK, context))
         assert np.count_nonzero(first == second) <= 1
 
@@ -342,7 +344,7 @@ def test_sites_that_were_sent_different_models_give_no_sum(consortium: Make) -> 
     seeds = {name: group.states[name].seed for name in group.names}
     for name, model in models.items():
         shares = {peer: reply.shares[name] for peer, reply in sealed.items() if peer != name}
-        request = MaskRequest(session=SESSION, round=ROUND, shares=shares)
+        request = MaskRequest(session=SESSION, round=ROUND, sharing=tuple(group.names), shares=shares)
         group.states[name] = member.receive(group.states[name], request, model)
     total = np.sum(
         [group.masked(name, np.full(100_000, 9, np.uint32)) for name in group.names], axis=0, dtype=np.uint32
@@ -353,7 +355,7 @@ def test_sites_that_were_sent_different_models_give_no_sum(consortium: Make) -> 
     # With every self-mask off, the pair masks of the odd one with all others are still there.
     for name, model in models.items():
         member.subtract_mask(
-            total, keys.derive(seeds[name], member.SELF_MASK, member.mask_context(plan, model))
+            total, keys.derive(seeds[name], member.SELF_MASK, member.mask_context(plan, group.names, model))
         )
     assert stats.chisquare(np.bincount(total.view(np.uint8), minlength=256)).pvalue > 1e-6
 
@@ -404,7 +406,7 @@ def test_all_but_one_lack_the_others_masks(consortium: Make) -> None:
     group.receive({name: group.share(name, plan) for name in group.names})
     constant = np.full(100_000, 9, np.uint32)
     open_to_try = group.masked("site-00", constant)
-    context = member.mask_context(plan, group.model)
+    context = member.mask_context(plan, group.names, group.model)
 
     def without(*colluding: str, own_mask: bool) -> Any:
         words = open_to_try.copy()
@@ -473,7 +475,7 @@ def test_every_step_is_of_the_round_and_session_that_the_keys_are_for(
         group.share(me, plan.model_copy(update=change))
     sealed = {name: group.share(name, plan) for name in group.names}
     shares = {name: reply.shares[me] for name, reply in sealed.items() if name != me}
-    request = MaskRequest(session=SESSION, round=ROUND, shares=shares)
+    request = MaskRequest(session=SESSION, round=ROUND, sharing=tuple(group.names), shares=shares)
     with pytest.raises(SecureAggregationRefused, match="no keys for"):
         member.receive(group.states[me], request.model_copy(update=change), group.model)
     group.receive(sealed)
