@@ -6,6 +6,7 @@ a temporary folder and renamed into place, so that a reader never meets half a c
 that build at once end with one.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -33,6 +34,12 @@ FORMAT = 2
 
 CHUNK = 128
 """Images decoded between two writes; bounds memory and sets how often progress is told."""
+
+KEPT = 3
+"""Caches of one kind and version that are kept: sizes of runs that go on at the same time."""
+
+ATTEMPTS = 3
+"""Times that a cache is built which other processes remove again before it is mapped."""
 
 STALE_SECONDS = 24 * 3600
 """A temporary folder older than this was left by a process that was killed."""
@@ -85,29 +92,49 @@ def open_cache(
         UserError: the folder cannot be written, or the disk is full; no partial cache is left.
     """
     target = folder / f"{kind}-{image_size}-{FORMAT}.{version[:24]}"
-    if not (target / "cache.json").is_file():
-        needed = len(paths) * image_size * image_size * 3
+    for _ in range(ATTEMPTS):
+        if not (target / "cache.json").is_file():
+            _build_or_say(folder, target, paths, image_size, progress)
+            _remove_others(folder, target, kind)
         try:
-            _build(folder, target, paths, image_size, progress)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"the disk is full: the image cache in {folder} needs {needed:,} bytes.\n"
-                    "Free some space, or point the cache at another disk."
-                ) from error
-            raise UserError(
-                f"the image cache in {folder} cannot be written: {error.strerror or error}.\n"
-                f"Allow writing there ({needed:,} bytes), or point the cache at another folder."
-            ) from error
-        # Of every kind only the newest: a server that asks for many sizes must not fill the disk.
-        _remove_others(folder, target, f"{kind}-")
+            return _map(target)
+        except FileNotFoundError:
+            continue  # a process that built another cache removed this one since
+    raise UserError(
+        f"the image cache in {folder} is removed by other runs as soon as it is built: more than {KEPT} "
+        "image sizes are in use at once. Run fewer at a time."
+    )
+
+
+def _map(target: Path) -> CachedImages:
     record = json.loads((target / "cache.json").read_text(encoding="utf-8"))
+    images = np.load(target / "images.npy", mmap_mode="r")
+    with contextlib.suppress(OSError):  # a cache that cannot be marked as used is only removed earlier
+        os.utime(target)
     return CachedImages(
-        images=np.load(target / "images.npy", mmap_mode="r"),
+        images=images,
         failed={int(index): reason for index, reason in record["failed"].items()},
         converted=record["converted"],
         resized=record["resized"],
     )
+
+
+def _build_or_say(
+    folder: Path, target: Path, paths: Sequence[Path], image_size: int, progress: Progress | None
+) -> None:
+    needed = len(paths) * image_size * image_size * 3
+    try:
+        _build(folder, target, paths, image_size, progress)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: the image cache in {folder} needs {needed:,} bytes.\n"
+                "Free some space, or point the cache at another disk."
+            ) from error
+        raise UserError(
+            f"the image cache in {folder} cannot be written: {error.strerror or error}.\n"
+            f"Allow writing there ({needed:,} bytes), or point the cache at another folder."
+        ) from error
 
 
 def decode_all(
@@ -165,10 +192,34 @@ def _build(folder: Path, target: Path, paths: Sequence[Path], size: int, progres
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_others(folder: Path, target: Path, prefix: str) -> None:
+def _remove_others(folder: Path, target: Path, kind: str) -> None:
+    """Remove the caches of other versions, and of this one's sizes all but those used last.
+
+    A server that asks for many sizes must not fill the disk, and runs of different sizes at the same time
+    must not take each other's away.
+    """
+    used: list[tuple[float, Path]] = []
     for other in folder.iterdir():
-        if not other.is_dir():
+        if other == target or not other.is_dir():
             continue
-        stale = other.name.startswith("tmp-") and other.stat().st_mtime < time.time() - STALE_SECONDS
-        if stale or (other.name.startswith(prefix) and other != target):
-            shutil.rmtree(other, ignore_errors=True)
+        try:
+            time_of_use = other.stat().st_mtime
+        except FileNotFoundError:
+            continue  # another process removes as well
+        if other.name.startswith("tmp-"):
+            if time_of_use < time.time() - STALE_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+        elif other.name.startswith(f"{kind}-") and other.suffix == target.suffix:
+            used.append((time_of_use, other))
+        elif other.name.startswith(f"{kind}-"):
+            _remove(other)
+    for _, other in sorted(used, reverse=True)[KEPT - 1 :]:
+        _remove(other)
+
+
+def _remove(cache: Path) -> None:
+    """Remove a cache so that no reader finds half of it, and who builds it anew finds none."""
+    with contextlib.suppress(OSError):  # another process was first, or it stays until the next time
+        aside = Path(tempfile.mkdtemp(prefix="tmp-", dir=cache.parent))
+        cache.rename(aside)
+        shutil.rmtree(aside)

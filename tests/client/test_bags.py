@@ -95,7 +95,7 @@ def test_the_cache_is_reused_and_rebuilt_when_the_data_change(
     assert len(seen) == 1
     assert np.array_equal(again[2].images, first[2].images)
     BagStore.open(site, 12)
-    assert len(caches(site)) == 1, "the newest alone, so that many image sizes do not fill the disk"
+    assert len(caches(site)) == 2, "runs of two sizes do not take each other's away"
 
     paint(site / "images/10.png", "blue")
     changed = BagStore.open(site, 8)
@@ -103,6 +103,51 @@ def test_the_cache_is_reused_and_rebuilt_when_the_data_change(
     assert tuple(changed[0].images[0][4, 4]) == COLOURS["blue"]
     assert tuple(first[0].images[0][4, 4]) == COLOURS["red"], "an open store keeps its images"
     assert len(caches(site)) == 1, "the old version is gone"
+
+
+def test_runs_of_different_sizes_decode_once_each(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (8, 12):
+        BagStore.open(site, size)
+    monkeypatch.setattr(client.image_cache, "_decode", None)  # decoding again would now fail
+    for size in (8, 12, 8, 12):
+        assert BagStore.open(site, size)[0].images.shape[1] == size
+
+
+def test_a_cache_that_never_stays_is_one_clear_error(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(target: Path) -> object:
+        client.image_cache._remove(target)
+        raise FileNotFoundError(target)
+
+    monkeypatch.setattr(client.image_cache, "_map", gone)
+    with pytest.raises(UserError, match="removed by other runs"):
+        BagStore.open(site, 8)
+
+
+def test_of_many_sizes_those_used_last_are_kept(site: Path) -> None:
+    for age, size in ((40, 8), (30, 10), (20, 12)):
+        BagStore.open(site, size)
+        (folder,) = (site / ".cache").glob(f"bags-{size}-*")
+        then = folder.stat().st_mtime - age
+        os.utime(folder, (then, then))
+    BagStore.open(site, 8)
+    BagStore.open(site, 14)
+    assert sorted(int(name.split("-")[1]) for name in caches(site)) == [8, 12, 14]
+
+
+def test_a_cache_that_another_process_removes_meanwhile_is_built_anew(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BagStore.open(site, 8)
+    whole = client.image_cache._map
+
+    def removed_first(target: Path) -> object:
+        monkeypatch.setattr(client.image_cache, "_map", whole)
+        client.image_cache._remove(target)
+        return whole(target)
+
+    monkeypatch.setattr(client.image_cache, "_map", removed_first)
+    assert len(BagStore.open(site, 8)) == 3
+    assert len(caches(site)) == 1
 
 
 @pytest.mark.parametrize("file", ["manifest.csv", "bags.csv", "hierarchy.csv"])

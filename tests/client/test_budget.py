@@ -227,10 +227,10 @@ def test_a_row_that_carries_less_than_was_spent_is_found(tmp_path: Path) -> None
     assert "carried" in problem.reason
 
 
-def test_many_image_sizes_leave_one_cache_of_each_kind(site: Path) -> None:
+def test_many_image_sizes_leave_three_caches_of_each_kind(site: Path) -> None:
     """A server that asks for one size after the other does not fill the disk."""
-    for size in (8, 16, 24, 8):
+    for number, size in enumerate((8, 16, 24, 32, 40, 8), 1):
         BagStore.open(site, size)
         caches = [path.name for path in (site / CACHE_FOLDER).iterdir() if path.is_dir()]
-        assert len(caches) == 1
-        assert caches[0].startswith(f"bags-{size}-")
+        assert len(caches) == min(number, 3)
+        assert any(name.startswith(f"bags-{size}-") for name in caches)
