@@ -38,6 +38,8 @@ KNOWN_METRICS = (
     "confusion",
 )
 """Every metric that a site can send at all; a policy names the ones that it may send."""
+WRITTEN_BY_0_1 = KNOWN_METRICS
+"""The list that release 0.1 wrote into every site.toml, whatever its owner had said."""
 HELD_BACK = 0.1
 """Share of the bags that a real site holds back where its site.toml does not say."""
 
@@ -103,7 +105,9 @@ class SitePolicy(Section):
 
     minimum_bag_size: int = Field(4, ge=1, description="images; a smaller bag is refused")
     release_proportions: ReleaseProportions = ReleaseProportions.TOTAL
-    metrics: tuple[str, ...] | None = Field(None, description="names of the metrics that may leave")
+    metrics: tuple[str, ...] | None = Field(
+        None, description="names of the metrics that may leave; 0.1's whole list counts as not said"
+    )
     private_metrics: PrivateMetrics = PrivateMetrics.WITHHOLD
     held_back: float | None = Field(None, gt=0, le=0.9, description="share of bags held back for selection")
     minimum_held_back_bags: int | None = Field(None, ge=1, description="fewest bags of an exact figure")
@@ -131,9 +135,10 @@ class SitePolicy(Section):
         def default(own: float | None, real: float, simulation: float) -> int:
             return int((simulation if simulated else real) if own is None else own)
 
-        metrics = self.metrics
-        if metrics is None:
-            metrics = KNOWN_METRICS if simulated else self._safe_metrics()
+        silent = self.metrics in (None, WRITTEN_BY_0_1)
+        metrics = self.metrics or ()
+        if silent:
+            metrics = KNOWN_METRICS if simulated else self.safe_metrics()
         return Terms(
             strict=not simulated,
             metrics=frozenset(metrics),
@@ -143,8 +148,8 @@ class SitePolicy(Section):
             skip_bad=False if self.skip_bad is None and not simulated else self.skip_bad,
         )
 
-    def _safe_metrics(self) -> tuple[str, ...]:
-        """The metrics that tell no more of the label counts than the site releases of them anyway.
+    def safe_metrics(self) -> tuple[str, ...]:
+        """Return the metrics that tell no more of the label counts than the site releases of them anyway.
 
         A server that sends a model of constant answers reads mean proportions off a mean KL, and single
         bags' shares of a class off a mean L1, which has a kink at each (``tests/client/test_door.py``

@@ -103,8 +103,10 @@ def site_up(
     if not checked:
         _refuse_running(loaded)
         problem = hospital.check(loaded)
-        if not skip_data:
-            hospital.check_data(loaded)
+        if not skip_data and (metrics := hospital.check_data(loaded)):
+            from deploy.site_check import say_beyond_default
+
+            say(say_beyond_default(metrics), err=True)
         if problem:
             say(f"{problem}; trying on", err=True)
     if foreground:

@@ -4,6 +4,7 @@ A site with a budget in its site.toml takes part in private runs only, so its ta
 takes part in the others only.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
             "bag_sizes": release.granularity == "per-bag",
             "model_update": describe_update(policy),
             "metrics": metrics,
+            "beyond_default": beyond_default(policy, metrics),
         },
         "withheld": {
             "metrics": [name for name in KNOWN_METRICS if name not in metrics],
@@ -84,6 +86,20 @@ def metrics_that_leave(store: BagStore, site: Path, *, private: bool) -> set[str
     bags = {"training": len(training), "held_back": len(held_back)}
     replies = (may_leave(kind, config, store.config, terms, **bags) for kind in IN_REPLY)
     return set().union(*replies)
+
+
+def beyond_default(policy: SitePolicy, metrics: Iterable[str]) -> list[str]:
+    """Return which of these metrics the default policy would withhold: they tell more of the label counts."""
+    safe = policy.safe_metrics()
+    return [name for name in metrics if name in KNOWN_METRICS and name not in safe]
+
+
+def say_beyond_default(names: Sequence[str]) -> str:
+    """Say that a site's own list lets metrics leave that the default withholds."""
+    return (
+        f"site.toml lets metrics leave that tell more than its label counts do: {', '.join(names)}. "
+        "Take `metrics` out of it for the defaults (docs/data.md)."
+    )
 
 
 def describe_update(policy: SitePolicy) -> str:
@@ -127,12 +143,15 @@ def print_check(result: dict[str, Any]) -> None:
     out.add_row("model update", "every round", leaves["model_update"])
     for name in leaves["metrics"]:
         noised = name.startswith("noised")
-        out.add_row(f"metric {name}", "every round or evaluation", noise if noised else "none")
+        how = "none, beyond the default" if name in leaves["beyond_default"] else "none"
+        out.add_row(f"metric {name}", "every round or evaluation", noise if noised else how)
     for name in result["withheld"]["metrics"]:
         out.add_row(f"metric {name}", "never", "withheld")
     for name in result["withheld"]["always"]:
         out.add_row(name, "never", "no record can carry it")
     console().print(here, out)
+    if leaves["beyond_default"]:
+        console().print(say_beyond_default(leaves["beyond_default"]))
     if leaves["label_counts"] is not None:
         exact = table("the label counts as they would be sent", "class", "images")
         for name, count in leaves["label_counts"].items():

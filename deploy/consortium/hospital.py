@@ -43,8 +43,11 @@ def check(kit: SiteKit) -> str:
     return reach_server(kit)
 
 
-def check_data(kit: SiteKit) -> None:
+def check_data(kit: SiteKit) -> list[str]:
     """Check the site's data as ``fedbags site check`` does, in a process of its own (it needs much memory).
+
+    Returns:
+        The metrics that may leave and go beyond the default policy.
 
     Raises:
         UserError: what that said, or the data are another site's.
@@ -56,11 +59,13 @@ def check_data(kit: SiteKit) -> None:
         raise UserError(
             done.stderr.strip().removeprefix("error: ") or f"`fedbags site check {kit.data}` failed"
         )
-    if (name := json.loads(done.stdout)["site"]) != kit.site:
+    found = json.loads(done.stdout)
+    if (name := found["site"]) != kit.site:
         raise UserError(
             f"{kit.data / SITE_FILE} has name = {name!r}, but this kit is site {kit.site!r}'s: write that "
             "name there, or set data-path in kit.toml to the folder of this site"
         )
+    return list(found["leaves"]["beyond_default"])
 
 
 def programs(kit: SiteKit) -> list[Program]:

@@ -37,6 +37,24 @@ def test_a_real_site_withholds_what_tells_more_than_it_releases(
     assert (terms.minimum_cell_size, terms.skip_bad) == (5, False)
 
 
+OF_0_1 = ("num-bags", "num-images", "loss", "bags-kl", "bags-l1", "held-back-bags", "confusion")
+
+
+@pytest.mark.parametrize("budget", [PrivacyBudget(), PrivacyBudget(epsilon=1.0, delta=1e-6)])
+@pytest.mark.parametrize("release", ReleaseProportions)
+def test_the_list_that_0_1_wrote_by_itself_is_no_choice_of_a_real_site(
+    release: ReleaseProportions, budget: PrivacyBudget
+) -> None:
+    written = SitePolicy(metrics=OF_0_1, release_proportions=release, budget=budget)
+    silent = SitePolicy(release_proportions=release, budget=budget)
+    assert written.terms(simulated=False) == silent.terms(simulated=False)
+    assert written.terms(simulated=True).metrics == set(OF_0_1)
+    for chosen in (OF_0_1[:-1], (*OF_0_1[1:], OF_0_1[0]), ("loss",), ()):
+        for simulated in (True, False):
+            terms = SitePolicy(metrics=chosen, budget=budget).terms(simulated=simulated)
+            assert terms.metrics == set(chosen)
+
+
 def test_what_a_site_says_itself_holds_and_a_simulated_one_leaves_the_rest_to_the_run() -> None:
     silent = SitePolicy().terms(simulated=True)
     assert (silent.held_back, silent.skip_bad) == (None, None)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from client.site import PrivacyBudget, SecureAggregationPolicy, SiteConfig
-from deploy.site_check import check_site
+from deploy.consortium.hospital import check_data
+from deploy.consortium.kit import SiteKit
+from deploy.site_check import check_site, print_check
 
 SMALL = ["--set", "model.image-size=16", "--set", "model.atoms-per-class=2", "--workers", "0", "--no-figures"]
 
@@ -102,6 +104,23 @@ def test_site_check_of_a_site_with_a_budget_shows_private_runs(sites_dir: Path, 
     assert "epsilon 3" in leaves["model_update"]
     assert "masked" in leaves["model_update"]
     assert leaves["metrics"] == ["num-bags"]
+
+
+def test_metrics_beyond_the_default_are_named_by_check_and_up(
+    sites_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(sites_dir / "hospital-1", site)
+    config = SiteConfig.load(site)
+    for metrics, beyond in ((None, []), (("num-bags", "loss"), ["loss"])):
+        own = config.policy.model_copy(update={"metrics": metrics})
+        config.model_copy(update={"policy": own}).save(site)
+        print_check(check_site(site, 16))
+        assert ("tell more than its label counts do: loss." in capsys.readouterr().out) == bool(beyond)
+        kit = SiteKit(
+            consortium="c", site=config.name, server="h", port=9443, app_hash="0" * 64, data_path=str(site)
+        ).at(tmp_path)
+        assert check_data(kit) == beyond
 
 
 def test_every_key_is_listed_with_its_bounds(tmp_path: Path) -> None:
