@@ -147,7 +147,7 @@ class Ledger:
             known = (book.data_version, book.cap) == (data_version, Cap(cap_epsilon, cap_delta))
             # A ledger of an earlier release has no identifiers, and no salt in its newest row.
             if not known or data_version not in book.identifiers:
-                so_far = spent(book.events, cap_delta, Adjacency.REPLACE_ONE)
+                so_far = spent(book.events_for(unit), cap_delta, Adjacency.REPLACE_ONE)
                 if so_far > cap_epsilon:
                     raise ConfigError(
                         f"site {site!r} has spent epsilon {so_far:.4g} at delta {cap_delta:g} already, more "
@@ -198,7 +198,8 @@ class Ledger:
         with self.transaction():
             book = self._book
             # The least that can be asked for costs something: nothing fits where nothing is left.
-            if not fits((*book.events, LEAST_EVENT), book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE):
+            least = (*book.events_for(book.unit), LEAST_EVENT)
+            if not fits(least, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE):
                 raise BudgetRefused(book.site, 0.0, 0.0, book.cap.epsilon)
 
     def reserve(
@@ -288,7 +289,7 @@ class Ledger:
             book = self._book
             if kind is Kind.RELEASED and self.data_version in book.releases:
                 return 0
-            asked, cap = (*book.events, *[event] * copies_of(body)), book.cap
+            asked, cap = (*book.events_for(book.unit), *[event] * copies_of(body)), book.cap
             if fits(asked, cap.epsilon, cap.delta, Adjacency.REPLACE_ONE):
                 return self.append(db, kind, body)
         so_far, after = book.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client.ledger_book import Book, Tally, tally
 from client.ledger_file import LedgerBusyError, LedgerError, Mark
 from client.locate import KIT
-from common.privacy.events import Unit, merge
+from common.privacy.events import Unit
 
 ANCHOR_SUFFIX = ".anchor.json"
 """Takes the place of the ledger's own, in the kit's state folder or beside the ledger."""
@@ -59,7 +59,7 @@ class Anchor(BaseModel):
             head=book.head,
             cap_epsilon=book.cap.epsilon,
             cap_delta=book.cap.delta,
-            events=tally(merge(book.events)),
+            events=tally(book.events_for(book.unit)),
             bag_events=tally(book.events_for(Unit.BAG)),
         )
 
@@ -171,7 +171,7 @@ def lost_events(anchor: Anchor, book: Book) -> dict[str, Tally]:
     lost. Any other was written beside that chain: then all that the anchor knows counts on top.
     """
     return {
-        "events": _difference(anchor.events, tally(merge(book.events))),
+        "events": _difference(anchor.events, tally(book.events_for(book.unit))),
         "bag_events": _difference(anchor.bag_events, tally(book.events_for(Unit.BAG))),
     }
 

@@ -112,6 +112,10 @@ class Book:
     carried_at: int = 0
     """The newest row that carries the book forward."""
     newest: NewestReservation | None = None
+    merged: dict[Unit, tuple[int, tuple[PoissonGaussian | DiscreteLaplace, ...]]] = field(
+        default_factory=dict, compare=False
+    )
+    """By unit, of how many events ``events_for`` made its last answer, and that answer."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -261,18 +265,21 @@ class Book:
 
     def spent(self, adjacency: Adjacency = Adjacency.REPLACE_ONE) -> float:
         """Epsilon of all events for the ledger's unit at the cap's delta (dp-accounting PLD)."""
-        return spent(self.events, self.cap.delta, adjacency)
+        return spent(self.events_for(self.unit), self.cap.delta, adjacency)
 
     def events_for(self, unit: Unit) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
         """All events, merged, with the releases of counts scaled to ``unit``.
 
         Steps and looks are bounded per bag in any case.
         """
-        if unit is self.unit:
-            return merge(self.events)
-        if unit is Unit.BAG:
-            return merge(self.bag_events)
-        raise ValueError(f"a ledger for the unit {self.unit.value!r} tells nothing of the {unit.value!r}")
+        if unit not in (self.unit, Unit.BAG):
+            raise ValueError(f"a ledger for the unit {self.unit.value!r} tells nothing of the {unit.value!r}")
+        events = self.events if unit is self.unit else self.bag_events
+        number, merged = self.merged.get(unit, (0, ()))
+        if number < len(events):  # events are only ever added, and a long ledger has many
+            merged = merge((*merged, *events[number:]))
+            self.merged[unit] = len(events), merged
+        return merged
 
     def statement(self, round: int) -> PrivacyStatement:
         """Return what the site tells the server after a round. It speaks of replace-one BAG in any case.
@@ -307,7 +314,7 @@ class Book:
             "data_version": self.identifiers.get(self.data_version, ""),
             "unit": self.unit.explanation,
             "cap": {"epsilon": self.cap.epsilon, "delta": self.cap.delta},
-            "events": [event.model_dump() for event in merge(self.events)],
+            "events": [event.model_dump() for event in self.events_for(self.unit)],
             "spent": {
                 "delta": self.cap.delta,
                 "replace_one": self.spent(Adjacency.REPLACE_ONE),

@@ -96,16 +96,15 @@ class CarryFile:
 
 
 def _is_long(book: Book) -> bool:
-    return len(book.events) > composition.DIRECT
+    return len(book.events_for(book.unit)) > composition.DIRECT
 
 
 def _kept_of(book: Book) -> tuple[Composition, ...]:
     """What memory holds of the ledger's events, scaled to its unit and to a bag."""
-    scaled = [amounts_of(book.events)]
-    if book.unit is not Unit.BAG:
-        scaled.append(amounts_of(book.bag_events))
-    kept = [one for amounts in scaled for one in composition.kept_for(amounts, Adjacency.REPLACE_ONE)]
-    return tuple(dict.fromkeys(kept))
+    kept: dict[Composition, None] = {}
+    for unit in dict.fromkeys((book.unit, Unit.BAG)):
+        kept |= dict.fromkeys(composition.kept_for(amounts_of(book.events_for(unit)), Adjacency.REPLACE_ONE))
+    return tuple(kept)
 
 
 def _about(book: Book, rows: int, head: str | None) -> dict[str, Any]:
