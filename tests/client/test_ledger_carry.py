@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from client import ledger as ledger_module
-from client import ledger_carry
+from client import ledger_book, ledger_carry
 from client.ledger import Ledger, verify
 from client.ledger_carry import SEAL_BYTES, CarryFile
 from client.ledger_file import hash_of, reading
@@ -237,6 +237,20 @@ def test_verify_composes_from_the_events_alone(ledger_path: Path, monkeypatch: p
     ledger = opened(ledger_path, cap=1.5)
     assert ledger.statement(7).epsilon < 0.1
     assert [problem.reason for problem in verify(ledger_path)] == ["more than the cap of 1.5 was spent"]
+
+
+def test_only_new_events_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a ledger of 100,000 rows, merging all events anew for each figure would take seconds."""
+    ledger = opened(tmp_path / "ledger.sqlite")
+    for number in (0, 1, 0):
+        ledger.reserve(step(number), "run", 1, copies=50)
+    sizes: list[int] = []
+    monkeypatch.setattr(ledger_book, "merge", lambda events: sizes.append(len(events)) or merge(events))
+    ledger.reserve(step(0), "run", 2)
+    ledger.statement(2)
+    assert sizes
+    assert max(sizes) <= 3
+    assert ledger.book.events_for(Unit.BAG) == merge(ledger.events())
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), UserError("no secret")])
