@@ -3,9 +3,9 @@
 The file is a copy of what can be computed from the ledger. It is dropped, and everything is composed again,
 unless
 
-- this site wrote it: an HMAC under the site's secret covers all of it. Whoever can write the file and not
-  read the secret cannot make the site understate what it spent. Whoever can read the secret can, and can
-  rewrite the ledger too; `fedbags ledger verify` does not use the file, and composes from the events alone;
+- this site wrote it: an HMAC under the site's secret covers all of it. Whoever can write the file, and can
+  neither read nor replace the secret, cannot make the site understate what it spent. Whoever owns the site
+  folder can, as they can rewrite the ledger; `fedbags ledger verify` composes from the events alone;
 - the same version of the accountant wrote it;
 - the ledger's chain holds the very row after which it was written, so another ledger's file, or one newer
   than a ledger that was rolled back, is not used.
