@@ -78,7 +78,7 @@ def _print_version(asked: bool) -> None:
         from importlib.metadata import version
 
         versions = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch"))
-        typer.echo(f"fedbags {version('fedbags')} ({versions}, Python {platform.python_version()})")
+        say(f"fedbags {version('fedbags')} ({versions}, Python {platform.python_version()})")
         raise typer.Exit
 
 

@@ -1,5 +1,6 @@
 """A real site's training cannot be repeated by whoever lacks its secret; a simulated one's can, anywhere."""
 
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -40,12 +41,13 @@ def test_simulated_seeds_are_what_they_have_always_been(seed: int, site: str, ro
 
 
 def test_a_simulated_node_has_the_public_seeds_and_no_secret(
-    sites_dir: Path, small_config: Callable[..., RunConfig]
+    sites_dir: Path, small_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    config = small_config()
-    made = training_seeds(node(sites_dir, config, **{"partition-id": 0}), config, "hospital-1")
+    own = shutil.copytree(sites_dir, tmp_path / "own", ignore=shutil.ignore_patterns(SECRET_FILE))
+    config = small_config({"sites-dir": str(own)})
+    made = training_seeds(node(own, config, **{"partition-id": 0}), config, "hospital-1")
     assert made == TrainingSeeds(config.seed, "hospital-1")
-    assert not list(sites_dir.rglob(SECRET_FILE))
+    assert not list(own.rglob(SECRET_FILE))
 
 
 def test_a_real_sites_seeds_are_its_own_and_new_in_every_run_and_round(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.privacy import plan as plan_module
 from common.privacy import randomness
-from common.privacy.accounting import spent
+from common.privacy.accounting import calibrate, spent
 from common.privacy.events import Adjacency, DiscreteLaplace
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness, Stream
@@ -124,15 +125,11 @@ def test_epsilon_covers_all_rounds(make_plan: MakePlan) -> None:
 
 
 def test_planted_bug_epsilon_per_round(make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = plan_module.calibrate
-    monkeypatch.setattr(
-        plan_module,
-        "calibrate",
-        lambda epsilon, delta, rate, steps, **more: right(epsilon, delta, rate, steps // 30, **more),
-    )
+    def of_one_round(epsilon: float, delta: float, rate: float, steps: int, **more: Any) -> float:
+        return calibrate(epsilon, delta, rate, steps // 30, **more)
+
     with pytest.raises(AssertionError):
-        check_epsilon(make_plan(noise_multiplier=None, epsilon=2.0, rounds=30))
-    monkeypatch.undo()
+        check_epsilon(make_plan(noise_multiplier=None, epsilon=2.0, rounds=30, find_sigma=of_one_round))
     monkeypatch.setattr(PrivacyPlan, "all_events", lambda self: (self.round_event(),))
     with pytest.raises(AssertionError):
         check_epsilon(make_plan(rounds=30))
