@@ -22,7 +22,7 @@ from client.door import QUESTIONS, Handler, Question, admit
 from client.figures import check_metrics
 from client.ledger_view import Charges
 from client.locate import find_site
-from client.masked_egress import rebuild_masked
+from client.masked_egress import check_keys, rebuild_masked
 from client.opening import open_site, terms_of, trained_shapes
 from client.refusal import BudgetRefused
 from client.release import name_version, release_proportions
@@ -51,7 +51,7 @@ from common.messages import (
     from_records,
     to_records,
 )
-from common.secure_aggregation.records import InSession, MaskedUpdate
+from common.secure_aggregation.records import InSession, KeyAdvert, MaskedUpdate
 
 log = logging.getLogger("fedbags.client")
 
@@ -191,6 +191,8 @@ def _rebuilt(facts: Facts, reply: RecordDict, record: Record) -> Record:
                 _check_charge(facts)
                 shapes = trained_shapes(facts.config, facts.store.hierarchy).values()
                 words = sum(math.prod(shape) for shape in shapes)
+            if isinstance(record, KeyAdvert):
+                check_keys(facts.context, facts.config, facts.site, record)
             return rebuild_masked(facts.request, record, facts.site, facts.context.run_id, words)
         case _:
             raise EgressError("a record that no reply may hold")

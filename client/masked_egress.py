@@ -4,9 +4,10 @@ Part of ``client.egress``, which calls it with every such record. Knows no key a
 went wrong, or was replaced, must not get past it.
 """
 
-from flwr.app import RecordDict
+from flwr.app import Context, RecordDict
 
 from client.site import SiteConfig
+from common.config import RunConfig
 from common.errors import EgressError
 from common.messages import Record, from_records
 from common.record import SiteName
@@ -80,6 +81,20 @@ def rebuild_masked(
             return _shares(reply, set(asked.survivors))
         case _:
             raise EgressError("a record that no reply may hold")
+
+
+def check_keys(context: Context, config: RunConfig, site: SiteConfig, reply: KeyAdvert) -> None:
+    """Refuse an advert with another certificate than the kit's, or the digest of another configuration.
+
+    Raises:
+        EgressError: as above; either field could carry what it likes otherwise.
+    """
+    from client.secure_aggregation import find_kit, own_certificate, settings_digest
+
+    if reply.certificate != own_certificate(find_kit(context, config, site)):
+        raise EgressError("a certificate that is not the one of this site's kit")
+    if reply.settings != settings_digest(config):
+        raise EgressError("the digest of another configuration than this run's")
 
 
 def _sealed(reply: SealedShares, others: set[SiteName]) -> SealedShares:

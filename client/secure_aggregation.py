@@ -91,13 +91,15 @@ class Member:
         Raises:
             RoundTaken: the site has unmasked a sum of this round already.
         """
-        certificate = self.kit / CERTIFICATE_FILE
-        text = certificate.read_text(encoding="ascii") if certificate.is_file() else ""
         self._refuse_second_sum(offer)
         claim(self.claims, f"{offer.session}/keys")
-        settings = hashlib.sha256(canonical(self.config.to_flat())).digest()
         advert, state = member.advertise(
-            offer, self.site.name, self.context.run_id, settings, self._node_key(), text
+            offer,
+            self.site.name,
+            self.context.run_id,
+            settings_digest(self.config),
+            self._node_key(),
+            own_certificate(self.kit),
         )
         self._keep(state)
         return advert
@@ -216,6 +218,17 @@ def find_kit(context: Context, config: RunConfig, site: SiteConfig) -> Path:
             f"secure aggregation needs the site's kit: start the SuperNode with --node-config '{KIT}=\"...\"'"
         )
     return throwaway_kit(run_folder(context, config), site.name)
+
+
+def own_certificate(kit: Path) -> str:
+    """Return the certificate in a kit, PEM; empty where there is none."""
+    path = kit / CERTIFICATE_FILE
+    return path.read_text(encoding="ascii") if path.is_file() else ""
+
+
+def settings_digest(config: RunConfig) -> bytes:
+    """Return the SHA-256 of a run's configuration: 32 bytes, alike at all sites that were told the same."""
+    return hashlib.sha256(canonical(config.to_flat())).digest()
 
 
 def claims_path(context: Context, config: RunConfig, folder: Path) -> Path:

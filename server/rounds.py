@@ -15,7 +15,6 @@ from flwr.serverapp import Grid
 
 from common.config import RunConfig
 from common.config_tables import Strategy
-from common.errors import RunError
 from common.lhfglp import LHFGLP
 from common.messages import (
     FloatArray,
@@ -36,7 +35,7 @@ from server.enrolment import ATTEMPTS, is_answer
 from server.evaluation import check_figures, noised_bag_figures, pooled_bag_figures, selection_score
 from server.exchange import ask
 from server.run_folder import RunFolder
-from server.secure_aggregation import Session, SessionFailed, useless_sum
+from server.secure_aggregation import Session, SessionFailed, UselessSum
 from server.statements import StatementBook
 from server.weights import fedpals_weights, training_bags
 
@@ -89,6 +88,10 @@ class Rounds:
             self.taken.clear()
             try:
                 self._train(number)
+            except UselessSum as error:
+                if not self._may_skip(number):
+                    raise
+                self._skip(number, str(error))
             except QuorumMissed as error:
                 if self.taken and self._may_skip(number):
                     self._skip(number, str(error))
@@ -116,14 +119,11 @@ class Rounds:
         """Leave the model as it is in this round, and go on with the next.
 
         A site unmasks one sum of a round and never a second. So where it did, and the sum was lost before the
-        checkpoint, this round cannot be had again; the next one can.
+        checkpoint or is of no use, this round cannot be had again; the next one can.
         """
         self.skipped += 1
         self.folder.event("round-skipped", round=number, sites=sorted(self.taken), reason=reason)
-        log.warning(
-            "round %(round)d skipped: %(sites)s have done their part of it before",
-            {"round": number, "sites": sorted(self.taken)},
-        )
+        log.warning("round %(round)d skipped: %(reason)s", {"round": number, "reason": reason})
 
     def _ends_early(self, number: int) -> bool:
         """Whether used-up privacy budgets keep the run below its quorum; then it ends with the last round.
@@ -208,7 +208,7 @@ class Rounds:
                     turn.failed(site, str(error), final=False)
                 log.warning("round %(round)d: %(reason)s", {"round": number, "reason": str(error)})
         if fault := fault_of(mean.update, reference, self.config.federation):
-            raise RunError(useless_sum(number, f"the mean of the masked updates: {fault}"))
+            raise UselessSum(number, f"the mean of the masked updates: {fault}")
         collected = StreamingMean()
         collected.add(mean.update, mean.weight)
         collected.count = len(mean.metrics)

@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 
 from common import identity
 from common.config_tables import SecureAggregationConfig
-from common.errors import IdentityError, RunError
+from common.errors import IdentityError, RunError, SecureAggregationRefused
 from common.messages import (
     FloatArray,
     MessageError,
@@ -32,7 +32,7 @@ from common.messages import (
 from common.secure_aggregation import keys
 from common.secure_aggregation.cohort import neighbourhoods
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
-from common.secure_aggregation.quantisation import digest, length, mean_of
+from common.secure_aggregation.quantisation import digest, length, mean_of, refuse_noise
 from common.secure_aggregation.records import (
     InSession,
     KeyAdvert,
@@ -81,6 +81,16 @@ def levelled(weights: Mapping[str, float], effective: int) -> dict[str, float]:
     return {site: kept * share + (1 - kept) / number for site, share in shares.items()}
 
 
+class UselessSum(RunError):  # noqa: N818 (it came off, and tells nothing)
+    """A sum was unmasked and must not be used; the sites unmask no second one of this round."""
+
+    def __init__(self, round: int, reason: str) -> None:
+        super().__init__(
+            f"round {round}: {reason}\nNothing of it is used, and nobody can see whose update was wrong. "
+            "Sites unmask one sum of a round: --resume goes on with the next round."
+        )
+
+
 class SessionFailed(RunError):  # noqa: N818 (it failed, and may be tried again)
     """This attempt gave no sum; nothing of it can be used."""
 
@@ -97,16 +107,8 @@ class MaskedMean:
     """By site in the mean: what its policy let out in clear."""
 
 
-def useless_sum(round: int, reason: str) -> str:
-    """Return what to tell of a sum that was unmasked and must not be used."""
-    return (
-        f"round {round}: {reason}\nNothing of it is used, and nobody can see whose update was wrong. Sites "
-        "unmask one sum of a round: --resume goes on with the next round."
-    )
-
-
 def check_keys(advert: KeyAdvert, certificate: str) -> None:
-    """Refuse keys that would make every other site refuse the session.
+    """Refuse one site's keys where they would make every other site refuse the session.
 
     The sites check them again, against the authority that they trust; the server is not believed.
 
@@ -115,8 +117,11 @@ def check_keys(advert: KeyAdvert, certificate: str) -> None:
         certificate: PEM, of the site.
 
     Raises:
-        RunError: a point of small order, or a signature or certificate that is not valid now.
+        RunError: a point of small order, one key for two purposes, or a signature or certificate that is not
+            valid now.
     """
+    if len({advert.seal_key, advert.mask_key, advert.commitment}) != 3:
+        raise SecureAggregationRefused("one key for two purposes")
     for key in (advert.seal_key, advert.mask_key):
         keys.pairwise_key(keys.new_secret(), key, "check", b"")
     owner = identity.read_certificate(certificate, datetime.now(UTC))
@@ -130,6 +135,22 @@ def odd_ones(adverts: Mapping[str, KeyAdvert]) -> list[str]:
     told = {site: (advert.run, advert.settings) for site, advert in adverts.items()}
     common = Counter(told.values()).most_common(1)
     return [site for site, says in told.items() if says != common[0][0]]
+
+
+def twins(adverts: Mapping[str, KeyAdvert]) -> list[str]:
+    """Return the sites that share a key, or an owner's key, with another: no site would go on with both."""
+    now = datetime.now(UTC)
+    held = {
+        site: (
+            advert.seal_key,
+            advert.mask_key,
+            advert.commitment,
+            identity.read_certificate(advert.certificate, now).public_key.public_numbers(),
+        )
+        for site, advert in adverts.items()
+    }
+    seen = Counter(key for all_of_one in held.values() for key in all_of_one)
+    return [site for site, all_of_one in held.items() if any(seen[key] > 1 for key in all_of_one)]
 
 
 @dataclass
@@ -165,7 +186,7 @@ class Session:
 
         Raises:
             SessionFailed: too few sites were left at some step.
-            RunError: the sum is not one of clipped updates. The sites unmask no second one of this round.
+            UselessSum: the sum is not one of clipped updates.
         """
         plan = self._agree(sites)
         sealed = self._share(plan)
@@ -177,9 +198,10 @@ class Session:
         start = {name: sent[name] for name in trained}
         weight = total.weight()
         try:
+            refuse_noise(total.total, weight, len(plan.adverts))
             mean = mean_of(total.total, start, self.config.clip_range, weight, len(plan.adverts))
         except RunError as error:
-            raise RunError(useless_sum(self.round, str(error))) from error
+            raise UselessSum(self.round, str(error)) from error
         update = ModelUpdate(
             sender="sum", round=self.round, arrays=mean, metrics={"num-bags": len(total.survivors)}
         )
@@ -204,6 +226,9 @@ class Session:
             adverts[site] = advert.model_copy(update={"certificate": certificate})
         for site in odd_ones(adverts):
             self.report(site, KEYS, "it says that it was told another run or configuration than the others")
+            del adverts[site]
+        for site in twins(adverts):
+            self.report(site, KEYS, "it has a key that another site has too")
             del adverts[site]
         self._need(len(adverts), "made keys")
         weights = {site: self.weights[site] for site in sorted(adverts)}
@@ -237,6 +262,13 @@ class Session:
     ) -> dict[str, dict[str, int | float]]:
         if short := total.short_of(total.sharing):
             raise SessionFailed(f"too few sites shared their secrets with {', '.join(short)}")
+        # The sites would refuse such a sum in the end; to find it before they train costs nobody any budget.
+        effective = effective_number([total.plan.weights[site] for site in total.sharing] or [1.0])
+        if effective < self.config.minimum_sites * (1 - 1e-9):
+            raise SessionFailed(
+                f"the weights of the {len(total.sharing)} sites that shared their secrets count as "
+                f"{effective:.2f} equal ones, {self.config.minimum_sites} are needed"
+            )
         requests = {}
         for site in total.sharing:
             shares = {peer: reply.shares[site] for peer, reply in sealed.items() if site in reply.shares}
@@ -287,6 +319,10 @@ class Session:
             total.unmask(answers)
         except RunError as error:
             raise SessionFailed(str(error)) from error
+        for holder, owner in total.wrong_shares(answers):
+            self.report(
+                holder, UNMASK, f"a wrong share of a secret of {owner}, given to it or by it; not used"
+            )
 
     def _repeatable(
         self, kind: str, request: SurvivorList, record: type[T], enough: Callable[[dict[str, T]], bool]

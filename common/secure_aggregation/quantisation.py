@@ -28,6 +28,9 @@ from common.secure_aggregation.records import Words
 FloatArray = NDArray[np.float32]
 Arrays = Mapping[str, FloatArray]
 
+MOST_BEYOND_HALF = 0.25
+"""Largest share of a mean's numbers beyond half of the clip range. Of random words half are."""
+
 
 def scale(clip_range: float, sites: int) -> float:
     """Steps per unit (s above)."""
@@ -103,6 +106,26 @@ def quantise(
             "not sent: raise secure-aggregation.clip-range"
         )
     return words
+
+
+def refuse_noise(total: Words, weight: float, sites: int) -> None:
+    """Refuse a sum that is as large everywhere as one with random words in it.
+
+    Args:
+        total: as in ``mean_of``.
+        weight: as in ``mean_of``.
+        sites: as in ``quantise``.
+
+    Raises:
+        RunError: too many numbers are beyond half of the clip range.
+    """
+    signed = total.view(np.int32)
+    half = weight * (2**31 - 1 - sites) / 2
+    if np.count_nonzero((signed > half) | (signed < -half)) > MOST_BEYOND_HALF * len(signed):
+        raise RunError(
+            "the unmasked sum looks like random words: too many of its numbers are beyond half of the clip "
+            "range. A site sent words that are no update, or secure-aggregation.clip-range is far too small."
+        )
 
 
 def mean_of(

@@ -3,6 +3,7 @@
 Holds one vector and nothing per site, however many sites there are. Knows nothing of Flower.
 """
 
+import random
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -13,6 +14,9 @@ from common.secure_aggregation.cohort import neighbourhoods, threshold
 from common.secure_aggregation.masking import add_mask, subtract_mask
 from common.secure_aggregation.member import PAIR_MASK, SELF_MASK, mask_context
 from common.secure_aggregation.records import SessionPlan, UnmaskShares, Words
+
+_ATTEMPTS = 200
+"""Choices of holders that are tried for one secret, where one of them or more gave a wrong share."""
 
 
 class MaskedSum:
@@ -30,6 +34,7 @@ class MaskedSum:
         self._neighbourhoods = neighbourhoods(plan)
         self.survivors: list[str] = []
         self.total: Words = np.zeros(length, np.uint32)
+        self._secrets: dict[str, bytes] = {}
 
     def add(self, site: str, vector: Words) -> None:
         """Add one site's vector, once.
@@ -81,14 +86,61 @@ class MaskedSum:
             else:
                 self._remove_pairs(site, secret, context)
 
+    def wrong_shares(self, answers: Mapping[str, UnmaskShares]) -> list[tuple[str, str]]:
+        """Return (holder, owner) of shares that stand in the way of recovering the owner's secret.
+
+        Either may be to blame: the holder gave another share than it has, or the owner sealed it a wrong one.
+        Only where the first shares by name did not fit are the others looked at.
+        """
+        wrong = []
+        for site in self._secrets_needed():
+            shares, needed = self._given(site, answers), self._needed(site)
+            if self._fitting(site, shares) is not None:
+                continue
+            fit = self._search(site, shares)
+            good = sorted(fit)[: needed - 1]
+            wrong += [
+                (holder, site)
+                for holder in shares
+                if holder not in fit
+                and self._fitting(site, {name: shares[name] for name in [*good, holder]}) is None
+            ]
+        return wrong
+
     def _secret(self, site: str, answers: Mapping[str, UnmaskShares]) -> bytes | None:
         """The seed of a survivor or the mask key of a lost site, if it is what the site advertised."""
+        if site not in self._secrets:
+            shares = self._given(site, answers)
+            secret = self._fitting(site, self._search(site, shares))
+            if secret is None:
+                return None
+            self._secrets[site] = secret
+        return self._secrets[site]
+
+    def _given(self, site: str, answers: Mapping[str, UnmaskShares]) -> dict[str, bytes]:
+        """The shares of one site's secret, by holder."""
+        given = {
+            holder: answers[holder].self_masks if site in self.survivors else answers[holder].mask_keys
+            for holder in sorted(self._holders(site) & answers.keys())
+        }
+        return {holder: shares[site] for holder, shares in given.items() if site in shares}
+
+    def _search(self, site: str, shares: dict[str, bytes]) -> dict[str, bytes]:
+        """Return shares that fit; none where some wrong ones could not be told apart in so many attempts."""
+        if self._fitting(site, shares) is not None:
+            return shares
+        needed, draw = self._needed(site), random.Random(0)
+        if len(shares) <= needed:
+            return {}
+        for _ in range(_ATTEMPTS):
+            some = {holder: shares[holder] for holder in draw.sample(sorted(shares), needed)}
+            if self._fitting(site, some) is not None:
+                return some
+        return {}
+
+    def _fitting(self, site: str, shares: Mapping[str, bytes]) -> bytes | None:
+        """The secret that the first shares give, if it is what the site committed to."""
         survived, advert = site in self.survivors, self.plan.advert(site)
-        shares = {}
-        for holder in sorted(self._holders(site) & answers.keys()):
-            given = answers[holder].self_masks if survived else answers[holder].mask_keys
-            if site in given:
-                shares[holder] = given[site]
         secret = keys.join(shares, self._needed(site))
         if secret is None:
             return None

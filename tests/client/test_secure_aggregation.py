@@ -14,7 +14,7 @@ from client import app as client_app
 from client.claims import claim
 from client.door import QUESTIONS
 from client.masked_egress import rebuild_masked
-from client.secure_aggregation import STATE
+from client.secure_aggregation import STATE, Member
 from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
 from client.throwaway import FOLDER, throwaway_kit
 from common.build import build_model
@@ -463,6 +463,21 @@ def test_the_guard_lets_the_right_replies_out() -> None:
     shares = UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={"b": b"y" * SHARE_BYTES})
     asked = to_records(UnmaskRequest(**NOW, survivors=("a",), signatures={}))
     assert rebuild_masked(asked, shares, SITE, run=1) == shares
+
+
+@pytest.mark.parametrize(
+    "change", [{"certificate": "cGF0aWVudCA0NzEx"}, {"settings": b"patient 4711".ljust(32)}]
+)
+def test_keys_with_another_certificate_or_configuration_stay(
+    nodes: Nodes, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Member.advertise
+
+    def bent(self: Member, offer: SessionOffer) -> KeyAdvert:
+        return right(self, offer).model_copy(update=change)
+
+    monkeypatch.setattr(Member, "advertise", bent)
+    assert code(nodes.ask(nodes.names[0], "query.keys", SessionOffer(**NOW))) == SiteError.EGRESS
 
 
 @pytest.mark.parametrize("metric", ["loss", "num-images", "confusion", "patient-4711"])

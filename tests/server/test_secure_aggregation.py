@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from common.identity import load_node_key
 from common.messages import MaskedUpdate, from_records, to_records
 from common.secure_aggregation import keys, quantisation
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
-from common.secure_aggregation.records import KeyAdvert
+from common.secure_aggregation.records import KeyAdvert, UnmaskShares
 from deploy.local_grid import LocalGrid
 from server import attendance, rounds
 from server.app import app
@@ -350,6 +351,92 @@ def test_a_site_of_another_run_or_configuration_is_left_out_alone(
     ]
 
 
+def one_key_for_both(advert: KeyAdvert, seen: list[KeyAdvert]) -> KeyAdvert:
+    return advert.model_copy(update={"mask_key": advert.seal_key})
+
+
+def a_key_of_another(advert: KeyAdvert, seen: list[KeyAdvert]) -> KeyAdvert:
+    return advert.model_copy(update={"mask_key": seen[0].mask_key})
+
+
+@pytest.mark.parametrize("change", [one_key_for_both, a_key_of_another])
+def test_a_key_that_is_there_twice_costs_those_that_have_it_and_nobody_else(
+    five: Config, tmp_path: Path, change: Callable[[KeyAdvert, list[KeyAdvert]], KeyAdvert]
+) -> None:
+    seen: list[KeyAdvert] = []
+
+    def bend(asked: str, node: int, reply: Message) -> Message:
+        if asked != "query.keys":
+            return reply
+        advert = from_records(reply.content, KeyAdvert)
+        seen.append(advert)
+        if node == 1:
+            key = load_node_key(tmp_path / "bent" / FOLDER / advert.site / KEY_FILE)
+            advert = change(advert, seen)
+            signed = advert.model_copy(update={"signature": identity.sign(key, KEYS_SIGNED, advert.signed())})
+            reply.content["key-advert"] = to_records(signed)["key-advert"]
+        return reply
+
+    run(five("bent", {"secure-aggregation.threshold-share": 0.51}), bend)
+    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    culprits = ["hospital-2"] if change is one_key_for_both else ["hospital-1", "hospital-2"]
+    assert sum(event["event"] == "update" for event in events) == 5 - len(culprits)
+    assert [(e["site"], e["phase"]) for e in events if e["event"] == "left-out"] == [
+        (site, "query.keys") for site in culprits
+    ]
+
+
+def test_wrong_shares_of_a_site_are_left_out_and_told(five: Config, tmp_path: Path) -> None:
+    def bend(asked: str, node: int, reply: Message) -> Message:
+        if (asked, node) == ("query.unmask", 1):
+            told = from_records(reply.content, UnmaskShares)
+            wrong = {site: share[:4] + os.urandom(48) for site, share in told.self_masks.items()}
+            record = to_records(told.model_copy(update={"self_masks": wrong}))
+            reply.content["unmask-shares"] = record["unmask-shares"]
+        return reply
+
+    run(five("bent"), bend)
+    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    assert sum(event["event"] == "update" for event in events) == 5
+    left_out = [event for event in events if event["event"] == "left-out"]
+    assert {(event["site"], event["phase"]) for event in left_out} == {("hospital-2", "query.unmask")}
+
+
+def test_random_words_cost_their_round_and_not_the_run(five: Config, tmp_path: Path) -> None:
+    def bend(asked: str, node: int, reply: Message) -> Message:
+        if (asked, node, reply.metadata.group_id) == ("train.masked", 1, "1"):
+            update = from_records(reply.content, MaskedUpdate)
+            words = np.frombuffer(os.urandom(4 * len(update.vector)), np.uint32)
+            reply.content["words"] = to_records(update.model_copy(update={"vector": words}))["words"]
+        return reply
+
+    run(five("bent", {"rounds": 2}), bend)
+    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    (skipped,) = [event for event in events if event["event"] == "round-skipped"]
+    assert skipped["round"] == 1
+    assert "looks like random words" in skipped["reason"]
+    assert [event["round"] for event in events if event["event"] == "round"] == [2]
+
+
+def test_weights_that_the_sites_would_refuse_in_the_end_are_found_before_they_train(
+    five: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the second site the others' weights count as two equal ones, and three are demanded."""
+    bags = {"hospital-1": 600.0, "hospital-2": 300.0} | dict.fromkeys(
+        ["hospital-3", "hospital-4", "hospital-5"], 100.0
+    )
+    monkeypatch.setattr(rounds.Rounds, "_bags", lambda self: bags)
+    asked: list[str] = []
+
+    def lose_once(kind: str, node: int, reply: Message) -> Message:
+        asked.append(kind)
+        return _failed(reply) if (kind, node) == ("query.shares", 1) and asked.count(kind) <= 5 else reply
+
+    run(five("bent"), lose_once)
+    assert asked.count("query.shares") == 10
+    assert asked.count("train.masked") == 5
+
+
 def wrong_length(reply: Message) -> None:
     update = from_records(reply.content, MaskedUpdate)
     record = to_records(update.model_copy(update={"vector": update.vector[:-1]}))
@@ -508,7 +595,7 @@ def test_a_site_that_sends_other_words_spoils_the_sum_and_is_noticed(five: Confi
     def poison(asked: str, node: int, reply: Message) -> Message:
         if (asked, node) == ("train.masked", 2):
             update = from_records(reply.content, MaskedUpdate)
-            words = update.vector + np.uint32(2**30)
+            words = update.vector + np.uint32(2**29)
             reply.content["words"] = to_records(update.model_copy(update={"vector": words}))["words"]
         return reply
 
