@@ -279,7 +279,7 @@ class Session:
         metrics = {}
         for site, content in self.exchange(TRAIN_MASKED, requests):
             try:
-                with reading("unusable reply", content):
+                with reading("unusable reply"):
                     check_only(content, MaskedUpdate, PrivacyStatement)
                     statement = from_records(content, PrivacyStatement)
                     update = from_records(content, MaskedUpdate)
@@ -341,7 +341,7 @@ class Session:
     ) -> Iterator[tuple[str, T]]:
         for site, content in self.exchange(kind, requests):
             try:
-                with reading("unusable reply", content):
+                with reading("unusable reply"):
                     check_only(content, record)
                     reply = from_records(content, record)
                     self._check(site, getattr(reply, "site", ""), reply)
