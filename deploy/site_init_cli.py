@@ -148,6 +148,8 @@ def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:
         question = "Privacy budget, epsilon (0: none, and runs without differential privacy are taken)"
         epsilon = typer.prompt(question, default=budget.get("epsilon") or 0.0, type=float, err=True)
         given["policy.budget.epsilon"] = epsilon or None
+        if not epsilon:
+            policy.pop("budget", None)  # what is not given is kept, and this answer says that none is wanted
     if given["policy.budget.epsilon"] is not None:
         ask("policy.budget.delta", "Delta of the budget", budget.get("delta") or 1e-4, type=float)
     if given["policy.secure-aggregation.required"] is None:

@@ -44,6 +44,9 @@ MANY = 20
 TOLERANCE = 1e-3
 """How far, relatively, a stated figure may be from the one computed from its own events."""
 
+MOST_STATED = 100
+"""Events of different noise in a statement whose cost is computed again: each takes a while."""
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -141,13 +144,13 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
             more_rounds=extent.more_rounds,
             prefixes=tuple(rounds.values()),
             deltas=extent.deltas,
-            stated=stated,
+            stated=() if _too_many(stated) else stated,
         )
         return Inquiry(question, tuple(rounds))
     if item.ledger is not None:
         return Inquiry(None)
     if statement is not None:
-        if statement.epsilon is None or statement.delta is None:
+        if statement.epsilon is None or statement.delta is None or _too_many(stated):
             return Inquiry(None)
         more = _usual_round(stated, run), extent.more_rounds
         return Inquiry(Question(stated, stated, statement.delta, *more, (), extent.deltas, stated))
@@ -156,6 +159,11 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
     # It enrolled and never trained: the release, if there was one, is all that it sent.
     events = () if release.event is None else (release.event,)
     return Inquiry(Question(events, events, run.settings.delta, (), (), (), extent.deltas))
+
+
+def _too_many(stated: Events) -> bool:
+    """Whether a site's word alone would keep the accountant busy for minutes, or hours."""
+    return len(stated) > MOST_STATED
 
 
 def _last_round(spent: Sequence[Charge]) -> Events:
@@ -185,8 +193,9 @@ def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
         return []
     where = f"the statement of round {statement.round}"
     reasons = []
-    same_delta = item.book is None or item.book.cap.delta == statement.delta
-    if same_delta and not math.isclose(statement.epsilon, answer.stated, rel_tol=TOLERANCE, abs_tol=1e-9):
+    compared = item.book is None or item.book.cap.delta == statement.delta
+    compared = compared and not _too_many(merge(statement.events))
+    if compared and not math.isclose(statement.epsilon, answer.stated, rel_tol=TOLERANCE, abs_tol=1e-9):
         reasons.append(f"{where} says epsilon {statement.epsilon:.4g}; its events cost {answer.stated:.4g}")
     if item.book is not None:
         then = events_up_to(item.book, statement.ledger_head, Unit.BAG)
@@ -266,6 +275,12 @@ def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
         return Status.NOT_PRIVATE, "It trained without noise: its model updates bound nothing."
     if item.release is not None and item.release.mechanism == "exact":
         return Status.NOT_PRIVATE, "It released its label counts without noise."
+    kinds = merge(item.statement.events) if item.statement else ()
+    if answer is None and _too_many(kinds):
+        return Status.UNKNOWN, (
+            f"Its statement names {len(kinds)} events of different noise, more than the {MOST_STATED} that "
+            "are computed again from a statement alone; give its ledger."
+        )
     if answer is None:
         return Status.NOT_PRIVATE, "It took part in a run without privacy, and no statement bounds it."
     if not math.isfinite(answer.epsilon):

@@ -20,6 +20,7 @@ from markupsafe import escape
 from PIL import Image
 from typer.testing import CliRunner
 
+import deploy.report.accounts
 from client.ledger import BudgetRefused, Ledger
 from client.ledger_book import Book
 from common.config import RunConfig
@@ -298,6 +299,35 @@ def test_a_statement_that_disagrees_is_a_problem(
     data, page = read(tmp_path / "out")
     assert {problem["site"] for problem in data["problems"]} == {"north"}
     assert "The records do not hold up" in page
+
+
+def test_a_statement_of_thousands_of_events_does_not_keep_the_report(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site's own word takes a bounded time, and no figure stands for what was not computed."""
+    real = deploy.report.accounts.spent
+
+    def few(events: Any, *rest: Any) -> float:
+        assert len(merge(events)) <= 100
+        return real(events, *rest)
+
+    monkeypatch.setattr(deploy.report.accounts, "spent", few)
+    many = [
+        {"kind": "poisson_gaussian", "sample_rate": 0.01, "noise_multiplier": 1.0 + n * 1e-6, "steps": 1}
+        for n in range(4_000)
+    ]
+    edit_summary(run, lambda summary: summary["statements"]["north"].update(events=many))
+    report([run], tmp_path / "with-ledger")
+    data, _ = read(tmp_path / "with-ledger")
+    assert data["sites"]["north"]["epsilon"] is not None
+    assert any("other events" in problem["reason"] for problem in data["problems"])
+    shutil.rmtree(run / "sites")
+    report([run], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    north = data["sites"]["north"]
+    assert (north["status"], north["epsilon"]) == ("unknown", None)
+    assert "4000 events of different noise" in north["why"]
+    assert data["worst"] is None
 
 
 def test_a_tampered_ledger_is_flagged_on_top_and_gives_no_figure(run: Path, tmp_path: Path) -> None:
