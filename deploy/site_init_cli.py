@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import UserError
+from deploy.say import say
 
 if TYPE_CHECKING:  # reads the tables of configurations, which the help must not wait for
     from client.site import SiteConfig
@@ -80,16 +81,22 @@ def init(
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
     missing = [file for file in (MANIFEST_FILE, BAGS_FILE, config.hierarchy) if not (site / file).exists()]
     if not json_:
-        typer.echo(f"wrote {target}")
+        say(f"wrote {target}")
     if missing:
         result = {"site": config.name, "written": str(target), "missing": missing}
         advice = (
             f"Still missing: {', '.join(missing)} (docs/data.md); then look at `fedbags site check {site}`."
         )
-        typer.echo(json.dumps(result, indent=2) if json_ else advice)
+        if json_:
+            typer.echo(json.dumps(result, indent=2))
+        else:
+            say(advice)
         return
     checked = check_site(site, image_size)
-    typer.echo(json.dumps(checked, indent=2)) if json_ else print_check(checked)
+    if json_:
+        typer.echo(json.dumps(checked, indent=2))
+    else:
+        print_check(checked)
 
 
 def on_terminal() -> bool:
