@@ -233,7 +233,7 @@ def _statement(facts: Facts, reply: PrivacyStatement) -> PrivacyStatement:
         raise EgressError("the privacy statement speaks for another site or round")
     own = PrivacyStatement(site=facts.site.name, round=facts.asked.round)
     if facts.private:
-        own = facts.charges.statement(facts.asked.round)
+        own = facts.charges.statement(facts.asked.round, reply.ledger_head)
     if reply != own:
         raise EgressError("the privacy statement is not what the site's ledger states")
     return own

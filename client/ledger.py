@@ -9,14 +9,13 @@ that a server sends can raise it. One ledger holds for all runs and data version
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Self
 
 from client.ledger_anchor import ADVICE, AnchorFile, LedgerLostError, anchor_file, lost_marks
-from client.ledger_book import Book, Cap, copies_of
+from client.ledger_book import Book, Cap, Reservation, copies_of
 from client.ledger_carry import CarryFile
 from client.ledger_check import verify
 from client.ledger_file import (
@@ -26,9 +25,7 @@ from client.ledger_file import (
     Mark,
     create,
     hash_of,
-    newest_of_kind,
     read_entries,
-    read_entry,
     writing,
 )
 from client.ledger_file import append as append_row
@@ -57,17 +54,6 @@ CARRY_EVERY = 256
 IDENTIFIER_BYTES = 32
 LEAST_EVENT = DiscreteLaplace(scale=1e6)
 """Costs next to nothing: what does not fit beside it leaves no room for any training."""
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """An event that is on the disk as spent. ``row`` names it in the ledger."""
-
-    row: int
-    event: PoissonGaussian | DiscreteLaplace
-    run_id: str
-    round: int
-    copies: int
 
 
 class DataVersionError(DataError):
@@ -331,9 +317,8 @@ class Ledger:
 
     def _read(self, db: Connection) -> None:
         """Read what is new; in a fresh process, only from the newest row that carries all before it."""
-        if self._book.last is None and (newest := newest_of_kind(db, Kind.CARRIED)):
-            entry = read_entry(db, self.path, newest)
-            self._book = Book.carried(entry, lambda seq: read_entry(db, self.path, seq))
+        if self._book.last is None:
+            self._book = Book.begun(db, self.path)
         for entry in read_entries(db, self.path, self._book.last):
             self._book.add(entry)
 

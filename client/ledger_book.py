@@ -8,15 +8,25 @@ made, confirmed or not. A version that the site's owner has not accepted is no v
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any, Self
 
 from pydantic import ValidationError
 
-from client.ledger_file import Entry, Kind, LedgerError, read_entries, reading
+from client.ledger_file import (
+    Entry,
+    Kind,
+    LedgerError,
+    newest_of_kind,
+    read_entries,
+    read_entry,
+    reading,
+)
 from common.errors import require_file
 from common.messages import PrivacyStatement
 from common.privacy.accounting import spent
@@ -65,14 +75,21 @@ class Cap:
 
 
 @dataclass(frozen=True)
-class NewestReservation:
-    """The newest row that reserved something."""
+class Reservation:
+    """An event that is on the disk as spent. ``row`` names it in the ledger."""
 
     row: int
     event: PoissonGaussian | DiscreteLaplace
-    copies: int
     run_id: str
     round: int
+    copies: int
+
+    @classmethod
+    def of(cls, entry: Entry) -> Self:
+        """The reservation that a row of kind ``reserved`` records."""
+        body = entry.body
+        event = event_from_dict(body["event"])
+        return cls(entry.seq, event, str(body["run_id"]), int(body["round"]), copies_of(body))
 
 
 @dataclass
@@ -111,11 +128,14 @@ class Book:
     """The heads of the chains that were lost then."""
     carried_at: int = 0
     """The newest row that carries the book forward."""
-    newest: NewestReservation | None = None
     merged: dict[Unit, tuple[int, tuple[PoissonGaussian | DiscreteLaplace, ...]]] = field(
         default_factory=dict, compare=False
     )
     """By unit, of how many events ``events_for`` made its last answer, and that answer."""
+    _counts: Counter[PoissonGaussian | DiscreteLaplace] = field(default_factory=Counter, repr=False)
+    """How often each of ``events`` happened: counted as they come, so that no row counts all of them anew."""
+    _bag_counts: Counter[PoissonGaussian | DiscreteLaplace] = field(default_factory=Counter, repr=False)
+    """The same of ``bag_events``."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -138,6 +158,23 @@ class Book:
         return book
 
     @classmethod
+    def begun(cls, db: Connection, path: Path, rows: int | None = None) -> Self:
+        """The book at the newest row that carries all before it, if there is one; else one without rows.
+
+        Args:
+            db: the ledger file.
+            path: its name.
+            rows: the last row that may be read; None for the newest.
+
+        Raises:
+            LedgerError: that row cannot be trusted.
+        """
+        newest = newest_of_kind(db, Kind.CARRIED, rows)
+        if not newest:
+            return cls()
+        return cls.carried(read_entry(db, path, newest), lambda seq: read_entry(db, path, seq))
+
+    @classmethod
     def carried(cls, entry: Entry, row: Callable[[int], Entry]) -> Self:
         """The book as a row of kind ``carried`` tells it, without reading those before it.
 
@@ -156,7 +193,7 @@ class Book:
             book.versions = {str(version): str(since) for version, since in state["versions"]}
             book.identifiers = {str(version): str(name) for version, name in state["identifiers"]}
             book.cap = Cap(float(state["cap"][0]), float(state["cap"][1]))
-            book.events, book.bag_events = untally(state["events"]), untally(state["bag_events"])
+            book._spend(untally(state["events"]), untally(state["bag_events"]))
             book.release_rows = {str(version): int(number) for version, number in state["releases"]}
             for version, number in book.release_rows.items():
                 book.releases[version] = _release(row(number).body)
@@ -179,8 +216,8 @@ class Book:
             "versions": [[version, since] for version, since in self.versions.items()],
             "identifiers": [[version, name] for version, name in self.identifiers.items()],
             "cap": [self.cap.epsilon, self.cap.delta],
-            "events": [[event, number] for event, number in tally(self.events)],
-            "bag_events": [[event, number] for event, number in tally(self.bag_events)],
+            "events": [[event.model_dump(), number] for event, number in self._counts.items()],
+            "bag_events": [[event.model_dump(), number] for event, number in self._bag_counts.items()],
             "releases": [[version, number] for version, number in self.release_rows.items()],
             "open": sorted(self.open_reservations),
             "generators": [generator.value for generator in self.generators],
@@ -223,27 +260,23 @@ class Book:
             case Kind.ACCEPTED:
                 self._know_version(body)
             case Kind.RESERVED:
-                event, copies = event_from_dict(body["event"]), copies_of(body)
-                self.events += [event] * copies
-                self.bag_events += [event] * copies  # steps and looks are bounded per bag in any case
+                reserved = Reservation.of(entry)
+                # Steps and looks are bounded per bag in any case.
+                events = [reserved.event] * reserved.copies
+                self._spend(events, events)
                 self._drew_from(body)
                 self.open_reservations.add(entry.seq)
-                self.newest = NewestReservation(
-                    entry.seq, event, copies, str(body["run_id"]), int(body["round"])
-                )
             case Kind.CONFIRMED:
                 self.open_reservations.remove(int(body["reservation"]))
             case Kind.RELEASED:
                 release, version = _release(body), str(body["data_version"])
-                self.events.append(release.event(self.unit))
-                self.bag_events.append(release.event(Unit.BAG))
+                self._spend([release.event(self.unit)], [release.event(Unit.BAG)])
                 self.releases[version], self.release_rows[version] = release, entry.seq
                 self._drew_from(body)
             case Kind.REFUSED:
                 self.refusals += 1
             case Kind.LOST:
-                self.events += untally(body["events"])
-                self.bag_events += untally(body["bag_events"])
+                self._spend(untally(body["events"]), untally(body["bag_events"]))
                 self._drew_from(body)
                 self.lost |= set(map(str, body["heads"]))
                 self.losses += 1
@@ -251,6 +284,16 @@ class Book:
                 if body["state"] != self.state():
                     raise ValueError("it carries forward something else than the rows before it say")
                 self.carried_at = entry.seq
+
+    def _spend(
+        self,
+        events: Sequence[PoissonGaussian | DiscreteLaplace],
+        bag_events: Sequence[PoissonGaussian | DiscreteLaplace],
+    ) -> None:
+        self.events += events
+        self.bag_events += bag_events
+        self._counts.update(events)
+        self._bag_counts.update(bag_events)
 
     def _know_version(self, body: Mapping[str, Any]) -> None:
         version = str(body["data_version"])

@@ -223,9 +223,12 @@ def read_entries(db: sqlite3.Connection, path: Path, last: Entry | None = None) 
     return entries
 
 
-def newest_of_kind(db: sqlite3.Connection, kind: Kind) -> int:
-    """The number of the newest row of a kind, 0 where there is none; read from the end."""
-    row = db.execute("SELECT seq FROM entries WHERE kind = ? ORDER BY seq DESC LIMIT 1", (kind,)).fetchone()
+def newest_of_kind(db: sqlite3.Connection, kind: Kind, rows: int | None = None) -> int:
+    """The number of the newest row of a kind, 0 where there is none; read from the end, or from ``rows``."""
+    row = db.execute(
+        "SELECT seq FROM entries WHERE kind = ? AND seq <= ? ORDER BY seq DESC LIMIT 1",
+        (kind, newest_written(db) if rows is None else rows),
+    ).fetchone()
     return int(row[0]) if row else 0
 
 

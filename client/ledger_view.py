@@ -4,6 +4,7 @@ Reads the file by itself, whatever a handler says of it, and never writes.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -13,11 +14,12 @@ from client.bags import BagStore
 from client.release import private_release
 from client.site import SiteConfig
 from common.config import RunConfig
-from common.errors import EgressError
+from common.errors import EgressError, require_file
 from common.messages import PrivacyStatement, ProportionRelease
 
 if TYPE_CHECKING:  # the accountants are loaded in private runs only
-    from client.ledger_book import Book, NewestReservation
+    from client.ledger_book import Book, Reservation
+    from client.ledger_file import Entry
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,40 @@ class Charges:
         return cls(path, run_name(context, config), rows)
 
     def paid_for_training(self, round: int, config: RunConfig) -> bool:
-        """Return whether this question's own reservation is of the round's private steps."""
-        found = self._reservation(round)
-        if found is None or found.event.kind != "poisson_gaussian":
-            return False
-        return found.copies == 1 and found.event.steps == config.dp.steps_per_round
+        """Return whether the round's private steps were reserved while this question was answered."""
+        return any(
+            found.event.kind == "poisson_gaussian"
+            and found.event.steps == config.dp.steps_per_round
+            and found.copies == 1
+            for found in self._reservations(round)
+        )
 
     def paid_for_look(self, round: int, config: RunConfig, levels: int) -> bool:
-        """Return whether this question's own reservation is of a look at every level, at the run's scale."""
-        found = self._reservation(round)
-        if found is None or found.event.kind != "discrete_laplace":
-            return False
-        return found.copies == levels and found.event.scale == config.dp.metrics_scale
+        """Return whether a look at every level, at the run's scale, was reserved meanwhile."""
+        return any(
+            found.event.kind == "discrete_laplace"
+            and found.event.scale == config.dp.metrics_scale
+            and found.copies == levels
+            for found in self._reservations(round)
+        )
 
-    def statement(self, round: int) -> PrivacyStatement:
-        """Return what the ledger states after a round."""
-        return self._book().statement(round)
+    def statement(self, round: int, head: str) -> PrivacyStatement:
+        """Return what the ledger stated after a round, as of the row that a reply names.
+
+        Other runs may write while this one's question is answered, so it need not be the newest row.
+
+        Args:
+            round: of the question.
+            head: the row's hash.
+
+        Raises:
+            EgressError: there is no such row, or it is older than the question or than what paid for it.
+        """
+        book = self._book(head)
+        paid = [found.row for found in self._reservations(round)]
+        if book.head != head or book.rows < min(paid, default=max(self.rows, 1)):
+            raise EgressError("the privacy statement is of no row that was written for this question")
+        return book.statement(round)
 
     def release(self, store: BagStore) -> ProportionRelease:
         """Return the noised release of the data version, as the ledger keeps it.
@@ -73,15 +93,47 @@ class Charges:
             raise EgressError("noised counts that the ledger has not paid for")
         return private_release(store, kept, name)
 
-    def _reservation(self, round: int) -> "NewestReservation | None":
-        newest = self._book().newest
-        if newest is None or newest.row <= self.rows:
-            return None
-        return newest if (newest.run_id, newest.round) == (self.run_name, round) else None
+    def _reservations(self, round: int) -> "list[Reservation]":
+        """What was reserved for this run and round since the question came, whatever other runs reserved."""
+        return [found for found in self._reserved if (found.run_id, found.round) == (self.run_name, round)]
 
-    def _book(self) -> "Book":
+    @cached_property
+    def _reserved(self) -> "tuple[Reservation, ...]":
+        from client.ledger_book import Reservation
+        from client.ledger_file import Kind
+
+        return tuple(Reservation.of(entry) for entry in self._since if entry.kind == Kind.RESERVED)
+
+    @cached_property
+    def _since(self) -> "tuple[Entry, ...]":
+        """The rows that were written since the question came."""
+        return tuple(entry for entry in self._read[1] if entry.seq > self.rows)
+
+    @cached_property
+    def _read(self) -> "tuple[Book, tuple[Entry, ...]]":
+        """The newest row before the question that carries the ledger forward, and all rows after that one.
+
+        Read once, when the answer is there.
+        """
         from client.ledger_book import Book
+        from client.ledger_file import read_entries, reading
 
         if self.path is None:
             raise EgressError("a run without privacy has no ledger")
-        return Book.read(self.path)
+        require_file(self.path, "the privacy ledger", "A site writes it when it first trains with a budget.")
+        with reading(self.path) as db:
+            book = Book.begun(db, self.path, self.rows)
+            return book, tuple(read_entries(db, self.path, book.last))
+
+    def _book(self, head: str | None = None) -> "Book":
+        """The book as of the row with this hash, None for the newest; further only where there is none.
+
+        It goes forward from call to call, so whoever asks for several asks for the oldest first.
+        """
+        book, entries = self._read
+        for entry in entries:
+            if book.head == head:
+                break
+            if entry.seq > book.rows:
+                book.add(entry)
+        return book

@@ -214,6 +214,35 @@ def test_a_new_process_reads_few_rows_of_a_long_ledger(
     assert ledger_module.verify(path) == []
 
 
+def test_a_row_that_carries_the_ledger_counts_no_event_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its length goes with the different events, and reading a ledger with its rows, not their square."""
+    path = tmp_path / "ledger.sqlite"
+    events = [PoissonGaussian(sample_rate=0.01, noise_multiplier=sigma, steps=1) for sigma in (4.0, 5.0)]
+    ledger = Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
+    for _ in range(8):
+        with ledger.transaction() as db:
+            for number in range(ledger_module.CARRY_EVERY):
+                body = {"event": events[number % 2].model_dump(), "run_id": "r", "round": 1, "copies": 1}
+                ledger.append(db, Kind.RESERVED, body)
+    compared: list[object] = []
+    right = PoissonGaussian.__eq__
+
+    def counted(self: PoissonGaussian, other: object) -> bool:
+        compared.append(other)
+        return right(self, other)
+
+    monkeypatch.setattr(PoissonGaussian, "__eq__", counted)
+    book = Book.read(path)
+    assert [entry.kind for entry in book.entries].count("carried") == 8
+    assert len(compared) <= 4 * book.rows
+    assert len(book.state()["events"]) == len(book.state()["bag_events"]) == 2
+    begun = Ledger.open(path, "site-1", "v1", 50.0, 1e-5).book
+    assert begun.state() == book.state()
+    assert begun.spent() == book.spent()
+
+
 def test_a_row_that_carries_less_than_was_spent_is_found(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     long_ledger(path, 200)

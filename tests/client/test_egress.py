@@ -13,9 +13,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client import egress
+from client import egress, ledger_file
 from client.app import app
 from client.egress import SiteError
+from client.ledger import CARRY_EVERY, Ledger
+from client.ledger_book import Book
+from client.ledger_file import LEDGER_FILE, Kind
+from client.ledger_view import Charges
+from common.config import RunConfig
 from common.errors import ConfigError, DataError, EgressError, RunError, UserError
 from common.hierarchy import Hierarchy
 from common.messages import (
@@ -26,6 +31,7 @@ from common.messages import (
     from_records,
     to_records,
 )
+from common.privacy.events import PoissonGaussian
 
 from .asking import PRIVATE, Node, with_policy
 
@@ -350,6 +356,121 @@ def test_an_answer_that_nothing_was_charged_for_stays(case: str, cases: dict[str
     """The very reply that left a moment ago does not leave again: an older reservation paid for it."""
     reply = cases[case].send(lambda records: None)
     assert reply.error.code == SiteError.UNANSWERED
+
+
+@pytest.fixture
+def two_runs(sites_dir: Path, tmp_path: Path) -> tuple[Node, Node]:
+    """Two nodes of one site with a budget, as two runs at once have it."""
+    policy: dict[str, Any] = {"private-metrics": "noise", "budget": {"epsilon": 500.0, "delta": 1e-3}}
+    site = with_policy(sites_dir / "hospital-1", tmp_path / "site", **policy)
+    return Node(site), Node(site)
+
+
+def in_run(kind: str, run: str, node: Node) -> tuple[Message, Context]:
+    changes = LOOK | {"run-dir": f"runs/{run}"}
+    return node.message(kind, node.request(kind, changes)), node.context(changes)
+
+
+@pytest.mark.parametrize("when", ["while it trains", "after its last row"])
+@pytest.mark.parametrize("other", ["train", "evaluate.bags", "query.proportions"])
+@pytest.mark.parametrize("kind", ["train", "evaluate.bags"])
+def test_what_another_run_is_charged_meanwhile_changes_nothing(
+    kind: str, other: str, when: str, two_runs: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two private runs at one site: each reply is held against its own reservation and its own row."""
+    first, second = two_runs
+    answered: list[Message] = []
+
+    def another() -> None:
+        answered.append(app(*in_run(other, "B", second)))
+
+    if when == "while it trains":
+        monkeypatch.setattr(Ledger, "confirm", before(Ledger.confirm, another, answered))
+
+    def handler(message: Message, context: Context) -> Message:
+        reply = app.handlers[kind](message, context)
+        if not answered:
+            another()
+        return reply
+
+    reply = egress.guard(*in_run(kind, "A", first), handler)
+    assert not answered[0].has_error(), answered[0].error
+    assert not reply.has_error(), reply.error
+    stated = from_records(reply.content, PrivacyStatement)
+    assert stated.ledger_head in {entry.hash for entry in Book.read(first.site / LEDGER_FILE).entries}
+
+
+def before(right: Callable[..., Any], first: Callable[[], None], done: list[Message]) -> Callable[..., Any]:
+    """A method that does something else before the first call."""
+    asked: list[object] = []
+
+    def both(*args: Any) -> Any:
+        if not asked and not done:
+            asked.append(args)
+            first()
+        return right(*args)
+
+    return both
+
+
+def test_what_another_run_was_charged_pays_for_nothing(two_runs: tuple[Node, Node]) -> None:
+    first, second = two_runs
+    message, context = in_run("train", "A", first)
+    kept: list[RecordDict] = []
+
+    def honest(message: Message, context: Context) -> Message:
+        reply = app.handlers["train"](message, context)
+        kept.append(copied(reply.content))
+        return reply
+
+    assert not egress.guard(message, context, honest).has_error()
+
+    def unpaid(message: Message, context: Context) -> Message:
+        assert not app(*in_run("train", "B", second)).has_error()
+        return Message(kept[0], reply_to=message)
+
+    assert egress.guard(message, context, unpaid).error.code == SiteError.UNANSWERED
+
+
+def test_a_statement_from_before_the_question_does_not_leave(two_runs: tuple[Node, Node]) -> None:
+    """It would leave out what the question itself cost."""
+    node, _ = two_runs
+    message, context = in_run("train", "A", node)
+    stated: list[Any] = []
+
+    def handler(message: Message, context: Context) -> Message:
+        reply = app.handlers["train"](message, context)
+        stated.append(reply.content["privacy"])
+        reply.content["privacy"] = stated[0]
+        return reply
+
+    assert not egress.guard(message, context, handler).has_error()
+    assert egress.guard(message, context, handler).error.code == SiteError.UNANSWERED
+
+
+def test_the_guard_reads_the_ledger_once_a_reply_and_from_the_newest_row_that_carries_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, config = tmp_path / LEDGER_FILE, RunConfig().with_changes(PRIVATE)
+    event = PoissonGaussian(sample_rate=0.01, noise_multiplier=50.0, steps=2)
+    ledger = Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
+    body = {"event": event.model_dump(), "run_id": "r", "round": 1, "copies": 1, "generator": ""}
+    for _ in range(3):
+        with ledger.transaction() as db:
+            for _ in range(CARRY_EVERY):
+                ledger.append(db, Kind.RESERVED, body)
+    rows = ledger.book.rows
+    ledger.confirm(ledger.reserve(event, "r", 2))
+    statement = ledger.statement(2)
+    read: list[int] = []
+    right = ledger_file.parse_row
+    monkeypatch.setattr(ledger_file, "parse_row", lambda *args: read.append(args[1]) or right(*args))
+    charges = Charges(path, "r", rows)
+    assert charges.paid_for_training(2, config)
+    assert not charges.paid_for_training(1, config)
+    assert charges.statement(2, statement.ledger_head) == statement
+    assert len(read) == len(set(read)) <= CARRY_EVERY + 3
+    assert min(read) > 2 * CARRY_EVERY
 
 
 def test_the_rest_of_a_reply_is_the_guard_s_own(cases: dict[str, Case]) -> None:
