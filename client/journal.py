@@ -18,7 +18,7 @@ from typing import Any
 from flwr.app import Context, Message
 
 from client.door import QUESTIONS, Handler
-from client.ledger_file import LEDGER_FILE, Mark
+from client.ledger_file import LEDGER_FILE, LedgerError, Mark
 from client.locate import DATA_PATH
 from common.logs import JsonLines
 from common.messages import size
@@ -118,14 +118,19 @@ def newest_mark(path: Path) -> tuple[Mark, ...]:
 def _ledger_mark(context: Context) -> dict[str, Any]:
     """What a line says of the ledger, as its anchor has it."""
     data = context.node_config.get(DATA_PATH)
-    if not data or not (Path(str(data)) / LEDGER_FILE).exists():
+    if not data:
         return {}
-    # Imported here: a site without a budget loads no accountants.
-    from client.ledger_anchor import LedgerLostError, anchor_of_node
-
+    ledger = Path(str(data)) / LEDGER_FILE
     try:
-        anchor = anchor_of_node(Path(str(data)) / LEDGER_FILE, context.node_config).read()
-    except LedgerLostError:
+        if not ledger.exists():
+            return {}
+        # Imported here: a site without a budget loads no accountants.
+        from client.ledger_anchor import anchor_of_node
+
+        anchor = anchor_of_node(ledger, context.node_config).read()
+    except (OSError, LedgerError) as error:
+        # The guard has decided already: nothing here may change what goes out, or add to it.
+        log.warning("the journal cannot name the ledger's row (%(error)s)", {"error": type(error).__name__})
         return {}
     return {} if anchor is None else {"ledger_rows": anchor.rows, "ledger_head": anchor.head}
 

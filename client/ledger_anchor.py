@@ -111,6 +111,7 @@ class AnchorFile:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        self.path.parent.mkdir(exist_ok=True)  # the kit's state folder, where it is missing; never the kit
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -146,11 +147,8 @@ def anchor_file(ledger: Path, kit: Path | None = None) -> AnchorFile:
 
 
 def anchor_of_node(ledger: Path, node: Mapping[str, Any]) -> AnchorFile:
-    """The anchor for a node with this configuration; the kit's state folder is made where it is missing."""
-    kit = Path(str(node[KIT])) if node.get(KIT) else None
-    if kit is not None and kit.is_dir():
-        (kit / STATE).mkdir(exist_ok=True)
-    return anchor_file(ledger, kit)
+    """The anchor for a node with this configuration. Touches no file."""
+    return anchor_file(ledger, Path(str(node[KIT])) if node.get(KIT) else None)
 
 
 def lost_marks(marks: Iterable[Mark], book: Book, hash_of: Callable[[int], str | None]) -> list[Mark]:

@@ -3,13 +3,16 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
 from client import journal
 from client.app import app
+from client.ledger_anchor import anchor_file
 from client.locate import PARTITION
 from common.config import RunConfig
 from common.messages import ModelUpdate, SiteError, size, to_records
@@ -94,6 +97,71 @@ def test_a_journal_that_cannot_be_written_stops_no_reply(
     message, context = question({"data-path": str(tmp_path)})
     assert not journal.record(message, context, good).has_error()
     assert "the journal cannot be written (IsADirectoryError)" in caplog.text
+
+
+def a_file_for_a_folder(ledger: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.write_text("in the way")
+
+
+def a_folder_for_the_anchor(ledger: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anchor_file(ledger, state.parent).path.mkdir(parents=True)
+
+
+def a_site_that_may_not_be_read(ledger: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Path.exists
+
+    def exists(self: Path, **more: bool) -> bool:
+        if self == ledger:
+            raise PermissionError(13, "Permission denied", str(self))
+        return right(self, **more)
+
+    monkeypatch.setattr(Path, "exists", exists)
+
+
+def a_disk_that_cannot_be_written(ledger: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Path.mkdir
+
+    def mkdir(self: Path, *args: Any, **more: Any) -> None:
+        if self == state:
+            raise OSError(30, "Read-only file system", str(self))
+        right(self, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        a_file_for_a_folder,
+        a_folder_for_the_anchor,
+        a_site_that_may_not_be_read,
+        a_disk_that_cannot_be_written,
+    ],
+)
+def test_no_fault_of_a_file_changes_what_the_guard_decided(
+    spoil: Callable[[Path, Path, pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever becomes of the ledger's anchor, the reply goes out and no exception with a path does."""
+    data, kit = tmp_path / "data", tmp_path / "St-Mary-oncology"
+    data.mkdir()
+    (kit / journal.LOGS).mkdir(parents=True)
+    (data / "ledger.sqlite").write_bytes(b"x")
+    message, context = question({"data-path": str(data), "kit": str(kit)})
+    spoil(data / "ledger.sqlite", kit / "state", monkeypatch)
+    reply = journal.record(message, context, good)
+    monkeypatch.undo()
+    assert not reply.has_error()
+    assert [line["ledger_rows"] for line in lines(kit / journal.LOGS / journal.JOURNAL_FILE)] == [0]
+
+
+def test_naming_the_ledgers_row_makes_no_folder(tmp_path: Path) -> None:
+    data, kit = tmp_path / "data", tmp_path / "kit"
+    data.mkdir()
+    kit.mkdir()
+    (data / "ledger.sqlite").write_bytes(b"x")
+    message, context = question({"data-path": str(data), "kit": str(kit)})
+    journal.record(message, context, good)
+    assert [path.name for path in kit.iterdir()] == [journal.LOGS]
 
 
 def test_planted_identifiers_reach_neither_journal_nor_log(
