@@ -196,7 +196,7 @@ def arc(plan: SessionPlan, number: int) -> list[str]:
         (16, 7, {"limits": Limits(9, 0.8, 6), "neighbours": 6, "threshold_share": 0.51}, None),
     ],
 )
-@pytest.mark.parametrize("told", ["own list", "full list"])
+@pytest.mark.parametrize("told", ["own list", "full list", "own list at the border"])
 def test_no_sum_over_fewer_sites_than_the_list_comes_off(
     consortium: Make,
     vectors: Make,
@@ -218,10 +218,12 @@ def test_no_sum_over_fewer_sites_than_the_list_comes_off(
     joined = neighbourhoods(plan)
     masked: dict[str, Words] = {}
     lists = {name: sorted(few) if name in few else group.names for name in group.names}
+    if told == "own list at the border":
+        lists |= {name: group.names for name in few if set(joined[name]) <= set(few)}
     for name in group.names:
         request = MaskRequest(
             **NOW,
-            sharing=tuple(lists[name] if told == "own list" else group.names),
+            sharing=tuple(group.names if told == "full list" else lists[name]),
             shares={p: sealed[p].shares[name] for p in lists[name] if p != name and p in joined[name]},
         )
         try:
