@@ -34,7 +34,7 @@ def rolled_back(newest: PrivacyStatement) -> str:
     told = f" --head {newest.ledger_head}" if newest.ledger_head else ""
     return (
         "its privacy statement leaves out what it stated before: its ledger was replaced or rolled back. At "
-        f"the site, put the newest back, or declare the loss: fedbags ledger accept-loss DATA{told}"
+        f"the site, put the newest back, or declare the loss: fedbags ledger accept-loss DATA --kit KIT{told}"
     )
 
 

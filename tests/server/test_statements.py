@@ -212,7 +212,8 @@ def test_a_checkpoint_counts_against_the_node_that_made_the_statement() -> None:
 def test_the_reason_names_the_head_to_declare_the_loss_with_and_is_not_cut() -> None:
     book, newest = StatementBook(None, {}), statement([gaussian(8)], "a")
     book.take(newest)
-    with pytest.raises(MessageError, match=f"accept-loss DATA --head {newest.ledger_head}") as caught:
+    command = f"accept-loss DATA --kit KIT --head {newest.ledger_head}"
+    with pytest.raises(MessageError, match=command) as caught:
         book.take(statement([gaussian(4)], "b"))
     assert len(str(caught.value)) <= REASON_CHARACTERS
 
