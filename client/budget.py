@@ -55,7 +55,7 @@ class Budget:
         Raises:
             BudgetRefused: the site's cap does not allow it.
         """
-        self.ledger.refuse_used_up()
+        self.ledger.refuse_used_up(self.run_id, round)
         return self.ledger.reserve(
             self.plan.round_event(), self.run_id, round, generator=self.plan.randomness.description
         )
@@ -66,7 +66,7 @@ class Budget:
         Raises:
             BudgetRefused: the site's cap does not allow it.
         """
-        self.ledger.refuse_used_up()
+        self.ledger.refuse_used_up(self.run_id, round)
         levels, generator = self.plan.look, noise_generator(self.plan.randomness)
         return self.ledger.reserve(levels[0], self.run_id, round, copies=len(levels), generator=generator)
 
@@ -80,7 +80,7 @@ class Budget:
         stored = self.ledger.release_for(store.data_version)
         if stored is not None:
             return stored
-        self.ledger.refuse_used_up()
+        self.ledger.refuse_used_up(self.run_id, 0)
         randomness = self.plan.randomness  # settings that make no plan must not cost a release
         drawn = release_counts(
             store.leaf_counts,

@@ -7,7 +7,7 @@ that a server sends can raise it. One ledger holds for all runs and data version
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -175,8 +175,11 @@ class Ledger:
         """What the ledger says, as of the last call."""
         return self._book
 
-    def refuse_used_up(self) -> None:
+    def refuse_used_up(self, run_id: str, round: int) -> None:
         """Refuse where nothing is left of the cap, before anybody searches for a plan.
+
+        The refusal is a row like any other; since nobody knows yet what would have been asked for, it names
+        the least event that there is.
 
         Raises:
             BudgetRefused: all of it is spent.
@@ -185,8 +188,10 @@ class Ledger:
             book = self._book
             # The least that can be asked for costs something: nothing fits where nothing is left.
             least = (*book.events_for(book.unit), LEAST_EVENT)
-            if not fits(least, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE):
-                raise BudgetRefused(book.site, 0.0, 0.0, book.cap.epsilon)
+            if fits(least, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE):
+                return
+        self._note_refusal(LEAST_EVENT, {"run_id": run_id, "round": round})
+        raise BudgetRefused(book.site, 0.0, 0.0, book.cap.epsilon)
 
     def reserve(
         self,
@@ -280,16 +285,19 @@ class Ledger:
                 return self.append(db, kind, body)
         so_far, after = book.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)
         refusal = BudgetRefused(book.site, after - so_far, max(cap.epsilon - so_far, 0.0), cap.epsilon)
+        self._note_refusal(event, body)
+        raise refusal
+
+    def _note_refusal(self, event: PoissonGaussian | DiscreteLaplace, body: Mapping[str, Any]) -> None:
+        """Record what was refused; on a full disk the refusal stands all the same."""
         asked_for = {
             "event": event.model_dump(),
             "run_id": body["run_id"],
             "round": body.get("round", 0),
             "copies": copies_of(body),
         }
-        # On a full disk the refusal stands all the same.
         with suppress(LedgerBusyError), self.transaction() as db:
             self.append(db, Kind.REFUSED, asked_for)
-        raise refusal
 
     @contextmanager
     def transaction(self, *, checked: bool = True) -> Iterator[Connection]:

@@ -187,7 +187,7 @@ from client.ledger import Ledger
 from common.privacy.events import PoissonGaussian
 from pathlib import Path
 ledger = Ledger.open(Path(sys.argv[1]), "site-1", "v1", 8.0, {delta})
-ledger.refuse_used_up()
+ledger.refuse_used_up("run", 0)
 ledger.reserve(PoissonGaussian(sample_rate=0.1, noise_multiplier=7.0, steps=5), "run", 99)
 ledger.statement(99)
 print(json.dumps(built))

@@ -54,6 +54,7 @@ def print_check(name: str) -> None:
             "levels": [{"name": name, "classes": 2}],
             "leaves": {
                 "private": False, "proportion_release": "total", "model_update": "exact", "metrics": [],
+                "beyond_default": [],
                 "label_counts": {name: 3.0},
             },
             "withheld": {"metrics": [], "always": []},
