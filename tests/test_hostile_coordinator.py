@@ -294,7 +294,7 @@ def coordinator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     order = random.Random(0)
     short = request.param == "short"
     core = [(site, run, kind, "a model") for site in sites for run in CORE for kind in SIMPLE]
-    questions = order.sample(questions, 400 if short else len(questions))
+    questions = order.sample(questions, 200 if short else len(questions))
     again = order.sample(questions, len(questions) // 4)
     for site, run, kind, asked in order.sample(core, len(core)) + questions + again:
         coordinator.ask(site, run, kind, contents[site][asked], asked)
