@@ -1,7 +1,8 @@
-"""The gate: a site runs the one app whose SHA-256 its kit pins, and no other.
+"""Decide whether a site may run an app, and record the app that it approves.
 
-Pure decisions over the bytes of an app (a Flower App Bundle, FAB). Knows nothing of processes and nothing of
-Flower: ``executor`` asks here before anything of an app is unpacked.
+A site runs the one app whose SHA-256 stands in its kit.toml, and no other. The module decides over the bytes
+of an app (a Flower App Bundle, FAB) and knows nothing of processes or of Flower. ``gate`` asks here before
+anything of an app is unpacked.
 """
 
 import hashlib
@@ -17,34 +18,37 @@ REFUSED_APP = "refused.fab"
 
 
 class AppNotApproved(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
-    """The app is not the approved one. The text is fixed: it is sent to the server."""
+    """Report that an app is not the one that this site approved.
+
+    The text is fixed, because it is sent to the server.
+    """
 
     def __init__(self) -> None:
         super().__init__("this site runs only the app that it approved, and this is another one")
 
 
 def app_hash(content: bytes) -> str:
-    """The SHA-256 of an app's bytes, as kit.toml's ``app-hash`` holds it: 64 hexadecimal digits."""
+    """Return the SHA-256 of an app's bytes as 64 hexadecimal digits, the form of ``app-hash`` in kit.toml."""
     return hashlib.sha256(content).hexdigest()
 
 
 def admit(content: bytes, approved: str) -> None:
-    """Let an app pass, or refuse it.
+    """Refuse every app but the approved one.
 
     Args:
-        content: the bytes that would be unpacked. Their hash is computed here; what a server says of it does
-            not count.
+        content: the bytes that would be unpacked.
         approved: the kit's ``app-hash``; empty refuses everything.
 
     Raises:
         AppNotApproved: any other app.
     """
+    # The hash of these very bytes: a server could state the approved hash and send another app with it.
     if not hmac.compare_digest(app_hash(content), approved):
         raise AppNotApproved
 
 
 def keep_refused(content: bytes, state: Path) -> Path:
-    """Keep a refused app's bytes for the site to look at, in place of the one before.
+    """Keep the bytes of a refused app for the site to inspect, in place of those refused before.
 
     Returns:
         The file.
@@ -57,7 +61,7 @@ def keep_refused(content: bytes, state: Path) -> Path:
 
 
 def pin(kit: SiteKit, content: bytes) -> SiteKit:
-    """Approve an app: its bytes go to the kit's app/, then its hash to kit.toml.
+    """Approve an app by storing its bytes in the kit's app/ and its hash in kit.toml.
 
     A running executor reads kit.toml before each task, so the approval holds from the next one.
 
@@ -67,6 +71,7 @@ def pin(kit: SiteKit, content: bytes) -> SiteKit:
     Raises:
         OSError: the kit cannot be written; it pins what it pinned before.
     """
+    # The bytes go first. If the second step fails, kit.toml still pins the hash that it pinned before.
     _write(kit.app, content)
     pinned = kit.model_copy(update={"app_hash": app_hash(content)}).at(kit.folder)
     pinned.save()
@@ -74,8 +79,9 @@ def pin(kit: SiteKit, content: bytes) -> SiteKit:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """In one step: a reader sees the old file or the new one."""
+    """Write a file in one step, so that a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A rename replaces the file at once only within one file system, hence the folder of the file itself.
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
         temporary = Path(stream.name)
         try:

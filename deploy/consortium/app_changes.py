@@ -1,7 +1,8 @@
-"""What an app would change at a site, in words: its files, its configuration keys, its components.
+"""Describe what an app would change at a site, compared with the app that the site approved.
 
-An app is a Flower App Bundle (FAB), a zip file. It is read here without being unpacked, and nothing of it is
-run. It may be hostile: names and values are shown with everything unprintable escaped.
+The changes are those of its files, its configuration keys and its components. An app is a Flower App Bundle
+(FAB), a zip file. It is read here without being unpacked, and nothing of it is run. It may be hostile, so
+names and values are shown with everything unprintable escaped.
 """
 
 import difflib
@@ -29,7 +30,7 @@ MAX_UNPACKED = 64 * 2**20
 
 @dataclass(frozen=True)
 class App:
-    """An app's bytes and what is in them.
+    """Hold an app's bytes and the files in them.
 
     Attributes:
         content: the bundle.
@@ -41,12 +42,15 @@ class App:
 
     @property
     def hash(self) -> str:
-        """What a kit pins."""
+        """Return the SHA-256 that a kit pins to approve this app."""
         return app_hash(self.content)
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """pyproject.toml, flat: dotted key to value as text. Empty where there is none that can be read."""
+        """Return pyproject.toml as a flat table of dotted key to value as text.
+
+        Empty where the app has none that can be read.
+        """
         try:
             table = tomllib.loads(self.files.get(PROJECT_FILE, b"").decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError):
@@ -56,7 +60,10 @@ class App:
 
 @dataclass(frozen=True)
 class FileChange:
-    """One file. Lines are 0 for what is no text."""
+    """Describe the change of one file.
+
+    The numbers of lines are 0 for a file that is not text.
+    """
 
     path: str
     change: str
@@ -68,7 +75,10 @@ class FileChange:
 
 @dataclass(frozen=True)
 class SettingChange:
-    """One key of pyproject.toml; None where it is not there."""
+    """Describe the change of one key of pyproject.toml.
+
+    A value is None on the side that does not have the key.
+    """
 
     key: str
     before: str | None
@@ -77,7 +87,7 @@ class SettingChange:
 
 @dataclass(frozen=True)
 class Changes:
-    """All that differs between two apps."""
+    """Hold all that differs between two apps."""
 
     files: tuple[FileChange, ...]
     configuration: tuple[SettingChange, ...]
@@ -90,12 +100,12 @@ class Changes:
     """Files that are the same in both."""
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the changes as plain values for ``--json``."""
         return asdict(self)
 
 
 def read_app(path: Path) -> App:
-    """An app from a bundle, or from a folder, which is bundled as ``flwr run`` would.
+    """Read an app from a bundle, or from a folder, which is bundled as ``flwr run`` would.
 
     Raises:
         UserError: neither, or not a sound bundle.
@@ -112,18 +122,21 @@ def read_app(path: Path) -> App:
 
 
 def read_bundle(content: bytes, name: str) -> App:
-    """An app from its bytes.
+    """Read an app from its bytes without unpacking it to the disk.
 
     Raises:
-        UserError: not a zip file, too large, or its names are not plain paths, each once: what is shown must
-            be what would be unpacked.
+        UserError: not a zip file, too large, or its names are not plain paths, each once.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            # A small archive can unpack to gigabytes, so the sizes are summed before anything is
+            # decompressed.
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
                 raise UserError(f"{name} unpacks to more than {MAX_UNPACKED // 2**20} MiB: not an app")
             names = [entry.filename for entry in entries]
+            # What is shown must be what would be unpacked. A name given twice, or a path that leads out of
+            # the folder, would be shown otherwise than it unpacks.
             if len(set(names)) < len(names) or not all(map(_plain, names)):
                 raise UserError(f"{name} is not a sound app: a file is in it twice, or lies outside of it")
             files = {entry.filename: archive.read(entry) for entry in entries}
@@ -133,7 +146,7 @@ def read_bundle(content: bytes, name: str) -> App:
 
 
 def compare(old: App | None, new: App) -> Changes:
-    """What differs; against nothing, all of ``new`` is added."""
+    """Return the differences between two apps, with all of ``new`` as added where there is no old one."""
     before = old.files if old else {}
     changes, same = [], 0
     for path in sorted((before.keys() | new.files.keys()) - {PROJECT_FILE}):
@@ -154,7 +167,7 @@ def compare(old: App | None, new: App) -> Changes:
 
 
 def in_words(changes: Changes) -> list[str]:
-    """Lines for a person."""
+    """Return the changes as lines of text for a person to read."""
     lines = []
     for change in changes.files:
         size = f"+{change.lines_added} -{change.lines_removed} lines" if change.text else "not a text file"
@@ -170,7 +183,7 @@ def in_words(changes: Changes) -> list[str]:
 
 
 def unified_diff(old: App | None, new: App) -> list[str]:
-    """Every changed line, as ``diff -u`` shows it."""
+    """Return every changed line, as ``diff -u`` shows it."""
     before = old.files if old else {}
     lines: list[str] = []
     for path in sorted(before.keys() | new.files.keys()):
@@ -180,7 +193,7 @@ def unified_diff(old: App | None, new: App) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Text in which nothing can move a terminal's cursor or hide what follows."""
+    """Escape every character that could move a terminal's cursor or hide what follows."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
@@ -190,7 +203,7 @@ def _plain(name: str) -> bool:
 
 
 def _lines(content: bytes) -> list[str] | None:
-    """None for what is no text."""
+    """Return the lines of a text file, or None for content that is not UTF-8 text."""
     try:
         return content.decode().splitlines()
     except UnicodeDecodeError:
@@ -202,6 +215,7 @@ def _file_change(path: str, first: bytes | None, second: bytes | None) -> FileCh
     old, new = _lines(first or b""), _lines(second or b"")
     if old is None or new is None:
         return FileChange(path, change, 0, 0, text=False)
+    # With autojunk, lines that are frequent in a long file are not matched, and are counted as changed.
     steps = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     edits = [step[1:] for step in steps if step[0] != "equal"]
     return FileChange(

@@ -1,7 +1,7 @@
-"""The consortium's certificate authority: it certifies the server's key and the sites', and keeps the list.
+"""Issue and revoke the certificates of a consortium's server and sites.
 
-A site's certificate says which public key is whose; sites check it when they exchange keys, so the server
-that relays it need not be trusted. The authority's folder (ca.key, ca.crt, issued.json) stays with the
+A site's certificate states which public key belongs to it. Sites check it when they exchange keys, so the
+server that relays it need not be trusted. The authority's folder (ca.key, ca.crt, issued.json) stays with the
 coordinator, offline if it can. Nothing here knows of kits or of Flower.
 """
 
@@ -41,7 +41,7 @@ SERVER = "(server)"
 
 
 class Issued(BaseModel):
-    """One line of issued.json: a certificate, and whether it still counts."""
+    """Record one issued certificate, and whether it was revoked, as a line of issued.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,7 +59,7 @@ _RECORDS = TypeAdapter(list[Issued])
 
 @dataclass(frozen=True)
 class Authority:
-    """An opened authority: its certificate, and its key in memory."""
+    """Hold an opened authority with its certificate and its private key in memory."""
 
     folder: Path
     certificate: x509.Certificate
@@ -67,7 +67,9 @@ class Authority:
 
     @classmethod
     def create(cls, folder: Path, consortium: str, days: int, password: bytes | None = None) -> Self:
-        """Make a new authority in a folder that does not exist yet; it appears complete or not at all.
+        """Make a new authority in a folder that does not exist yet.
+
+        The folder appears complete or not at all.
 
         Args:
             folder: where to put it.
@@ -81,12 +83,15 @@ class Authority:
         if folder.exists():
             raise UserError(f"{folder} exists: an authority is never overwritten")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # Built under another name and renamed at the end, so that no failure leaves an authority with half of
+        # its files.
         work = Path(tempfile.mkdtemp(prefix=".authority-", dir=folder.parent))
         try:
             key = make_private_key(work / KEY_FILE, KeyForm.PKCS8, password)
             name = distinguished_name(consortium, f"{consortium} authority")
             certificate = (
                 certificate_builder(name, name, key.public_key(), key.public_key(), days, None)
+                # With path_length 0 it may certify keys, but no further authority.
                 .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
                 .add_extension(key_usage(signs_certificates=True), critical=True)
                 .sign(key, hashes.SHA384())
@@ -101,7 +106,7 @@ class Authority:
 
     @classmethod
     def open(cls, folder: Path, password: bytes | None = None) -> Self:
-        """Open an authority to issue or revoke.
+        """Open an authority to issue or revoke certificates.
 
         Raises:
             UserError: a file is missing or readable by others, the password is wrong, key and certificate do
@@ -120,23 +125,24 @@ class Authority:
             raise UserError(
                 f"{folder}: ca.key is not the key of ca.crt. Bring back the pair that belongs together."
             )
+        # An authority signs its own certificate, so it is checked against itself.
         check_certificate(certificate, certificate, "the authority's certificate")
         return cls(folder, certificate, key)
 
     @property
     def consortium(self) -> str:
-        """The consortium's name."""
+        """Return the consortium's name."""
         return organisation(self.certificate)
 
     def issue_server(
         self, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], days: int
     ) -> x509.Certificate:
-        """A TLS certificate for ``hosts`` (DNS names and IP addresses), recorded in issued.json."""
+        """Issue a TLS certificate for ``hosts`` (DNS names and IP addresses) and record it in issued.json."""
         names = x509.SubjectAlternativeName([general_name(host) for host in hosts])
         return self._issue(SERVER, hosts[0], key, days, ExtendedKeyUsageOID.SERVER_AUTH, names)
 
     def issue_site(self, site: str, key: ec.EllipticCurvePublicKey, days: int) -> x509.Certificate:
-        """A certificate that ``key`` is the key of ``site`` (CN), recorded in issued.json.
+        """Issue a certificate that ``key`` belongs to ``site`` (its CN) and record it in issued.json.
 
         Raises:
             UserError: another site has this key, or it was revoked.
@@ -144,11 +150,13 @@ class Authority:
         for record in self.issued():
             if record.public_key != fingerprint(key):
                 continue
+            # Whoever holds one key under two names could act as both sites.
             if record.subject != site:
                 raise UserError(
                     f"sites {record.subject!r} and {site!r} have one key: each site makes its own with "
                     "`fedbags site keygen`, so ask which of them it belongs to"
                 )
+            # A revoked key may be in other hands, so only a new key brings the site back.
             if record.revoked:
                 raise UserError(
                     f"this key of site {site!r} was revoked on {record.revoked:%Y-%m-%d}: let the site make "
@@ -157,7 +165,7 @@ class Authority:
         return self._issue(site, site, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, None)
 
     def revoke(self, subject: str) -> int:
-        """Mark every certificate of a site as revoked; returns how many that changed."""
+        """Mark every certificate of a site as revoked and return how many were changed."""
         now = utc_now()
         records = self.issued()
         changed = [record for record in records if record.subject == subject and not record.revoked]
@@ -170,7 +178,7 @@ class Authority:
         return len(changed)
 
     def issued(self) -> list[Issued]:
-        """Every certificate ever issued, oldest first.
+        """Return every certificate ever issued, oldest first.
 
         Raises:
             UserError: issued.json is damaged.
@@ -208,6 +216,7 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .sign(self._key, hashes.SHA384())
         )
+        # Recorded before it is handed out, so that issued.json lists every certificate issued here.
         record = Issued(
             subject=subject,
             serial=f"{certificate.serial_number:x}",

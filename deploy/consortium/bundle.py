@@ -1,7 +1,8 @@
-"""The app as one file: a Flower App Bundle (FAB) of the common, client and server packages.
+"""Build the app as one file, a Flower App Bundle (FAB) of the common, client and server packages.
 
-Built once, when a consortium is provisioned; its SHA-256 is what sites approve. It holds the same bytes as
-``flwr run`` would make of a checkout of the same sources: names, contents and a fixed date, no file times.
+It is built once, when a consortium is provisioned, and its SHA-256 is what sites approve. It holds the same
+bytes as ``flwr run`` would make of a checkout of the same sources, since it depends on names and contents
+only and its entries have a fixed date in place of the files' times.
 """
 
 import importlib
@@ -19,7 +20,7 @@ _PACKAGED = "app.toml"
 
 
 def build_bundle() -> bytes:
-    """The app of the fedbags that is running, from a checkout or an installed wheel.
+    """Build the app of the running fedbags, from a checkout or an installed wheel.
 
     Raises:
         UserError: Flower cannot build it (too large, say), or the installation is incomplete.
@@ -54,6 +55,7 @@ def _project_file() -> bytes:
     for path in (checkout, files("deploy.consortium") / _PACKAGED):
         if path.is_file():
             text = path.read_bytes()
+            # In an installed wheel, a pyproject.toml two folders up would belong to something else.
             if tomllib.loads(text.decode()).get("project", {}).get("name") == "fedbags":
                 return text
     raise UserError(

@@ -1,4 +1,4 @@
-"""X.509 certificates (ECDSA P-384, SHA-384): reading, checking, and what ours have in common.
+"""Read, check and prepare X.509 certificates (ECDSA P-384, SHA-384).
 
 Nothing here holds a private key or knows of kits.
 """
@@ -80,7 +80,7 @@ def check_certificate(
 
 
 def certified_hosts(certificate: x509.Certificate) -> set[str]:
-    """The DNS names and IP addresses that a server certificate carries."""
+    """Return the DNS names and IP addresses that a server certificate carries."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -90,28 +90,29 @@ def certified_hosts(certificate: x509.Certificate) -> set[str]:
 
 
 def utc_now() -> datetime:
-    """The time in whole seconds, which is all that a certificate can say."""
+    """Return the time in whole seconds, the precision of a certificate."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 def distinguished_name(organisation: str, common_name: str) -> x509.Name:
-    """O = organisation (the consortium), CN = common_name (at most 64 characters of it)."""
+    """Return the name with O = ``organisation`` (the consortium) and CN = ``common_name``."""
     return x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, organisation),
+            # X.509 allows at most 64 characters here.
             x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64]),
         ]
     )
 
 
 def organisation(certificate: x509.Certificate) -> str:
-    """The consortium that a certificate's subject names."""
+    """Return the consortium that a certificate's subject names."""
     values = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
     return str(values[0].value) if values else "?"
 
 
 def general_name(host: str) -> x509.GeneralName:
-    """A host as it stands among a certificate's names."""
+    """Return a host in the form of a certificate's alternative name."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
@@ -126,7 +127,7 @@ def certificate_builder(
     days: int,
     latest: datetime | None,
 ) -> x509.CertificateBuilder:
-    """A certificate for ``key``, not signed yet.
+    """Prepare a certificate for ``key``, not signed yet.
 
     Args:
         subject: whose key it is.
@@ -152,7 +153,7 @@ def certificate_builder(
 
 
 def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    """What the certified key may sign: certificates, or else anything but certificates."""
+    """Return what the certified key may sign, either certificates or anything but certificates."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         content_commitment=False,

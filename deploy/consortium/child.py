@@ -1,4 +1,4 @@
-"""One supervised program over its starts and ends: pauses between them, its log, and how it is.
+"""Start one supervised program, start it again when it ends, and keep its log and its state.
 
 Nothing here knows other programs than by the names that it waits for.
 """
@@ -30,7 +30,7 @@ _READ, _TAIL = 2**20, 4000
 
 
 class Status(StrEnum):
-    """How a program is."""
+    """Name the states of a supervised program."""
 
     WAITING = "waiting"
     STARTING = "starting"
@@ -41,7 +41,7 @@ class Status(StrEnum):
 
 
 class ProgramState(BaseModel):
-    """What supervisor.json says of one program."""
+    """Hold the state of one program as supervisor.json records it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,7 +57,7 @@ class ProgramState(BaseModel):
 
 
 class Child:
-    """One program over its starts and ends."""
+    """Keep one program running over all its starts and ends."""
 
     def __init__(self, program: Program, environment: Mapping[str, str], cwd: Path, logs: Path) -> None:
         self.program, self.state = program, ProgramState(name=program.name, since=time.time())
@@ -70,7 +70,7 @@ class Child:
         self._failing_since: float | None = None
 
     def step(self, ready: set[str]) -> None:
-        """Look once; start, start again, or note that it is ready."""
+        """Check the program once, and start it, start it again, or note that it is ready."""
         now = time.monotonic()
         if self._process is None:
             if set(self.program.after) <= ready and now >= self._start_at:
@@ -86,7 +86,7 @@ class Child:
         self._rotate()
 
     def stop(self) -> None:
-        """End it, and all that is left of what it started."""
+        """End the program and all that is left of what it started."""
         if left := end(self._members, GRACE):
             log.error("%s: %s would not end", self.program.name, left)
         if self._process is not None:
@@ -98,13 +98,16 @@ class Child:
 
     def _start(self) -> None:
         self._offset = self.log.stat().st_size if self.log.exists() else 0
+        # Opened for appending, so that _rotate can empty the file while the program writes to it.
         with self.log.open("ab") as stream:
+            # A session of its own makes a process group, by which the program's descendants are found later.
             self._process = subprocess.Popen(
                 self.program.command, cwd=self._cwd, env=self._environment,
                 stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
             )  # fmt: skip
         pid = self.state.pid = self._process.pid
         started = lookup(pid)
+        # Groups of earlier starts stay listed while they have members, so that these are ended too.
         alive = {group: t for group, t in self.state.groups.items() if members({group: t})}
         self.state.groups = {**alive, pid: started.started if started else 0}
         if self.state.status is not Status.REFUSED:
@@ -112,6 +115,7 @@ class Child:
 
     def _ended(self, status: int, now: float) -> None:
         tail = self._tail()
+        # Flower's programs print a code of their own, which tells more than the status of the process.
         codes = _EXIT_CODE.findall(tail)
         remedy = self.program.explain(Ending(status, int(codes[-1]) if codes else None, tail))
         if self.program.sweep:
@@ -127,6 +131,7 @@ class Child:
         elif remedy.hopeless:
             raise RunError(f"{self.program.name} {how}: {remedy.meaning}\nIts log is {self.log}")
         else:
+            # Patience counts from the first of several such ends in a row, and not from the last.
             self._failing_since = now if self._failing_since is None else self._failing_since
             over = now - self._failing_since >= remedy.patience
             self._become(
@@ -144,19 +149,22 @@ class Child:
         return members(self.state.groups)
 
     def _logged(self) -> str:
-        """What it has logged since it was started: the beginning of it."""
+        """Return the beginning of what the program has logged since it was started."""
         with self.log.open("rb") as stream:
             stream.seek(self._offset)
             return stream.read(_READ).decode("utf-8", errors="replace")
 
     def _tail(self) -> str:
-        """The same: the end of it."""
+        """Return the end of what the program has logged since it was started."""
         with self.log.open("rb") as stream:
             stream.seek(max(self._offset, stream.seek(0, os.SEEK_END) - _TAIL))
             return stream.read().decode("utf-8", errors="replace")
 
     def _rotate(self) -> None:
-        """Copy a long log aside and empty it: the program keeps its open file, which it only appends to."""
+        """Copy a long log to a numbered file and empty it.
+
+        A rename would not do, because the program keeps its file open. It only appends to it.
+        """
         if not self.log.exists() or self.log.stat().st_size < LOG_BYTES:
             return
         names = [self.log, *(self.log.with_name(f"{self.log.name}.{n}") for n in range(1, LOG_FILES + 1))]
@@ -165,7 +173,8 @@ class Child:
                 newer.replace(older)
         try:
             shutil.copyfile(self.log, names[1])
-        except OSError as error:  # a full disk: emptying it is what helps
+        # On a full disk the copy fails, and emptying the log is what helps.
+        except OSError as error:
             log.error("%s could not be kept: %s", names[1], error.strerror)
         os.truncate(self.log, 0)
         self._offset = 0

@@ -1,8 +1,8 @@
-"""The SuperLink's Control API, as far as a consortium needs it: nodes and runs.
+"""Call the SuperLink's Control API for the nodes and runs of a consortium.
 
-The only module that uses Flower's Control client and its messages, as ``flwr``'s own commands do: it sends
-the very bytes of an approved app, and sees which node has which key, which the commands do not. The API has
-no login; it is reached on the coordinator's admin address only.
+This is the only module that uses Flower's Control client and its messages. Flower's own commands would not
+do: a run must send the very bytes of an approved app, and the caller must see which node has which key. The
+API has no login; it is reached on the coordinator's admin address only.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _RUNNING_MEANS = "is `fedbags server up` running?"
 
 @dataclass(frozen=True)
 class Node:
-    """A registered node."""
+    """Describe a registered node."""
 
     id: int
     site: str
@@ -41,7 +41,10 @@ class Node:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run is: ``finished`` with ``outcome`` completed, failed or stopped, else on its way."""
+    """Describe the state of a run.
+
+    A ``finished`` run has the ``outcome`` completed, failed or stopped. Any other is on its way.
+    """
 
     finished: bool
     outcome: str
@@ -49,7 +52,7 @@ class RunStatus:
 
 
 class Control:
-    """Calls to the Control API of one SuperLink.
+    """Call the Control API of one SuperLink.
 
     Every method raises RunError when the SuperLink does not answer or refuses.
     """
@@ -58,7 +61,7 @@ class Control:
         self._client, self._address = client, address
 
     def nodes(self) -> list[Node]:
-        """Every node that is registered now."""
+        """Return every node that is registered now."""
         from flwr.proto.control_pb2 import ListNodesRequest
 
         with self._errors("the nodes cannot be listed"):
@@ -70,7 +73,7 @@ class Control:
         ]
 
     def register(self, site: str, public_key: Path) -> int:
-        """Let the holder of a key connect; returns the node's id."""
+        """Let the holder of a key connect, and return the node's id."""
         from flwr.proto.control_pb2 import RegisterNodeRequest
 
         with self._errors(f"site {site} cannot be registered"):
@@ -80,14 +83,14 @@ class Control:
         return int(answer.node_id)
 
     def unregister(self, node: Node) -> None:
-        """Shut the holder of a key out, at once."""
+        """Shut out the holder of a key at once."""
         from flwr.proto.control_pb2 import UnregisterNodeRequest
 
         with self._errors(f"site {node.site} cannot be unregistered"):
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
 
     def start_run(self, app: bytes, config: Mapping[str, Scalar]) -> int:
-        """Start a run of these very bytes; returns its id.
+        """Start a run of these very bytes and return its id.
 
         Args:
             app: a Flower App Bundle.
@@ -106,7 +109,7 @@ class Control:
         return int(answer.run_id)
 
     def run_status(self, run_id: int) -> RunStatus:
-        """How a run is now."""
+        """Return the present state of a run."""
         from flwr.proto.control_pb2 import ListRunsRequest
 
         with self._errors(f"run {run_id} cannot be looked at"):
@@ -137,7 +140,7 @@ class Control:
 
 @contextmanager
 def control(kit: CoordinatorKit) -> Iterator[Control]:
-    """The Control API of a kit's SuperLink, over TLS with the kit's CA."""
+    """Open the Control API of a kit's SuperLink, over TLS with the kit's CA."""
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
@@ -153,7 +156,7 @@ def control(kit: CoordinatorKit) -> Iterator[Control]:
 
 
 def flower_key(path: Path) -> bytes:
-    """A public key in OpenSSH form, as Flower sends and keeps it."""
+    """Read a public key file (OpenSSH form) as the bytes that Flower sends and keeps."""
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     from deploy.consortium.keys import read_public_key

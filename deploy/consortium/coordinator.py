@@ -1,7 +1,10 @@
-"""The coordinator's side: nginx for the sites, the SuperLink behind it, its SuperExec, and who is registered.
+"""Run the coordinator's programs, and keep the registered nodes equal to the keys of its kit.
 
-The SuperLink listens on the admin address only; what sites reach is nginx, which passes the paths that a site
-needs. ``python -m deploy.consortium.coordinator KIT`` keeps the registered nodes equal to the keys in nodes/.
+The programs are nginx, the SuperLink, its SuperExec and the registration of sites. The SuperLink listens on
+the admin address only. Sites reach nginx, which passes the paths that a site needs. The module is itself the
+program of the registration, started as::
+
+    python -P -m deploy.consortium.coordinator KIT
 """
 
 import logging
@@ -46,7 +49,7 @@ def check(kit: CoordinatorKit) -> None:
 
 
 def programs(kit: CoordinatorKit) -> list[Program]:
-    """What runs at the coordinator, in the order of starting."""
+    """Return the programs of the coordinator in the order of starting."""
     server = kit.server
     secret = ("--superexec-auth-secret-file", str(kit.superexec_secret))
     return [
@@ -58,6 +61,7 @@ def programs(kit: CoordinatorKit) -> list[Program]:
                 "--ssl-ca-certfile", str(kit.ca_certificate),
                 "--ssl-certfile", str(kit.server_certificate),
                 "--ssl-keyfile", str(kit.server_key),
+                # Without node authentication any machine that reaches nginx could take part.
                 "--enable-supernode-auth",
                 "--isolation", "process", *secret,
                 "--database", str(kit.database),
@@ -85,7 +89,9 @@ def programs(kit: CoordinatorKit) -> list[Program]:
             NGINX,
             (nginx_program(), "-p", f"{kit.folder}/", "-c", "nginx.conf", "-e", "stderr"),
             ready=answers(_local(server.address), server.port),
+            # Opened last: until its key is registered, every site that calls is refused.
             after=(SUPERLINK, REGISTRATION),
+            # Workers that outlive a killed nginx would keep the port.
             sweep=True,
         ),
         *exporter.programs(kit),
@@ -108,6 +114,7 @@ def synchronise(kit: CoordinatorKit, api: Control) -> None:
     """
     wanted = {site: flower_key(kit.node_public_key(site)) for site in kit.registered_sites}
     present = {node.public_key: node for node in api.nodes()}
+    # Compared by key and not by name, so that a node under a site's name but with another key is shut out.
     for key, node in present.items():
         if key not in wanted.values():
             api.unregister(node)
@@ -119,18 +126,20 @@ def synchronise(kit: CoordinatorKit, api: Control) -> None:
 
 
 def watch(kit: CoordinatorKit) -> None:
-    """Synchronise at once, whenever a file of nodes/ appears, changes or goes, and now and then anyway."""
+    """Synchronise the registered nodes at once, at every change in nodes/, and every 30 seconds."""
     seen: object = None
     done_at = 0.0
     while True:
         now = sorted((path.name, path.stat().st_mtime_ns) for path in kit.nodes.glob("*.pub"))
+        # The SuperLink's list may change without nodes/, as with a new database, hence the repetition.
         if now != seen or time.monotonic() - done_at > _AGAIN:
             first = seen is None
             try:
                 with control(kit) as api:
                     synchronise(kit, api)
                 seen, done_at = now, time.monotonic()
-            except (RunError, UserError) as error:  # told in the log; the other nodes go on
+            # Logged only: nodes that are registered already go on, and the loop tries again.
+            except (RunError, UserError) as error:
                 log.warning("%s", error)
             else:
                 if first:

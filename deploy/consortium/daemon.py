@@ -1,4 +1,4 @@
-"""What a user does with a supervisor: start it in the background, look at it, and end it.
+"""Start a supervisor in the background, describe its programs, and end it.
 
 Works on the files that the supervisor keeps in a kit's ``state`` and ``logs``; knows nothing of its programs.
 """
@@ -27,7 +27,8 @@ def start(arguments: Sequence[str], state: Path, logs: Path, wait: float) -> boo
 
     Args:
         arguments: of the command line.
-        state, logs: the folders of that supervisor.
+        state: the folder of that supervisor's state.
+        logs: the folder of its logs.
         wait: seconds to wait until everything is ready.
 
     Returns:
@@ -35,7 +36,7 @@ def start(arguments: Sequence[str], state: Path, logs: Path, wait: float) -> boo
 
     Raises:
         UserError: a supervisor runs already.
-        RunError: the supervisor ended; carries what it said.
+        RunError: the supervisor ended; carries what it logged.
     """
     require_proc()
     for folder in (state, logs):
@@ -44,6 +45,7 @@ def start(arguments: Sequence[str], state: Path, logs: Path, wait: float) -> boo
     path = logs / LOG_FILE
     if path.exists() and path.stat().st_size > LOG_BYTES:
         path.replace(path.with_name(f"{LOG_FILE}.1"))
+    # The log holds earlier starts too, and an error quotes only what this one wrote.
     offset = path.stat().st_size if path.exists() else 0
     with path.open("ab") as stream:
         process = subprocess.Popen(
@@ -53,6 +55,7 @@ def start(arguments: Sequence[str], state: Path, logs: Path, wait: float) -> boo
     until = time.monotonic() + wait
     while True:
         found = read_state(state)
+        # The state file may still be that of an earlier supervisor, hence the comparison of process ids.
         if found is not None and found.pid == process.pid and is_ready(found):
             return True
         if process.poll() is not None:
@@ -73,15 +76,16 @@ def refuse_running(state: Path) -> None:
 
 
 def is_running(state: Path) -> bool:
-    """Whether a supervisor holds the lock of this folder."""
+    """Return whether a supervisor holds the lock of this folder."""
     if not state.is_dir():
         return False
+    # The lock and not the file: the kernel frees it when a supervisor is killed, and the file stays.
     with lock(state) as free:
         return not free
 
 
 def is_ready(found: SupervisorState) -> bool:
-    """Whether every program is ready."""
+    """Return whether every program is ready."""
     return all(program.status is Status.READY for program in found.programs)
 
 
@@ -100,6 +104,7 @@ def stop(state: Path) -> int:
         return 0
     running = len(found.living())
     supervisor = lookup(found.pid)
+    # A process id is used again in time; with the start time it names this supervisor and no later process.
     if supervisor is not None and supervisor.started == found.started and is_running(state):
         running += 1
 
@@ -114,11 +119,11 @@ def stop(state: Path) -> int:
 
 
 def describe(state: Path, logs: Path) -> dict[str, Any]:
-    """How a kit's programs are.
+    """Return the state of a kit's programs.
 
     Returns:
         ``{running, ready, left_behind, programs: [{name, status, pid, since, restarts, reason, log}]}``;
-        times are ISO 8601 in UTC, ``left_behind`` counts processes of a supervisor that was killed.
+            times are ISO 8601 in UTC, ``left_behind`` counts processes of a supervisor that was killed.
     """
     found = read_state(state) if state.is_dir() else None
     running = is_running(state)

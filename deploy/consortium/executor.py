@@ -1,17 +1,17 @@
-"""A site's executor: takes tasks from the SuperNode and runs each in a process of its own, behind the gate.
+"""Take tasks from a site's SuperNode and run each in a process of its own, behind the gate.
 
 The supervisor starts it in place of ``flower-superexec``::
 
     python -P -m deploy.consortium.executor --kit KIT --runtime-api-address 127.0.0.1:9094 \
         --superexec-auth-secret-file KIT/superexec.secret
 
-Exit status 2: a mistake to mend (no kit, no secret, another Flower), which a restart does not mend. SIGTERM
+Exit status 2 is a mistake to mend (no kit, no secret, another Flower), which a restart does not mend. SIGTERM
 ends it and its tasks. ``-P`` is required: without it a file in the folder that it is started in could stand
 in for a library.
 
 Each task is forked from a process (the standard library's fork server) that has loaded the large libraries
-and none of our packages: a task starts at once, and the code that runs is the approved app's. What is run,
-and whether, is ``gate``'s.
+and none of our packages. So a task starts at once, and the code that runs is the approved app's. ``gate``
+decides whether an app is run, and runs it.
 """
 
 import ipaddress
@@ -70,7 +70,7 @@ GRACE_SECONDS = 3.0
 
 
 class ForkingExecutor:
-    """Flower's Executor protocol: each task in a process forked from one that has loaded the libraries.
+    """Implement Flower's Executor protocol with tasks forked from a process that has the libraries loaded.
 
     Args:
         kit: the site's kit folder. Its kit.toml is read before each task, so an approval needs no restart.
@@ -91,7 +91,7 @@ class ForkingExecutor:
         insecure: bool = False,
         root_certificates_path: str | None = None,
     ) -> "tuple[set[TaskType], set[str]]":
-        """ClientApps, and AgentApps in order to refuse them at once; nothing else is taken."""
+        """Accept tasks of ClientApps, and of AgentApps in order to refuse them at once, and no others."""
         from flwr.supercore.constant import TaskType
 
         return supported_task_types & {TaskType.CLIENT_APP, TaskType.AGENT_APP}, set()
@@ -110,12 +110,16 @@ class ForkingExecutor:
             self._reap()
 
     def launch(self, spec: "ExecutionSpec") -> "LaunchResult":
-        """Start a task. One that cannot be started is answered by the SuperNode when its token expires."""
+        """Start a task in a process of its own.
+
+        A task that cannot be started is answered by the SuperNode when its token expires.
+        """
         from flwr.supercore.constant import TaskType
         from flwr.supercore.superexec.executor import LaunchResult
 
         if spec.task_type not in (TaskType.CLIENT_APP, TaskType.AGENT_APP):
             return LaunchResult.failed("a site runs ClientApps only")
+        # No app has the empty hash, so an AgentApp is refused like an app that was not approved.
         approved = self._approved() if spec.task_type is TaskType.CLIENT_APP else ""
         try:
             folder = Path(tempfile.mkdtemp(dir=self._folder.name))
@@ -129,7 +133,7 @@ class ForkingExecutor:
         return LaunchResult.accepted()
 
     def reconcile(self) -> None:
-        """Between two polls: clear up after finished tasks, and wait while too many run."""
+        """Clear up after finished tasks between two polls, and wait while too many run."""
         self._reap()
         self.wait_for_capacity()
 
@@ -149,6 +153,7 @@ class ForkingExecutor:
         try:
             return SiteKit.load(self._kit).app_hash
         except UserError:
+            # An unreadable kit approves nothing: the gate fails closed.
             log.error("every app is refused, because the kit cannot be read", exc_info=True)
             return ""
 
@@ -199,6 +204,8 @@ def main(
     if not secret:
         raise UserError(f"the SuperExec secret is empty: {superexec_auth_secret_file}\n{advice}")
     SiteKit.load(kit)
+    # Before the fork server starts and imports the libraries: with more threads allowed, importing would
+    # start some, and a process with threads must not be forked.
     os.environ |= ENVIRONMENT
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", POLL_SECONDS)
     run_executor(kit.absolute(), runtime_api_address, secret)

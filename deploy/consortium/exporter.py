@@ -1,4 +1,7 @@
-"""``fedbags metrics`` beside a kit's other programs: Prometheus figures of the newest run, or of the site."""
+"""Serve the figures of a kit for Prometheus, with ``fedbags metrics`` as one of the kit's programs.
+
+The figures are those of the coordinator's newest run, or of the site.
+"""
 
 from deploy.consortium.daemon import COMMAND
 from deploy.consortium.kit import CoordinatorKit, SiteKit
@@ -8,7 +11,7 @@ EXPORTER = "metrics"
 
 
 def endpoint(kit: CoordinatorKit | SiteKit) -> tuple[str, int] | None:
-    """Address and port of /metrics; None where the kit wants none (port 0)."""
+    """Return address and port of /metrics, or None where the kit wants none (port 0)."""
     if isinstance(kit, SiteKit):
         address, port = kit.ports.metrics_address, kit.ports.metrics_port
     else:
@@ -17,13 +20,13 @@ def endpoint(kit: CoordinatorKit | SiteKit) -> tuple[str, int] | None:
 
 
 def ports(kit: CoordinatorKit | SiteKit) -> list[tuple[str, str, int]]:
-    """What ``require_ports`` has to check."""
+    """Return the exporter's port in the form that ``require_ports`` checks."""
     found = endpoint(kit)
     return [("metrics-port, for Prometheus", *found)] if found else []
 
 
 def programs(kit: CoordinatorKit | SiteKit) -> list[Program]:
-    """The exporter, if the kit wants one."""
+    """Return the exporter, if the kit wants one."""
     found = endpoint(kit)
     if found is None:
         return []

@@ -1,6 +1,6 @@
-"""What all of Flower's processes in a kit have in common: their environment, and what their exit codes mean.
+"""Set the environment of a kit's Flower processes, and explain their exit codes.
 
-Guarded by a test against the pinned Flower: the codes and the texts are Flower's own.
+A test compares the codes and the texts with the pinned Flower, to which they belong.
 """
 
 import os
@@ -34,7 +34,11 @@ _HOPELESS = {
 
 
 def environment(kit: Kit) -> Mapping[str, str]:
-    """For every process of a kit: nothing is installed, nothing calls home, all state is in the kit."""
+    """Return the environment variables of every process of a kit.
+
+    With them nothing is installed, no process sends telemetry or asks for updates, and all of Flower's state
+    is in the kit.
+    """
     beside = str(Path(sys.executable).parent)
     own = (kit.server.admin_address,) if isinstance(kit, CoordinatorKit) else ()
     return {
@@ -53,7 +57,7 @@ def environment(kit: Kit) -> Mapping[str, str]:
 
 
 def explain(ending: Ending) -> Remedy | None:
-    """What a Flower process's exit code means, where a restart does not help."""
+    """Return the meaning of a Flower process's exit code where a restart does not help."""
     if ending.code in _HOPELESS:
         return Remedy(f"{_HOPELESS[ending.code]} (Flower's exit code {ending.code})", hopeless=True)
     return None

@@ -1,6 +1,7 @@
-"""Flower's own processes with the gate in them: every private part of Flower that the executor relies on.
+"""Run Flower's own processes with the site's gate in them.
 
-Four names are replaced, and nothing else (``GATED`` is what that rests on):
+Every private part of Flower that the executor relies on is touched here. Four names are replaced, and nothing
+else (``GATED`` lists what that rests on):
 
 - In Flower's ClientApp process, ``install_from_fab`` asks ``admission`` first and then unpacks into a fresh
   private folder, so that nothing that already lies on the disk is ever run. A refusal becomes an error reply.
@@ -54,7 +55,10 @@ OWN_PACKAGES = frozenset({"common", "client", "server", "deploy"})
 
 
 class AppFailed(RunError):  # noqa: N818 (an answer, not a fault)
-    """The approved app could not be loaded, or raised. The text is fixed: it is sent to the server."""
+    """Report that the approved app could not be loaded, or raised an exception.
+
+    The text is fixed, because it is sent to the server.
+    """
 
     def __init__(self) -> None:
         super().__init__("the approved app failed at this site; the site's log says why")
@@ -69,8 +73,12 @@ def check_flower() -> None:
     for reference, known in GATED.items():
         module, _, name = reference.partition(":")
         try:
+            # The gate stands between the server and the site's data. A Flower that calls the replaced names
+            # otherwise, or not at all, could pass it by unnoticed, so the text of the source is compared and
+            # not a version number.
             source = inspect.getsource(getattr(importlib.import_module(module), name))
         except (ImportError, AttributeError, OSError, TypeError):
+            # What cannot be read counts as different.
             source = ""
         if hashlib.sha256(source.encode()).hexdigest()[:16] not in known:
             raise UserError(
@@ -80,7 +88,7 @@ def check_flower() -> None:
 
 
 class Gate:
-    """Stands in for two functions of Flower's ClientApp process: installing an app, and loading it.
+    """Install and load an app in place of two functions of Flower's ClientApp process.
 
     Args:
         approved: the kit's app hash; empty refuses everything.
@@ -110,36 +118,45 @@ class Gate:
         except admission.AppNotApproved:
             log.error("refused an app that this site has not approved; it is kept in the kit's state folder")
             try:
+                # Kept unread, for the site to compare and to approve, or not, with `fedbags site approve`.
                 admission.keep_refused(content, self._state)
             except OSError as error:
                 log.error("the refused app could not be kept: error %d", error.errno or 0)
             raise
         try:
+            # Unpacked anew for each task: files of an app that were edited on the disk are never run.
             self._app = install_from_fab(content, install_dir=self._folder, skip_prompt=True)
         except Exception as error:
             raise AppFailed from error
 
     def loader(self, default_app_ref: str, app_path: str | None, multi_app: bool) -> Callable[..., Any]:
-        """What loads the ClientApp that ``install`` unpacked; the arguments are Flower's and do not count.
+        """Return the function that loads the ClientApp that ``install`` unpacked.
 
-        Flower would look for the app under the id, version and hash that the server states, and these can
-        be written to lead to any folder of the disk.
+        The arguments are Flower's and are ignored. Flower would look for the app under the id, version and
+        hash that the server states, and these can be written to lead to any folder of the disk.
         """
         from flwr.clientapp.utils import get_load_client_app_fn
 
         def load(*stated: str) -> Callable[..., Any]:
+            # Nothing has passed the gate in this process, so nothing is loaded.
             if self._app is None:
                 raise admission.AppNotApproved
+            # Importing this module has loaded the site's own packages. Left in place, they would be used
+            # instead of those that the site approved with the app.
             for name in [name for name in sys.modules if name.partition(".")[0] in OWN_PACKAGES]:
                 del sys.modules[name]
             load_app = get_load_client_app_fn(default_app_ref="", app_path=str(self._app), multi_app=True)
+            # Wrapped twice, because loading the app may raise, and so may the loaded app when it is called.
             return _without_words(_without_words(load_app)(*stated))
 
         return load
 
 
 def _without_words(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function; whatever it raises becomes an AppFailed, since Flower sends an exception's text."""
+    """Return the same function with whatever it raises turned into an AppFailed.
+
+    Flower sends the text of an exception to the server, and that text could hold a path or a label.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -151,12 +168,14 @@ def _without_words(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def often(pull: Callable[..., Any]) -> Callable[..., Any]:
-    """Flower's function that gets a message, with PULL_PAUSE between two tries."""
+    """Return Flower's function that gets a message, with PULL_PAUSE between two tries."""
     return functools.partial(pull, **PULL_PAUSE)
 
 
 def run_task(spec: "ExecutionSpec", approved: str, folder: str, state: str) -> None:
-    """Answer one task with Flower's own ClientApp process, behind the gate; runs in a process of its own.
+    """Answer one task with Flower's own ClientApp process, behind the gate.
+
+    It runs in a process of its own, which ends with it.
 
     Args:
         spec: what SuperExec was given.
@@ -168,9 +187,13 @@ def run_task(spec: "ExecutionSpec", approved: str, folder: str, state: str) -> N
         SystemExit: always; the status is Flower's.
     """
     flower: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    # Flower installs apps below its home and Python may import from the working directory. In an empty folder
+    # neither holds anything that could be run in place of the approved app.
     os.environ["FLWR_HOME"] = folder
     os.chdir(folder)
     gate = Gate(approved, Path(folder), Path(state))
+    # Set in the module that calls them, where Flower looks the names up. The process ends with this task, so
+    # that no other is affected.
     flower.install_from_fab = gate.install
     flower.get_load_client_app_fn = gate.loader
     flower.pull_and_inflate_object_from_tree = often(flower.pull_and_inflate_object_from_tree)
@@ -193,6 +216,7 @@ def run_superexec(make_executor: Callable[[], "Executor"], runtime_api_address: 
     check_flower()
     flower: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
     flower.get_executor = lambda *_, **__: make_executor()
+    # No TLS, because the address is one of this machine's loopback (``run_executor`` refuses any other).
     flower.run_superexec(
         runtime_api_address, insecure=True, superexec_auth_secret=secret, runtime_dependency_install=False
     )

@@ -1,7 +1,7 @@
-"""A site's side: the SuperNode, which fetches the coordinator's messages, and the executor that answers them.
+"""Run a site's programs, the SuperNode and the executor.
 
-Nothing listens on an address that others reach: the SuperNode calls the coordinator, and its Runtime API is
-on this machine's loopback.
+The SuperNode fetches the coordinator's messages and the executor answers them. Nothing listens on an address
+that others reach: the SuperNode calls the coordinator, and its Runtime API is on this machine's loopback.
 """
 
 import json
@@ -44,13 +44,15 @@ def check(kit: SiteKit) -> str:
 
 
 def check_data(kit: SiteKit) -> list[str]:
-    """Check the site's data as ``fedbags site check`` does, in a process of its own (it needs much memory).
+    """Check the site's data as ``fedbags site check`` does, in a process of its own.
+
+    The check needs much memory, which the process gives back at its end.
 
     Returns:
         The metrics that may leave and go beyond the default policy.
 
     Raises:
-        UserError: what that said, or the data are another site's.
+        UserError: the message of that check, or the data are another site's.
     """
     done = subprocess.run(
         [*COMMAND, "site", "check", str(kit.data), "--json"], capture_output=True, text=True, check=False
@@ -60,6 +62,8 @@ def check_data(kit: SiteKit) -> list[str]:
             done.stderr.strip().removeprefix("error: ") or f"`fedbags site check {kit.data}` failed"
         )
     found = json.loads(done.stdout)
+    # The server knows a site by the name in its data's site.toml, so another site's data would answer in that
+    # site's name.
     if (name := found["site"]) != kit.site:
         raise UserError(
             f"{kit.data / SITE_FILE} has name = {name!r}, but this kit is site {kit.site!r}'s: write that "
@@ -69,7 +73,7 @@ def check_data(kit: SiteKit) -> list[str]:
 
 
 def programs(kit: SiteKit) -> list[Program]:
-    """What runs at a site, in the order of starting."""
+    """Return the programs of a site in the order of starting."""
     secret = ("--superexec-auth-secret-file", str(kit.superexec_secret))
     return [
         Program(
@@ -100,7 +104,7 @@ def programs(kit: SiteKit) -> list[Program]:
 
 
 def node_config(kit: SiteKit) -> str:
-    """What the ClientApp learns about this node: ``site``, ``data-path`` and ``kit``, as TOML values.
+    """Return ``site``, ``data-path`` and ``kit`` as TOML values for the ClientApp's node configuration.
 
     Raises:
         UserError: a path has a character in it that Flower cannot pass on.
@@ -118,16 +122,20 @@ def supervise(kit: SiteKit) -> None:
 
 
 def explain_executor(ending: Ending) -> Remedy | None:
-    """What the end of the executor means: with status 2 it names a mistake that a restart does not mend."""
+    """Return the meaning of the executor's end.
+
+    Status 2 names a mistake that a restart does not mend.
+    """
     if ending.status == EXECUTOR_MISTAKE:
         return Remedy(ending.tail.strip()[-1000:] or "see its log", hopeless=True)
     return explain(ending)
 
 
 def explain_supernode(ending: Ending) -> Remedy | None:
-    """What the end of a SuperNode means; exit code 305 has more than one cause."""
+    """Return the meaning of a SuperNode's end, where exit code 305 has more than one cause."""
     if ending.code != SUPERNODE_CONNECTION:
         return explain(ending)
+    # Flower ends with this one code for several causes, and only the text of its log tells them apart.
     if "401 Unauthorized" in ending.tail:
         return Remedy(
             "the coordinator refuses this node's signature: the two clocks differ by more than five minutes "

@@ -1,7 +1,8 @@
-"""Elliptic-curve P-384 keys in files: private ones are made once, for their owner's eyes alone.
+"""Make, read and write elliptic-curve P-384 keys in files.
 
-Node keys have the OpenSSH form that Flower's SuperNode reads, keys of certificates are PKCS #8 PEM. No text
-of a key is in an error or a log line. Nothing here knows of certificates or kits.
+A private key is made once, and only its owner can read it. Node keys have the OpenSSH form that Flower's
+SuperNode reads, keys of certificates are PKCS #8 PEM. No text of a key is in an error or a log line. Nothing
+here knows of certificates or kits.
 """
 
 import os
@@ -24,7 +25,7 @@ _OWNER_ONLY = 0o600
 
 
 class KeyForm(StrEnum):
-    """How a private key is written down."""
+    """Name the forms in which a private key is written down."""
 
     OPENSSH = "openssh"
     """What ``flower-supernode --auth-supernode-private-key`` reads."""
@@ -58,17 +59,23 @@ def make_secret(path: Path) -> None:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a new file that only its owner can read; an existing one is never touched.
+    """Write a new file that only its owner can read.
+
+    A file that exists is never touched.
 
     Raises:
         UserError: there is a file already.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Created with mode 0600 instead of changed to it later: at no moment can others read it, whatever the
+    # umask.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
-        os.link(temporary, path)  # unlike a rename, fails where there is a file already
+        # A link fails where there is a file already. A rename would replace the old key, which nothing
+        # restores.
+        os.link(temporary, path)
     except FileExistsError:
         raise UserError(
             f"{path} exists and is never overwritten. Move it away first if you want a new one."
@@ -81,8 +88,8 @@ def read_private_key(path: Path, password: bytes | None = None) -> ec.EllipticCu
     """Read a P-384 private key in either form.
 
     Raises:
-        UserError: missing, readable by others, with a password that is not given or wrong, or another
-            type of key.
+        UserError: missing, readable by others, with a password that is not given or wrong, or another type of
+            key.
     """
     require_file(path, "the private key", "It is made once and cannot be restored from anything else.")
     require_private(path)
@@ -91,6 +98,7 @@ def read_private_key(path: Path, password: bytes | None = None) -> ec.EllipticCu
     load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
     try:
         key = load(content, password)
+    # ``from None`` keeps the library's own error, and whatever it quotes of the key, out of a traceback.
     except TypeError:
         raise UserError(
             f"{path} has no password, and one was given: leave the password out."
@@ -111,7 +119,7 @@ def read_private_key(path: Path, password: bytes | None = None) -> ec.EllipticCu
 
 
 def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a site's private key as the SuperNode does: OpenSSH form, without a password.
+    """Read a site's private key as the SuperNode does, in OpenSSH form and without a password.
 
     Raises:
         UserError: as ``read_private_key``; a password-protected key is one.
@@ -138,6 +146,8 @@ def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
         path, "the public key", "It is the file node.pub that the site's `fedbags site keygen` wrote."
     )
     content = path.read_bytes()
+    # A site that sent node.key by mistake must hear that this key is lost, and not only that it cannot be
+    # read.
     if b"PRIVATE KEY" in content:
         raise UserError(
             f"{path} holds a private key. Only node.pub may leave a site: delete this file, and let the site "
@@ -162,7 +172,10 @@ def write_public_key(path: Path, key: ec.EllipticCurvePublicKey, comment: str) -
 
 
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
-    """SHA-256 of the key (DER SubjectPublicKeyInfo), hexadecimal: one name per key, whatever its form."""
+    """Return the SHA-256 of the key (DER SubjectPublicKeyInfo), hexadecimal.
+
+    A key has the same fingerprint in whatever form it is written down.
+    """
     digest = hashes.Hash(hashes.SHA256())
     digest.update(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
     return digest.finalize().hex()

@@ -1,7 +1,7 @@
-"""kit.toml, and where the files of a kit lie: a kit is the folder that one party starts from.
+"""Read and write kit.toml, and give the places of the files in a kit.
 
-Everything that runs from a kit reads it through here. Nothing here reads a key or a certificate, or starts a
-process. There is no key that switches TLS or node keys off.
+A kit is the folder that one party starts from. Everything that runs from a kit reads it through here. Nothing
+here reads a key or a certificate, or starts a process. There is no key that switches TLS or node keys off.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ KIT_VERSION = 1
 
 
 class Kit(Section):
-    """What both kits' kit.toml say, and the folder that they were read from."""
+    """Hold what both kinds of kit.toml have in common, and the folder that they were read from."""
 
     role: str
     kit_version: int = Field(KIT_VERSION, description="form of this folder")
@@ -50,6 +50,8 @@ class Kit(Section):
         path = folder / KIT_FILE
         require_file(path, "the kit", "Give the folder that `fedbags provision` wrote for this machine.")
         data = read_toml(path)
+        # Before the model checks the keys: a kit of another version may have other keys, and would only be
+        # called faulty.
         _check_version(data.get("kit-version"), path)
         expected = cls.model_fields["role"].default
         if data.get("role") != expected:
@@ -60,8 +62,9 @@ class Kit(Section):
         return validated(cls, data, path).at(folder)
 
     def at(self, folder: Path) -> Self:
-        """The same kit, in ``folder``."""
+        """Return the same kit in ``folder``."""
         kit = self.model_copy()
+        # Not a key of kit.toml, so that the folder can be moved.
         kit._folder = folder.absolute()
         return kit
 
@@ -70,47 +73,47 @@ class Kit(Section):
         write_text(self.folder / KIT_FILE, self.to_toml())
 
     def to_toml(self) -> str:
-        """kit.toml's text, commented."""
+        """Return the commented text of kit.toml."""
         return f"# {self.headline}\n" + commented(self)
 
     @property
     def folder(self) -> Path:
-        """The kit's folder, absolute."""
+        """Return the kit's folder, absolute."""
         return self._folder
 
     @property
     def ca_certificate(self) -> Path:
-        """The consortium's CA certificate: what this party trusts."""
+        """Return the path of the consortium's CA certificate, which this party trusts."""
         return self.folder / "ca.crt"
 
     @property
     def app(self) -> Path:
-        """The app as it was provisioned (a Flower App Bundle), whose SHA-256 is ``app_hash``."""
+        """Return the path of the app (a Flower App Bundle) whose SHA-256 is ``app_hash``."""
         return self.folder / "app" / "fedbags.fab"
 
     @property
     def superexec_secret(self) -> Path:
-        """The secret that SuperExec shows to the runtime beside it (0600)."""
+        """Return the path of the secret (0600) that SuperExec shows to the Runtime API."""
         return self.folder / "superexec.secret"
 
     @property
     def state(self) -> Path:
-        """What the processes keep: databases, pid files, runs. Made at run time."""
+        """Return the folder of databases, pid files and runs, which the processes make."""
         return self.folder / "state"
 
     @property
     def logs(self) -> Path:
-        """One log per process. Made at run time."""
+        """Return the folder with one log per process, made at run time."""
         return self.folder / "logs"
 
     @property
     def flower_home(self) -> Path:
-        """FLWR_HOME of the processes of this kit."""
+        """Return the folder that is FLWR_HOME of this kit's processes."""
         return self.folder / "flower"
 
 
 class CoordinatorKit(Kit):
-    """The coordinator's kit.toml."""
+    """Hold the coordinator's kit.toml."""
 
     headline: ClassVar[str] = (
         "The coordinator's kit. Written by `fedbags provision`; keep the folder private."
@@ -122,60 +125,61 @@ class CoordinatorKit(Kit):
 
     @property
     def server_certificate(self) -> Path:
-        """The server's certificate, issued by the consortium's CA."""
+        """Return the path of the server's certificate, issued by the consortium's CA."""
         return self.folder / "server.crt"
 
     @property
     def server_key(self) -> Path:
-        """The server's private key (0600)."""
+        """Return the path of the server's private key (0600)."""
         return self.folder / "server.key"
 
     @property
     def nodes(self) -> Path:
-        """The folder of the sites' public keys and certificates."""
+        """Return the folder of the sites' public keys and certificates."""
         return self.folder / "nodes"
 
     @property
     def registered_sites(self) -> tuple[str, ...]:
-        """The sites whose keys are in nodes/, by name: those that may connect."""
+        """Return the names, sorted, of the sites whose keys are in nodes/ and that may therefore connect."""
+        # Read from the folder each time: a running coordinator takes up keys that are added or removed.
         return tuple(sorted(path.stem for path in self.nodes.glob("*.pub")))
 
     def node_public_key(self, site: str) -> Path:
-        """A site's public key in OpenSSH form, as ``flwr supernode register`` reads it."""
+        """Return the path of a site's public key (OpenSSH form)."""
         return self.nodes / f"{site}.pub"
 
     def node_certificate(self, site: str) -> Path:
-        """A site's certificate: its public key, with its name as CN, signed by the CA."""
+        """Return the path of a site's certificate, which binds its public key to its name (CN)."""
         return self.nodes / f"{site}.crt"
 
     @property
     def nginx_configuration(self) -> Path:
-        """What nginx is started with."""
+        """Return the path of the configuration that nginx is started with."""
         return self.folder / "nginx.conf"
 
     @property
     def database(self) -> Path:
-        """The SuperLink's SQLite state."""
+        """Return the path of the SuperLink's SQLite state."""
         return self.state / "flower.db"
 
     @property
     def statements(self) -> Path:
-        """The last privacy statement of each site, over all runs."""
+        """Return the folder with the last privacy statement of each site, over all runs."""
         return self.state / "statements"
 
     @property
     def runs(self) -> Path:
-        """The folder of run folders that ServerApps write."""
+        """Return the folder of run folders that ServerApps write."""
         return self.state / "runs"
 
     @property
     def connection(self) -> str:
-        """The name of the Flower connection in flower/config.toml."""
+        """Return the name of the Flower connection in flower/config.toml."""
         return self.consortium
 
 
 class SiteKit(Kit):
-    """A site's kit.toml."""
+    """Hold a site's kit.toml."""
 
     headline: ClassVar[str] = "A site's kit. Fill in data-path; everything else comes from the coordinator."
 
@@ -191,27 +195,27 @@ class SiteKit(Kit):
 
     @property
     def server_address(self) -> str:
-        """HOST:PORT for ``flower-supernode --superlink``."""
+        """Return HOST:PORT for ``flower-supernode --superlink``."""
         return join_address(self.server, self.port)
 
     @property
     def runtime_address(self) -> str:
-        """HOST:PORT of the SuperNode's Runtime API, for the executor."""
+        """Return HOST:PORT of the SuperNode's Runtime API, for the executor."""
         return join_address(LOOPBACK, self.ports.runtime_port)
 
     @property
     def node_key(self) -> Path:
-        """The node's private key (0600, OpenSSH form), made here by ``fedbags site keygen``."""
+        """Return the path of the node's private key (0600, OpenSSH form), made by ``fedbags site keygen``."""
         return self.folder / "node.key"
 
     @property
     def node_public_key(self) -> Path:
-        """The node's public key: the one file that goes back to the coordinator."""
+        """Return the path of the node's public key, the one file that goes back to the coordinator."""
         return self.folder / "node.pub"
 
     @property
     def data(self) -> Path:
-        """The site's data folder, absolute.
+        """Return the site's data folder, absolute.
 
         Raises:
             UserError: data-path is not filled in, or is no folder with a site.toml.
@@ -231,7 +235,7 @@ class SiteKit(Kit):
 
 
 def read_kit(folder: Path) -> CoordinatorKit | SiteKit:
-    """The kit in ``folder``, whichever it is.
+    """Read the kit in ``folder``, be it the coordinator's or a site's.
 
     Raises:
         UserError: as ``Kit.load``.

@@ -1,4 +1,4 @@
-"""Whether a kit is whole: its files are there, belong together, hold now, and are private where they must be.
+"""Check that a kit's files are complete, belong together, are valid now, and are private where needed.
 
 Called before anything is added to a kit and before anything is started from one. Changes nothing.
 """
@@ -18,8 +18,8 @@ def check_coordinator(kit: CoordinatorKit) -> None:
     """Check all that the coordinator's processes start from.
 
     Raises:
-        UserError: the first fault: a file is missing or readable by others, a certificate is foreign,
-            expired or not valid yet, or two files do not belong together.
+        UserError: the first fault: a file is missing or readable by others, a certificate is foreign, expired
+            or not valid yet, or two files do not belong together.
     """
     authority = check_authority(kit)
     check_bundle(kit)
@@ -53,7 +53,7 @@ def check_site(kit: SiteKit) -> None:
 
 
 def check_authority(kit: Kit) -> Certificate:
-    """The kit's CA certificate, if it holds now.
+    """Return the kit's CA certificate, if it holds now.
 
     Raises:
         UserError: missing, not a certificate, or expired or not valid yet.
@@ -73,6 +73,7 @@ def check_bundle(kit: Kit) -> None:
         UserError: missing, or another.
     """
     require_file(kit.app, "the app", "It came with the kit: take it from there.")
+    # Sites approved the app of this hash and would refuse any other.
     if hashlib.sha256(kit.app.read_bytes()).hexdigest() != kit.app_hash:
         raise UserError(
             f"{kit.app} is not the app that kit.toml names (app-hash): one of the two was changed alone. "
@@ -81,7 +82,7 @@ def check_bundle(kit: Kit) -> None:
 
 
 def check_server(kit: CoordinatorKit, authority: Certificate, *, holding: bool = True) -> Certificate:
-    """The server's certificate, if it belongs to the server's key and (unless not ``holding``) holds now.
+    """Return the server's certificate, if it belongs to the server's key and (with ``holding``) holds now.
 
     Raises:
         UserError: as ``check_coordinator``.
@@ -99,7 +100,7 @@ def check_server(kit: CoordinatorKit, authority: Certificate, *, holding: bool =
 
 
 def check_node(kit: CoordinatorKit, site: str, authority: Certificate, *, holding: bool = True) -> None:
-    """Check that a site's certificate belongs to its key and (unless not ``holding``) holds now.
+    """Check that a site's certificate belongs to its key and (with ``holding``) holds now.
 
     Raises:
         UserError: as ``check_coordinator``.
@@ -114,6 +115,8 @@ def check_node(kit: CoordinatorKit, site: str, authority: Certificate, *, holdin
 
 
 def _check(certificate: Certificate, authority: Certificate, what: str, holding: bool) -> None:
+    # At its own last moment every certificate holds, so that an expired one passes here and a foreign one
+    # does not.
     check_certificate(certificate, authority, what, now=None if holding else certificate.not_valid_after_utc)
 
 

@@ -1,4 +1,4 @@
-"""A folder of kits that belongs to one consortium, and the steps by which something is added to it.
+"""Open a consortium's folder of kits, and add what is missing in it.
 
 ``KITS/authority`` stays with the coordinator, ``KITS/coordinator`` goes to the server, ``KITS/sites/NAME`` to
 each site. Every step adds what is missing and leaves keys as they are. Nothing here reads consortium.toml.
@@ -27,7 +27,7 @@ CERTIFICATE_DAYS = 398
 
 @dataclass
 class Changes:
-    """What a command wrote, and which sites' public keys have not come yet."""
+    """Hold what a command wrote, and which sites' public keys have not come yet."""
 
     app_hash: str = ""
     written: list[Path] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Kits:
-    """An opened folder of kits: the authority, and the coordinator's kit."""
+    """Hold an opened folder of kits with its authority and the coordinator's kit."""
 
     folder: Path
     authority: Authority
@@ -88,7 +88,7 @@ class Kits:
                 )
 
     def site_folder(self, site: str) -> Path:
-        """Where a site's kit lies."""
+        """Return the folder of a site's kit."""
         return self.folder / "sites" / site
 
     def require_site(self, site: str) -> None:
@@ -108,7 +108,7 @@ class Kits:
         )
 
     def with_sites(self, sites: tuple[str, ...]) -> Self:
-        """The same kits, with these sites in the coordinator's kit.toml."""
+        """Return the same kits with these sites in the coordinator's kit.toml."""
         kit = self.coordinator.model_copy(update={"sites": sites})
         if sites != self.coordinator.sites:
             kit.save()
@@ -149,6 +149,8 @@ class Kits:
         if path.exists() and certificate.exists():
             return
         issued = self.authority.issue_site(site, key, days)
+        # The key comes last, because a running coordinator registers the site as soon as the key is in
+        # nodes/.
         write_certificate(certificate, issued)
         write_public_key(path, key, site)
         self.changes.written += [path, certificate]
@@ -190,6 +192,7 @@ class Kits:
         folder.chmod(0o700)
         if (folder / KIT_FILE).exists():
             found = SiteKit.load(folder)
+            # These two are the site's decisions: where its data lie, and which app it approved.
             kit = kit.model_copy(update={"data_path": found.data_path, "app_hash": found.app_hash})
             if not update and (found.site, found.server, found.port) != (kit.site, kit.server, kit.port):
                 raise UserError(
@@ -206,7 +209,7 @@ class Kits:
         return kit
 
     def finished(self) -> Changes:
-        """What was changed since the folder was opened, and whose keys are missing."""
+        """Return what was changed since the folder was opened, and whose keys are missing."""
         kit = self.coordinator
         self.changes.app_hash = kit.app_hash
         self.changes.waiting = tuple(site for site in kit.sites if site not in kit.registered_sites)

@@ -1,6 +1,7 @@
-"""Changes to a running consortium: a site comes or goes, a key arrives, a certificate or the app is renewed.
+"""Change the sites, keys, certificates and the app of a running consortium.
 
-Each takes effect when the coordinator's kit is brought up again or reloaded; nothing here talks to a process.
+Each change takes effect when the coordinator's kit is brought up again or reloaded; nothing here talks to a
+process.
 """
 
 from collections.abc import Iterable
@@ -50,12 +51,16 @@ def add_key(kits: Kits, site: str, public_key: Path, days: int = CERTIFICATE_DAY
 
 
 def revoke(kits: Kits, site: str) -> Changes:
-    """Take a site out: its certificates are recorded as revoked, its key leaves the coordinator's kit.
+    """Take a site out of the consortium.
+
+    Its certificates are recorded as revoked, and its key and certificate leave the coordinator's kit.
 
     Raises:
         UserError: unknown site.
     """
     kits.require_site(site)
+    # Recorded before the files go: from then on this key is never certified again, even if the command stops
+    # here.
     kits.authority.revoke(site)
     for path in (kits.coordinator.node_public_key(site), kits.coordinator.node_certificate(site)):
         path.unlink(missing_ok=True)
@@ -90,13 +95,17 @@ def renew(kits: Kits, names: Iterable[str] = (), days: int = CERTIFICATE_DAYS) -
 
 
 def update_app(kits: Kits) -> Changes:
-    """Bundle the app of this fedbags in place of the one before; every site has to approve it.
+    """Bundle the app of this fedbags in place of the one before.
+
+    Every site has to approve the new app.
 
     Raises:
         UserError: as ``build_bundle``.
     """
     content = build_bundle()
     kit = kits.coordinator.model_copy(update={"app_hash": app_hash(content)})
+    # If the command stops between the two writes, check_bundle names the mismatch and this same command mends
+    # it.
     write_bytes(kit.app, content)
     kit.save()
     kits.changes.written += [kit.app, kit.folder / KIT_FILE]
@@ -104,7 +113,9 @@ def update_app(kits: Kits) -> Changes:
 
 
 def make_node_key(kit: SiteKit) -> Path:
-    """Make a site's key pair, and the secret between its own processes; run at the site.
+    """Make a site's key pair, and the secret between the site's own processes.
+
+    Run at the site, so that the private key never travels.
 
     Returns:
         node.pub, the one file to send to the coordinator.

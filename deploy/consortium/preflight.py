@@ -1,4 +1,4 @@
-"""What must be so on this machine before a kit's programs start: free ports, programs, the right time.
+"""Check ports, installed programs and the clock of this machine before a kit's programs start.
 
 Each check raises one error that says what is wrong and what to do; nothing here starts or changes anything.
 """
@@ -35,6 +35,7 @@ def require_ports(wanted: Iterable[tuple[str, str, int]]) -> None:
     for what, address, port in wanted:
         family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
         with socket.socket(family) as probe:
+            # Without it a port whose last connection ended a moment ago would count as in use.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((address, port))
@@ -61,7 +62,7 @@ def _port_fault(what: str, address: str, port: int, error: OSError) -> str:
 
 
 def flower_program(name: str) -> str:
-    """A program of this environment, whether or not it is activated.
+    """Return the path of a program of this environment, whether or not the environment is activated.
 
     Raises:
         UserError: it is not installed.
@@ -73,7 +74,7 @@ def flower_program(name: str) -> str:
 
 
 def nginx_program() -> str:
-    """nginx, from the PATH or where Debian puts it.
+    """Return the path of nginx, from the PATH or from where Debian puts it.
 
     Raises:
         UserError: it is not installed.
@@ -89,7 +90,7 @@ def nginx_program() -> str:
 
 
 def reach_server(kit: SiteKit) -> str:
-    """Knock at the coordinator's door from a site: TLS, the server's certificate, and the two clocks.
+    """Connect to the coordinator from a site, to check TLS, the server's certificate and the two clocks.
 
     Returns:
         Empty, or why it cannot be reached just now (the SuperNode will go on trying).
@@ -97,9 +98,12 @@ def reach_server(kit: SiteKit) -> str:
     Raises:
         UserError: its certificate is not one of this consortium, or the clocks are too far apart.
     """
+    # Only the consortium's CA is trusted, so a proxy that opens TLS shows itself here.
     context = ssl.create_default_context(cafile=str(kit.ca_certificate))
     connection = http.client.HTTPSConnection(kit.server, kit.port, timeout=10.0, context=context)
     try:
+        # nginx refuses this path with 403, which is answer enough: it comes over checked TLS and carries a
+        # date.
         connection.request("GET", "/")
         answer = connection.getresponse()
     except ssl.SSLCertVerificationError as error:

@@ -1,4 +1,4 @@
-"""A program to keep running: what it is started with, when it is ready, and what its end means.
+"""Describe a program to keep running, with its command, its readiness and the meaning of its end.
 
 Nothing here starts anything, or knows Flower's programs and nginx.
 """
@@ -17,7 +17,7 @@ Probe = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Remedy:
-    """What an end means, and whether starting again can help."""
+    """Describe the meaning of a program's end, and whether starting it again can help."""
 
     meaning: str
     patience: float = 0.0
@@ -31,7 +31,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a program ended."""
+    """Describe the end of a program."""
 
     status: int
     """Of the process; minus the signal's number if a signal ended it."""
@@ -47,7 +47,7 @@ Explain = Callable[[Ending], Remedy | None]
 
 @dataclass(frozen=True)
 class Program:
-    """One program to keep running."""
+    """Describe one program to keep running."""
 
     name: str
     command: tuple[str, ...]
@@ -60,7 +60,7 @@ class Program:
 
 
 def answers(host: str, port: int) -> Probe:
-    """Ready when a TCP port answers."""
+    """Return a probe that finds a program ready when a TCP port answers."""
 
     def probe(_: str) -> bool:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=0.5):
@@ -71,5 +71,5 @@ def answers(host: str, port: int) -> Probe:
 
 
 def says(text: str) -> Probe:
-    """Ready when the program has logged this text."""
+    """Return a probe that finds a program ready when it has logged this text."""
     return lambda logged: text in logged

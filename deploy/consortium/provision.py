@@ -1,7 +1,7 @@
-"""``fedbags provision``: a consortium's kits from consortium.toml, and later what is missing in them.
+"""Make a consortium's kits from consortium.toml, and later add what is missing in them.
 
-Faults of the settings and of the folder are found before anything is written. Keys,
-certificates and the app are never overwritten.
+This is ``fedbags provision``. Faults of the settings and of the folder are found before anything is written.
+Keys, certificates and the app are never overwritten.
 """
 
 from pathlib import Path
@@ -51,6 +51,7 @@ def provision(
         UserError: faulty settings or keys, or kits that were made from other settings or changed halfway.
     """
     settings = ConsortiumSettings.load(settings_file)
+    # Read before the folder is opened, which makes a new authority: a faulty key leaves nothing written.
     keys = _public_keys(settings, settings_file.parent)
     kits, app = _open(settings, out, password, update)
     _complete_coordinator(kits, app, settings.validity.certificate_days, update)
@@ -100,6 +101,7 @@ def _open(
     else:
         authority = Authority.open(out / "authority", password)
         stored = folder / "app" / "fedbags.fab"
+        # The app stays what it was, even after an upgrade of fedbags: its hash is what the sites approved.
         app = stored.read_bytes() if stored.is_file() else build_bundle()
     wanted = CoordinatorKit(
         consortium=settings.name,

@@ -1,4 +1,4 @@
-"""A kit's plain files from the package's templates: what starts it, and the page that explains it.
+"""Write a kit's plain files from the package's templates, which start it and explain it.
 
 No key, certificate or hash is made here. Files name each other relative to the kit, so that it can be moved.
 """
@@ -45,6 +45,7 @@ def render_kit(kit: Kit, *, keys_here: bool = False, update: bool = False) -> li
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        # The templates are configuration files, scripts and Markdown, in which HTML entities would be faults.
         autoescape=False,
     )
     values = {"kit": kit, "version": version("fedbags"), "keys_here": keys_here}
@@ -61,10 +62,10 @@ def render_kit(kit: Kit, *, keys_here: bool = False, update: bool = False) -> li
 
 
 def write_flower_connection(kit: CoordinatorKit) -> Path:
-    """Write flower/config.toml: the connection named as the consortium, for ``flwr run``.
+    """Write flower/config.toml with the connection named as the consortium, for ``flwr run``.
 
-    Flower finds it with FLWR_HOME=KIT/flower. It takes only an absolute path of the CA certificate,
-    so a kit that was moved needs this again.
+    Flower finds it with FLWR_HOME=KIT/flower. It takes only an absolute path of the CA certificate, so a kit
+    that was moved needs this again.
     """
     connection = {"address": kit.server.superlink_address, "root-certificates": str(kit.ca_certificate)}
     path = kit.flower_home / "config.toml"

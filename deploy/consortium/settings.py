@@ -1,7 +1,7 @@
-"""consortium.toml: who takes part, and at which addresses. The coordinator writes it by hand.
+"""Read consortium.toml, in which the coordinator names the sites and the addresses.
 
-Nothing here reads a key or a certificate, or starts a process; the folders that are made from these settings
-are ``kit``'s. There is no key that switches TLS or node keys off.
+The coordinator writes it by hand. Nothing here reads a key or a certificate, or starts a process; the folders
+that are made from these settings are ``kit``'s. There is no key that switches TLS or node keys off.
 """
 
 import ipaddress
@@ -22,7 +22,13 @@ _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
 def valid_name(name: str) -> str:
-    """A consortium's or site's name: it becomes a folder, a certificate's CN and a part of a unit's name."""
+    """Return a consortium's or site's name if it has the form of one.
+
+    It becomes a folder, a certificate's CN and a part of a unit's name.
+
+    Raises:
+        ValueError: it has another form.
+    """
     if not NAME.fullmatch(name):
         raise ValueError(
             "a name has 1 to 63 letters, digits, '-' or '_' and begins and ends with a letter or digit"
@@ -31,18 +37,27 @@ def valid_name(name: str) -> str:
 
 
 def valid_host(host: str) -> str:
-    """A DNS name or an IP address, as it will stand in the server's certificate."""
+    """Return a DNS name or an IP address in the form that will stand in the server's certificate.
+
+    Raises:
+        ValueError: it is neither.
+    """
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
         labels = host.split(".")
+        # A name that ends in a number, such as 10.0.0.999, is an IP address with a mistake in it.
         if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdecimal():
             raise ValueError("a host is a DNS name or an IP address, without port or https://") from None
         return host.lower()
 
 
 def valid_address(address: str) -> str:
-    """An IP address that a process binds to."""
+    """Return an IP address that a process can bind to.
+
+    Raises:
+        ValueError: it is no IP address.
+    """
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -51,7 +66,11 @@ def valid_address(address: str) -> str:
 
 
 def valid_site(name: str) -> str:
-    """A site's name, which is none that commands give to something else."""
+    """Return a site's name if it has the form of one and is not reserved.
+
+    Raises:
+        ValueError: it has another form, or commands mean the coordinator by it.
+    """
     if name.lower() in RESERVED:
         raise ValueError(f"a site cannot be called {name!r}: commands mean the coordinator by it")
     return valid_name(name)
@@ -68,7 +87,7 @@ Days = Annotated[int, Field(ge=1, le=7300, strict=True)]
 
 
 class ServerSettings(Section):
-    """The coordinator's addresses. Only ``port`` is for sites."""
+    """Hold the coordinator's addresses, of which only ``port`` is for sites."""
 
     hosts: tuple[Host, ...] = Field(
         description="names and addresses in the server's certificate; sites connect to the first"
@@ -87,6 +106,7 @@ class ServerSettings(Section):
     def _closed(self) -> Self:
         if not self.hosts:
             raise ValueError('hosts is empty: name the machine that sites connect to, as ["fl.example.org"]')
+        # Whoever reaches the Control API can start runs, register nodes and stop everything.
         if ipaddress.ip_address(self.admin_address).is_unspecified:
             raise ValueError(
                 f"admin-address = {self.admin_address!r} would open the Control API, which has no login, to "
@@ -97,27 +117,33 @@ class ServerSettings(Section):
 
     @property
     def host(self) -> str:
-        """What sites connect to."""
+        """Return the host that sites connect to."""
         return self.hosts[0]
 
     @property
     def public_address(self) -> str:
-        """HOST:PORT of nginx, for ``flower-supernode --superlink``."""
+        """Return HOST:PORT of nginx, for ``flower-supernode --superlink``."""
         return join_address(self.host, self.port)
 
     @property
     def superlink_address(self) -> str:
-        """HOST:PORT of the SuperLink itself, for nginx, SuperExec and ``flwr``."""
+        """Return HOST:PORT of the SuperLink itself, for nginx, SuperExec and ``flwr``."""
         return join_address(self.admin_address, self.admin_port)
 
     @property
     def certificate_hosts(self) -> tuple[str, ...]:
-        """What the server's certificate must carry: ``hosts``, and where it is administered from."""
+        """Return the hosts that the server's certificate must carry.
+
+        They are ``hosts`` and the addresses by which the server is administered.
+        """
         return tuple(dict.fromkeys((*self.hosts, self.admin_address, LOOPBACK, "localhost")))
 
 
 class SitePorts(Section):
-    """Ports that a site's processes open on its own loopback; no port of a site is reached from outside."""
+    """Hold the ports that a site's processes open on its own loopback.
+
+    No port of a site is reached from outside.
+    """
 
     runtime_port: Port = Field(9094, description="the SuperNode's Runtime API, on 127.0.0.1")
     metrics_port: MetricsPort = Field(9095, description="Prometheus /metrics, on metrics-address; 0: none")
@@ -130,7 +156,7 @@ class SitePorts(Section):
 
 
 class SiteSettings(SitePorts):
-    """One site of consortium.toml."""
+    """Hold the settings of one site of consortium.toml."""
 
     public_key: str = Field(
         "", description="the site's node.pub, relative to consortium.toml; empty: add it later"
@@ -138,14 +164,14 @@ class SiteSettings(SitePorts):
 
 
 class ValiditySettings(Section):
-    """How long certificates hold, days."""
+    """Hold the days that certificates are valid."""
 
     authority_days: Days = 3650
     certificate_days: Days = 398
 
 
 class ConsortiumSettings(Section):
-    """consortium.toml: what the coordinator writes by hand."""
+    """Hold the settings of consortium.toml."""
 
     name: Name = Field(description="the consortium's name")
     server: ServerSettings
@@ -173,7 +199,7 @@ class ConsortiumSettings(Section):
 
 
 def join_address(host: str, port: int) -> str:
-    """HOST:PORT, with an IPv6 address in brackets."""
+    """Return HOST:PORT, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

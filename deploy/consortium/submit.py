@@ -1,7 +1,7 @@
-"""``fedbags run``: start the kit's own app at its SuperLink, show the rounds, and end as the run ended.
+"""Start the kit's own app at its SuperLink, show the rounds, and end as the run ended.
 
-The bytes of the app are those whose hash the sites approved. The ServerApp runs on this machine, so its run
-folder is read directly.
+This is ``fedbags run``. The bytes of the app are those whose hash the sites approved. The ServerApp runs on
+this machine, so its run folder is read directly.
 """
 
 import io
@@ -71,6 +71,7 @@ def run(
     config = compose(expected_sites(kit, options, config_file), settings, config_file)
     if not config_file:
         say_presets(config, options, settings)
+    # Absolute, because the ServerApp has another working directory.
     path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     here: dict[str, Scalar] = {"run-dir": str(path), "resume": resume}
     if not config.federation.statements:
@@ -82,6 +83,7 @@ def run(
     folder.check(config)
     make_known(kit, path)
     with control(kit) as api, interrupts() as interrupted:
+        # The stored bytes and no new bundle: these have the hash that the sites approved.
         app = kit.app.read_bytes()
         run_id = api.start_run(app, changes(app, config))
         say(f"run {run_id} of consortium {kit.consortium}: {path}")
@@ -97,7 +99,7 @@ def run(
 
 
 def make_known(kit: CoordinatorKit, run: Path) -> None:
-    """Have a run folder that lies elsewhere among the kit's runs, where status and /metrics look."""
+    """Link a run folder that lies elsewhere among the kit's runs, where status and /metrics find it."""
     if run.parent == kit.runs:
         return
     kit.runs.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,13 @@ def make_known(kit: CoordinatorKit, run: Path) -> None:
 def expected_sites(
     kit: CoordinatorKit, options: Mapping[str, Scalar], config_file: Path | None
 ) -> Mapping[str, Scalar]:
-    """The options; where neither they nor a file say it, all sites that have a key are waited for."""
+    """Return the options, completed by the number of sites to wait for.
+
+    Where neither the options nor a file name the number, all sites that have a key are waited for.
+
+    Raises:
+        UserError: no site has a key yet.
+    """
     sites = len(kit.registered_sites)
     if not sites:
         raise UserError(
@@ -121,7 +129,7 @@ def expected_sites(
 
 
 def changes(app: bytes, config: RunConfig) -> Mapping[str, Scalar]:
-    """The keys of a configuration that differ from the app's own, which is what a run is started with.
+    """Return the keys of a configuration that differ from the app's own, with which a run is started.
 
     Raises:
         UserError: the app, which may be older than this fedbags, does not know one of them.
@@ -130,6 +138,7 @@ def changes(app: bytes, config: RunConfig) -> Mapping[str, Scalar]:
         project = tomllib.loads(bundle.read("pyproject.toml").decode())
     own = flatten(project["tool"]["flwr"]["app"]["config"])
     wanted, usual = config.to_flat(), RunConfig().to_flat()
+    # An app that is older than this fedbags still runs, as long as only keys that it knows are set.
     unknown = [key for key in wanted if key not in own and wanted[key] != usual[key]]
     if unknown:
         raise UserError(
@@ -164,7 +173,7 @@ def wait_for_end(api: Control, run_id: int, interrupted: Event) -> RunStatus:
 
 
 def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> dict[str, Any]:
-    """The summary of a completed run.
+    """Return the summary of a completed run.
 
     Raises:
         RunError: it was stopped, or failed; carries the ServerApp's reason, and where its log is.
@@ -187,7 +196,7 @@ def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> dict[
 
 
 def last_failure(path: Path) -> str:
-    """What the ServerApp wrote about its failure; empty without it."""
+    """Return the reason that the ServerApp recorded for its failure, or an empty text."""
     from server.run_folder import read_events
 
     events = read_events(path / "metrics.jsonl")
@@ -197,7 +206,8 @@ def last_failure(path: Path) -> str:
 
 @contextmanager
 def interrupts() -> Iterator[Event]:
-    """An event that Ctrl-C (or SIGTERM) sets instead of ending this program."""
+    """Yield an event that Ctrl-C (or SIGTERM) sets instead of ending this program."""
+    # The run goes on at the server whatever ends here, so the user is asked what an interruption means.
     happened = Event()
     before = {
         sign: signal.signal(sign, lambda _sign, _frame: happened.set())
@@ -211,7 +221,7 @@ def interrupts() -> Iterator[Event]:
 
 
 def confirmed(run_id: int) -> bool:
-    """Ask whether to stop the run at all sites; another Ctrl-C means yes."""
+    """Ask whether to stop the run at all sites, and take another Ctrl-C for a yes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return typer.confirm(f"Stop run {run_id} at the server and at every site?", err=True)
@@ -222,5 +232,5 @@ def confirmed(run_id: int) -> bool:
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     console(stderr=True).print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Flower's SuperNode, which asks the coordinator for messages more often while a run goes on.
+"""Run Flower's SuperNode, and let it ask the coordinator for messages more often while a run goes on.
 
 The supervisor starts it in place of ``flower-supernode``, with the same arguments::
 
@@ -6,9 +6,9 @@ The supervisor starts it in place of ``flower-supernode``, with the same argumen
 
 One name in Flower is replaced and nothing else: the module ``time``, in the SuperNode's main loop alone.
 There an empty answer is followed by a fixed pause of 3 s, which each wave of messages to the sites has to
-wait out. Here the pause is short after a message and grows with the time without one, up to Flower's own.
-It decides nothing but speed: with a Flower whose loop is another one, Flower's own pause stays, and the log
-says so.
+wait out. Here the pause is short after a message and grows with the time without one, up to Flower's own. It
+decides nothing but speed: with a Flower whose loop is another one, Flower's own pause stays, and the log says
+so.
 """
 
 import importlib
@@ -39,17 +39,18 @@ FLOWERS_LOOP = """
 
 
 class Time:
-    """Stands in for the module ``time``: the one pause is ours, everything else is as it was."""
+    """Replace the module ``time`` in Flower's main loop, with one pause changed and the rest as it was."""
 
     def __init__(self) -> None:
         self._waited = 0.0
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, less long for Flower's pause."""
+        """Sleep, for less long where the loop asks for its pause without a message."""
         if seconds == FLOWERS_PAUSE:
             seconds = min(max(SHORTEST, SHARE * self._waited), FLOWERS_PAUSE)
             self._waited += seconds
-        else:  # the other pauses of the module wait for the app's reply: a message has come
+        # The module's other pauses wait for the app's reply, so a message has come.
+        else:
             self._waited = 0.0
         time.sleep(seconds)
 
@@ -67,7 +68,9 @@ def shorten_pause(flower: ModuleType) -> bool:
         source = inspect.getsource(flower)
     except (OSError, TypeError):
         return False
+    # The pause is recognised by its length alone, so nothing else in the module may sleep as long.
     known = FLOWERS_LOOP in source and source.count(f"time.sleep({FLOWERS_PAUSE})") == 1
+    # Set in this one module: the library's own ``time`` stays as it is for everybody else.
     if known and getattr(flower, "time", None) is time:
         flower.time = Time()  # type: ignore[attr-defined]
         return True

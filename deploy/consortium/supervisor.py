@@ -1,7 +1,7 @@
-"""Start a set of programs, keep them running, and write down how they are.
+"""Start a set of programs, keep them running, and write down their state.
 
 A program that ends is started again, later each time (``child``). What runs is in ``supervisor.json``, from
-which ``daemon`` shows and ends it. Nothing here knows Flower's programs or nginx.
+which ``daemon`` describes and ends it. Nothing here knows Flower's programs or nginx.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ STATE_FILE, LOCK_FILE = "supervisor.json", "supervisor.lock"
 
 
 class SupervisorState(BaseModel):
-    """supervisor.json."""
+    """Hold the content of supervisor.json."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,21 +40,23 @@ class SupervisorState(BaseModel):
     programs: list[ProgramState]
 
     def living(self) -> list[int]:
-        """Ids of all processes that this supervisor started and that live."""
+        """Return the ids of all living processes that this supervisor started."""
         return members({g: t for p in self.programs for g, t in p.groups.items()}, self.mark)
 
 
 def read_state(folder: Path) -> SupervisorState | None:
-    """What the last supervisor of this state folder wrote; None if there was none."""
+    """Return the state that the last supervisor of this folder wrote, or None if there was none."""
     path = folder / STATE_FILE
     return SupervisorState.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a state folder; yields False if a supervisor holds it already."""
+    """Hold the lock of a state folder, and yield False if a supervisor holds it already."""
     with (folder / LOCK_FILE).open("a") as stream:
         try:
+            # The kernel drops this lock when its holder dies, so that a killed supervisor leaves nothing to
+            # remove.
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
@@ -63,11 +65,12 @@ def lock(folder: Path) -> Iterator[bool]:
 
 
 class Supervisor:
-    """Runs programs until it is told to stop.
+    """Run programs until a signal asks to stop.
 
     Args:
         programs: in the order in which to start them.
-        state, logs: folders; made if missing.
+        state: the folder of supervisor.json; made if missing.
+        logs: the folder of the programs' logs; made if missing.
         environment: of every program, over that of this process.
     """
 
@@ -81,7 +84,7 @@ class Supervisor:
         self._written = ""
 
     def run(self) -> None:
-        """Start everything and keep it running until SIGTERM or SIGINT; then end it all.
+        """Start everything and keep it running until SIGTERM or SIGINT, then end it all.
 
         Raises:
             UserError: another supervisor runs in this folder, or this is not Linux.
@@ -95,6 +98,8 @@ class Supervisor:
                 raise UserError(
                     f"already running, see {self._folder / STATE_FILE}; stop it with `down` first"
                 )
+            # What a killed supervisor left still holds the ports and files that the programs are about to
+            # need.
             if (before := read_state(self._folder)) is not None and (left := before.living()):
                 log.warning("ending %d process(es) that an earlier supervisor left behind", len(left))
                 end(before.living, GRACE)
@@ -119,6 +124,7 @@ class Supervisor:
             self._write()
 
     def _end(self) -> None:
+        # In reverse order, so that each program ends before those that it waits for.
         for child in reversed(self._children):
             child.stop()
         self._write()
@@ -141,5 +147,6 @@ class Supervisor:
         try:
             write_text(self._folder / STATE_FILE, text, 0o600)
             self._written = text
-        except OSError as error:  # a full disk must not end what runs; the next change is tried again
+        # A full disk must not end what runs. The next change is written again.
+        except OSError as error:
             log.error("%s cannot be written: %s", STATE_FILE, error.strerror)

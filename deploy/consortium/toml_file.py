@@ -1,6 +1,7 @@
-"""Frozen models as TOML files: read with every fault named, written with every key's meaning above it.
+"""Read and write frozen models as TOML files.
 
-Knows nothing of what the keys mean.
+A reader names every fault of a file, and a writer puts every key's meaning above it. The module knows nothing
+of what the keys mean.
 """
 
 import difflib
@@ -19,7 +20,7 @@ Model = TypeVar("Model", bound=Section)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table in a TOML file.
+    """Return the table in a TOML file.
 
     Raises:
         ConfigError: it cannot be read, or is not TOML (a key given twice, say).
@@ -31,7 +32,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def validated(model: type[Model], data: dict[str, Any], path: Path) -> Model:
-    """A table as a model.
+    """Return a table as a model.
 
     Raises:
         ConfigError: names every unknown (with the nearest known one), missing or faulty key of the file.
@@ -43,7 +44,7 @@ def validated(model: type[Model], data: dict[str, Any], path: Path) -> Model:
 
 
 def commented(section: Section, header: str = "") -> str:
-    """TOML text of a model: plain keys first, then tables, each with its description above it."""
+    """Return a model as TOML text, plain keys before tables, each key with its description above it."""
     lines, tables = [header] if header else [], []
     dumped = section.model_dump(mode="json", by_alias=True)
     for name, field in type(section).model_fields.items():
@@ -58,12 +59,14 @@ def commented(section: Section, header: str = "") -> str:
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """``write_bytes`` of a text in UTF-8."""
+    """Write a text in UTF-8 as ``write_bytes`` does."""
     write_bytes(path, text.encode(), mode)
 
 
 def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file in one step: a reader sees the old one or the new one, never with a wider mode.
+    """Write a file in one step, so that a reader sees the old file or the new one.
+
+    The file never has a wider mode than asked for.
 
     Args:
         path: the file; its folder exists.
@@ -78,6 +81,8 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
         except BaseException:
             temporary.unlink()
             raise
+    # The temporary file begins with mode 0600 and gets its mode before its name: others can never read a
+    # secret under either name.
     temporary.chmod(mode)
     temporary.replace(path)
 
