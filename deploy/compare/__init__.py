@@ -1,6 +1,7 @@
-"""``fedbags compare``: methods x bag sizes x seeds x settings, each as a run of its own, to one table.
+"""Train every method of a scenario at every bag size, seed and setting, and write a table of results.
 
-Modules: scenario (what a file may say), cells (the runs it means), data (the site folders they train on),
-cell (one run in a process of its own), scoring (its selected model on the test images), queue (many at
-once, stopped and taken up again), table (rows and their means), plots.
+Modules: scenario (reads and checks the scenario file), cells (expands it into one cell per model), source
+(reads the table of images), data (writes the site folders that the cells train on), plan (finds the cells
+that are done), cell (trains one model in its own process), scoring (evaluates it on the test images), queue
+(runs several cells at once), run (the whole comparison), table, plots and screen (the output).
 """

@@ -1,9 +1,10 @@
-"""One cell in a process of its own: train, score the selected model once, write result.json.
+"""Train and score one cell of a comparison in a process of its own, and write result.json.
 
     python -P -m deploy.compare.cell RUN_FOLDER
 
-The run folder holds order.json, what to do. A process of its own makes time and peak memory the cell's, and
-a crash nobody else's. It ends when its standard input does, which is when whoever started it is gone.
+The run folder holds order.json, which describes the work. In a process of its own the measured time and peak
+memory belong to this cell alone, and a crash does not end the other cells. The process ends when its standard
+input is closed, which happens when the process that started it is gone.
 """
 
 import json
@@ -26,7 +27,7 @@ ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
 
 
 class Order(BaseModel):
-    """What a cell is to do.
+    """Describe the work of one cell.
 
     Attributes:
         row: the cell in the table: method, bag_size, images_per_bag, seed, setting, passes (and site).
@@ -43,25 +44,25 @@ class Order(BaseModel):
     test: str
 
     def save(self, run: Path) -> None:
-        """Write it to the run folder."""
+        """Write the order to the run folder, which is made if it is missing."""
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / ORDER, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, run: Path) -> "Order":
-        """Read it from the run folder."""
+        """Read the order from the run folder."""
         return cls.model_validate_json((run / ORDER).read_bytes())
 
 
 def work(run: Path) -> None:
-    """Train, or go on with the training of, the run in this folder; then score it.
+    """Train the run in this folder, or resume its training, then score it and write its result.
 
     Raises:
         FedbagsError: what the run raises.
     """
     started = time.monotonic()
     order = Order.load(run)
-    # Imported here: they bring torch and Flower along, for which whoever only reads results need not wait.
+    # Imported here: other modules import Order from this one, and need neither torch nor Flower.
     import torch
 
     from client.labelled import LabelledImages
@@ -74,6 +75,7 @@ def work(run: Path) -> None:
     config = RunConfig.from_flat(order.config).with_changes({"resume": folder.config.exists()})
     torch.set_num_threads(config.train.threads)
     ready = time.monotonic()
+    # A cell that was stopped after its training, but before its result was written, needs scoring only.
     if not folder.summary.exists():
         run_engine(config, "local", workers=0)
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
@@ -81,6 +83,7 @@ def work(run: Path) -> None:
     test = LabelledImages.open(Path(order.test), config.model.image_size)
     assert test is not None  # the folder was made with test images
     device = choose_device(config.train.device)
+    # The stored model is the one selected on held-back bags, so the test images have no part in the choice.
     levels = score(load_model(run)[0], test, device)
     result: dict[str, Any] = {
         **order.row,
@@ -98,14 +101,15 @@ def work(run: Path) -> None:
         "run": run.name,
         "commit": summary["code"]["commit"],
     }
+    # Written last and atomically: a folder with a result is taken as done (see plan.py).
     write_text(run / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 def peak_memory() -> int:
-    """The most memory that this process held at once, in bytes.
+    """Return the largest amount of memory that this process has held at once, in bytes.
 
-    Linux's own count of a process (VmHWM) begins with its program; ru_maxrss would count what its parent
-    held when it was started, if that was more.
+    On Linux the value is VmHWM, which starts with the program. ru_maxrss would also count what the parent
+    process held when it started this one, if that was more.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -113,22 +117,28 @@ def peak_memory() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # ru_maxrss is in bytes on macOS and in KiB elsewhere.
     return most if sys.platform == "darwin" else most * 1024
 
 
 def end_with_parent() -> None:
-    """Leave at once when standard input ends: the queue holds its other end and never writes."""
+    """End this process as soon as its standard input is closed.
+
+    The queue holds the other end of the pipe and never writes to it, so the pipe closes when the queue is
+    gone.
+    """
 
     def wait() -> None:
         while os.read(0, 1):
             pass
+        # sys.exit would end this thread alone.
         os._exit(128 + signal.SIGHUP)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def main() -> None:
-    """Do what the order in the given run folder says; exit 0 done, 1 not."""
+    """Run the order in the given run folder, and exit with status 0 when it is done and 1 when it failed."""
     end_with_parent()
     try:
         work(Path(sys.argv[1]))

@@ -1,6 +1,7 @@
-"""The cells that a scenario means: one for each method, bag size, seed, setting and, local-only, site.
+"""Expand a scenario into its cells, one for each model that is trained and scored.
 
-Pure: from the scenario to names and run configurations; opens no data.
+There is one cell for each method, bag size, seed and setting, and in the local-only setting one for each
+site. The module is pure. It turns a scenario into names and run configurations and opens no data.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,10 @@ WEIGHTS = "model.weights"
 
 @dataclass(frozen=True)
 class Division:
-    """How the training images become sites and bags: cells with the same one share the folder."""
+    """Describe how the training images are divided into sites and bags.
+
+    Cells with the same division share its folder.
+    """
 
     bags: str
     groups: str
@@ -28,7 +32,7 @@ class Division:
 
     @property
     def name(self) -> str:
-        """A folder name that tells this division from every other."""
+        """Return a folder name that no other division has."""
         words = (
             self.partition,
             f"{self.sites}-sites",
@@ -42,7 +46,7 @@ class Division:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model to train and score."""
+    """Describe one model to train and score."""
 
     name: str
     """Unique, and the name of its run folder."""
@@ -61,9 +65,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Context:
-    """What a command says beside the file; it wins over all that the file says.
+    """Hold the settings of the command line, which win over those of the scenario file.
 
-    ``overrides`` are keys of the run configuration; ``folder`` is where relative paths of the file start.
+    ``overrides`` are keys of the run configuration. Relative paths of the file start at ``folder``.
     """
 
     folder: Path = Path()
@@ -72,7 +76,7 @@ class Context:
 
 
 def expand(scenario: Scenario, context: Context) -> list[Cell]:
-    """Every cell of a scenario, in its order: setting, bag size, seed, method, site.
+    """Return every cell of a scenario, ordered by setting, bag size, seed, method and site.
 
     Raises:
         ConfigError: an entry without any cell, two different cells of one name, or a configuration that a
@@ -82,12 +86,16 @@ def expand(scenario: Scenario, context: Context) -> list[Cell]:
     for setting, grids in scenario.settings.items():
         for grid in grids:
             for cell in _of_grid(scenario, context, setting, grid):
+                # The name is the run folder: of two different cells with one name, the second would train in
+                # the folder of the first. Equal cells, which overlapping parts of a setting may describe, are
+                # one cell.
                 if cells.setdefault(cell.name, cell) != cell:
                     raise ConfigError(
                         f"two parts of settings.{setting.value} mean {cell.name}, with different settings: "
                         "let each name other methods, bag-sizes or seeds"
                     )
     used = {cell.method for cell in cells.values()}
+    # Such an entry would be missing from the table without any message.
     if idle := [entry.name for entry in scenario.methods if entry.name not in used]:
         raise ConfigError(
             f"no cell is left for {', '.join(idle)}: settings, bag-sizes and seeds of the entry and those of "
@@ -105,7 +113,7 @@ def _of_grid(scenario: Scenario, context: Context, setting: Setting, grid: Grid)
     for bag_size in grid.bag_sizes or scenario.bag_sizes:
         for seed in grid.seeds or scenario.seeds:
             for entry in entries:
-                # Bags of one image are the same at every bag size: the cells coincide.
+                # Methods that see labels get bags of one image whatever the size, so their cells coincide.
                 fits = entry.method.sees_labels or bag_size in (entry.bag_sizes or (bag_size,))
                 if fits and seed in (entry.seeds or (seed,)):
                     yield from _of_entry(scenario, context, setting, grid, entry, bag_size, seed)
@@ -135,6 +143,7 @@ def _of_entry(
     try:
         config = RunConfig().with_changes(
             {
+                # Every optimiser step sees the same number of images, so bag sizes differ in nothing else.
                 "train.bags-per-step": scenario.images_per_step // bag_size,
                 **chosen,
                 "model.method": entry.method.value,
@@ -142,6 +151,8 @@ def _of_entry(
                 "federation.sites": sites,
             }
         )
+        # A round is local_epochs passes, or one of rounds_per_pass parts of a pass; the config allows one of
+        # them.
         rounds, rest = divmod(passes * config.train.rounds_per_pass, config.train.local_epochs)
         if rest or not rounds:
             raise ConfigError(

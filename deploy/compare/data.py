@@ -1,12 +1,12 @@
-"""The data of a comparison on disk: every image once, one test set, and a folder of sites per division.
+"""Write the data of a comparison to disk, each image once, with a folder of site folders per division.
 
 OUT/data/DIGEST/images/     every training image, named by number in random order
-OUT/data/DIGEST/test/       the test images with their labels; training never sees this folder
+OUT/data/DIGEST/test/       the test images with their labels, which training never reads
 OUT/data/DIGEST/DIVISION/   site folders (docs/data.md) whose images are hard links to those of images/
 OUT/data/DIGEST/DIVISION.alone/siteK/   one of those sites by itself, as a link
 
-The digest is of the content, so that other data never meet old folders. All of it can be deleted at any
-time. Knows nothing of methods or runs.
+The digest is of the content, so that changed data get new folders. All of it can be deleted between calls.
+The module knows nothing of methods or runs.
 """
 
 import json
@@ -42,7 +42,7 @@ LIST = "images.json"
 
 
 class DataFolders:
-    """What lies below OUT/data for one source; makes what is missing, each folder whole or not at all."""
+    """Create the folders below OUT/data for one source, each of them completely or not at all."""
 
     def __init__(self, root: Path, opened: OpenedData, skip_bad: bool) -> None:
         self.root = root / opened.digest[:12]
@@ -51,28 +51,32 @@ class DataFolders:
 
     @property
     def test(self) -> Path:
-        """The folder of the test images, as LabelledImages.open reads it."""
+        """Return the folder of the test images, in the form that LabelledImages.open reads."""
         return self.root / "test"
 
     def sites_dir(self, cell: Cell) -> Path:
-        """The folder of site folders that this cell trains on."""
+        """Return the folder of site folders that this cell trains on."""
         whole = self.root / cell.division.name
         return whole if cell.site is None else self.root / f"{cell.division.name}.alone" / f"site{cell.site}"
 
     def site_name(self, cell: Cell) -> str | None:
-        """The name of a local-only cell's site; its folder must have been made."""
+        """Return the name of a local-only cell's site, whose folder must exist, or None for other cells."""
         return None if cell.site is None else site_folders(self.sites_dir(cell))[0].name
 
     def images_per_bag(self, cell: Cell) -> float:
-        """The mean over the cell's bags, the held-back ones too; its folders must have been prepared."""
+        """Return the mean number of images in the cell's bags, held-back bags included.
+
+        The cell's folders must have been prepared.
+        """
         sites = [self._bag_sizes[site.resolve()] for site in site_folders(self.sites_dir(cell))]
         return float(np.concatenate(sites).mean())
 
     def prepare(self, cells: Iterable[Cell], progress: Callable[[str], Progress]) -> None:
-        """Make every folder that these cells need, and decode its images to the cells' sizes.
+        """Create every folder that these cells need, and decode its images to the cells' image sizes.
 
         Args:
-            progress: given what is being made, returns where to count its images.
+            cells: the cells to prepare for.
+            progress: called with what is being made, returns the function that counts its images.
 
         Raises:
             UserError: a faulty division, bags that cannot have their size, or the disk refuses.
@@ -81,12 +85,14 @@ class DataFolders:
         cells = list(cells)
         if not cells:
             return
+        # The sizes are checked before the images are stored, which takes long.
         divisions = dict.fromkeys(cell.division for cell in cells)
         for division in divisions:
             self._check_size(division)
         self._store_images(progress("storing the images"))
         for division in divisions:
             self._divide(division, progress(f"dividing: {division.name}"))
+        # Decoded before any cell starts: cells run at the same time, and then only read the cache.
         for site, size in dict.fromkeys(
             (site, cell.config.model.image_size)
             for cell in cells
@@ -103,6 +109,7 @@ class DataFolders:
             return
         opened, table, bad = self._opened, self._opened.table, list[BadRow]()
         with _whole(self.root) as folder:
+            # Numbered in random order, so that no file name reveals a label: a source may be sorted by class.
             rng = np.random.default_rng(SPLIT_SEED)
             done, total = 0, len(opened.train) + len(opened.test)
             names: dict[str, list[str | None]] = {}
@@ -165,7 +172,10 @@ class DataFolders:
                     (folder / f"site{number}" / site.name).symlink_to(Path("..", "..", out.name, site.name))
 
     def _check_size(self, division: Division) -> None:
-        """Bags of a column hold images of one value: the size asked for must be one that they can have."""
+        """Refuse a bag size that no value of the bags' column has images for.
+
+        The images of such a bag share one value of the column.
+        """
         kind, _, name = division.bags.partition(":")
         if kind != "column":
             return
@@ -179,7 +189,7 @@ class DataFolders:
             )
 
     def _training_table(self) -> SourceTable:
-        """The stored training images as a table without a split."""
+        """Return the stored training images as a table without a split."""
         names = json.loads((self.root / LIST).read_text(encoding="utf-8"))
         table = self._opened.table
         kept = [
@@ -200,7 +210,7 @@ class DataFolders:
 
 
 class LinkedImages(FileImages):
-    """Image files of which a site folder gets a hard link: no pixel is stored twice."""
+    """Represent image files that are hard-linked into a site folder, so that no pixel is stored twice."""
 
     def write(self, index: int, stem: Path) -> str:
         path = self.paths[index]
@@ -213,7 +223,7 @@ class LinkedImages(FileImages):
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when all is in it.
+    """Yield a temporary folder that is renamed to ``target`` once it has been filled.
 
     Raises:
         UserError: the disk refuses.
@@ -222,6 +232,7 @@ def _whole(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        # mkdtemp makes a folder that its owner alone can read.
         temporary.chmod(0o755)
         yield temporary
         temporary.rename(target)

@@ -1,7 +1,7 @@
-"""Which cells are done, which go on, and which must run anew, told from what their folders hold.
+"""Find out from their run folders which cells are done, which are resumed and which must run anew.
 
-A cell is done when its folder holds a result and an order with the same identity: everything that its
-figures depend on, by name, so that a difference can be told. Starts nothing.
+A cell is done when its folder holds a result and an order with the same identity. The identity holds by name
+everything that the figures depend on, so that the message can name what changed. The module starts nothing.
 """
 
 import json
@@ -25,7 +25,7 @@ Identity = dict[str, Scalar | None]
 
 
 class State(StrEnum):
-    """What a cell's folder holds."""
+    """Name what a cell's folder holds."""
 
     DONE = "done"
     STOPPED = "stopped"
@@ -37,7 +37,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell, its folder and its state."""
+    """Hold a cell, its run folder and the state of that folder."""
 
     cell: Cell
     run: Path
@@ -50,7 +50,13 @@ class Planned:
 
 
 def plan(cell: Cell, runs: Path, digest: str) -> Planned:
-    """Look at the cell's folder below ``runs``; ``digest`` is that of the data."""
+    """Return a cell with the state of its folder below ``runs``.
+
+    Args:
+        cell: the cell.
+        runs: the folder of all run folders.
+        digest: of the data.
+    """
     run, now = runs / cell.name, identity(cell, digest)
     if not run.exists():
         return Planned(cell, run, now, digest, State.NEW)
@@ -62,23 +68,27 @@ def plan(cell: Cell, runs: Path, digest: str) -> Planned:
         return Planned(cell, run, now, digest, State.CHANGED, different)
     if (run / RESULT).exists():
         return Planned(cell, run, now, digest, State.DONE)
-    # A checkpoint lacks the weights that are not trained: a run goes on with the file it began with only.
+    # A checkpoint lacks the weights that are not trained: a run can be resumed with its first weights only.
     places = {WEIGHTS: before.config.get(WEIGHTS)}, {WEIGHTS: cell.config.to_flat()[WEIGHTS]}
     moved = differences(*places)
     return Planned(cell, run, now, digest, State.CHANGED if moved else State.STOPPED, moved)
 
 
 def identity(cell: Cell, digest: str) -> Identity:
-    """Everything that the cell's figures depend on, except the code."""
+    """Return everything that the cell's figures depend on, except the code."""
     config = {key: value for key, value in cell.config.to_flat().items() if key not in PLACES}
+    # A weights file may be moved to another folder, so its name counts and its path does not.
     config[WEIGHTS] = Path(str(config[WEIGHTS])).name
     division = {f"data.{key}": value for key, value in asdict(cell.division).items()}
     return {**config, **division, "data.digest": digest, "setting": cell.setting.value, "site": cell.site}
 
 
 def differences(before: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> tuple[str, ...]:
-    """What differs, in words. A key that only one of them has differs: its default may not be what the older
-    code did."""
+    """Return the entries that differ, each as a text with its value before and now.
+
+    A key that only one of the two has counts as a difference, because its default may not be what older code
+    did.
+    """
     return tuple(
         f"{key}: was {_value(before, key)}, is {_value(now, key)}"
         for key in sorted(before.keys() | now.keys())
@@ -91,6 +101,6 @@ def _value(identity: Mapping[str, Scalar | None], key: str) -> str:
 
 
 def told(found: tuple[str, ...]) -> str:
-    """The first differences in one line."""
+    """Return the first differences as one line of text."""
     more = len(found) - DIFFERENCES_TOLD
     return "; ".join(found[:DIFFERENCES_TOLD]) + (f"; and {more} more" if more > 0 else "")

@@ -1,6 +1,7 @@
-"""The pictures of a comparison: figures per level, bag sizes, settings, proportions, cost; with error bars.
+"""Draw the plots of a comparison, with error bars over the seeds.
 
-Draws the lines of table.py; an error bar is the standard deviation over seeds, and absent with one seed.
+There are plots of the scores per level, of the bag sizes, of the settings, and of proportions and cost. They
+show the lines of table.py. An error bar is the standard deviation over seeds, and is absent with one seed.
 """
 
 import math
@@ -23,11 +24,20 @@ SINGLE = 1
 
 
 def draw_plots(lines: Sequence[Line], title: str, folder: Path) -> list[Path]:
-    """Write every picture that these lines have something for; pictures of before are removed.
+    """Write every plot that these lines have data for, after removing the plots of an earlier call.
+
+    Args:
+        lines: the lines of the table.
+        title: of the scenario, or empty.
+        folder: where the PNG files are written.
+
+    Returns:
+        The paths of the written files.
 
     Raises:
-        UserError: one cannot be written.
+        UserError: a file cannot be written.
     """
+    # A plot that this call does not draw would show figures that the table no longer has.
     for old in folder.glob("*.png"):
         old.unlink()
     settings = list(dict.fromkeys(line.setting for line in lines))
@@ -53,7 +63,7 @@ def draw_plots(lines: Sequence[Line], title: str, folder: Path) -> list[Path]:
 
 
 def at_usual_size(lines: Sequence[Line]) -> list[Line]:
-    """The lines of the bag size that most methods have, and those of single images."""
+    """Return the lines of the bag size that most methods have, and those of single images."""
     counts = {size: sum(line.bag_size == size for line in lines) for size in _sizes(lines)}
     usual = max(counts, key=lambda size: counts[size]) if counts else SINGLE
     return [line for line in lines if line.bag_size in (usual, SINGLE)]
@@ -72,7 +82,7 @@ def _label(line: Line) -> str:
 
 
 def _levels(lines: Sequence[Line], key: str, title: str) -> Figure:
-    """One panel per level, one bar per method."""
+    """Return a figure with one panel per level and one bar per method."""
     names = list(lines[0].levels)
     figure = new_figure(3.4 * len(names) + 1.6, 0.34 * len(lines) + 1.5, title)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
@@ -86,7 +96,7 @@ def _levels(lines: Sequence[Line], key: str, title: str) -> Figure:
 
 
 def _costs(lines: Sequence[Line], title: str) -> Figure:
-    """L1 of held-back bags, seconds, and memory."""
+    """Return a figure of the proportion error on held-back bags, the training time and the peak memory."""
     figure = new_figure(11.8, 0.34 * len(lines) + 1.5, title)
     panels = figure.subplots(1, 3, sharey=True)
     labels = (
@@ -95,7 +105,7 @@ def _costs(lines: Sequence[Line], title: str) -> Figure:
         ("memory_mb", "Memory", "MB at the peak", 0),
     )
     for panel, (key, heading, unit, digits) in zip(panels, labels, strict=True):
-        # The L1 of single images is another quantity than that of bags.
+        # The proportions of a bag of one image are its label, so that L1 is not comparable to that of bags.
         def value(line: Line, key: str = key) -> Statistic | None:
             return None if key == "proportion_l1" and line.bag_size == SINGLE else line.costs.get(key)
 
@@ -107,7 +117,7 @@ def _costs(lines: Sequence[Line], title: str) -> Figure:
 
 
 def _bars(axes: Axes, lines: Sequence[Line], value: Callable[[Line], Statistic | None], digits: int) -> None:
-    """Horizontal bars, the first line on top; each tells its number."""
+    """Draw one horizontal bar per line, the first line on top, each labelled with its number."""
     for place, line in enumerate(lines):
         if (statistic := value(line)) is None:
             continue
@@ -130,7 +140,10 @@ def _bars(axes: Axes, lines: Sequence[Line], value: Callable[[Line], Statistic |
 
 
 def _bag_sizes(lines: Sequence[Line], title: str) -> Figure:
-    """One panel per level: accuracy over the bag size; what sees labels is a level line."""
+    """Return a figure with one panel per level that shows the accuracy over the bag size.
+
+    Methods that see labels are drawn as horizontal lines, because their bags hold one image at every size.
+    """
     names, sizes = list(lines[0].levels), _sizes(lines)
     methods = [m for m in dict.fromkeys(line.method for line in lines) if len(_of(lines, m)) > 1]
     figure = new_figure(3.6 * len(names) + 2.2, 4.2, title)
@@ -166,7 +179,10 @@ def _bag_sizes(lines: Sequence[Line], title: str) -> Figure:
 
 
 def _deviation(statistic: Statistic) -> float:
-    """NaN draws no error bar: a deviation of 0 would claim that there is one."""
+    """Return the deviation, or NaN where there is none, so that no error bar is drawn.
+
+    A deviation of 0 would claim that several seeds agree.
+    """
     return math.nan if statistic.deviation is None else statistic.deviation
 
 
@@ -175,13 +191,13 @@ def _of(lines: Sequence[Line], method: str) -> list[Line]:
 
 
 def _in_several_settings(lines: Sequence[Line]) -> list[Line]:
-    """The lines of methods that were trained in several settings at one bag size."""
+    """Return the lines of methods that were trained in several settings at one bag size."""
     pairs = [(line.method, line.bag_size) for line in lines]
     return [line for line, pair in zip(lines, pairs, strict=True) if pairs.count(pair) > 1]
 
 
 def _settings(lines: Sequence[Line], title: str) -> Figure:
-    """One panel per level: methods side by side, a bar for every setting."""
+    """Return a figure with one panel per level, the methods side by side and one bar per setting."""
     names, settings = list(lines[0].levels), list(dict.fromkeys(line.setting for line in lines))
     groups = list(dict.fromkeys((line.method, line.bag_size) for line in lines))
     several_sizes = len({size for _, size in groups}) > 1

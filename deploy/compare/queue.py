@@ -1,6 +1,6 @@
-"""Several cells at once, each in a process of its own, until all have ended or somebody stops them.
+"""Run several cells at once, each in its own process, until all have ended or the user stops them.
 
-Knows cells by their run folders only.
+The module knows cells only by their run folders.
 """
 
 import os
@@ -19,6 +19,7 @@ from deploy.compare.cell import LOG
 INTERVAL = 0.5
 GRACE = 10.0
 """Seconds that a cell gets to end when the comparison is stopped."""
+# A cell computes on one thread, so that `jobs` cells share the cores and their times can be compared.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -46,6 +47,7 @@ def run_all(
                 while waiting and len(running) < jobs:
                     folder = waiting.popleft()
                     running[folder] = _start(folder)
+                # Before the pause: a cell that starts and ends within it would otherwise never be shown.
                 look(list(running))
                 time.sleep(INTERVAL)
                 for folder, process in list(running.items()):
@@ -61,11 +63,12 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "deploy.compare.cell", str(folder)],
-            stdin=subprocess.PIPE,  # ends with this process: see cell.end_with_parent
+            # The pipe closes when this process is gone, which ends the cell: see cell.end_with_parent.
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | THREADS,
-            # Ctrl-C at the terminal is for us alone; we end the cells.
+            # In a session of its own a cell gets no Ctrl-C from the terminal, and this process ends it.
             start_new_session=True,
         )
 
@@ -76,7 +79,10 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Checkpoints are written whole or not at all, so a cell can be ended at any time."""
+    """End all processes, by SIGTERM first and after the grace period by SIGKILL.
+
+    A cell can be ended at any time, because a checkpoint is written completely or not at all.
+    """
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + GRACE

@@ -1,4 +1,4 @@
-"""A whole comparison: from a scenario file to a table, whatever of it was done before."""
+"""Run a whole comparison, from a scenario file to a table, and skip the cells that are already done."""
 
 import fnmatch
 import os
@@ -30,7 +30,7 @@ LOCK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison came to."""
+    """Hold the result of a comparison."""
 
     table: dict[str, Any]
     """The content of table.json."""
@@ -50,7 +50,7 @@ def compare(
     only: str = "*",
     jobs: int | None = None,
 ) -> Outcome:
-    """Run every cell of a scenario that is not done; write table and plots of all that are.
+    """Run every cell of a scenario that is not done, and write the table and plots of all that are.
 
     Args:
         file: the scenario.
@@ -61,6 +61,9 @@ def compare(
         only: a pattern (``*`` and ``?``): cells of other names are not run.
         jobs: cells at once; as many as cores if None, or one on a GPU.
 
+    Returns:
+        The table, the cells that failed in this call, and whether Ctrl-C ended it.
+
     Raises:
         UserError: a faulty scenario or faulty data; nothing was started.
     """
@@ -69,6 +72,7 @@ def compare(
     for cell in chosen:
         prerequisites.check(cell.config)
     interrupt.at("the comparison: what is done stays, and the same command goes on")
+    # Two comparisons in one folder would train the same cells in the same run folders.
     with locked(out, "another comparison", LOCK_SECONDS):
         planned, folders = look(scenario, cells, out, file.resolve().parent, data)
         todo = [one for one in planned if one.state is not State.DONE and one.cell in chosen]
@@ -77,7 +81,8 @@ def compare(
         stopped = False
         if todo:
             prepare(todo, folders, out / REPLACED)
-            del folders  # and with it the source's images: the cells need the memory
+            # Frees the images of the source, because the cells need the memory.
+            del folders
             board = Board(todo, lambda: tabulate(scenario, planned, out))
             try:
                 with board:
@@ -102,7 +107,10 @@ def list_cells(
     passes: int | None = None,
     only: str = "*",
 ) -> list[dict[str, Any]]:
-    """The cells of a scenario and their states; nothing is written. Arguments and errors as in compare."""
+    """Return the cells of a scenario with their states, without writing anything.
+
+    Arguments and errors are those of compare.
+    """
     scenario, cells = read(file, settings, passes)
     planned, _ = look(scenario, of_names(cells, only), out, file.resolve().parent, data)
     return [
@@ -119,7 +127,7 @@ def list_cells(
 
 
 def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scenario, list[Cell]]:
-    """The scenario and its cells.
+    """Read the scenario file and return the scenario with its cells.
 
     Raises:
         UserError: what is wrong with the file or the settings.
@@ -137,10 +145,10 @@ def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scena
 
 
 def of_names(cells: Sequence[Cell], pattern: str) -> list[Cell]:
-    """Those whose name matches.
+    """Return the cells whose name matches the pattern.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: no name matches.
     """
     chosen = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, pattern)]
     if not chosen:
@@ -154,7 +162,15 @@ def of_names(cells: Sequence[Cell], pattern: str) -> list[Cell]:
 def look(
     scenario: Scenario, cells: Sequence[Cell], out: Path, folder: Path, data: Path | None
 ) -> tuple[list[Planned], "DataFolders"]:
-    """Every cell's state on disk, and the folders of its data; ``folder`` is where relative paths start."""
+    """Return every cell with its state on disk, and the folders of its data.
+
+    Args:
+        scenario: the scenario.
+        cells: the cells to find the state of.
+        out: folder of the comparison.
+        folder: where relative paths of the scenario start.
+        data: stands in for the scenario's ``data.path``.
+    """
     from deploy.compare.data import DataFolders
     from deploy.compare.source import open_data
 
@@ -164,13 +180,14 @@ def look(
 
 
 def prepare(todo: Sequence[Planned], folders: "DataFolders", replaced: Path) -> None:
-    """Make the data folders, move changed runs to ``replaced``, and write every cell's order.
+    """Create the data folders, move changed runs to ``replaced``, and write every cell's order.
 
     Raises:
         UserError: a model that cannot be built, or data that cannot be divided so.
     """
     from deploy.simulate import check_model
 
+    # Every model is built once before the data are written, so that a faulty setting ends the command early.
     for config in {one.cell.config.model: one.cell.config for one in todo}.values():
         check_model(config)
     with preparing() as progress:
@@ -183,7 +200,7 @@ def prepare(todo: Sequence[Planned], folders: "DataFolders", replaced: Path) -> 
 
 
 def order(one: Planned, folders: "DataFolders") -> Order:
-    """What the process of this cell is to do."""
+    """Return the order for the process of this cell."""
     cell = one.cell
     places: dict[str, Scalar] = {"run-dir": str(one.run), "sites-dir": str(folders.sites_dir(cell))}
     row: dict[str, Scalar] = {
@@ -201,7 +218,7 @@ def order(one: Planned, folders: "DataFolders") -> Order:
 
 
 def tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[str, Any]:
-    """Write the table of the cells that are done by now; a changed one is not, until it has run again."""
+    """Write the table of the cells that are done by now, without those that must run again."""
     rows: list[Row] = []
     missing = []
     for one in planned:
@@ -213,7 +230,7 @@ def tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[
 
 
 def default_jobs(todo: Sequence[Planned]) -> int:
-    """As many as cores; one where the cells share a GPU."""
+    """Return the number of cores, or 1 where the cells share a GPU."""
     from client.training import choose_device
 
     if any(choose_device(one.cell.config.train.device).type == "cuda" for one in todo):

@@ -1,6 +1,6 @@
-"""A scenario file: which methods are compared on which data, at which bag sizes, seeds and settings.
+"""Read a scenario file, which selects the methods, data, bag sizes, seeds and settings to compare.
 
-Only what the file may say, and clear errors where it says something else; what it means is in cells.py.
+The module holds only what the file may contain and the errors for everything else. cells.py expands it.
 """
 
 import difflib
@@ -27,7 +27,7 @@ OWN_KEYS = ("name", "seed", "rounds", "run-dir", "sites-dir", "resume", "model.m
 
 
 class Setting(StrEnum):
-    """Whose images one model is trained on."""
+    """Name whose images one model is trained on."""
 
     POOLED = "pooled"
     """All of them, at one site."""
@@ -47,7 +47,7 @@ class _Overrides(Section):
 
 
 class Data(Section):
-    """Where images and labels come from, and how they become sites and bags."""
+    """Describe the source of images and labels, and their division into sites and bags."""
 
     source: SourceKind
     path: str = Field(
@@ -74,7 +74,10 @@ class Data(Section):
 
 
 class Grid(_Overrides):
-    """A part of one setting's cells; what is not given is taken from the top of the file."""
+    """Select a part of one setting's cells.
+
+    What is not given is taken from the top of the file.
+    """
 
     methods: tuple[str, ...] | None = None
     bag_sizes: tuple[Count, ...] | None = None
@@ -83,7 +86,7 @@ class Grid(_Overrides):
 
 
 class Entry(_Overrides):
-    """One row of the table: a method with its own settings, wherever a grid has it."""
+    """Describe one row of the table, which is a method with its own settings."""
 
     name: Name
     method: Method
@@ -94,7 +97,7 @@ class Entry(_Overrides):
 
 
 class Scenario(Section):
-    """A whole file."""
+    """Hold the content of a scenario file."""
 
     title: str = ""
     bag_sizes: tuple[Count, ...] = Field(min_length=1)
@@ -148,7 +151,7 @@ class Scenario(Section):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a scenario file; its paths are from its own folder.
+        """Read a scenario file, whose relative paths start at its own folder.
 
         Raises:
             UserError: no such file.
@@ -162,7 +165,7 @@ class Scenario(Section):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            # A list whose items are faulty is empty to pydantic: the items' faults are the ones to tell.
+            # To pydantic a list whose items are all faulty is empty as well. Only the items' faults matter.
             faults = [fault for fault in error.errors() if fault["type"] != "too_short" or not fault["input"]]
             lines = "\n".join(f"  {_fault(fault, content)}" for fault in faults)
             raise ConfigError(
@@ -171,7 +174,7 @@ class Scenario(Section):
 
 
 def check_settings(value: object) -> object:
-    """Flat keys of the run configuration, of which none is a cell's own.
+    """Return flat keys of the run configuration, after refusing those that each cell sets for itself.
 
     Raises:
         ValueError: an unknown key, with the nearest known one, or a key that the comparison sets itself.
@@ -182,6 +185,8 @@ def check_settings(value: object) -> object:
     for key in flat:
         if key in OWN_KEYS:
             raise ValueError(f"{key} is set by the comparison itself; leave it out")
+        # A pass is undefined where steps draw their bags by chance, and a comparison counts training in
+        # passes.
         if key == "dp.epsilon":
             raise ValueError(
                 "dp.epsilon: comparisons count passes over the images, and private training draws bags by "
@@ -198,7 +203,7 @@ def _nearest(key: str, known: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def _fault(fault: Mapping[str, Any], content: Mapping[str, Any]) -> str:
-    """One fault in the words of the file."""
+    """Return one validation fault in the terms of the file."""
     place, kind = [part for part in fault["loc"] if part != "[key]"], fault["type"]
     where = _where(place, content)
     if kind == "extra_forbidden":
@@ -214,7 +219,7 @@ def _fault(fault: Mapping[str, Any], content: Mapping[str, Any]) -> str:
 
 
 def _where(place: Sequence[str | int], content: Mapping[str, Any]) -> str:
-    """``settings.pooled``, ``[[methods]] 2 (dllp)``: where in the file a fault lies."""
+    """Return the place of a fault in the file, such as ``settings.pooled`` or ``[[methods]] 2 (dllp)``."""
     if not place:
         return "at the top"
     if place[0] == "methods" and len(place) > 1:
@@ -223,12 +228,13 @@ def _where(place: Sequence[str | int], content: Mapping[str, Any]) -> str:
         entry = entries[number] if isinstance(entries, list) and number < len(entries) else {}
         name = entry.get("name", "without name") if isinstance(entry, Mapping) else "no table"
         return " ".join([f"[[methods]] {number + 1} ({name})", ".".join(map(str, place[2:]))]).strip()
+    # A single table [settings.NAME] was wrapped in a tuple; its index 0 is not in the file.
     single = len(place) > 2 and place[0] == "settings" and not isinstance(content["settings"][place[1]], list)
     return ".".join(str(part) for number, part in enumerate(place) if not (single and number == 2))
 
 
 def _known_keys(place: Sequence[str | int]) -> list[str]:
-    """The keys of the table at this place."""
+    """Return the keys of the table at this place."""
     model: type[BaseModel] = Scenario
     if place:
         tables: dict[str | int, type[BaseModel]] = {"data": Data, "settings": Grid, "methods": Entry}

@@ -1,8 +1,9 @@
-"""Score one trained model on labelled test images, every method by its best reading.
+"""Score one trained model on labelled test images, at each level by its most accurate reading.
 
-Methods differ in which of their outputs is good: a method that learns at the leaf alone is best read at
-coarse levels from the leaves' summed probabilities, another from its own coarse heads. To compare methods
-and not decoders, each level is scored by the reading with the highest accuracy, and the row says which.
+Methods differ in which of their outputs is accurate. A method that learns at the leaf alone is best read at
+coarse levels from the summed probabilities of the leaves, another from its own coarse heads. To compare
+methods and not decoders, each level is scored by the reading with the highest accuracy, and the row names
+that reading.
 """
 
 from typing import Any
@@ -18,14 +19,14 @@ from server.evaluation import Confusion, level_figures
 
 
 def score(model: LHFGLP, test: LabelledImages, device: torch.device) -> list[dict[str, Any]]:
-    """One row per level, coarse to fine: see best_readings."""
+    """Return one row of scores per level, coarse to fine, as best_readings describes them."""
     predicted = read_predictions(model, test.images, device)
     readings = {reading: confusion_counts(classes, test) for reading, classes in predicted.items()}
     return best_readings(test.hierarchy, readings)
 
 
 def best_readings(tree: Hierarchy, readings: dict[str, Confusion]) -> list[dict[str, Any]]:
-    """Figures per level of the reading that is most accurate there.
+    """Return the scores of each level by the reading that is most accurate there.
 
     Args:
         tree: the label tree.

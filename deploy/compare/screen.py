@@ -1,4 +1,4 @@
-"""What a comparison says at the terminal: its plan, its progress, its cells and its table."""
+"""Print the plan, the progress, the finished cells and the table of a comparison to the terminal."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ Move = Callable[[int, int], None]
 
 
 def say_plan(planned: Sequence[Planned], todo: Sequence[Planned]) -> None:
-    """How many cells there are of each state, and why finished ones run again."""
+    """Print how many cells are in each state, and why cells that were done run again."""
     screen = console(stderr=True)
     counts = {state: sum(one.state is state for one in planned) for state in State}
     words = [f"{number} {state.value}" for state, number in counts.items() if number]
@@ -43,7 +43,7 @@ def say_plan(planned: Sequence[Planned], todo: Sequence[Planned]) -> None:
 
 @contextmanager
 def preparing() -> Iterator[Callable[[str], Move]]:
-    """One bar for each thing that is made, shown when it first moves."""
+    """Yield a function that makes a progress bar, which appears when it first moves."""
     with bars() as progress:
 
         def named(what: str) -> Move:
@@ -61,10 +61,10 @@ def preparing() -> Iterator[Callable[[str], Move]]:
 
 
 class Board:
-    """The bar over the cells of this call, and a line for each that ends."""
+    """Show a progress bar over the cells of this call, and print a line for each cell that ends."""
 
     def __init__(self, todo: Sequence[Planned], changed: Callable[[], object]) -> None:
-        """``changed`` is called whenever there is one more result."""
+        """Start with the cells to run, where ``changed`` is called whenever there is one more result."""
         self.failed: dict[str, str] = {}
         self._cells = {one.run: one.cell for one in todo}
         self._changed = changed
@@ -78,7 +78,7 @@ class Board:
             text_column("left:"),
             TimeRemainingColumn(),
             console=console(stderr=True),
-            # Cells differ in speed: the estimate is from all that was seen in this call.
+            # Cells differ in speed, so the estimate is made from the whole of this call.
             speed_estimate_period=24 * 3600,
             refresh_per_second=2,
         )
@@ -95,7 +95,7 @@ class Board:
         self._bar.stop()
 
     def show(self, running: Sequence[Path]) -> None:
-        """Move the bar; ``running`` are the folders of the cells at work."""
+        """Move the bar and name a cell at work, where ``running`` holds the folders of all of them."""
         names = "".join(f"  {self._cells[run].name}" for run in running[:1])
         more = f" + {len(running) - 1}" if len(running) > 1 else ""
         for run in running:
@@ -105,7 +105,7 @@ class Board:
         self._bar.update(self._task, completed=done, description=text)
 
     def ended(self, run: Path, status: int) -> None:
-        """Tell how a cell ended, by its process's exit status."""
+        """Print how a cell ended, by the exit status of its process."""
         self._ended.add(run)
         self._share[run] = 1.0
         name = self._cells[run].name
@@ -122,25 +122,25 @@ class Board:
 
 
 def work_of(cell: Cell) -> float:
-    """How much work a cell is beside others, for the estimate: passes over all images."""
+    """Return the relative amount of work of a cell, in passes over all images, for the estimate of time."""
     return cell.passes / (cell.division.sites if cell.setting is Setting.LOCAL_ONLY else 1)
 
 
 def share_done(run: Path, rounds: int) -> float:
-    """How far a run is, by its newest checkpoint."""
+    """Return the share of its rounds that a run has done, by its newest checkpoint."""
     names = [path.stem for path in (run / "checkpoints").glob("round-*.safetensors")]
     return int(max(names).removeprefix("round-")) / rounds if names else 0.0
 
 
 def end_of_log(run: Path, status: int) -> str:
-    """The last lines of a cell's log, and how its process ended."""
+    """Return the last lines of a cell's log, and how its process ended."""
     lines = (run / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     ending = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
     return "\n".join([*lines[-LOG_LINES:], f"({ending}; all of it: {run / LOG})"])
 
 
 def print_cells(listed: Sequence[Mapping[str, Any]]) -> None:
-    """The cells of list_cells as a table."""
+    """Print the cells of list_cells as a table."""
     cells = table(f"{len(listed)} cells", "cell", "state", "passes", "rounds", "images per step")
     cells.box, cells.columns[0].overflow = SIMPLE_HEAD, "fold"
     for one in listed:
@@ -149,7 +149,7 @@ def print_cells(listed: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_table(content: Mapping[str, Any], out: Path) -> None:
-    """Accuracies and costs per setting, and where the whole table is."""
+    """Print the accuracies and costs per setting, and the place of the whole table."""
     screen = console()
     lines = summarise(content["rows"])
     for setting in dict.fromkeys(line.setting for line in lines):

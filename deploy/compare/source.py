@@ -1,6 +1,6 @@
-"""The source of a comparison: the scenario's table, read once, with its training and test images.
+"""Read the source of a comparison and choose its training and test images.
 
-Knows nothing of folders, methods or runs.
+The module knows nothing of folders, methods or runs.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class OpenedData:
-    """A source with its training and test images, as indices into the table."""
+    """Hold a source with its training and test images, as indices into the table."""
 
     table: SourceTable
     train: Indices
@@ -38,7 +38,7 @@ class OpenedData:
 
 
 def open_data(data: Data, folder: Path, path: Path | None = None) -> OpenedData:
-    """Read a scenario's source; no image file is opened yet.
+    """Read a scenario's source without opening any image file.
 
     Args:
         data: the scenario's table.
@@ -69,7 +69,7 @@ def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
     usual = Path(os.path.normpath(folder / data.path)) if data.path else None
 
     def beside(name: str) -> Path | None:
-        """Another file of the data set; where the set is elsewhere, it has the same place in it."""
+        """Return the path of another file of the data set, at the same place relative to its new folder."""
         if not name:
             return None
         if path is None or usual is None or Path(name).is_absolute():
@@ -105,7 +105,7 @@ def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
 
 
 def refused(table: SourceTable, bad: list[BadRow]) -> DataError:
-    """The error that names these rows of the table's file."""
+    """Return the error that names these rows of the table's file."""
     return DataError(
         f"{table.file} holds {len(bad)} bad row(s)",
         sorted(bad, key=lambda row: row.row or 0),
@@ -137,7 +137,7 @@ def _split(table: SourceTable, data: Data, groups: Sequence[str] | None) -> tupl
 def _at_most(
     images: Indices, number: int | None, groups: Sequence[str] | None, rng: np.random.Generator
 ) -> Indices:
-    """At most this many images, drawn at random in whole groups, in their order."""
+    """Return at most this many images, drawn at random in whole groups, in their order."""
     if number is None or len(images) <= number:
         return images
     units = units_of(images, groups)
@@ -150,7 +150,10 @@ def _at_most(
 
 
 def _digest(table: SourceTable, train: Indices, test: Indices, group_column: str | None) -> str:
-    """SHA-256 of all that cells could depend on: pixels of arrays, of files their names and sizes."""
+    """Return a SHA-256 of everything that cells could depend on.
+
+    It covers the pixels of arrays, but of image files only names and sizes.
+    """
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -167,6 +170,7 @@ def _digest(table: SourceTable, train: Indices, test: Indices, group_column: str
     for array in arrays:
         add([len(array), hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()])
     for index in (*train.tolist(), *test.tolist()):
+        # Reading every image file would take as long as decoding them, at each start of the command.
         if isinstance(table.images, ArrayImages):
             digest.update(table.images.get(index).tobytes())
         else:

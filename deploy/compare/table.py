@@ -1,6 +1,6 @@
-"""The table of a comparison: one row per cell as JSON and CSV, means over seeds as Markdown.
+"""Write the results of a comparison as one row per cell, and as means over the seeds.
 
-Reads result files only; knows nothing of how they were made.
+The rows are written to JSON and CSV, the means to Markdown. The module reads result files only, and knows nothing of how they were made.
 """
 
 import csv
@@ -33,27 +33,27 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Statistic:
-    """A mean over seeds, and the standard deviation where there are two or more."""
+    """Hold a mean over seeds, and the standard deviation where there are two or more."""
 
     mean: float
     deviation: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Statistic":
-        """Of at least one value."""
+        """Return the statistic of at least one value."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def text(self, digits: int) -> str:
-        """``0.612 ±0.010``."""
+        """Return a text such as ``0.612 ±0.010``."""
         spread = "" if self.deviation is None else f" ±{self.deviation:.{digits}f}"
         return f"{self.mean:.{digits}f}{spread}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method at one bag size in one setting, over its seeds.
+    """Summarise one method at one bag size in one setting, over its seeds.
 
-    ``setting`` tells the two readings of local-only apart: the mean over the sites and the best of them.
+    ``setting`` distinguishes the two lines of local-only: the mean over the sites and the best site.
     ``levels`` maps a level's name to its FIGURES, ``costs`` has those of COSTS that are known.
     """
 
@@ -67,12 +67,15 @@ class Line:
 
 
 def read_rows(runs: Iterable[Path]) -> list[Row]:
-    """The results of the folders that have one, in their order."""
+    """Return the results of the folders that have one, in their order."""
     return [json.loads((run / RESULT).read_text(encoding="utf-8")) for run in runs if (run / RESULT).exists()]
 
 
 def summarise(rows: Sequence[Row]) -> list[Line]:
-    """Means and deviations over the seeds, in the order in which settings, sizes and methods first appear."""
+    """Return means and deviations over the seeds.
+
+    The lines stand in the order in which settings, bag sizes and methods first appear in the rows.
+    """
     groups: dict[tuple[str, int, str], dict[int, list[Row]]] = {}
     for row in rows:
         seeds = groups.setdefault((row["setting"], row["bag_size"], row["method"]), {})
@@ -84,7 +87,8 @@ def summarise(rows: Sequence[Row]) -> list[Line]:
             lines.append(_line(method, bag_size, setting, [_mean(sites) for sites in by_seed]))
             continue
         number = max(len(sites) for sites in by_seed)
-        by_seed = [sites for sites in by_seed if len(sites) == number]  # a mean over fewer is another figure
+        # Left out: a seed without all of its sites, because a mean over fewer sites is another quantity.
+        by_seed = [sites for sites in by_seed if len(sites) == number]
         best = [max(sites, key=lambda row: row["levels"][-1]["accuracy"]) for sites in by_seed]
         lines.append(
             _line(method, bag_size, f"{setting}, mean of {number} sites", [_mean(sites) for sites in by_seed])
@@ -94,7 +98,7 @@ def summarise(rows: Sequence[Row]) -> list[Line]:
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-    """The mean of several rows of one seed, as one row."""
+    """Return the mean of several rows of one seed, as one row."""
     first = rows[0]
     levels = [
         {
@@ -159,7 +163,7 @@ def write_table(out: Path, title: str, rows: Sequence[Row], missing: Sequence[st
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line per row; the figures of level ``NAME`` are columns ``NAME.accuracy`` and so on."""
+    """Return one line per row, where the scores of level ``NAME`` are columns such as ``NAME.accuracy``."""
     flat = [_flat(row) for row in rows]
     header = list(dict.fromkeys(key for row in flat for key in row))
     stream = io.StringIO(newline="")
@@ -177,7 +181,10 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commits: Sequence[str]) -> str:
-    """Per setting a table of accuracies and costs, and one of balanced accuracies and macro-F1."""
+    """Return two Markdown tables per setting.
+
+    The first has accuracies and costs, the second balanced accuracies and macro-F1.
+    """
     text = [f"# {title or 'Comparison'}", ""]
     if missing:
         text += [f"{len(missing)} cell(s) are not in it: {', '.join(missing)}", ""]
@@ -205,12 +212,12 @@ def to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commits
 
 
 def accuracy_header(names: Sequence[str]) -> list[str]:
-    """The columns of accuracy_cells."""
+    """Return the column names of accuracy_cells."""
     return ["method", "bag", "seeds", *names, "L1", "s", "MB"]
 
 
 def accuracy_cells(line: Line, names: Sequence[str]) -> list[str]:
-    """A line's accuracy at every level, and what it cost."""
+    """Return a line's accuracy at every level and its costs, as texts."""
 
     def cost(key: str, digits: int) -> str:
         return f"{line.costs[key].mean:.{digits}f}" if key in line.costs else "-"
