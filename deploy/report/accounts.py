@@ -1,7 +1,7 @@
-"""Every epsilon of the report, from events; computed once for sites whose events are equal.
+"""Compute every epsilon of the report from privacy events, once for sites whose events are equal.
 
-Only asks ``common.privacy.accounting``; knows no ledger, run or page. Fifty sites of different sizes
-share no figure, so many compositions go to worker processes: half of a report's time is this module.
+The module asks ``common.privacy.accounting`` only, and knows no ledger, run or page. Fifty sites of different
+sizes share no figure, so many compositions go to worker processes. Half of a report's time is spent here.
 """
 
 import functools
@@ -34,7 +34,10 @@ ORDERS = (*(1 + tenths / 10 for tenths in range(1, 100)), *range(12, 64))
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about one site; equal questions are answered once. Events are merged ones."""
+    """Hold what is asked about one site, with its events merged.
+
+    Equal questions are answered once.
+    """
 
     events: Events
     confirmed: Events
@@ -53,7 +56,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Epsilons; infinite where nothing is bounded."""
+    """Hold the epsilons of one site, which are infinite where nothing is bounded."""
 
     epsilon: float
     confirmed: float
@@ -68,7 +71,11 @@ class Answer:
 
 
 class Accountants:
-    """Answers questions; a context. Its worker processes start at once where many questions are expected."""
+    """Answer questions about epsilon, in worker processes when many are expected.
+
+    The object is a context manager. Its worker processes start as soon as it is made, while the sources are
+    read.
+    """
 
     def __init__(self, expected: int) -> None:
         self._pool: ProcessPoolExecutor | None = None
@@ -89,7 +96,15 @@ class Accountants:
     def answer_all(
         self, questions: Sequence[Question], meanwhile: Callable[[], None]
     ) -> dict[Question, Answer]:
-        """The answer to each distinct question; ``meanwhile`` is done while workers are at it."""
+        """Return the answer to each distinct question.
+
+        Args:
+            questions: one per site, where equal ones are answered once.
+            meanwhile: called once, while the workers compute.
+
+        Returns:
+            The answers by question.
+        """
         distinct = list(dict.fromkeys(questions))
         if self._pool is not None:
             answers = self._pool.map(answer, distinct)
@@ -97,20 +112,22 @@ class Accountants:
         else:
             meanwhile()
             answers = map(answer, distinct)
+        # Computed while the workers answer: a pool's map has started, and its results are read below.
         second = [_second_opinion(question) for question in distinct]
         return {q: replace(a, opacus_rdp=rdp) for q, a, rdp in zip(distinct, answers, second, strict=True)}
 
 
 def _load() -> None:
-    """Import what a worker will need."""
+    """Import what a worker will need, by asking a small question."""
     spent((PoissonGaussian(sample_rate=1.0, noise_multiplier=9.0, steps=1),), 0.5, Adjacency.ADD_REMOVE)
 
 
 def answer(question: Question) -> Answer:
-    """All figures by the accountant of record."""
+    """Return all figures of a question by the accountant of record."""
     events, delta = question.events, question.delta
     whole = spent(events, delta, Adjacency.REPLACE_ONE)
-    # In this order, for the accountant keeps the few newest distributions: the curve reads the last one.
+    # Asked before the other figures, because the accountant caches only the newest few distributions and the
+    # curve reads the one that `spent` composed just now.
     deltas = sorted({delta, *question.deltas}, reverse=True) if events and math.isfinite(whole) else []
     curve = epsilon_curve(events, Adjacency.REPLACE_ONE, deltas)
     return Answer(
@@ -130,17 +147,15 @@ def answer(question: Question) -> Answer:
 
 
 def _second_opinion(question: Question) -> float | None:
-    """What ``accounting.opacus_rdp`` says of the training steps.
-
-    Opacus's function is taken out of its file: importing the package takes torch, and longer than all the
-    figures of fifty sites. A test holds the two equal.
-    """
+    """Return the epsilon of the training steps by ``accounting.opacus_rdp``, or None where there is none."""
     steps = [event for event in question.events if isinstance(event, PoissonGaussian)]
     if not steps or any(event.noise_multiplier == 0 for event in steps):
         return None
+    # Opacus's function is taken out of its file, because importing the package loads torch and takes longer
+    # than all the figures of fifty sites. A test holds the two results equal.
     rdp = _opacus_analysis()
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        # Its fixed orders are too few for some settings; the bound is loose then, not wrong.
+        # Its fixed orders are too few for some settings, where the bound is loose but still correct.
         warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
         losses = sum(
             rdp.compute_rdp(
@@ -166,11 +181,10 @@ def _opacus_analysis() -> ModuleType:
 
 
 def _without_amplification(events: Events, delta: float) -> float:
-    """Epsilon for replace-one had every bag been in every step.
+    """Return the replace-one epsilon that would hold if every bag had been in every step.
 
     Steps without sampling are one Gaussian mechanism, whose epsilon has a closed form (Balle and Wang
-    2018, theorem 8); releases are added to it, which can only overstate. The grid of the accountant would
-    have to be so wide here that it takes ten times as long as all the other figures.
+    2018, theorem 8). The epsilons of releases are added to it, which can only overstate.
     """
     releases = sum(2 / event.scale for event in events if isinstance(event, DiscreteLaplace))
     steps = [event for event in events if isinstance(event, PoissonGaussian)]
@@ -179,17 +193,20 @@ def _without_amplification(events: Events, delta: float) -> float:
     if not steps:
         return releases
     # Replacing a bag moves the clipped sum by twice the clip norm.
+    # The closed form is used because the accountant's grid would have to be so wide here that it takes ten
+    # times as long as all the other figures.
     distance = 2 * math.sqrt(sum(event.steps / event.noise_multiplier**2 for event in steps))
     return releases + _gaussian_epsilon(distance, delta)
 
 
 def _gaussian_epsilon(distance: float, delta: float) -> float:
-    """The smallest epsilon of a Gaussian mechanism that moves by ``distance`` standard deviations."""
+    """Return the smallest epsilon of a Gaussian mechanism that moves by ``distance`` standard deviations."""
     from scipy.optimize import brentq
     from scipy.special import log_ndtr, ndtr
 
     def over(epsilon: float) -> float:
         first = ndtr(distance / 2 - epsilon / distance)
+        # In logarithms, because exp(epsilon) overflows where ndtr is almost 0.
         second = math.exp(epsilon + log_ndtr(-distance / 2 - epsilon / distance))
         return float(first - second - delta)
 

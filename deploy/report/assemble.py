@@ -1,6 +1,6 @@
-"""Evidence -> the sites of the report: which figures each one gets, and which of its records disagree.
+"""Choose the figures that each site of the report gets, and find records of a site that disagree.
 
-Asks ``accounts`` for all epsilons at once and computes none itself.
+The module asks ``accounts`` for all epsilons at once and computes none itself.
 """
 
 import math
@@ -50,7 +50,7 @@ MOST_STATED = 100
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is asked about a site."""
+    """Set how much is asked about a site."""
 
     points: int
     """Rounds at which its spending is computed."""
@@ -65,7 +65,7 @@ BRIEF = Extent(4, (), (1e-2, 1e-6, 1e-10))
 
 
 def assemble(found: Collected, accountants: Accountants) -> tuple[dict[str, Site], list[Problem]]:
-    """Every site with its figures, in the order of the names, and all that is wrong."""
+    """Return every site with its figures, in the order of the names, and all problems of the records."""
     run = found.runs[0] if len(found.runs) == 1 else None
     every = [found.sites[name] for name in sorted(found.sites)]
     extent = BRIEF
@@ -81,6 +81,8 @@ def assemble(found: Collected, accountants: Accountants) -> tuple[dict[str, Site
         answer = answers[inquiry.question] if inquiry.question else None
         problems += _disagreements(item, answer)
         sites[item.name] = _site(item, inquiry, answer)
+    # Of many sites only the worst is asked about in full, since a report must take seconds and the
+    # federation's figure is that of its worst site.
     worst = worst_of(sites.values())
     if worst is not None and extent is BRIEF:
         item = found.sites[worst.site]
@@ -92,7 +94,7 @@ def assemble(found: Collected, accountants: Accountants) -> tuple[dict[str, Site
 
 
 def worst_of(sites: Iterable[Site]) -> Worst | None:
-    """The site that spent most; None unless every site is bounded."""
+    """Return the figures of the site that spent most, or None unless every site is bounded."""
     every = list(sites)
     if not every or any(site.status is not Status.BOUNDED for site in every):
         return None
@@ -101,7 +103,7 @@ def worst_of(sites: Iterable[Site]) -> Worst | None:
 
 
 def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
-    """Rounds of training, counted over the ledger's life, with the events up to the next one."""
+    """Return rounds of training, counted over the ledger's life, with the events before the next round."""
     if item.book is None or _told_by_statements(item):
         return {}
     events = [charge.event for charge in charges(item.book)]
@@ -115,7 +117,10 @@ def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
 
 
 def _told_by_statements(item: Evidence) -> bool:
-    """Whether the run's statements tell the ledger's whole story; they speak of the bag in any case."""
+    """Return whether the run's statements cover the ledger's whole spending.
+
+    Statements are for the unit bag in every case, so a ledger for another unit is never covered.
+    """
     if item.book is None or item.named or not item.stated or item.book.unit is not Unit.BAG:
         return False
     return len({charge.run for charge in charges(item.book)}) <= 1
@@ -123,7 +128,7 @@ def _told_by_statements(item: Evidence) -> bool:
 
 @dataclass(frozen=True)
 class Inquiry:
-    """What is asked about a site; no question where no figure could be believed."""
+    """Hold what is asked about a site, without a question where no figure could be believed."""
 
     question: Question | None
     rounds: tuple[int, ...] = ()
@@ -162,12 +167,16 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
 
 
 def _too_many(stated: Events) -> bool:
-    """Whether a site's word alone would keep the accountant busy for minutes, or hours."""
+    """Return whether a statement has too many different events to compute their epsilon again."""
+    # The events are the site's word alone, and could keep the accountant busy for minutes or hours.
     return len(stated) > MOST_STATED
 
 
 def _last_round(spent: Sequence[Charge]) -> Events:
-    """The newest round of training, with the look after it if there was one; empty without training."""
+    """Return the events of the newest round of training and of its evaluation on held-back bags.
+
+    The result is empty without training.
+    """
     rounds = [place for place, charge in enumerate(spent) if isinstance(charge.event, PoissonGaussian)]
     if not rounds:
         return ()
@@ -177,9 +186,10 @@ def _last_round(spent: Sequence[Charge]) -> Events:
 
 
 def _usual_round(events: Events, run: RunEvidence | None) -> Events:
-    """One more round, where only merged events are known: as many steps as the run's rounds have.
+    """Return the events of one more round, where only merged events are known.
 
-    Empty where the run looks at held-back bags: what a look costs there is not known apart.
+    The round has as many steps as the run's rounds. The result is empty where the run evaluates on held-back
+    bags, because the cost of one evaluation cannot be told from merged events.
     """
     steps = run.settings.steps_per_round if run and run.settings.metrics_scale is None else None
     training = [event for event in events if isinstance(event, PoissonGaussian)]
@@ -187,7 +197,7 @@ def _usual_round(events: Events, run: RunEvidence | None) -> Events:
 
 
 def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
-    """Where the statement contradicts itself, or the ledger."""
+    """Return the problems of a statement that contradicts itself or the ledger."""
     statement = item.statement
     if statement is None or statement.epsilon is None or answer is None:
         return []
@@ -289,7 +299,7 @@ def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
 
 
 def _data_versions(item: Evidence, spent: Sequence[Charge]) -> tuple[str, ...]:
-    """Every data version that something was spent on; without a ledger, that of the run."""
+    """Return every data version that something was spent on, or that of the run where there is no ledger."""
     versions = [charge.data_version for charge in spent]
     if not versions and item.release is not None:
         versions = [item.release.data_version]
@@ -297,7 +307,7 @@ def _data_versions(item: Evidence, spent: Sequence[Charge]) -> tuple[str, ...]:
 
 
 def _generators(item: Evidence) -> tuple[Generator, ...]:
-    """What the site's records say; UNKNOWN where they should say and do not."""
+    """Return the generators that the site's records name, or UNKNOWN where a name is missing."""
     if item.book is not None:
         return item.book.generators
     if item.statement is not None and item.statement.events:
@@ -319,7 +329,7 @@ def _finite(epsilon: float | None) -> float | None:
 
 
 def _guess_right(epsilon: float, delta: float) -> float:
-    """The best balanced accuracy of telling two neighbouring data sets apart (Kairouz et al. 2015)."""
+    """Return the best balanced accuracy of telling two neighbouring data sets apart (Kairouz et al. 2015)."""
     return min((1 + delta * math.exp(-epsilon)) / (1 + math.exp(-epsilon)), 1.0)
 
 
@@ -341,7 +351,10 @@ def _stated_charge(event: PoissonGaussian | DiscreteLaplace) -> Charge:
 
 
 def _stated_looks(item: Evidence) -> tuple[Looks, ...]:
-    """The noised figures beside the release of counts; how many looks they are of is not stated."""
+    """Return the noised figures of held-back bags that a statement holds besides the release of counts.
+
+    A statement does not say how many evaluations they belong to.
+    """
     events = list(item.statement.events) if item.statement else []
     if item.release is not None and item.release.event in events:
         events.remove(item.release.event)

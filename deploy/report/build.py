@@ -1,4 +1,7 @@
-"""Sources -> the report, whole: figures from ``assemble``, words from ``prose`` and ``disclosures``."""
+"""Build the whole report from its sources.
+
+The figures come from ``assemble``, and the texts from ``prose`` and ``disclosures``.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +15,7 @@ from deploy.report.prose import NOT_COVERED, Told, cautions, headline, status_of
 
 
 def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) -> Report:
-    """The report of these sources.
+    """Return the report of these sources.
 
     Args:
         sources: run folders and ledger files.
@@ -22,11 +25,13 @@ def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) ->
     Raises:
         UserError: see ``collect``.
     """
+    # The workers start before the sources are read, so that their imports cost no time of their own.
     with Accountants(expected_sites(sources)) as accountants:
         found = collect(sources)
         sites, problems = assemble(found, accountants)
     run = found.runs[0] if len(found.runs) == 1 else None
     worst = worst_of(sites.values())
+    # The audit's bound is for add/remove and so lies below the replace-one epsilon of a correct guarantee.
     if run and run.audit and worst and run.audit.lower_bound > worst.epsilon:
         reason = (
             f"the audit shows epsilon to be at least {run.audit.lower_bound:.4g}, more than the "
@@ -77,6 +82,6 @@ def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) ->
 
 
 def _name(path: Path) -> str:
-    """The end of a path: enough to know it by, without this machine's folders."""
+    """Return the end of a path, which identifies it without the folders of this machine."""
     whole = path.resolve()
     return f"{whole.parent.name}/{whole.name}" if whole.is_file() else whole.name

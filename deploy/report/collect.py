@@ -1,7 +1,7 @@
-"""Sources -> evidence: what ledgers and run folders say, read, checked, not interpreted.
+"""Read and check what ledgers and run folders hold, without interpreting it.
 
-A ledger is believed as far as ``client.ledger_check`` finds it intact; a run folder only repeats what its
-sites stated, so a statement is compared with the site's ledger wherever that is at hand. Knows no
+A ledger is believed as far as ``client.ledger_check`` finds it intact. A run folder only repeats what its
+sites stated, so a statement is compared with the site's ledger wherever that is at hand. The module knows no
 accountant and no page.
 """
 
@@ -29,7 +29,7 @@ LEDGER = "ledger.sqlite"
 
 
 class Statement(BaseModel):
-    """What a site told the server; the fields of ``common.messages.PrivacyStatement``."""
+    """Hold the privacy statement of a site, with the fields of ``common.messages.PrivacyStatement``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -47,7 +47,7 @@ class Statement(BaseModel):
 
 
 class ReleaseStatement(BaseModel):
-    """What the server holds of a site's release, without the counts."""
+    """Hold what the server keeps of a site's release, without the counts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,7 +60,7 @@ class ReleaseStatement(BaseModel):
 
 @dataclass
 class Evidence:
-    """What is known of one site."""
+    """Hold what is known of one site."""
 
     name: str
     book: "Book | None" = None
@@ -79,7 +79,7 @@ class Evidence:
 
 @dataclass
 class RunEvidence:
-    """What is known of one run."""
+    """Hold what is known of one run."""
 
     name: str
     finished: bool
@@ -94,7 +94,7 @@ class RunEvidence:
 
 @dataclass
 class Collected:
-    """All sources together."""
+    """Hold what all sources together contain."""
 
     sites: dict[str, Evidence] = field(default_factory=dict)
     runs: list[RunEvidence] = field(default_factory=list)
@@ -109,7 +109,7 @@ def collect(sources: Sequence[Path]) -> Collected:
             sources speak of one site.
     """
     found = Collected()
-    # Runs first: a ledger that is named beside a run completes the run's site.
+    # Runs are read first, because a ledger that is given together with a run completes the run's site.
     for path in sorted(sources, key=lambda path: not (path / "config.toml").is_file()):
         if (path / "config.toml").is_file():
             _read_run(path, found)
@@ -124,7 +124,11 @@ def collect(sources: Sequence[Path]) -> Collected:
 
 
 def expected_sites(sources: Sequence[Path]) -> int:
-    """About how many sites the sources speak of; read in no time, and trusted by nobody."""
+    """Return roughly how many sites the sources contain, from the configurations alone.
+
+    The number only decides whether worker processes are started, so nothing is checked and no error is
+    raised.
+    """
     number = 0
     for path in sources:
         number += 1
@@ -134,12 +138,14 @@ def expected_sites(sources: Sequence[Path]) -> int:
 
 
 def check_ledgers(found: Collected) -> None:
-    """Note everything that is wrong with the ledgers, by themselves and against what the sites stated."""
+    """Add every fault of the ledgers, by themselves and against what the sites stated, to the evidence."""
     for evidence in found.sites.values():
         if evidence.ledger is None:
             continue
         from client.ledger_check import verify
 
+        # The stated head must be a row of the ledger: a ledger that was rolled back, or replaced, is
+        # consistent in itself and lacks that row.
         head = evidence.statement.ledger_head if evidence.statement else ""
         for problem in verify(evidence.ledger, head=head or None):
             evidence.problems.append(Problem(site=evidence.name, row=problem.row, reason=problem.reason))
@@ -149,6 +155,7 @@ def _read_named_ledger(path: Path, found: Collected) -> None:
     book = _read_book(path)
     name = _name_of(path, book)
     evidence = found.sites.setdefault(name, Evidence(name))
+    # Two ledgers of one site can be an old copy and the present one, of which the old one lacks spending.
     if evidence.book is not None and (book is None or evidence.book.head != book.head):
         raise UserError(
             f"site {name!r} is in two sources, with different ledgers: {path}\n"
@@ -160,10 +167,11 @@ def _read_named_ledger(path: Path, found: Collected) -> None:
 
 
 def _read_book(path: Path) -> "Book | None":
-    """The ledger's content; None where it is damaged or was tampered with."""
+    """Return the ledger's content, or None where it is damaged or was tampered with."""
     from client.ledger_book import Book
 
-    # A file that is no ledger, or one of another release, is the user's mistake and no sign of tampering.
+    # A file that is no ledger, or is of another release, is the user's mistake and no sign of tampering.
+    # It raises here and is not taken for a damaged ledger.
     with reading(path):
         pass
     try:
@@ -173,7 +181,7 @@ def _read_book(path: Path) -> "Book | None":
 
 
 def _name_of(path: Path, book: "Book | None") -> str:
-    """Whose ledger it is; one that cannot be read names no site, but its folder may."""
+    """Return the name of the site that a ledger belongs to, or of its folder where it cannot be read."""
     return book.site if book else path.resolve().parent.name or path.name
 
 
@@ -194,6 +202,7 @@ def _read_run(path: Path, found: Collected) -> None:
         raise UserError(
             f"the statements of the run {path} are not of a form that this release reads: {error}"
         ) from error
+    # The epsilons of two runs must not be added or compared here: only the ledger composes what both spent.
     for name in sorted({*statements, *releases, *state.get("per_site", {})}):
         if name in found.sites:
             raise UserError(
@@ -227,7 +236,7 @@ def _read_run(path: Path, found: Collected) -> None:
 
 
 def _read_run_ledgers(path: Path, found: Collected) -> None:
-    """The ledgers that simulated sites keep under the run."""
+    """Read the ledgers that simulated sites keep below the run folder."""
     for file in sorted((path / "sites").glob(f"*/{LEDGER}")):
         book = _read_book(file)
         name = _name_of(file, book)
@@ -236,7 +245,10 @@ def _read_run_ledgers(path: Path, found: Collected) -> None:
 
 
 def _state(path: Path) -> tuple[Mapping[str, Any], bool]:
-    """Statements, releases and what was left out: of the finished run, or of its newest checkpoint."""
+    """Return the statements, releases and exclusions of the finished run or of its newest checkpoint.
+
+    The second value tells whether the run has finished.
+    """
     summary = path / "summary.json"
     if summary.is_file():
         state = _json(summary)
@@ -264,7 +276,7 @@ def _release(data: Mapping[str, Any]) -> ReleaseStatement:
 
 
 def _central(data: Mapping[str, Any] | None) -> CentralNoise | None:
-    """What ``server.central_dp`` stated, if the server added noise."""
+    """Return what ``server.central_dp`` stated, if the server added noise."""
     if data is None:
         return None
     epsilons = {key: value if math.isfinite(value) else None for key, value in data["epsilon"].items()}
@@ -304,7 +316,7 @@ def _audit(path: Path) -> Audit | None:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """The run's events; a torn last line (a killed run) is left out."""
+    """Return the run's events, without a last line that a killed run left incomplete."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

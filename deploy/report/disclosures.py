@@ -1,6 +1,6 @@
-"""The seventeen things that a rigorous privacy report discloses, in words; the page adds their tables.
+"""Write the texts of the seventeen things that a rigorous privacy report discloses.
 
-Every number here is taken from the figures that stand in the same report.
+The page adds their tables. Every number here is taken from the figures that stand in the same report.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from deploy.report.prose import UNITS, Told, listed, summary
 
 
 def disclosures(told: Told) -> tuple[Disclosure, ...]:
-    """The seventeen, in the order of the rule book."""
+    """Return the seventeen disclosures, in the order in which the page shows them."""
     return tuple(
         Disclosure(key=key, title=title, text=tuple(write(told))) for key, title, write in _DISCLOSURES
     )

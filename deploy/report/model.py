@@ -1,8 +1,8 @@
-"""The report as data: what report.json holds, and the only thing that the page is made from.
+"""Define the content of report.json, which is the only thing that the page is made from.
 
-Knows no source, no accountant and no HTML. Every figure stands with what it means: epsilons are for the
-``unit`` and ``adjacency`` beside them, at ``delta``, upper bounds by ``accountant``. None means unknown
-where a field says so, and "no bound" for an epsilon.
+The module knows no source, no accountant and no HTML. Every epsilon is an upper bound by ``accountant``, for
+the ``unit`` and ``adjacency`` next to it, at ``delta``. None means unknown where a field's description says
+so, and "no bound" for an epsilon.
 """
 
 from enum import StrEnum
@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Part(BaseModel):
-    """Base of the report's parts: frozen, no unknown field, finite numbers."""
+    """Provide the base of the report's parts, which are frozen, without unknown fields and finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Status(StrEnum):
-    """What can be said of a site."""
+    """Classify what can be said of a site's privacy."""
 
     BOUNDED = "bounded"
     """Epsilon bounds what was sent."""
@@ -29,7 +29,7 @@ class Status(StrEnum):
 
 
 class Problem(Part):
-    """Something that is wrong with the records."""
+    """Describe a fault of the records."""
 
     site: str
     row: int | None = Field(description="row of the site's ledger; null when it concerns all of it")
@@ -37,7 +37,7 @@ class Problem(Part):
 
 
 class GeneratorKind(StrEnum):
-    """What can be said of the generators that a site's sampling and noise came from, the worst of them."""
+    """Classify the worst of the generators that a site's sampling and noise came from."""
 
     NONE = "none"
     """Nothing was drawn."""
@@ -49,7 +49,7 @@ class GeneratorKind(StrEnum):
 
 
 class Training(Part):
-    """Equal training steps of one run on one data version."""
+    """Describe equal training steps of one run on one data version."""
 
     run: str = Field(description="empty when only the server's statement is known")
     data_version: str
@@ -61,7 +61,7 @@ class Training(Part):
 
 
 class Release(Part):
-    """One release of label counts."""
+    """Describe one release of label counts."""
 
     data_version: str
     mechanism: str
@@ -73,7 +73,7 @@ class Release(Part):
 
 
 class Looks(Part):
-    """Equal looks at the held-back bags of one run on one data version: noised figures."""
+    """Describe equal evaluations on held-back bags, of one run on one data version, as noised figures."""
 
     run: str = Field(description="empty when only the server's statement is known")
     data_version: str
@@ -85,7 +85,7 @@ class Looks(Part):
 
 
 class Refusal(Part):
-    """An event that the site's cap did not allow; it cost nothing."""
+    """Describe an event that the site's cap did not allow, and that cost nothing."""
 
     row: int
     run: str
@@ -95,7 +95,7 @@ class Refusal(Part):
 
 
 class LeftOut(Part):
-    """Something of a site that the server did not use."""
+    """Describe something of a site that the server did not use."""
 
     site: str
     round: int
@@ -104,21 +104,21 @@ class LeftOut(Part):
 
 
 class Spending(Part):
-    """Epsilon of everything up to and including a round."""
+    """Hold the epsilon of everything up to and including a round."""
 
     round: int = Field(description="rounds of training counted over the ledger's life, or of the run")
     epsilon: float
 
 
 class CurvePoint(Part):
-    """The same spending read at another delta."""
+    """Hold the epsilon of the same spending at another delta."""
 
     delta: float
     epsilon: float
 
 
 class WhatIf(Part):
-    """What the whole spending would be after more rounds like the last one."""
+    """Hold the epsilon of the whole spending after more rounds like the last one."""
 
     rounds: int
     epsilon: float
@@ -126,7 +126,7 @@ class WhatIf(Part):
 
 
 class Row(Part):
-    """One row of a ledger."""
+    """Describe one row of a ledger."""
 
     row: int
     kind: str
@@ -137,7 +137,7 @@ class Row(Part):
 
 
 class LedgerState(Part):
-    """The ledger file that was read, and whether it can be believed."""
+    """Describe the ledger file that was read, and whether it can be believed."""
 
     head: str
     rows: int
@@ -145,7 +145,7 @@ class LedgerState(Part):
 
 
 class Loss(Part):
-    """A site's word that rows of its ledger are lost, and what it had stated until then."""
+    """Describe a site's declaration that rows of its ledger are lost, with what it had stated until then."""
 
     round: int
     epsilon: float | None
@@ -153,7 +153,7 @@ class Loss(Part):
 
 
 class Stated(Part):
-    """What the site told the server last."""
+    """Hold the newest privacy statement that the site sent to the server."""
 
     round: int
     unit: str
@@ -166,7 +166,7 @@ class Stated(Part):
 
 
 class Site(Part):
-    """Everything about one site."""
+    """Hold everything about one site."""
 
     name: str
     status: Status
@@ -211,7 +211,7 @@ class Site(Part):
 
 
 class Settings(Part):
-    """What the run asked for; null where it was not recorded."""
+    """Hold the privacy settings of the run, each null where it was not recorded."""
 
     target_epsilon: float | None
     delta: float | None
@@ -224,7 +224,7 @@ class Settings(Part):
 
 
 class Audit(Part):
-    """An empirical attack on the guarantee: epsilon is at least ``lower_bound`` with this confidence."""
+    """Hold the result of an empirical attack, which shows epsilon to be at least ``lower_bound``."""
 
     lower_bound: float
     confidence: float
@@ -232,7 +232,7 @@ class Audit(Part):
 
 
 class CentralNoise(Part):
-    """Noise that the server added: another guarantee than the sites', for another unit."""
+    """Describe noise that the server added, which is another guarantee than the sites', for another unit."""
 
     unit: str
     trust: str
@@ -247,7 +247,7 @@ class CentralNoise(Part):
 
 
 class Worst(Part):
-    """The federation's figure: that of its worst site, never a mean."""
+    """Hold the federation's figure, which is that of its worst site and never a mean."""
 
     site: str
     epsilon: float
@@ -261,7 +261,7 @@ class Worst(Part):
 
 
 class Provenance(Part):
-    """From what, with what and when the report was made."""
+    """Record the sources, the software and the time of the report."""
 
     created: str
     packages: dict[str, str] = Field(description="of the machine that wrote the report")
@@ -272,7 +272,7 @@ class Provenance(Part):
 
 
 class Disclosure(Part):
-    """One of the seventeen things that a report must say."""
+    """Hold one of the seventeen texts that a report must contain."""
 
     key: str
     title: str
@@ -280,7 +280,7 @@ class Disclosure(Part):
 
 
 class Report(Part):
-    """report.json."""
+    """Hold the whole content of report.json."""
 
     schema_version: Literal[2] = 2
     title: str
@@ -308,5 +308,5 @@ class Report(Part):
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of report.json; written beside it as report.schema.json."""
+    """Return the JSON schema of report.json, which is written next to it as report.schema.json."""
     return Report.model_json_schema()

@@ -1,7 +1,7 @@
-"""Small line plots as SVG text: crisp on paper, coloured by the page's style sheet, light in the dark.
+"""Draw small line plots as SVG text.
 
-Written by hand rather than by matplotlib, which takes a second to load and 40 kB a plot. Only numbers and
-our own words go in, never a name from outside.
+SVG stays sharp on paper and takes its colours from the page's style sheet, also in the dark. Matplotlib would take a second to load and 40 kB a plot. Only numbers and constant words go into a plot, never
+a name from outside, because the page inserts the text unescaped.
 """
 
 import math
@@ -14,7 +14,10 @@ Points = Sequence[tuple[float, float]]
 
 
 def spending_plot(points: Points, cap: float | None, confirmed: float | None) -> str:
-    """Epsilon over rounds; the cap as a dashed line, what was reserved and not confirmed as a band."""
+    """Return a plot of epsilon over rounds, with the cap as a dashed line.
+
+    What was reserved and not confirmed is drawn as a band.
+    """
     highest = max([epsilon for _, epsilon in points] + ([cap] if cap is not None else []))
     last_round, last = points[-1]
     x = _Axis(0, max(last_round, 1), LEFT, WIDTH - RIGHT)
@@ -38,7 +41,7 @@ def spending_plot(points: Points, cap: float | None, confirmed: float | None) ->
 
 
 def curve_plot(points: Points, delta: float) -> str:
-    """Epsilon over delta, on a logarithmic axis; a mark at the delta of record."""
+    """Return a plot of epsilon over delta on a logarithmic axis, with a mark at the delta of record."""
     logs = [(math.log10(value), epsilon) for value, epsilon in points]
     x = _Axis(min(place for place, _ in logs), max(place for place, _ in logs), LEFT, WIDTH - RIGHT)
     y = _Axis(0, max(epsilon for _, epsilon in logs) * 1.08 or 1, HEIGHT - BOTTOM, TOP)
@@ -54,7 +57,7 @@ def curve_plot(points: Points, delta: float) -> str:
 
 
 class _Axis:
-    """From values to places on the page."""
+    """Map values to places on the page."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self.low, self.high, self.start, self.end = low, high, start, end
@@ -64,7 +67,7 @@ class _Axis:
 
 
 def _ticks(axis: _Axis, *, whole: bool = False) -> list[tuple[float, str]]:
-    """Four to eight round numbers."""
+    """Return four to eight round numbers with their labels."""
     step = 10.0 ** math.floor(math.log10(axis.high - axis.low))
     while (axis.high - axis.low) / step < 4:
         step /= 2

@@ -1,4 +1,4 @@
-"""The report in words for everybody: headline, plain paragraphs, and what could be misread.
+"""Write the report's headline, its plain paragraphs, and warnings about figures that could be misread.
 
 Every number here is taken from the figures that stand in the same report. The paragraphs follow TensorFlow
 Privacy's compute_dp_sgd_privacy_statement: what is protected, then the figure, then what it leaves open.
@@ -32,7 +32,7 @@ NEARLY_SURE = 0.95
 
 @dataclass(frozen=True)
 class Told:
-    """What the words are about."""
+    """Hold the facts that the texts are about."""
 
     run: str | None
     rounds: int | None
@@ -46,12 +46,12 @@ class Told:
     provenance: Provenance
 
     def of(self, status: Status) -> list[Site]:
-        """The sites of a status."""
+        """Return the sites of a status."""
         return [site for site in self.sites if site.status is status]
 
 
 def status_of(sites: Sequence[Site]) -> Status:
-    """The worst of the sites'."""
+    """Return the worst status of these sites."""
     found = {site.status for site in sites}
     return next(
         (s for s in (Status.NOT_PRIVATE, Status.UNKNOWN) if s in found),
@@ -60,7 +60,7 @@ def status_of(sites: Sequence[Site]) -> Status:
 
 
 def headline(told: Told) -> str:
-    """The one sentence on top."""
+    """Return the one sentence at the top of the report."""
     exposed, unknown, worst = told.of(Status.NOT_PRIVATE), told.of(Status.UNKNOWN), told.worst
     if exposed:
         return f"No privacy guarantee: {listed([s.name for s in exposed])} sent something without noise."
@@ -78,12 +78,12 @@ def headline(told: Told) -> str:
 
 
 def summary(told: Told) -> tuple[str, ...]:
-    """The plain paragraphs of the first screen."""
+    """Return the plain paragraphs of the first screen."""
     return (_what_was_done(told), *_what_it_means(told))
 
 
 def cautions(told: Told) -> tuple[str, ...]:
-    """True figures that a reader could take for more than they are."""
+    """Return warnings about true figures that a reader could take for more than they are."""
     found = []
     seeded, untold = ([s.name for s in told.sites if s.generator is kind] for kind in NOT_SECURE)
     if seeded:
@@ -162,7 +162,7 @@ def _what_it_means(told: Told) -> tuple[str, ...]:
 
 
 def judgement(worst: Worst) -> str:
-    """Where an epsilon stands on the usual scale, and what that is worth in the bet."""
+    """Return where an epsilon stands on the usual scale, and what that means for an attacker."""
     scale = (
         "On the scale that is usually read (Ponomareva et al. 2023: up to 1 strong, up to "
         f"{WEAK:g} what private training commonly reaches, above that weak)"
@@ -181,12 +181,12 @@ def judgement(worst: Worst) -> str:
 
 
 def figure(epsilon: float) -> str:
-    """Return an epsilon for a sentence: four digits, and no more than thousandths."""
+    """Return an epsilon for a sentence, with four digits and no more than thousandths."""
     return "less than 0.001" if 0 < epsilon < 1e-3 else f"{epsilon:.4g}"
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """``a, b and c``; the rest of a long list is counted."""
+    """Return the names as ``a, b and c``, with the rest of a long list counted."""
     shown = list(names[:most])
     if len(names) > most:
         return f"{', '.join(shown)} and {len(names) - most} more"

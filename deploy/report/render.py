@@ -1,4 +1,4 @@
-"""report.json -> one self-contained HTML page. Takes every figure from the report; computes none.
+"""Render report.json as one self-contained HTML page, without computing any figure.
 
 Each figure stands in an element whose ``data-field`` is its path in the JSON and whose ``data-value`` is
 its exact value, so that anybody can compare the page with the data.
@@ -20,7 +20,7 @@ MOST_ROWS = 2000
 
 
 def render(report: Report) -> str:
-    """The page."""
+    """Return the page of a report."""
     data = report.model_dump(mode="json")
     rows = sum(len(site.rows) for site in report.sites.values())
     return (
@@ -37,7 +37,7 @@ def render(report: Report) -> str:
 
 
 def field_path(*keys: str | int) -> str:
-    """The path of a figure; a dot within a name is written %2E."""
+    """Return the path of a figure, in which a dot within a name is written %2E."""
     return ".".join(str(key).replace("%", "%25").replace(".", "%2E") for key in keys)
 
 
@@ -51,7 +51,9 @@ EPSILONS = frozenset(
 
 
 def shown(value: Any, name: str = "") -> str:
-    """Return a figure as the page shows it: four digits, and no exponent where a few zeros do.
+    """Return a figure as the page shows it.
+
+    It has four digits, and no exponent where a few zeros do.
 
     Args:
         value: of any type.
@@ -69,7 +71,7 @@ def shown(value: Any, name: str = "") -> str:
 
 
 def _value(data: Any, *keys: str | int, absent: str = "not recorded") -> Markup:
-    """The figure at a path of the JSON, with that path."""
+    """Return the figure at a path of the JSON as an element that names that path."""
     for key in keys:
         data = data[key]
     if data is None:
@@ -86,15 +88,17 @@ def _plots(site: Site) -> dict[str, Markup]:
     plots = {}
     if len(site.spending) > 1:
         points = [(float(point.round), point.epsilon) for point in site.spending]
-        plots["spending"] = Markup(spending_plot(points, site.cap, site.confirmed))  # numbers only
+        # Unescaped, because a plot holds numbers and constant words only.
+        plots["spending"] = Markup(spending_plot(points, site.cap, site.confirmed))
     if site.curve and site.delta is not None:
         curve = [(point.delta, point.epsilon) for point in site.curve]
-        plots["curve"] = Markup(curve_plot(curve, site.delta))  # numbers only
+        plots["curve"] = Markup(curve_plot(curve, site.delta))
     return plots
 
 
 def _finalized(value: Any) -> Any:
-    """Return what the template prints; a text is made visible, as on a terminal."""
+    """Return what the template prints, with control characters of a text made visible as on a terminal."""
+    # Names and reasons come from sites, and could otherwise hide or reorder text on the page.
     return visible_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -102,6 +106,8 @@ def _finalized(value: Any) -> Any:
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
+        # Autoescape keeps a site's name from adding markup, StrictUndefined keeps a missing figure from being
+        # empty.
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_finalized,

@@ -1,4 +1,4 @@
-"""What a ledger's rows say, in the report's terms. Reads a book; computes no epsilon."""
+"""Translate a ledger's rows into the parts of the report, without computing any epsilon."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # see collect.py
 
 @dataclass(frozen=True)
 class Charge:
-    """One row that spent something."""
+    """Describe one event that a row of the ledger charged."""
 
     event: PoissonGaussian | DiscreteLaplace
     run: str
@@ -26,7 +26,7 @@ class Charge:
 
 
 def charges(book: "Book") -> list[Charge]:
-    """Everything that was spent, in the order of the rows; the events are those of ``book.events``."""
+    """Return every charge in the order of the rows, with the events of ``book.events``."""
     rows = [entry for entry in book.entries for _ in range(_events_of(entry))]
     return [
         Charge(
@@ -42,7 +42,7 @@ def charges(book: "Book") -> list[Charge]:
 
 
 def _events_of(entry: Entry) -> int:
-    """How many events a row charges."""
+    """Return how many events a row charges."""
     match Kind(entry.kind):
         case Kind.RESERVED | Kind.RELEASED:
             return int(entry.body.get("copies", 1))
@@ -53,7 +53,7 @@ def _events_of(entry: Entry) -> int:
 
 
 def training_of(spent: Iterable[Charge]) -> tuple[Training, ...]:
-    """The training steps, equal ones of one run and data version together."""
+    """Return the training steps, with equal ones of one run and data version merged."""
     groups: dict[tuple[str, str, float, float], list[Charge]] = {}
     for charge in spent:
         if isinstance(charge.event, PoissonGaussian):
@@ -74,7 +74,7 @@ def training_of(spent: Iterable[Charge]) -> tuple[Training, ...]:
 
 
 def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
-    """The looks at held-back bags, equal ones of one run and data version together."""
+    """Return the evaluations on held-back bags, with equal ones of one run and data version merged."""
     groups: dict[tuple[str, str, float], list[Charge]] = {}
     for charge in spent:
         if charge.is_look and isinstance(charge.event, DiscreteLaplace):
@@ -94,7 +94,7 @@ def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
 
 
 def releases_of(book: "Book") -> tuple[Release, ...]:
-    """Every release, without its counts."""
+    """Return every release, without its counts."""
     return tuple(
         Release(
             data_version=book.identifiers.get(version, ""),
@@ -110,7 +110,7 @@ def releases_of(book: "Book") -> tuple[Release, ...]:
 
 
 def refusals_of(book: "Book") -> tuple[Refusal, ...]:
-    """What the cap did not allow."""
+    """Return the requests that the cap did not allow."""
     return tuple(
         Refusal(
             row=entry.seq,
@@ -125,22 +125,22 @@ def refusals_of(book: "Book") -> tuple[Refusal, ...]:
 
 
 def rows_of(book: "Book") -> tuple[Row, ...]:
-    """Every row."""
+    """Return every row of the ledger."""
     return tuple(_row(entry, book) for entry in book.entries)
 
 
 def name_event(body: Mapping[str, Any]) -> str:
-    """The event of a reserved or refused row in words."""
+    """Return the event of a reserved or refused row in words."""
     event = event_from_dict(body["event"])
     if isinstance(event, DiscreteLaplace):
-        # A look has a round; a release of counts belongs to none.
+        # An evaluation on held-back bags has a round, and a release of counts has none.
         what = f"look at held-back bags, {body.get('copies', 1)} figure(s)" if body.get("round") else "counts"
         return f"{what}, discrete Laplace, scale {event.scale:g}"
     return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
 
 
 def events_up_to(book: "Book", head: str, unit: Unit) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
-    """The merged events when ``head`` was the newest row; None where no row has it."""
+    """Return the merged events when ``head`` was the newest row, or None where no row has that hash."""
     for number, entry in enumerate(book.entries, start=1):
         if entry.hash == head:
             then = book if number == len(book.entries) else type(book).of(book.entries[:number])
