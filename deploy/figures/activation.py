@@ -1,7 +1,7 @@
-"""Class-activation maps: where in a test image each run's model finds the leaf that it predicts.
+"""Draw class-activation maps, which mark where in a test image a model finds the predicted leaf.
 
-Grad-CAM (Selvaraju et al. 2017) on the last feature map that still has some resolution. Works for every
-backbone that has such a map; a ViT has none.
+The maps are Grad-CAM (Selvaraju et al. 2017) on the last feature map that still has some resolution. They
+exist for every backbone that has such a map. A ViT has none.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ LEAST_SIDE = 6
 
 @dataclass(frozen=True)
 class Activation:
-    """What one model sees in N images.
+    """Hold the prediction of one model for N images, with a map of the positions that led to it.
 
     Attributes:
         maps: shape (N, S, S) in [0, 1], the largest of each image 1 (or all 0).
@@ -46,7 +46,7 @@ class Activation:
 def draw_activation(
     runs: Sequence[FinishedRun], samples: Sequence[TestSample], activations: Sequence[Activation]
 ) -> Figure:
-    """One column per image: the image, then an overlay for every run.
+    """Return a figure with one column per image, the image on top and an overlay for every run below.
 
     Args:
         runs: one row of overlays each.
@@ -76,7 +76,10 @@ def draw_activation(
 
 
 def choose_images(sample: TestSample, tree: Hierarchy, seed: int) -> TestSample:
-    """Up to MOST_IMAGES images, fixed by ``seed``: one per coarse class in turn, each of another leaf."""
+    """Return up to MOST_IMAGES images, one per coarse class in turn and each of another leaf.
+
+    The choice is fixed by ``seed``.
+    """
     rng = np.random.default_rng(seed)
     coarse = tree.paths[:, 0]
     queues: dict[int, list[int]] = {}
@@ -91,7 +94,7 @@ def choose_images(sample: TestSample, tree: Hierarchy, seed: int) -> TestSample:
 
 
 def activate(model: LHFGLP, images: NDArray[np.uint8]) -> Activation | None:
-    """Predict and explain images (N, S, S, 3); None where the backbone has no feature map."""
+    """Return the predictions and maps of images (N, S, S, 3), or None without a feature map."""
     inputs = to_tensor(images)
     outputs: list[Tensor] = []
 
@@ -101,6 +104,7 @@ def activate(model: LHFGLP, images: NDArray[np.uint8]) -> Activation | None:
 
     hooks = [module.register_forward_hook(remember) for module in model.backbone.modules()]
     try:
+        # The maps need gradients, whatever mode the caller is in.
         with torch.enable_grad():
             output = model(inputs)
     finally:
@@ -110,10 +114,10 @@ def activate(model: LHFGLP, images: NDArray[np.uint8]) -> Activation | None:
     if features is None:
         return None
     leaves = consistent_prediction(output, model.hierarchy)[:, -1]
-    # Images do not mix in a model without BatchNorm statistics, so one sum gives every image's gradient.
+    # In evaluation mode the images of a batch do not mix, so one sum gives every image's gradient.
     (gradient,) = torch.autograd.grad(output.scores[-1].gather(1, leaves[:, None]).sum(), features)
     gradient, features = _channels_first(gradient), _channels_first(features.detach())
-    # A channel's weight is its mean gradient: position by position, strided convolutions leave their grid.
+    # A channel's weight is its mean gradient: single positions would show the grid of strided convolutions.
     seen = F.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1, keepdim=True))
     maps = F.interpolate(seen, inputs.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
@@ -122,7 +126,7 @@ def activate(model: LHFGLP, images: NDArray[np.uint8]) -> Activation | None:
 
 
 def last_feature_map(outputs: Sequence[Tensor]) -> Tensor | None:
-    """The last square map of at least LEAST_SIDE positions across; failing that, the finest one left.
+    """Return the last square map of at least LEAST_SIDE positions across, or else the finest one.
 
     Args:
         outputs: what the backbone's modules returned, in order. A map is (N, C, H, W) or (N, H, W, C)
@@ -138,12 +142,13 @@ def last_feature_map(outputs: Sequence[Tensor]) -> Tensor | None:
     fine = [output for output in maps if _side(output) >= LEAST_SIDE]
     if fine:
         return fine[-1]
-    # The last of the finest: max() alone would give the first.
+    # The last of the finest maps is wanted, and max() alone would return the first.
     return max(reversed(maps), key=_side, default=None)
 
 
 def overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The image (S, S, 3) in grey with the map (S, S) over it, as RGB in [0, 1]."""
+    """Return the image (S, S, 3) in grey with the map (S, S) over it, as RGB in [0, 1]."""
+    # The weights of red, green and blue in luma (ITU-R BT.601).
     grey = (image.astype(np.float64) @ [0.299, 0.587, 0.114] / 255)[..., None]
     heat = colormaps["inferno"](seen)[..., :3]
     strength = 0.75 * np.clip(seen, 0, 1)[..., None]
@@ -152,7 +157,7 @@ def overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.f
 
 
 def _side(output: Tensor) -> int:
-    """H of a square map, channels first or last; 0 where the tensor is no square map."""
+    """Return H of a square map with channels first or last, or 0 where the tensor is no square map."""
     _, a, b, c = output.shape
     if b == c:
         return b

@@ -1,4 +1,4 @@
-"""Confusion matrices of the pooled test images, one picture per level, siblings side by side."""
+"""Draw confusion matrices of the pooled test images, one figure per level, with siblings side by side."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,12 +21,13 @@ MOST_NAMED = 60
 
 
 def draw_confusion(runs: Sequence[FinishedRun], level: int) -> Figure:
-    """One level: each level's own best class beside the best path; or several runs, best class each.
+    """Return the confusion matrices of one level.
 
-    Rows are true classes, and each is divided by its sum; the rows of classes without test images stay
-    empty. Classes stand in the order of the tree, with lines between the children of different parents.
-    Counts that sites suppressed are drawn as 0: the title says how many, and each panel between what its
-    accuracy lies.
+    For one run the level's own best class stands next to the best path. For several runs the best class is
+    shown for each. Rows are true classes, and each is divided by its sum. The rows of classes without test
+    images stay empty. Classes stand in the order of the tree, with lines between the children of different
+    parents. Counts that sites suppressed are drawn as 0. The title says how many they are, and each panel
+    gives the range of its accuracy.
     """
     tree = runs[0].tree
     panels: list[tuple[str, NDArray[np.int64], Sequence[float] | None]] = []
@@ -90,7 +91,7 @@ def _draw_matrix(axes: Axes, tree: Hierarchy, level: int, counts: NDArray[np.int
 def _named_places(
     tree: Hierarchy, level: int, order: Sequence[int], edges: Sequence[float]
 ) -> tuple[list[float], list[str]]:
-    """Where names stand on the axes: one per class, or one per block of siblings, or none."""
+    """Return places and names on the axes, of each class, of each block of siblings, or of none."""
     number = len(order)
     if number <= MOST_NAMED:
         return list(range(number)), [tree.classes[level][node] for node in order]
@@ -98,7 +99,7 @@ def _named_places(
         return [], []
     blocks = list(pairwise([-0.5, *edges, number - 0.5]))
     parents = [tree.classes[level - 1][node] for node in tree_order(tree, level - 1)]
-    # Names of parents with few children would write over one another: those are left out.
+    # Names of parents with few children would overlap, so they are left out.
     named = [
         ((low + high) / 2, name)
         for (low, high), name in zip(blocks, parents, strict=True)
@@ -108,13 +109,13 @@ def _named_places(
 
 
 def tree_order(tree: Hierarchy, level: int) -> list[int]:
-    """The classes of a level in the order of the tree: children of one parent stand together."""
+    """Return the classes of a level in the order of the tree, with the children of a parent together."""
     ancestors = sorted({tuple(path[: level + 1]) for path in tree.paths.tolist()})
     return [path[-1] for path in ancestors]
 
 
 def row_shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Each row divided by its sum; NaN, which is drawn white, where the sum is 0."""
+    """Return the counts with each row divided by its sum, and NaN where the sum is 0."""
     sums = counts.sum(axis=1, keepdims=True).astype(np.float64)
     shares = np.full(counts.shape, np.nan)
     np.divide(counts, sums, out=shares, where=sums > 0)
@@ -122,7 +123,10 @@ def row_shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _edges(tree: Hierarchy, level: int, order: Sequence[int], above: int) -> list[float]:
-    """Where the ancestor at level ``above`` changes, in cells; nowhere for the coarsest classes."""
+    """Return the places, in cells, at which the ancestor at level ``above`` changes.
+
+    The coarsest classes have no ancestor, and so no such place.
+    """
     if level == 0:
         return []
     ancestor = dict(tree.paths[:, [level, above]].tolist())

@@ -1,4 +1,4 @@
-"""Training curves: the sites' training loss, and how well held-back bags are met, round by round."""
+"""Draw the sites' training loss and the errors on held-back bags, round by round."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,10 @@ MOST_SITES_NAMED = 10
 
 
 def draw_curves(runs: Sequence[FinishedRun]) -> Figure:
-    """Three panels: training loss, KL and L1 of held-back bags per level; several runs overlaid."""
+    """Return a figure of the training loss and of the KL and L1 of held-back bags per level.
+
+    Several runs are drawn over one another.
+    """
     figure = new_figure(14, 5.4, title("Training curves", runs))
     figure.set_layout_engine("constrained", w_pad=0.12)
     loss, kl, l1 = figure.subplots(1, 3)
@@ -55,6 +58,7 @@ def _draw_loss(axes: Axes, runs: Sequence[FinishedRun]) -> None:
             label=name,
         )
     axes.autoscale_view()
+    # A site's policy may withhold its training loss.
     if not any(event["loss"] is not None for run in runs for event in run.of("round")):
         _say(axes, "the sites sent no training loss")
         return
@@ -111,7 +115,7 @@ def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, 
 
 
 def _legend_below(axes: Axes, handles: list[Line2D]) -> None:
-    """Under the panel, where it covers no curve."""
+    """Place the legend under the panel, where it covers no curve."""
     columns = 2 if any(len(str(handle.get_label())) > 16 for handle in handles) else 3
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, fontsize=8)
 
@@ -122,7 +126,7 @@ def _count_rounds(axes: Axes) -> None:
 
 
 def _say(axes: Axes, text: str) -> None:
-    """An empty panel that says why it is empty."""
+    """Draw an empty panel with a text that says why it is empty."""
     bare(axes)
     axes.set_ylabel("")
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)

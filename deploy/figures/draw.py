@@ -1,4 +1,4 @@
-"""Which pictures runs have the data for, drawn one by one and written."""
+"""Draw every figure that runs have the data for, one by one, and write it to disk."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +23,9 @@ FOLDER, SIDE_BY_SIDE = "figures", "side-by-side"
 
 
 def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
-    """Draw every picture that the runs have the data for; a line on standard error names each that is not.
+    """Draw every figure that the runs have the data for.
+
+    A line on standard error names each figure that is left out, with the reason.
 
     Args:
         runs: one run folder, or several on the same classes to set side by side. The test images are
@@ -43,6 +45,8 @@ def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
     opened = open_runs(runs)
     if out is None:
         out = runs[0] / FOLDER if len(runs) == 1 else runs[0] / FOLDER / SIDE_BY_SIDE
+    # Each is a function, so that one figure is in memory at a time and one without data does not stop the
+    # others.
     pictures: dict[str, Callable[[], Figure]] = {"curves.png": partial(draw_curves, opened)}
     for level, name in enumerate(confusion_names(opened[0].tree)):
         pictures[name] = partial(_confusion, opened, level)
@@ -71,8 +75,12 @@ def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
 
 
 def confusion_names(tree: Hierarchy) -> list[str]:
-    """A file name per level: its name without what file systems refuse, and numbered where that collides."""
+    """Return a file name per level, without characters that file systems refuse.
+
+    Names that would collide are numbered.
+    """
     plain = [re.sub(r"[^\w.-]+", "-", name) for name in tree.levels]
+    # Some file systems do not tell upper and lower case apart.
     folded = [name.casefold() for name in plain]
     return [
         f"confusion-{name}.png" if folded.count(name.casefold()) == 1 else f"confusion-{number}-{name}.png"
@@ -110,6 +118,6 @@ def _activation(runs: Sequence[FinishedRun]) -> Figure:
 
 
 def _samples(runs: Sequence[FinishedRun]) -> list[TestSample]:
-    """The first run's test images, at the size of every run's input."""
+    """Return the first run's test images, at the size of every run's input."""
     folders = find_sites(runs[0])
     return [read_sample(runs[0], folders, run.config.model.image_size, most=MOST_IMAGES) for run in runs]

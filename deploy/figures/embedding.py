@@ -1,4 +1,4 @@
-"""t-SNE of test images and of bags of them: one column per run, coloured by the two coarsest levels."""
+"""Draw t-SNE of test images and of bags of them, coloured by the two coarsest levels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ IMAGES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Embedding:
-    """Images and bags on one plane.
+    """Hold the places of images and bags on one plane.
 
     Attributes:
         images: shape (N, 2).
@@ -47,7 +47,9 @@ class Embedding:
 def draw_embedding(
     runs: Sequence[FinishedRun], samples: Sequence[TestSample], embeddings: Sequence[Embedding]
 ) -> Figure:
-    """Small points are images, stars the mean features of bags, in the colour of their commonest class.
+    """Return a figure of images as small points and of the mean features of bags as stars.
+
+    A star has the colour of the commonest class of its bag.
 
     Args:
         runs: one column each.
@@ -91,7 +93,7 @@ def embed(model: LHFGLP, sample: TestSample, seed: int) -> Embedding:
     together = np.concatenate([features, means])
     components = min(COMPONENTS, *together.shape)
     reduced = PCA(components, random_state=seed).fit_transform(together)
-    # t-SNE wants fewer neighbours than points.
+    # t-SNE requires a perplexity, its effective number of neighbours, below the number of points.
     perplexity = min(30.0, (len(together) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", max_iter=ITERATIONS, random_state=seed)
     plane = tsne.fit_transform(reduced).astype(np.float64)
@@ -100,7 +102,7 @@ def embed(model: LHFGLP, sample: TestSample, seed: int) -> Embedding:
 
 @torch.no_grad()
 def backbone_features(model: LHFGLP, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The pooled features, shape (N, d), of images (N, S, S, 3)."""
+    """Return the pooled features, shape (N, d), of images (N, S, S, 3)."""
     parts = [
         model.backbone(to_tensor(images[start : start + IMAGES_AT_ONCE]))
         for start in range(0, len(images), IMAGES_AT_ONCE)
@@ -113,7 +115,7 @@ def draw_bags(sample: TestSample, tree: Hierarchy, seed: int) -> list[NDArray[np
     """Group each site's images into bags of about BAG_SIZE with uneven class mixes, fixed by ``seed``.
 
     Half of a bag are neighbours in the tree, the other half are drawn from the whole site. Bags drawn at
-    random alone have all nearly the same mix, and their means fall on one spot.
+    random alone would all have nearly the same mix, and their means would fall on one spot.
     """
     rng = np.random.default_rng(seed)
     place = np.argsort(tree_order(tree, len(tree.levels) - 1))
@@ -129,7 +131,7 @@ def draw_bags(sample: TestSample, tree: Hierarchy, seed: int) -> list[NDArray[np
 
 
 def majority(classes: NDArray[np.int64], bags: Sequence[NDArray[np.int64]]) -> list[int]:
-    """The commonest class of each bag; the first of them on a tie."""
+    """Return the commonest class of each bag, and the first of them on a tie."""
     return [int(np.bincount(classes[bag]).argmax()) for bag in bags]
 
 

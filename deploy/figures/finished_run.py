@@ -1,4 +1,4 @@
-"""A finished run, read from its folder for drawing; and runs that can stand side by side."""
+"""Read finished runs from their folders for drawing, and check which can stand side by side."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ METHOD_TITLES = {
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What the pictures need of one run.
+    """Hold the parts of one run that the figures need.
 
     Attributes:
         path: the run folder.
@@ -82,26 +82,26 @@ class FinishedRun:
 
     @property
     def tree(self) -> Hierarchy:
-        """The label tree."""
+        """Return the label tree."""
         return self.model.hierarchy
 
     @property
     def method(self) -> str:
-        """The method's name as titles write it."""
+        """Return the method's name as titles write it."""
         return METHOD_TITLES.get(self.config.model.method, self.config.model.method.value)
 
     @property
     def name(self) -> str:
-        """The name of the run folder."""
+        """Return the name of the run folder."""
         return self.path.resolve().name
 
     @property
     def selected_round(self) -> int:
-        """The round whose model was kept."""
+        """Return the round whose model was kept."""
         return int(self.summary["selected_round"])
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """The events of one kind, in order."""
+        """Return the events of one kind, in order."""
         return [event for event in self.events if event["event"] == kind]
 
 
@@ -122,7 +122,7 @@ def open_runs(paths: Sequence[Path]) -> list[FinishedRun]:
 
 
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
-    """A short name for each run: its method, and its folder where that does not tell them apart."""
+    """Return a short name for each run, which is its method, with its folder where methods are equal."""
     methods = [run.method for run in runs]
     return [
         method if methods.count(method) == 1 else f"{method}, {run.name}"
@@ -131,7 +131,10 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def title(what: str, runs: Sequence[FinishedRun]) -> str:
-    """The title of a picture: what it shows, and of which runs and rounds (and method, if one run)."""
+    """Return the title of a figure, which names what it shows and the runs and rounds of it.
+
+    The title of a single run also names its method.
+    """
     named = [f"run {run.name}, round {run.selected_round} of {run.summary['rounds']}" for run in runs]
     if len(runs) == 1:
         return f"{what}\n{runs[0].method}, {named[0]}"

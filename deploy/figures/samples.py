@@ -1,7 +1,7 @@
-"""The labelled test images that t-SNE and activation maps are drawn from.
+"""Read the labelled test images that t-SNE and activation maps are drawn from.
 
-Only a simulation has them in reach: in a deployment they are at the hospitals, and these pictures are
-left out.
+They are at hand only in a simulation. In a deployment they are at the hospitals, and these figures are left
+out.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from deploy.figures.finished_run import FinishedRun
 
 
 class NoTestImages(Exception):  # noqa: N818  (a finding, not a fault: the picture is left out)
-    """There is nothing to draw from; the text says why, in one line."""
+    """Signal that a figure has no data to draw, with a text that gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class TestSample:
-    """Some test images of a run's sites, pooled in the order of the sites.
+    """Hold some test images of a run's sites, pooled in the order of the sites.
 
     Attributes:
         images: shape (N, S, S, 3) uint8.
@@ -40,7 +40,7 @@ class TestSample:
 
 
 def find_sites(run: FinishedRun) -> list[Path]:
-    """The folders of the sites that the run was made with.
+    """Return the folders of the sites that the run was made with.
 
     Raises:
         NoTestImages: they are not in reach.
@@ -70,6 +70,15 @@ def read_sample(run: FinishedRun, folders: list[Path], image_size: int, most: in
     """Draw up to ``most`` test images by chance, fixed by the run's seed.
 
     The same run, folders and number give the same images at every ``image_size``.
+
+    Args:
+        run: the run, whose label tree the images must have.
+        folders: the site folders.
+        image_size: side of the images in pixels.
+        most: the largest number of images.
+
+    Returns:
+        The images with their labels and sites.
 
     Raises:
         NoTestImages: the sites have no test images that can be read, or another label tree.

@@ -1,6 +1,6 @@
-"""How every picture looks: palette, fonts, class colours, and how a picture reaches the disk.
+"""Define the style of every figure, with palette, fonts and class colours, and write figures to disk.
 
-Figures are drawn through Figure and FigureCanvasAgg objects: no display, no pyplot, no global figure.
+Figures are drawn through Figure and FigureCanvasAgg objects, with no display, no pyplot and no global figure.
 """
 
 import io
@@ -33,7 +33,7 @@ GREY = "#555555"
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """matplotlib's settings for our pictures, put back afterwards."""
+    """Apply the matplotlib settings of this project's figures, and restore the previous ones afterwards."""
     with rc_context(
         {
             "font.size": 9.0,
@@ -48,7 +48,7 @@ def house_style() -> Iterator[None]:
             "legend.frameon": False,
             "figure.titlesize": 12.0,
             "figure.titleweight": "bold",
-            # Class names are text: a dollar sign in one is no formula.
+            # A class name may hold a dollar sign, which would otherwise start a formula.
             "text.parse_math": False,
         }
     ):
@@ -58,7 +58,10 @@ def house_style() -> Iterator[None]:
 def new_figure(
     width: float, height: float, title: str, layout: Literal["constrained", "compressed"] = "constrained"
 ) -> Figure:
-    """An empty figure of this size in inches; ``compressed`` draws panels of fixed shape together."""
+    """Return an empty figure of this size in inches.
+
+    The layout ``compressed`` draws panels of fixed shape close together.
+    """
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -66,7 +69,7 @@ def new_figure(
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG whole or not at all.
+    """Write a figure as PNG, completely or not at all.
 
     Raises:
         UserError: it cannot be written.
@@ -87,7 +90,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def bare(axes: Axes) -> None:
-    """Leave nothing but the content: no ticks, no grid, no frame."""
+    """Remove ticks, grid and frame from a panel."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -95,23 +98,23 @@ def bare(axes: Axes) -> None:
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text over several lines; words longer than ``width`` characters are broken."""
+    """Return the text over several lines, with words longer than ``width`` characters broken."""
     return "\n".join(textwrap.wrap(text, width)) or text
 
 
 @dataclass(frozen=True)
 class ClassStyle:
-    """How one class is drawn wherever it appears."""
+    """Hold colour and marker of one class, which are the same in every figure."""
 
     colour: str
     marker: str
 
 
 def class_styles(tree: Hierarchy, level: int) -> list[ClassStyle]:
-    """One style per class of ``level``.
+    """Return one style per class of ``level``.
 
     The coarsest classes take the palette in turn, and another marker each time it starts again. A class
-    below keeps the hue of its coarsest ancestor: siblings differ by lightness and marker.
+    below keeps the hue of its coarsest ancestor, and siblings differ by lightness and marker.
     """
     top: list[int] = [0] * tree.sizes[level]
     for path in tree.paths:
@@ -127,7 +130,7 @@ def class_styles(tree: Hierarchy, level: int) -> list[ClassStyle]:
 
 
 def _shade(colour: str, rank: int, number: int) -> str:
-    """The colour mixed with black for the first relative, through itself, to white for the last."""
+    """Return the colour mixed with black for the first relative, through itself, to white for the last."""
     if number == 1:
         return colour
     place = 2 * rank / (number - 1) - 1

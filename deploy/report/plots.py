@@ -1,7 +1,8 @@
 """Draw small line plots as SVG text.
 
-SVG stays sharp on paper and takes its colours from the page's style sheet, also in the dark. Matplotlib would take a second to load and 40 kB a plot. Only numbers and constant words go into a plot, never
-a name from outside, because the page inserts the text unescaped.
+SVG stays sharp on paper and takes its colours from the page's style sheet. Matplotlib would take a second to
+load and 40 kB a plot. Only numbers and constant words go into a plot, never a name from outside, because the
+page inserts the text unescaped.
 """
 
 import math
