@@ -1,7 +1,8 @@
-"""``fedbags audit``: attack a site's private training, and hold what comes out against what is claimed.
+"""Attack a site's private training, and compare the result with the claimed epsilon.
 
-Everything happens where the site's data is and nothing is sent, so nothing is charged to a ledger. The
-result is computed from private data without noise, and is the site's own to keep or to show.
+This is the work of ``fedbags audit``. It runs where the site's data is and sends nothing, so nothing is
+charged to a ledger. The result is computed from private data without noise, and is the site's own to keep or
+to show.
 """
 
 import secrets
@@ -77,8 +78,10 @@ def audit_site(
     if len(store) < 2:
         raise UserError(f"site {store.name!r} has {len(store)} bag(s); an audit needs at least two")
     started = time.monotonic()
+    # Canaries are recognised by their pixels, which augmentation would change.
     config = config.with_changes({"train.augmentation": "none"})
-    name = f"audit of {store.name}"  # with a seed, no number of the run itself may come again
+    # A name of its own, so that with a seed no random number of the run itself is drawn again.
+    name = f"audit of {store.name}"
     randomness: Randomness = SecureRandomness() if seed is None else InsecureSeededRandomness(seed, name)
     rng = np.random.default_rng(secrets.randbits(128) if seed is None else [seed, 1])
     planned = make_plan(config, store, randomness)
@@ -96,11 +99,13 @@ def audit_site(
         progress(done, total)
 
     slots = CanaryStore.insert(store, number, rng)
+    # The canaries are trained on like bags of the site, at its sample rate and noise.
     plan = _plan_for(planned, planned.number_of_bags + number)
     scores = score_canaries(slots, config, plan, rng, advance)
     guesses = [round(share * number) for share in LOOKS]
     looks = [(some, count_right(scores, slots.included, some)) for some in guesses]
     bound = best_bound(number, looks, delta, confidence)
+    # The best of several bounds is reported, so each must hold with more confidence (union bound).
     each = 1 - (1 - confidence) / len(LOOKS)
     return {
         "method": METHOD,
@@ -137,7 +142,10 @@ def _default_canaries(epsilon: float, delta: float, confidence: float) -> int:
 
 
 def _plan_for(plan: PrivacyPlan, number_of_bags: int) -> PrivacyPlan:
-    """The same steps, sample rate and noise, and so the same epsilon, for another number of bags."""
+    """Return a plan of the same steps, sample rate and noise for another number of bags.
+
+    Its epsilon is therefore the same.
+    """
     return PrivacyPlan.build(
         noise_multiplier=plan.noise_multiplier,
         delta=plan.delta,
@@ -148,7 +156,8 @@ def _plan_for(plan: PrivacyPlan, number_of_bags: int) -> PrivacyPlan:
         rounds=plan.rounds,
         release=None,
         randomness=plan.randomness,
-        force_delta=True,  # was checked for the site's own bags; canaries are nobody's
+        # Delta was checked against the site's own bags, and canaries are nobody's data.
+        force_delta=True,
     )
 
 
@@ -158,6 +167,7 @@ def _attack_models(
     """Train on half of the bags, without and with DP, and guess the labels of both halves."""
     config = config.with_changes({"train.held-back": CONTROL})
     trained, control = store.split(CONTROL, config.seed)
+    # Fewer bags at the same sample rate and noise keep the epsilon of the claim.
     plan = _plan_for(planned, len(trained))
 
     def fresh(settings: RunConfig) -> LHFGLP:

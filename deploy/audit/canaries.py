@@ -1,10 +1,10 @@
-"""Canary bags in a site's training, and an auditor who guesses which of them were there.
+"""Put canary bags into a site's training, and score from the models which of them were trained on.
 
 The real private training runs (plan, sampler, ``train_round_privately``, ``BagDPOptimizer``), so that a bug
-in it shows. The auditor sees what the server sees, the model before and after every round, and knows
-every canary's direction: the white-box audit with canaries in gradient space of Steinke, Nasr & Jagielski
+in it shows. The auditor sees what the server sees, the model before and after every round, and knows every
+canary's direction. This is the white-box audit with canaries in gradient space of Steinke, Nasr & Jagielski
 2023 (arXiv 2305.08846, section 6). DP-SGD promises its epsilon for whatever gradients the bags have, so
-canaries may have the ones that are seen best: far too long, and each in parameters of its own.
+canaries may have gradients that are easiest to detect, far too long and each in parameters of its own.
 """
 
 from collections.abc import Callable
@@ -37,10 +37,11 @@ PIXELS = 8
 
 @dataclass(frozen=True)
 class CanaryStore(BagStore):
-    """A site's bags and, after them, one slot per canary: the canary, or an empty bag.
+    """Hold a site's bags followed by one slot per canary, which holds the canary or an empty bag.
 
-    The number of bags, which is public, so does not depend on the coins; and since an empty bag has no
-    gradient (see ``Directions``), a coin adds or removes one bag's clipped gradient: add/remove of one bag.
+    The number of bags, which is public, therefore does not depend on the coins. An empty bag has no gradient
+    (see ``Directions``), so a coin adds or removes one bag's clipped gradient, which is add/remove of one
+    bag.
     """
 
     images: NDArray[np.uint8]
@@ -50,7 +51,10 @@ class CanaryStore(BagStore):
 
     @classmethod
     def insert(cls, store: BagStore, number: int, rng: np.random.Generator) -> Self:
-        """``store`` with ``number`` slots, a fair coin for each; its own bags keep their numbers."""
+        """Return ``store`` with ``number`` slots and a fair coin for each.
+
+        Its own bags keep their numbers.
+        """
         given: dict[str, Any] = {field.name: getattr(store, field.name) for field in fields(BagStore)}
         shape = (number + 1, *store[0].images.shape[1:])
         return cls(
@@ -67,23 +71,26 @@ class CanaryStore(BagStore):
         if slot < 0:
             return super().__getitem__(index)
         there = self.included[slot]
+        # The empty bag has one image, by which the forward hook recognises it.
         size = CANARY_SIZE if there else 1
         counts = np.zeros(self.hierarchy.sizes[-1], dtype=np.int64)
         counts[0] = size
         return Bag(f"canary-{slot}", np.repeat(self.images[[slot if there else -1]], size, axis=0), counts)
 
     def split(self, held_back: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The site's own division; every slot is trained on."""
+        """Return the site's own split, with every slot added to the training bags."""
+        # The base's split must not see the slots: one that is held back would never be trained on.
         own = BagStore(**{field.name: getattr(self, field.name) for field in fields(BagStore)})
         training, rest = own.split(held_back, seed)
         return np.concatenate([training, np.arange(len(own), len(self))]), rest
 
 
 class Directions:
-    """Gives each canary a gradient in a random direction within parameters that are its alone.
+    """Give each canary a gradient in a random direction within parameters that are its alone.
 
-    As a forward hook of the model it leaves real images alone, and answers a canary's with scores that are
-    constant but for their derivative: loss, backward pass, clipping and all that follows are the real ones.
+    As a forward hook of the model it leaves the scores of real images unchanged. For a canary it returns
+    scores that are constant except for their derivative, so that loss, backward pass, clipping and all that
+    follows are the real ones.
 
     Args:
         parameters: the trained ones, P numbers in all.
@@ -110,11 +117,12 @@ class Directions:
         self._factor = length / (1 - 1 / store.hierarchy.sizes[-1])
 
     def __call__(self, model: nn.Module, inputs: tuple[Tensor], output: LHFGLPOutput) -> LHFGLPOutput | None:
-        """Answer for a canary or the empty bag; None, for the model's own answer, else."""
+        """Return the scores of a canary or the empty bag, or None to keep those that the model computed."""
         found = (self._names == inputs[0][0, :, 0, :PIXELS].flatten()).all(dim=1).nonzero()
         if not len(found):
             return None
-        mine = (self._owner == found[0]).to(self._unit.dtype)  # all zero for the empty bag
+        # All zero for the empty bag, whose number is no canary's, so its gradient is 0.
+        mine = (self._owner == found[0]).to(self._unit.dtype)
         along = parameters_to_vector(self._parameters) @ (self._unit * mine)
         scores = [level.new_zeros(level.shape) for level in output.scores]
         # Descent raises the score of the leaf that the canary claims, and so moves along the direction.
@@ -123,7 +131,7 @@ class Directions:
         return LHFGLPOutput(tuple(scores), (), output.features, nothing, nothing)
 
     def along(self, move: Tensor) -> Tensor:
-        """How far a move of the model, shape (P,), goes along each canary's direction, shape (m,)."""
+        """Return how far a move of the model, shape (P,), goes along each canary's direction, shape (m,)."""
         sums = torch.zeros(len(self._names) - 1, device=move.device)
         return sums.index_add(0, self._owner, move * self._unit).cpu()
 
@@ -135,7 +143,9 @@ def score_canaries(
     rng: np.random.Generator,
     progress: Callable[[], None],
 ) -> NDArray[np.float64]:
-    """Train through all rounds and score each canary, shape (m,): the higher, the likelier it was there.
+    """Train through all rounds and return a score per canary, shape (m,).
+
+    The higher the score, the more likely the canary was trained on.
 
     Args:
         store: with canaries; nothing but training looks at its coins.
@@ -160,14 +170,18 @@ def score_canaries(
         move = parameters_to_vector(parameters).detach() - before
         if not torch.isfinite(move).all():
             raise RunError(f"the model is not finite after private round {round}: nothing can be audited")
-        # Learning rates fall from round to round; at unit length every round has its say.
+        # Learning rates fall from round to round. At unit length the late rounds count as much as the first.
         scores += directions.along(move / move.norm().clamp_min(1e-30))
         progress()
     return scores.double().numpy()
 
 
 def count_right(scores: NDArray[np.float64], included: NDArray[np.bool_], guesses: int) -> int:
-    """Right guesses when the highest scores are guessed included, the lowest not, and the rest nothing."""
+    """Return the number of right guesses when only the highest and lowest scores are guessed.
+
+    The highest scores are guessed to be included and the lowest not, half of the guesses each. The rest is
+    not guessed.
+    """
     order = np.argsort(scores)
     lowest, highest = order[: guesses // 2], order[len(order) - (guesses - guesses // 2) :]
     return int((~included[lowest]).sum() + included[highest].sum())

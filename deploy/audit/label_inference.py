@@ -1,10 +1,11 @@
-"""How well can labels be guessed: from the released proportions, and from the model without and with DP?
+"""Measure how well labels are guessed from released proportions, and from models with and without DP.
 
-The attacker has the images of a bag and guesses one leaf for all of them. The share of images that this
-gets right follows from the bag's counts, so no instance label is opened. Two figures to hold it against:
-the site's most frequent leaf, which the public marginals give away in any case; and, for a model, the
-same guess on bags that it was not trained on, since naming the class of any image is what it is for.
-Simple attacks: a low figure is no proof of privacy. Unit: an image's label; no confidence is claimed.
+The attacker has the images of a bag and guesses one leaf for all of them. The share of images for which this
+is right follows from the bag's counts, so no instance label is opened. It is compared with two figures. One
+is the site's most frequent leaf, which the public marginals give away in any case. The other, for a model, is
+the same guess on bags that it was not trained on, since naming the class of any image is its purpose. These
+are simple attacks, so a low figure is no proof of privacy. The unit is an image's label, and no confidence is
+claimed.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ BAGS_AT_ONCE = 8
 
 
 def hit_rate(guesses: NDArray[np.int64], leaf_counts: NDArray[np.int64]) -> float:
-    """The share of images that have the leaf guessed for their bag.
+    """Return the share of images that have the leaf guessed for their bag.
 
     Args:
         guesses: shape (B,), a leaf per bag.
@@ -37,7 +38,7 @@ def hit_rate(guesses: NDArray[np.int64], leaf_counts: NDArray[np.int64]) -> floa
 
 
 def most_frequent(leaf_counts: NDArray[np.int64]) -> float:
-    """The share of images of the site's most frequent leaf: what the marginals alone give."""
+    """Return the share of images of the site's most frequent leaf, which the marginals alone give away."""
     return float(leaf_counts.sum(axis=0).max() / leaf_counts.sum())
 
 
@@ -48,6 +49,10 @@ def attack_proportions(store: BagStore, scale: float, randomness: Randomness) ->
         store: the site's bags.
         scale: b of the noise, relative to the largest bag (see ``common.privacy.proportions``).
         randomness: of the noise. The noised counts are drawn for this attack and never leave it.
+
+    Returns:
+        ``prior``, the share of the most frequent leaf; for each kind of counts the accuracy and its
+        advantage over the prior; and what the site's policy releases.
     """
     counts, bags = store.leaf_counts, len(store)
 
@@ -75,10 +80,12 @@ def attack_proportions(store: BagStore, scale: float, randomness: Randomness) ->
 def attack_model(
     model: LHFGLP, store: BagStore, config: RunConfig, groups: Sequence[NDArray[np.int64]]
 ) -> dict[str, float]:
-    """Guess the leaf with the highest mean probability in each bag.
+    """Guess the leaf with the highest mean probability in each bag, and return the accuracies.
 
     Args:
         model: trained on the first group of bags, not on the second.
+        store: the site's bags.
+        config: the run, for the device to compute on.
         groups: bag indices, trained on and not.
 
     Returns:

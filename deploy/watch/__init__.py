@@ -1,1 +1,1 @@
-"""Watch a run at the coordinator or at a site: what is on the disk, folded into one state and shown."""
+"""Show the state of a run at the coordinator, or of a site at the site, from the files on its disk."""

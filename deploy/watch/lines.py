@@ -1,7 +1,7 @@
-"""Follow a file of JSON lines that another process writes: events of a run, or a site's journal.
+"""Follow a file of JSON lines that another process writes, such as a run's events or a site's journal.
 
-Reads only what is new. A file that was replaced (a resumed run drops the events of rounds that it will do
-again) is read from its start, and the reader is told. Knows nothing of what the lines mean.
+Only new lines are read. A file that was replaced (a resumed run drops the events of rounds that it will do
+again) is read from its start, and the caller is told so. The module does not interpret the lines.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class News:
-    """What one look at the file found."""
+    """Hold the lines that one call found."""
 
     lines: tuple[dict[str, Any], ...]
     restarted: bool
@@ -21,7 +21,7 @@ class News:
 
 
 class JsonLinesFile:
-    """A position in a growing file of JSON objects, one a line."""
+    """Keep the position in a growing file of JSON objects, one per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,7 +29,7 @@ class JsonLinesFile:
         self._position = 0
 
     def poll(self) -> News:
-        """The complete lines that came since the last call; none where there is no file.
+        """Return the complete lines that were added since the last call, or none where there is no file.
 
         A last line without its end is left for the next call. A line that is no JSON object (the disk was
         full in the middle of it) is left out.
@@ -42,6 +42,7 @@ class JsonLinesFile:
         with stream:
             status = os.fstat(stream.fileno())
             file = (status.st_dev, status.st_ino)
+            # A replaced file has another inode, and one that was cut in place ends before the position.
             restarted = self._file is not None and (file != self._file or status.st_size < self._position)
             if restarted:
                 self._position = 0

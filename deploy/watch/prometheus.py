@@ -1,7 +1,7 @@
-"""Prometheus metrics of a run or a site: worked out from its state at every scrape, kept nowhere else.
+"""Serve Prometheus metrics of a run or a site, computed from its state at every scrape.
 
-Every label is a name of ours, a site's name, or the name of the run's folder; docs/monitoring.md lists the
-metrics. Plain HTTP without a password, so on loopback unless somebody says otherwise.
+Every label is a constant name, a site's name, or the name of the run folder. docs/monitoring.md lists the
+metrics. They are served over plain HTTP without a password, and so on the loopback address by default.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,19 +26,21 @@ Key = TypeVar("Key", bound=tuple[str, ...])
 
 
 class WatchCollector(Collector):
-    """Looks at the source whenever it is scraped."""
+    """Collect the metrics of a source whenever it is scraped."""
 
     def __init__(self, source: RunSource | SiteSource) -> None:
         self._source = source
         self._alone = Lock()
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics as of now."""
-        with self._alone:  # each scrape has a thread of its own
+        """Yield the metrics as of now."""
+        # Each scrape has a thread of its own, and the source has one position in its file.
+        with self._alone:
             if isinstance(self._source, SiteSource):
                 metrics = site_metrics(self._source.look())
             else:
-                state = self._source.look()  # before the name: it decides which run is the newest
+                # Before the name is read, because look() decides which run is the newest.
+                state = self._source.look()
                 metrics = run_metrics(state, self._source.name)
         yield from metrics
 
@@ -46,7 +48,7 @@ class WatchCollector(Collector):
 def serve(
     source: RunSource | SiteSource, port: int, address: str = LOOPBACK
 ) -> tuple[HTTPServer, Callable[[], None]]:
-    """Answer scrapes from a thread of its own, at any path.
+    """Serve the metrics at any path, from a thread of its own.
 
     Args:
         source: what to watch.
@@ -59,6 +61,7 @@ def serve(
     Raises:
         UserError: the port or address cannot be had.
     """
+    # With auto_describe the registry would collect once at registration, before the first scrape.
     registry = CollectorRegistry(auto_describe=False)
     registry.register(WatchCollector(source))
     try:
@@ -78,7 +81,7 @@ def serve(
 
 
 def run_metrics(state: RunState, run: str) -> Iterator[Metric]:
-    """A run's metrics, at the coordinator."""
+    """Yield the metrics of a run, at the coordinator."""
     yield _gauge("fedbags_run_info", "Which run these metrics are of; always 1.", {(run,): 1.0}, "run")
     stages = {(stage.value,): float(stage is state.stage) for stage in Stage}
     yield _gauge("fedbags_run_stage", "1 for the stage that the run is in.", stages, "stage")
@@ -116,7 +119,7 @@ def run_metrics(state: RunState, run: str) -> Iterator[Metric]:
 
 
 def site_metrics(state: SiteState) -> Iterator[Metric]:
-    """A site's metrics, at the site."""
+    """Yield the metrics of a site, at the site."""
     yield _gauge(
         "fedbags_site_info", "Which site these metrics are of; always 1.", {(state.site,): 1.0}, "site"
     )
@@ -146,6 +149,7 @@ def _shared(
     yield seconds
     by_direction = {("sent",): sent, ("received",): received}
     yield _counter("fedbags_bytes", "Content of messages, bytes.", by_direction, "direction")
+    # Every cause is exported from the start: Prometheus sees no increase in a series that begins at 1.
     by_cause = {(cause,): refusals.get(cause, 0) for cause in CAUSES}
     yield _counter("fedbags_refusals", "What was not sent or not used, by reason.", by_cause, "reason")
 
@@ -173,5 +177,6 @@ def _counter(name: str, text: str, values: Mapping[Key, float], *labels: str) ->
 def _filled(metric: GaugeMetricFamily | CounterMetricFamily, values: Mapping[Key, float | None]) -> Metric:
     for key, value in values.items():
         if value is not None:
+            # A site chooses its own name, which must not carry control characters into the metrics.
             metric.add_metric([visible(label) for label in key], value)
     return metric

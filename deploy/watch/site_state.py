@@ -1,6 +1,6 @@
-"""The state of one site, at the site: a fold over its journal, and what its own ledger says is spent.
+"""Compute the state of one site, at the site, from its journal and its ledger.
 
-Nothing of it is sent anywhere. Reads the ledger, and never writes it.
+Nothing of it is sent anywhere. The ledger is read and never written.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from deploy.watch.state import LOST, OTHER, Phase, site_cause
 
 @dataclass(frozen=True)
 class Spending:
-    """What the site's ledger says."""
+    """Hold the spending that the site's ledger records."""
 
     epsilon: float
     """Spent over all runs, for the ledger's unit, replace-one, at ``delta``."""
@@ -31,7 +31,7 @@ class Spending:
 
 @dataclass(frozen=True)
 class SiteState:
-    """A site after some lines of its journal."""
+    """Hold the state of a site after some lines of its journal."""
 
     site: str = ""
     run: int = 0
@@ -52,7 +52,7 @@ class SiteState:
     """Why the ledger cannot be read; empty where it can, or there is none."""
 
     def after(self, done: Mapping[str, Any]) -> Self:
-        """The state after one more line of the journal (``client.journal.Done``)."""
+        """Return the state after one more line of the journal (``client.journal.Done``)."""
         phase, code = str(done["phase"]), int(done["code"])
         refusals = dict(self.refusals)
         if code:
@@ -72,14 +72,14 @@ class SiteState:
 
 
 def cause_of_code(code: int) -> str:
-    """The cause, one of CAUSES, for an error code that went out."""
+    """Return the cause, one of CAUSES, for an error code that was sent."""
     if code in set(SiteError):
         return site_cause(SiteError(code))
     return LOST if code < min(SiteError) else OTHER
 
 
 def fold_journal(lines: Iterable[Mapping[str, Any]], start: SiteState) -> SiteState:
-    """The state after all of the lines."""
+    """Return the state after all of the lines."""
     state = start
     for done in lines:
         state = state.after(done)
@@ -87,7 +87,7 @@ def fold_journal(lines: Iterable[Mapping[str, Any]], start: SiteState) -> SiteSt
 
 
 class LedgerReader:
-    """A ledger's figures, worked out anew when the file has changed or could not be read."""
+    """Read a ledger's spending, and compute it again when the file has changed or could not be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,11 +95,15 @@ class LedgerReader:
         self._found: tuple[Spending | None, str] = (None, "")
 
     def read(self) -> tuple[Spending | None, str]:
-        """What is spent, or None and why it cannot be known (an empty text where there is no ledger)."""
+        """Return the spending, or None and the reason why it is unknown.
+
+        The reason is empty where there is no ledger.
+        """
         try:
             status = self.path.stat()
         except FileNotFoundError:
             return None, ""
+        # Reading and composing a long ledger takes time, and every call of look() asks for it.
         stamp = (status.st_mtime_ns, status.st_size)
         if stamp != self._stamp or self._found[1]:
             self._found, self._stamp = self._read(), stamp
@@ -110,7 +114,8 @@ class LedgerReader:
 
         try:
             book = Book.read(self.path)
-        except FedbagsError as error:  # shown and exported: a ledger that cannot be trusted must be seen
+        # Shown and exported instead of raised, because a ledger that cannot be trusted must be noticed.
+        except FedbagsError as error:
             return None, str(error)
         spent, cap = book.spent(), book.cap
         return Spending(

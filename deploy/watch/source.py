@@ -1,7 +1,7 @@
-"""From a path to what is watched there: a run of the coordinator's, or a site.
+"""Find the run or the site to watch at a path.
 
-A path is a run folder, a folder of run folders (its newest run, decided anew at every look), a coordinator's
-kit (the newest of its runs), a site's kit, or a site's data folder.
+A path is a run folder, a folder of run folders (its newest run, determined anew at every call), a
+coordinator's kit (the newest of its runs), a site's kit, or a site's data folder.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from server.run_folder import RunFolder
 
 
 class RunSource:
-    """A run, brought up to date at every look."""
+    """Keep the state of a run, brought up to date at every call of look."""
 
     def __init__(self, path: Path, *, newest: bool = False) -> None:
         """Watch the run in ``path``, or the newest of the run folders below it."""
@@ -30,12 +30,13 @@ class RunSource:
 
     @property
     def name(self) -> str:
-        """The run folder's name; empty while there is no run."""
+        """Return the run folder's name, which is empty while there is no run."""
         return self.folder.name if self.folder else ""
 
     def look(self) -> RunState:
-        """The state now."""
+        """Return the state now."""
         folder = newest_run(self._path) if self._newest else self._path
+        # A newer run has begun, so the state of the previous one no longer applies.
         if folder != self.folder or self._events is None:
             self.folder = folder
             self._events = JsonLinesFile(RunFolder(folder).metrics) if folder else None
@@ -47,7 +48,7 @@ class RunSource:
 
 
 class SiteSource:
-    """A site at the site, brought up to date at every look."""
+    """Keep the state of a site, at the site, brought up to date at every call of look."""
 
     def __init__(self, site: str, journal: Path, ledger: Path) -> None:
         self._journal, self._ledger = JsonLinesFile(journal), LedgerReader(ledger)
@@ -55,7 +56,7 @@ class SiteSource:
         self._state = self._empty
 
     def look(self) -> SiteState:
-        """The state now."""
+        """Return the state now."""
         news = self._journal.poll()
         self._state = fold_journal(news.lines, self._empty if news.restarted else self._state)
         spending, fault = self._ledger.read()
@@ -63,7 +64,7 @@ class SiteSource:
 
 
 def source(path: Path) -> RunSource | SiteSource:
-    """What is to be watched at ``path``.
+    """Return the run or the site to watch at ``path``.
 
     Raises:
         UserError: nothing that can be watched is there; or a kit that cannot be read.
@@ -86,6 +87,7 @@ def source(path: Path) -> RunSource | SiteSource:
 
 
 def newest_run(runs: Path) -> Path | None:
-    """The run folder below ``runs`` that was started or resumed last; None where there is none."""
+    """Return the run folder below ``runs`` that was started or resumed last, or None where there is none."""
+    # The configuration is written at the start and at each resumption of a run.
     started = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/config.toml")]
     return max(started)[1] if started else None

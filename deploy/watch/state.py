@@ -1,7 +1,7 @@
-"""The state of a run: a pure fold over the events that its server writes (server/run_folder.py).
+"""Compute the state of a run from the events that its server writes (server/run_folder.py).
 
-Everything that is shown of a run, on a terminal, to Prometheus or in a tracking tool, comes from here; the
-training code counts nothing for it. Reads no file, knows no clock.
+Everything that is shown of a run, on a terminal, to Prometheus or in a tracking tool, comes from here. The
+training code counts nothing for it. The functions are pure, and read no file and no clock.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ Event = Mapping[str, Any]
 
 
 class Stage(StrEnum):
-    """Where a run stands."""
+    """Name the stage that a run is in."""
 
     STARTING = "starting"
     """No site has been enrolled yet."""
@@ -33,7 +33,7 @@ LOST, DEADLINE, UNSENT, UNREADABLE, UNUSABLE, NOT_ADMITTED, OTHER = (
 
 
 def site_cause(code: SiteError) -> str:
-    """The cause behind an error code of a site."""
+    """Return the cause for an error code of a site."""
     return code.name.lower().replace("_", "-")
 
 
@@ -59,7 +59,7 @@ _BY_PHASE = {ENROL: NOT_ADMITTED, "train": UNUSABLE}
 
 
 def cause_of(phase: str, reason: str) -> str:
-    """The cause, one of CAUSES, behind the reason of a ``left-out`` event."""
+    """Return the cause, one of CAUSES, for the reason of a ``left-out`` event."""
     if reason in _BY_TEXT:
         return _BY_TEXT[reason]
     for beginning, cause in _BY_BEGINNING.items():
@@ -70,7 +70,7 @@ def cause_of(phase: str, reason: str) -> str:
 
 @dataclass(frozen=True)
 class Phase:
-    """How often something was done, and for how long."""
+    """Count how often a phase was done, and for how long."""
 
     count: int = 0
     seconds: float = 0.0
@@ -79,13 +79,13 @@ class Phase:
     """The last time."""
 
     def plus(self, seconds: float) -> "Phase":
-        """Once more."""
+        """Return the phase counted once more."""
         return Phase(self.count + 1, self.seconds + seconds, seconds)
 
 
 @dataclass(frozen=True)
 class Site:
-    """What the server knows of a site."""
+    """Hold what the server knows of a site."""
 
     taking_part: bool = True
     """Whether the last thing heard of it was good."""
@@ -104,7 +104,7 @@ class Site:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run after some of its events."""
+    """Hold the state of a run after some of its events."""
 
     stage: Stage = Stage.STARTING
     round: int = 0
@@ -138,15 +138,18 @@ class RunState:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen, unless the run is resumed."""
+        """Tell whether nothing more will happen, unless the run is resumed."""
         return self.stage in (Stage.FINISHED, Stage.FAILED)
 
     def count(self, *, taking_part: bool) -> int:
-        """Sites that take part, or that do not."""
+        """Return the number of sites that take part, or that do not."""
         return sum(site.taking_part is taking_part for site in self.sites.values())
 
     def after(self, event: Event) -> Self:
-        """The state after one more event; of a kind that is not known here, only the time counts."""
+        """Return the state after one more event.
+
+        Of an event of an unknown kind only the time counts.
+        """
         at = float(event.get("time", self.last))
         state = replace(self, first=self.first or at, last=at)
         match event.get("event"):
@@ -202,6 +205,7 @@ class RunState:
                 return replace(
                     state, stage=Stage.FAILED, failure=str(event.get("reason", "")), missing=0, waiting_for=()
                 )
+            # Events that change nothing here, such as the figures of held-back bags.
             case _:
                 return state
 
@@ -248,6 +252,7 @@ class RunState:
         phase, reason = str(event.get("phase", "")), str(event.get("reason", ""))
         cause = cause_of(phase, reason)
         state = replace(self, refusals={**self.refusals, cause: self.refusals.get(cause, 0) + 1})
+        # Not put among the sites: another's request under a member's name must not mark that member as out.
         if phase == ENROL:
             return replace(state, turned_away={**state.turned_away, str(event["site"]): reason})
         return state._with_site(event, replace(state._site(event), taking_part=False, why_not=reason))
@@ -263,7 +268,7 @@ class RunState:
 
 
 def fold(events: Iterable[Event], start: RunState | None = None) -> RunState:
-    """The state after all of the events, from ``start`` or from nothing."""
+    """Return the state after all of the events, from ``start`` or from nothing."""
     state = start or RunState()
     for event in events:
         state = state.after(event)

@@ -1,4 +1,4 @@
-"""The state of a run or a site as tables for the terminal. Draws what it is given, and reads nothing."""
+"""Draw the state of a run or a site as tables for the terminal."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,7 +21,7 @@ COLOURS = {
 
 
 def run_table(state: RunState, run: str, now: float) -> RenderableType:
-    """A run, at the coordinator.
+    """Return the table of a run, at the coordinator.
 
     Args:
         state: what is known of it.
@@ -63,7 +63,7 @@ def run_table(state: RunState, run: str, now: float) -> RenderableType:
 
 
 def site_table(state: SiteState, now: float) -> RenderableType:
-    """A site, at the site; ``now`` in seconds since 1970."""
+    """Return the table of a site, at the site, where ``now`` is in seconds since 1970."""
     head = Text.assemble((state.site, "bold"))
     if state.messages:
         head.append(f"  round {state.round}, {state.messages} messages answered")
@@ -86,7 +86,7 @@ def site_table(state: SiteState, now: float) -> RenderableType:
 
 
 def as_json(state: RunState | SiteState, run: str = "") -> dict[str, Any]:
-    """The same as one JSON object; ``run`` names the run folder, at the coordinator."""
+    """Return the state as one JSON object, where ``run`` names the run folder at the coordinator."""
     head = {"run": run} if isinstance(state, RunState) else {}
     return {**head, **asdict(state)}
 

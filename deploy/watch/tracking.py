@@ -1,7 +1,7 @@
 """Mirror a run's figures into TensorBoard and MLflow, while it goes on or afterwards.
 
 The events of the run are the only source, so an import of a finished run gives the same curves as following
-it. Needs the extra ``tracking``; paths in the configuration are not mirrored.
+it. It needs the extra ``tracking``. Paths in the configuration are not mirrored.
 """
 
 import json
@@ -28,7 +28,7 @@ EXPERIMENT = "fedbags"
 
 
 class Mirror(Protocol):
-    """Where figures go."""
+    """Receive the figures of a run."""
 
     def figures(self, round: int, at: float, values: Mapping[str, float]) -> None:
         """Take figures of a round, from ``at`` (seconds since 1970)."""
@@ -37,14 +37,14 @@ class Mirror(Protocol):
         """Make what was taken visible to readers."""
 
     def end(self, stage: Stage, at: float) -> None:
-        """The run ended, so."""
+        """Record that the run ended in this stage."""
 
     def close(self) -> None:
-        """The last call, whether the run has ended or not."""
+        """Release everything, whether the run has ended or not."""
 
 
 def figures_of(event: Event, state: RunState) -> dict[str, float]:
-    """The figures of an event, by name; ``state`` is the run's after it."""
+    """Return the figures of an event by name, where ``state`` is the run's state after it."""
     site = event.get("site")
     values: dict[str, float | None] = {}
     match event.get("event"):
@@ -73,7 +73,7 @@ def figures_of(event: Event, state: RunState) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in ``folder``, one folder per run."""
+    """Write event files below ``folder``, one folder per run."""
 
     def __init__(self, folder: Path, run: str, config: Mapping[str, Any]) -> None:
         try:
@@ -88,7 +88,7 @@ class TensorBoard:
         self._writer.add_text("configuration", lines)
 
     def figures(self, round: int, at: float, values: Mapping[str, float]) -> None:
-        """One point on each curve."""
+        """Add one point to each curve."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, round, walltime=at)
 
@@ -97,7 +97,7 @@ class TensorBoard:
         self._writer.flush()
 
     def end(self, stage: Stage, at: float) -> None:
-        """How the run ended, as text."""
+        """Record as text the stage that the run ended in."""
         self._writer.add_text("stage", stage.value, walltime=at)
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """A new run on a tracking server, or in a local store (``sqlite:///FILE``, ``file:FOLDER``)."""
+    """Write a new run on a tracking server, or in a local store (``sqlite:///FILE``, ``file:FOLDER``)."""
 
     def __init__(self, url: str, run: str, config: Mapping[str, Any], started: float) -> None:
         # MLflow reports its use to its makers unless told otherwise, asks to be allowed a file store, and
@@ -129,13 +129,14 @@ class MLflow:
             created = self._client.create_run(number, start_time=_milliseconds(started), run_name=run)
             self._run: str = created.info.run_id
             params = [Param(key, str(value)) for key, value in config.items()]
-            for first in range(0, len(params), 100):  # the most that one call takes
+            # MLflow takes at most 100 parameters in one call.
+            for first in range(0, len(params), 100):
                 self._client.log_batch(self._run, params=params[first : first + 100])
         except MlflowException as error:
             raise UserError(f"MLflow at {url} cannot be used: {error}") from error
 
     def figures(self, round: int, at: float, values: Mapping[str, float]) -> None:
-        """One point on each curve.
+        """Add one point to each curve.
 
         Raises:
             RunError: the server does not take it.
@@ -145,7 +146,7 @@ class MLflow:
             self._client.log_batch(self._run, metrics=metrics)
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing, because nothing is buffered."""
 
     def end(self, stage: Stage, at: float) -> None:
         """Close the run with its true status."""
@@ -161,11 +162,14 @@ class MLflow:
             raise RunError(f"MLflow took no more figures: {error}") from error
 
     def close(self) -> None:
-        """Nothing is held open; a run that goes on stays open on the server."""
+        """Do nothing, because no connection is held open.
+
+        A run that goes on stays open on the server.
+        """
 
 
 def track(run: Path, tensorboard: Path | None, mlflow: str | None, *, follow: bool = True) -> RunState:
-    """Mirror a run until it has ended, or what there is of it.
+    """Mirror a run until it has ended, or mirror what there is of it.
 
     Args:
         run: the run folder.
@@ -204,7 +208,8 @@ def _mirror(events: JsonLinesFile, mirrors: Sequence[Mirror], *, follow: bool) -
             at_the_end.callback(mirror.close)
         while True:
             news = events.poll()
-            if news.restarted:  # the run was resumed: what it kept is in the mirrors already
+            # The run was resumed. The events that it kept are in the mirrors already, and are skipped below.
+            if news.restarted:
                 state = RunState()
             for event in news.lines:
                 state = state.after(event)
@@ -224,7 +229,7 @@ def _mirror(events: JsonLinesFile, mirrors: Sequence[Mirror], *, follow: bool) -
 
 
 def missing_extra(option: str, error: ImportError) -> UserError:
-    """What to say where the extra is not installed."""
+    """Return the error to raise where the extra is not installed."""
     return UserError(
         f"{option} needs the extra that is not installed ({error.name} is missing):\n"
         "  pip install 'fedbags[tracking]'"
