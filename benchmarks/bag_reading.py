@@ -1,9 +1,9 @@
-"""Reading a site's bags from the cache against decoding the image files each time.
+"""Compare reading a site's bags from the cache with decoding the image files each time.
 
     python benchmarks/bag_reading.py --json
 
-Both sides give the same float tensors, bag by bag. The small PNGs are the cache's hardest case:
-their decoding is as cheap as it gets.
+Both ways give the same float tensors, bag by bag. Small PNGs are the hardest case for the cache, because they
+are the cheapest to decode.
 """
 
 import argparse
@@ -27,7 +27,7 @@ REPEATS = 5
 
 
 def write_images(folder: Path, number: int, width: int, height: int, suffix: str) -> SourceTable:
-    """Smooth random images with a little noise, which compress about as photographs do."""
+    """Write smooth random images with a little noise, which compress about as photographs do."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     paths = []
@@ -47,7 +47,7 @@ def write_images(folder: Path, number: int, width: int, height: int, suffix: str
 
 
 def best(action: Callable[[], object]) -> float:
-    """The shortest of some runs, in seconds."""
+    """Return the shortest time of some runs, in seconds."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -57,7 +57,7 @@ def best(action: Callable[[], object]) -> float:
 
 
 def measure(name: str, number: int, width: int, height: int, suffix: str, size: int) -> dict[str, object]:
-    """Time one pass over all bags both ways."""
+    """Return the times of one pass over all bags, read in both ways."""
     with tempfile.TemporaryDirectory() as scratch:
         source = write_images(Path(scratch) / "images", number, width, height, suffix)
         build_sites(source, Path(scratch) / "sites", sites=1)
@@ -72,6 +72,7 @@ def measure(name: str, number: int, width: int, height: int, suffix: str, size: 
             pixels = np.stack([image.pixels for image in decode_all(paths, size)])
             return [to_tensor(bag) for bag in np.array_split(pixels, len(store))]
 
+        # A ratio means nothing unless both ways give the same images. Bags may hold them in another order.
         both = [
             sorted(image.numpy().tobytes() for bag in way() for image in bag) for way in (read_cached, decode)
         ]
@@ -87,7 +88,7 @@ def measure(name: str, number: int, width: int, height: int, suffix: str, size: 
 
 
 def main() -> None:
-    """Print the cases, and as ``ratio`` the smallest of them."""
+    """Print the cases, with the smallest of their ratios as ``ratio`` in JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json

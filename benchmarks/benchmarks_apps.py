@@ -1,4 +1,4 @@
-"""A ClientApp that returns what it gets and a ServerApp that times rounds, for round_trip.py."""
+"""Provide the apps of round_trip.py, which return what they receive and time the rounds."""
 
 import json
 import time

@@ -1,11 +1,11 @@
-"""Hospitals with counts only against the same hospitals from labelled tables: the same model, bit for bit?
+"""Check that sites with counts only train the same model, bit for bit, as sites with labelled tables.
 
     fedbags bags build --source archive --images pbc.npz --sites 5 --partition dirichlet:0.5 --out SITES
     python benchmarks/counts_only.py SITES --out WORK --rounds 12 --json
 
-Every site folder of SITES, which was built from labels, is taken apart to what a hospital without labels has:
+Every site folder of SITES, which was built from labels, is taken apart to what a hospital without labels has,
 a folder of images per bag and a table of counts. Sites are built of these as `fedbags bags build --source
-counts` does, without test.csv, and both forms are trained. The model of the counts is then tested on the held
+counts` does, without test.csv, and both forms are trained. The model of the counts is then tested on the test
 images of SITES, which no site of the counts has.
 """
 
@@ -33,9 +33,10 @@ from deploy.simulate import simulate
 
 
 def take_apart(site: Path, folder: Path) -> None:
-    """Write what a hospital without labels has: ``bags/BAG/*``, ``counts.csv`` (wide), ``hierarchy.csv``.
+    """Write the folder that a hospital without labels has.
 
-    Images are numbered in the order of the manifest, so that a site built of them keeps it.
+    It holds ``bags/BAG/*``, ``counts.csv`` (one column per class) and ``hierarchy.csv``. Images are numbered
+    in the order of the manifest, so that a site built of them keeps it.
     """
     tree, listing = read_listing(site, SiteConfig.load(site))
     for number, row in enumerate(listing.images):
@@ -48,7 +49,7 @@ def take_apart(site: Path, folder: Path) -> None:
 
 
 def build_from_counts(labelled: Sequence[Path], work: Path) -> Path:
-    """Take the sites apart and build them again from counts; return the folder of the new sites."""
+    """Take the sites apart, build them again from counts, and return the folder of the new sites."""
     out = work / "sites"
     for site in labelled:
         hospital = work / "hospitals" / site.name
@@ -65,7 +66,7 @@ def build_from_counts(labelled: Sequence[Path], work: Path) -> Path:
 
 
 def same_bags(first: Path, second: Path, image_size: int) -> bool:
-    """Whether two site folders hold the same bags: ids, counts and decoded pixels, in the same order."""
+    """Return whether two site folders hold the same bag ids, counts and decoded pixels in the same order."""
     one, other = BagStore.open(first, image_size), BagStore.open(second, image_size)
     return (
         one.bag_ids == other.bag_ids
@@ -75,7 +76,10 @@ def same_bags(first: Path, second: Path, image_size: int) -> bool:
 
 
 def accuracy(run: Path, sites: Sequence[Path]) -> dict[str, float]:
-    """Accuracy of a run's model at every level (best path) on the pooled test images of some sites."""
+    """Return the accuracy of a run's model at every level on the pooled test images of some sites.
+
+    The prediction is the best root-to-leaf path.
+    """
     model, card = load_model(run)
     right: list[torch.Tensor] = []
     for site in sites:
@@ -92,7 +96,7 @@ def accuracy(run: Path, sites: Sequence[Path]) -> dict[str, float]:
 def compare(
     sites_dir: Path, work: Path, settings: Sequence[str], workers: int | None = None
 ) -> dict[str, Any]:
-    """Train on both forms of the sites and say what is the same.
+    """Train on both forms of the sites and return what is the same.
 
     Args:
         sites_dir: site folders that were built from labels.
@@ -118,7 +122,7 @@ def compare(
 
 
 def main() -> None:
-    """Compare and print."""
+    """Compare both forms of the given sites and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sites", type=Path, help="site folders that were built from labels")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, with both runs")

@@ -1,6 +1,6 @@
-"""Two apps for deployed_round.py: Flower's bare trivial round, and a clock around our ClientApp.
+"""Provide the apps of deployed_round.py, which are a trivial app and the fedbags app with a clock.
 
-``deployed_round`` copies this file into both bundles. The trivial app uses Flower alone; ``clocked_app`` is
+``deployed_round`` copies this file into both bundles. The trivial app uses Flower alone. ``clocked_app`` is
 the fedbags ClientApp, which also writes down how long local training itself took.
 """
 
@@ -24,13 +24,16 @@ client_app = ClientApp()
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """What came goes back."""
+    """Return the content of the message as it is."""
     return Message(message.content, reply_to=message)
 
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Rounds of one tiny record to all nodes and back, first ours, then as Flower's own strategies wait."""
+    """Run rounds of one tiny record to all nodes and back, with two ways of waiting for the replies.
+
+    The first way asks as closely as fedbags does, the second is that of Flower's own strategies.
+    """
     sites, rounds = int(context.run_config["sites"]), int(context.run_config["rounds"])
     while len(nodes := list(grid.get_node_ids())) < sites:
         time.sleep(0.2)
@@ -50,7 +53,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _ask_as_flower(grid: Grid, messages: list[Message]) -> list[Message]:
-    return list(grid.send_and_receive(messages, timeout=300.0))  # looks for replies every 3 s
+    # Flower's own waiting asks for replies every 3 s.
+    return list(grid.send_and_receive(messages, timeout=300.0))
 
 
 def _ask_promptly(grid: Grid, messages: list[Message]) -> list[Message]:
@@ -64,11 +68,13 @@ def _ask_promptly(grid: Grid, messages: list[Message]) -> list[Message]:
 
 
 class ClockedApp(ClientApp):
-    """The fedbags ClientApp with a clock around local training, private or not."""
+    """Run the fedbags ClientApp with a clock around local training, private or not."""
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answer, and add a line to the clock file in the kit's logs/."""
+        """Return the app's reply, and add a line to the clock file in the kit's logs/."""
+        # The executor forks a process per message, so the process's age is the time that its start took.
         age, started = _age(), time.perf_counter()
+        # Imported here, so that loading the fedbags app is measured as well.
         from client import app
 
         load, training = time.perf_counter() - started, 0.0
@@ -84,7 +90,8 @@ class ClockedApp(ClientApp):
             return call
 
         def privately(*args: Any, **kwargs: Any) -> Any:
-            from client import private_training  # as train_privately itself does first
+            # Imported at the first private round, which is when train_privately itself imports it.
+            from client import private_training
 
             private_training.train_round_privately = timed(private_training.train_round_privately)
             return train_privately(*args, **kwargs)
@@ -110,6 +117,8 @@ clocked_app = ClockedApp()
 
 
 def _age() -> float:
-    """Seconds since this process was forked."""
+    """Return the seconds since this process was forked."""
+    # Field 22 of proc(5) is the start of the process in clock ticks since boot. The name in field 2 may hold
+    # spaces.
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

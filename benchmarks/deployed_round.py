@@ -1,23 +1,24 @@
-"""A deployed round of three sites beside Flower's bare trivial round on the same processes.
+"""Compare a deployed round of three sites with a trivial Flower round on the same processes.
 
     python benchmarks/deployed_round.py [--json] [--sites 3] [--rounds 10] [--modes train,evaluated,private]
 
-From generated kits, on loopback: nginx with TLS, the SuperLink, its SuperExec, and per site a SuperNode with
-our executor and its gate. A trivial app (one tiny record there and back) runs before and after the fedbags
-app, each approved at the sites with `fedbags site approve`. The modes of a fedbags run:
+The processes come from generated kits and run on loopback. They are nginx with TLS, the SuperLink, its
+SuperExec, and per site a SuperNode with our executor and its gate. A trivial app (one tiny record there and
+back) runs before and after the fedbags app, each approved at the sites with `fedbags site approve`. The modes
+of a fedbags run:
 
-- ``train``: rounds of training alone (held-back bags are looked at after the last one);
+- ``train``: rounds of training alone (held-back bags are evaluated after the last one);
 - ``evaluated``: the default, in which each round is followed by a second wave of messages, to evaluate;
-- ``private``: DP-SGD with the ledger; one wave a round.
+- ``private``: DP-SGD with the ledger, one wave a round.
 
 ``*_overhead_s`` is, for each round, the time from the end of the one before to its own end, less local
 training at the slowest site (the clock of deployed_apps.py around it), less the median trivial round. A
-site asks for messages twice a second in short rounds (deploy/consortium/supernode.py) and looks as often for
-its app's reply, so a wave's seconds depend on where in these pauses it falls: the smallest, the median and
+site asks for messages twice a second in short rounds (deploy/consortium/supernode.py) and as often for
+its app's reply, so a wave's seconds depend on where in these pauses it falls. The smallest, the median and
 the largest are given. Other work on the machine's cores makes all of them larger.
 
-The stricter of two trivial rounds is taken off: ``trivial_round_s`` waits for replies as closely as we do.
-``flower_trivial_round_s`` is the same through Flower's own ``send_and_receive``, which looks every 3 s.
+The stricter of two trivial rounds is subtracted. ``trivial_round_s`` waits for replies as closely as fedbags
+does. ``flower_trivial_round_s`` is the same through Flower's own ``send_and_receive``, which asks every 3 s.
 """
 
 import argparse
@@ -61,7 +62,7 @@ MODES: dict[str, dict[str, Scalar]] = {
 
 
 class Consortium:
-    """Kits, data and processes below one folder."""
+    """Hold kits, data and processes of a consortium below one folder."""
 
     def __init__(self, root: Path, sites: int) -> None:
         self.root, self.kits, self.data = root, root / "KITS", root / "DATA"
@@ -75,7 +76,7 @@ class Consortium:
         return self.kits / "sites" / site
 
     def fedbags(self, *commands: Sequence[object]) -> None:
-        """Commands, all at once; each must succeed."""
+        """Run several commands at the same time, each of which must succeed."""
         running = [
             subprocess.Popen(
                 [*COMMAND, *map(str, command)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -88,7 +89,7 @@ class Consortium:
             assert process.returncode == 0, said
 
     def up(self) -> None:
-        """Make everything and start it."""
+        """Create the kits and the data, and start all processes."""
         ports = "".join(
             f"[sites.{site}]\nruntime-port = {free_port()}\nmetrics-port = {free_port()}\n"
             for site in self.sites
@@ -110,12 +111,12 @@ class Consortium:
         self.fedbags(*(["site", "up", self.kit(site), "--wait", 120, "--skip-data"] for site in self.sites))
 
     def down(self) -> None:
-        """End everything."""
+        """End all processes."""
         self.fedbags(*(["site", "down", self.kit(site)] for site in self.sites))
         self.fedbags(["server", "down", self.coordinator.folder])
 
     def budgets(self, given: bool) -> None:
-        """Give every site a budget, which it needs for private runs, or none, which it needs for others."""
+        """Give every site a budget, which private runs need, or none, which other runs need."""
         for site in self.sites:
             path = self.data / site / "site.toml"
             path.write_text(path.read_text().split("[policy.budget]")[0] + (BUDGET if given else ""))
@@ -133,13 +134,13 @@ class Consortium:
         return run
 
     def clock(self, run: int) -> list[dict[str, Any]]:
-        """What the clocks at all sites said of a run."""
+        """Return the clock lines of all sites for a run."""
         files = [self.kit(site) / "logs" / CLOCK_FILE for site in self.sites]
         return [line for file in files for line in read_events(file) if line["run"] == run]
 
 
 def trivial_app() -> bytes:
-    """The bundle of the trivial app."""
+    """Return the bundle of the trivial app."""
     project = {
         "project": {"name": "trivial", "version": "1.0.0", "license": "Apache-2.0", "dependencies": []},
         "tool": {
@@ -160,7 +161,7 @@ def trivial_app() -> bytes:
 
 
 def clocked_app(folder: Path) -> bytes:
-    """The bundle of the fedbags app with the clock in it."""
+    """Return the bundle of the fedbags app with the clock in it."""
     unpack_bundle(build_bundle(), folder)
     project = tomllib.loads((folder / "pyproject.toml").read_text())
     project["tool"]["flwr"]["app"]["components"]["clientapp"] = "deployed_apps:clocked_app"
@@ -174,13 +175,13 @@ def clocked_app(folder: Path) -> bytes:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Smallest, median and largest."""
+    """Return the smallest, the median and the largest value, rounded to hundredths."""
     figures = {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)}
     return {name: round(value, 2) for name, value in figures.items()}
 
 
 def fedbags_rounds(consortium: Consortium, app: bytes, mode: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round but the first: all of it, its training wave, and of its slowest site."""
+    """Return the seconds of each round but the first, of its training wave, and of its slowest site."""
     folder = consortium.root / f"run-{mode}"
     config = RunConfig().with_changes(
         {
@@ -203,6 +204,7 @@ def fedbags_rounds(consortium: Consortium, app: bytes, mode: str, rounds: int) -
     def slowest(what: str, number: int) -> float:
         return float(max(line[what] for line in clock if line["round"] == number))
 
+    # The first round has no end before it, and its sites fetch the app.
     numbers = range(2, rounds + 2)
     return {
         "round": [ended[number] - ended[number - 1] for number in numbers],
@@ -225,7 +227,8 @@ def main() -> None:
     except UserError as error:
         print(json.dumps({"skipped": str(error)}) if options.json else f"skipped: {error}")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the processes are ended then too
+    # Without this SIGTERM would end this process alone, and leave the consortium's processes running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory(prefix="fedbags-benchmark-") as name:
         consortium = Consortium(Path(name), options.sites)

@@ -1,23 +1,24 @@
-"""One private step (one backward pass per bag) against the non-private step on the same four bags.
+"""Compare one private training step with the non-private step on the same four bags.
 
     python benchmarks/dp_step.py [--json] [--repeats 7]
 
-ResNet-18 at 64 px with one linear head per level (the plain pipeline: stock Opacus has no per-sample rule for
-the dictionary), 4 bags of 8, 16 and 32 images, AdamW, one thread. Three ways of one optimiser step:
+ResNet-18 at 64 px with one linear head per level (the plain pipeline, because stock Opacus has no per-sample
+rule for the dictionary), 4 bags of 8, 16 and 32 images, AdamW, one thread. Three ways of one optimiser step:
 
     non-private  forward and backward of all bags at once, gradient clipping, AdamW
     private      forward and backward bag by bag, clipping each, noise, AdamW (client.private_training)
     stock        Opacus's per-sample hooks over the images of the bags (GradSampleModule, DPOptimizer); the
                  usual way, shown for its cost: it clips per image, which bounds nothing here
 
-``ratio`` and ``stock_ratio`` are medians over repetitions of time against the non-private step; the ways take
-turns. Time is the processor's, of the one thread: what the clock says where nothing else runs, and fair
-where something does. The private way draws its noise from the plan's AES-256 generator, as a real run does,
-for all 11 M parameters; the stock way draws it with torch.normal.
+``ratio`` and ``stock_ratio`` are medians over repetitions of time against the non-private step, where the
+ways take turns. Time is the processor's, of the one thread, which equals the clock's where nothing else runs,
+and is fair where something does. The private step takes one backward pass per bag, and draws its noise from
+the plan's AES-256 generator, as a real run does, for all 11 M parameters. The stock way draws it with
+torch.normal.
 
 ``peak_ratio`` compares the most memory that a step adds to the model: gradients, sums, optimiser state,
-activations and scratch. Each way runs in a child process whose allocator gives freed memory back at once;
-the kernel's high-water mark is reset after a warm-up, so the mark follows live memory. Median of three.
+activations and scratch. Each way runs in a child process whose allocator gives freed memory back at once. The
+kernel's high-water mark is reset after a warm-up, so the mark follows live memory. It is a median of three.
 """
 
 import argparse
@@ -53,6 +54,8 @@ BAGS = 4
 SIZES = (8, 16, 32)
 CLIP_NORM, NOISE_MULTIPLIER = 1.0, 1.0
 WAYS = ("non-private", "private", "stock")
+# Blocks from 64 KiB on are mapped on their own and unmapped when they are freed, so that the resident size
+# follows live memory.
 CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 # Opacus hooks modules whose input needs no gradient, on purpose; torch says so once per module.
@@ -64,7 +67,7 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Bags:
-    """Four bags of random images with random counts."""
+    """Hold four bags of random images with random counts."""
 
     images: Tensor
     index: Tensor
@@ -74,7 +77,7 @@ class Bags:
 
     @classmethod
     def draw(cls, size: int) -> "Bags":
-        """Bags of ``size`` images of 64 px; 3, 9 and 27 classes, as the synthetic hospitals have."""
+        """Draw bags of ``size`` images of 64 px, with the 3, 9 and 27 classes of the synthetic hospitals."""
         rows = [[f"{leaf // 9}", f"{leaf // 3}-", f"{leaf}+"] for leaf in range(27)]
         hierarchy = Hierarchy.from_rows(["top", "middle", "leaf"], rows)
         levels = hierarchy.roll_up((torch.randint(0, 3, (BAGS, 27)) + 1).numpy())
@@ -87,7 +90,7 @@ class Bags:
         )
 
     def loss(self, model: nn.Module, bag: int | None = None) -> Tensor:
-        """The mean loss of all bags, or the loss of one."""
+        """Return the mean loss of all bags, or the loss of one."""
         if bag is None:
             return hierarchical_proportion_loss(
                 model(self.images), self.index, self.counts, self.weights, 0.0, 0.0
@@ -99,13 +102,13 @@ class Bags:
 
 
 def make_model(bags: Bags) -> nn.Module:
-    """ResNet-18 with GroupNorm and a linear head per level."""
+    """Return a ResNet-18 with GroupNorm and a linear head per level."""
     config = ModelConfig(method=Method.DLLP_HIERARCHICAL, backbone="resnet18", image_size=64)
     return build_model(config, bags.hierarchy, seed=0).train()
 
 
 def make_step(way: str, model: nn.Module, bags: Bags) -> Step:
-    """One optimiser step of a way, on a model of its own."""
+    """Return one optimiser step of a way, on a model of its own."""
     if way == "non-private":
         return non_private_step(model, bags)
     if way == "stock":
@@ -114,7 +117,7 @@ def make_step(way: str, model: nn.Module, bags: Bags) -> Step:
 
 
 def non_private_step(model: nn.Module, bags: Bags) -> Step:
-    """As in client.training."""
+    """Return the step of client.training."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> None:
@@ -128,7 +131,7 @@ def non_private_step(model: nn.Module, bags: Bags) -> Step:
 
 
 def private_step(model: nn.Module, bags: Bags) -> Step:
-    """As in client.private_training, with all four bags drawn."""
+    """Return the step of client.private_training, with all four bags drawn."""
     plan = PrivacyPlan.build(
         noise_multiplier=NOISE_MULTIPLIER,
         delta=1e-3,
@@ -151,7 +154,7 @@ def private_step(model: nn.Module, bags: Bags) -> Step:
 
 
 def stock_step(model: nn.Module, bags: Bags) -> Step:
-    """Opacus as its tutorials use it, on the images of the bags."""
+    """Return the step of Opacus as its tutorials use it, on the images of the bags."""
     for module in model.modules():
         if isinstance(module, BasicBlock):
             # Opacus's hooks refuse torchvision's in-place residual sum.
@@ -173,29 +176,31 @@ def stock_step(model: nn.Module, bags: Bags) -> Step:
 
 
 def residual_block(block: BasicBlock, x: Tensor) -> Tensor:
-    """torchvision's BasicBlock with the sum out of place; the same numbers."""
+    """Compute torchvision's BasicBlock with the sum out of place, to the same numbers."""
     y = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
     return block.relu(y + (x if block.downsample is None else block.downsample(x)))
 
 
 def times(size: int, repeats: int) -> dict[str, float]:
-    """Median processor milliseconds of a step of each way; the ways take turns."""
+    """Return the median processor milliseconds of a step of each way, where the ways take turns."""
     bags = Bags.draw(size)
     steps = {way: make_step(way, make_model(bags), bags) for way in WAYS}
     taken: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(-1, repeats):
         for way in WAYS if repeat % 2 else reversed(WAYS):
             if way == "stock" and repeat > 2:
-                continue  # ten times the time of the others, and far from any limit
+                # A stock step takes ten times as long as the others, and is far from any limit.
+                continue
             start = time.process_time()
             steps[way]()
-            if repeat >= 0:  # the first one warms caches and makes the optimiser's state
+            # The first one warms caches and creates the optimiser's state.
+            if repeat >= 0:
                 taken[way].append(1000 * (time.process_time() - start))
     return {way: statistics.median(values) for way, values in taken.items()}
 
 
 def added_memory(way: str, size: int) -> float:
-    """MiB that two steps add to the model at their highest; run in a process of its own."""
+    """Return the MiB that two steps add to the model at their highest, in a process of its own."""
     bags = Bags.draw(size)
     model = make_model(bags)
     make_step(way, model, bags)()
@@ -205,20 +210,21 @@ def added_memory(way: str, size: int) -> float:
     gc.collect()
     step = make_step(way, model, bags)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (proc(5))
+    # Resets the high-water mark (proc(5)), which the warm-up has raised.
+    Path("/proc/self/clear_refs").write_text("5")
     step()
     step()
     return (status("VmHWM") - before) / 1024
 
 
 def status(field: str) -> int:
-    """A field of this process's status, KiB."""
+    """Return a field of this process's status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def child(way: str, size: int) -> float:
-    """added_memory in a fresh process."""
+    """Return the result of added_memory in a fresh process."""
     command = [sys.executable, __file__, "--child", way, str(size)]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env={**os.environ, **CHILD_ENVIRONMENT}
@@ -227,7 +233,7 @@ def child(way: str, size: int) -> float:
 
 
 def measure(size: int, repeats: int) -> tuple[dict[str, float], str]:
-    """The ratios for one size of bags, and the figures behind them in words."""
+    """Return the ratios for one size of bags, and the figures behind them in words."""
     peaks = {way: statistics.median(child(way, size) for _ in range(3)) for way in ("non-private", "private")}
     taken = times(size, repeats)
     base = taken["non-private"]

@@ -1,4 +1,4 @@
-"""Print the size and shape of the source tree beside the targets of the project.
+"""Print the size and shape of the source tree next to the targets of the project.
 
     python benchmarks/house.py [--tree DIR] [--list WHAT]
 

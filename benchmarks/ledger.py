@@ -1,4 +1,4 @@
-"""Reserving and confirming a round in a ledger that already holds 200 rounds, and in two long ones.
+"""Measure reserving and confirming a round in a ledger of 200 rounds, and in two long ledgers.
 
     python benchmarks/ledger.py --json
     python benchmarks/ledger.py --long --json
@@ -7,9 +7,9 @@ Each round is a reservation checked against the cap and its confirmation, both s
 time is that of rounds 181 to 200 under a cap that round 200 just meets, where the check has to be exact.
 A row costs five syncs, so a disk (or a busy machine) whose fsync takes 4 ms cannot be fast here.
 
-With ``--long``: a ledger of 400 different noise multipliers, and one of 100,000 rows. The times are those of
-a new process: of opening the ledger, one reservation with new noise, and its statement, imports excluded. For
-the 400 it is also given without the file of what was composed before.
+With ``--long`` it measures a ledger of 400 different noise multipliers, and one of 100,000 rows. The times
+are those of a new process, for opening the ledger, one reservation with new noise, and its statement, without
+imports. For the 400 it is also given without the file of what was composed before.
 """
 
 import argparse
@@ -51,14 +51,14 @@ print(json.dumps([after - before for before, after in zip(times, times[1:])]))
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Milliseconds that an action takes."""
+    """Return the milliseconds that an action takes."""
     start = time.perf_counter()
     action()
     return 1e3 * (time.perf_counter() - start)
 
 
 def sync_once(path: Path) -> None:
-    """Append to a file and wait for the disk: what a row costs at least."""
+    """Append to a file and wait for the disk, which is the least that a row costs."""
     with path.open("ab") as stream:
         stream.write(bytes(4096))
         stream.flush()
@@ -66,7 +66,7 @@ def sync_once(path: Path) -> None:
 
 
 def measure() -> dict[str, float]:
-    """Milliseconds per round, for the figure of a statement, and for a bare fsync of this disk."""
+    """Return the milliseconds of a round, of a statement's figure, and of a bare fsync of this disk."""
     event = PoissonGaussian(sample_rate=0.1, noise_multiplier=4.0, steps=5)
     cap = spent([event] * ROUNDS, DELTA, Adjacency.REPLACE_ONE)
     rounds, statements, syncs = [], [], []
@@ -92,7 +92,7 @@ def measure() -> dict[str, float]:
 
 
 def in_new_process(path: Path, sigma: float) -> dict[str, float]:
-    """Seconds that a new process takes for opening, reserving and stating."""
+    """Return the seconds that a new process takes for opening, reserving and stating."""
     command = [sys.executable, "-c", NEW_PROCESS, str(path), str(sigma)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     times = (round(seconds, 3) for seconds in json.loads(result.stdout))
@@ -100,7 +100,7 @@ def in_new_process(path: Path, sigma: float) -> dict[str, float]:
 
 
 def measure_long() -> dict[str, dict[str, float]]:
-    """Seconds of a new process with each of the two long ledgers."""
+    """Return the seconds of a new process with each of the two long ledgers."""
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
         ledger = Ledger.open(Path(scratch) / "sigmas.sqlite", "site-1", "version", 1e3, DELTA)
@@ -116,6 +116,7 @@ def measure_long() -> dict[str, dict[str, float]]:
         event = PoissonGaussian(sample_rate=0.1, noise_multiplier=500.0, steps=1)
         body = {"event": event.model_dump(), "run_id": "run", "round": 1}
         for _ in range(ROWS // BATCH):
+            # Many rows in one transaction, because a sync for each of 100,000 rows would take too long.
             with ledger.transaction() as db:
                 for _ in range(BATCH):
                     ledger.append(db, Kind.RESERVED, body)

@@ -1,14 +1,14 @@
-"""One LHFGLP training step against the plain pipeline (same backbone, one linear head per level).
+"""Compare one LHFGLP training step with the plain pipeline on the same backbone.
 
     python benchmarks/model_step.py [--json] [--pairs 15] [--threads 1]
 
-ResNet-18 at 64 px, bags of 16 images, one bag a step and four bags a step. A step is forward, hierarchical
-proportion loss, backward, gradient clipping and AdamW.
+The plain pipeline has one linear head per level. ResNet-18 at 64 px, bags of 16 images, one bag a step and
+four bags a step. A step is forward, hierarchical proportion loss, backward, gradient clipping and AdamW.
 
 Time: the two models alternate in one process, first and second in turn, and the ratio is the median over
-pairs, so a slow spell of the machine hits both; it is CPU time, which with one thread is the wall time of an
+pairs, so a slow spell of the machine hits both. It is CPU time, which with one thread is the wall time of an
 idle machine. Memory: the peak resident size of a child process that takes three steps, above what it had
-after importing torch and running a convolution; the median of three children each.
+after importing torch and running a convolution, as the median of three children each.
 """
 
 import argparse
@@ -34,10 +34,10 @@ TREES = {"27 leaves": (3, 9, 27), "200 leaves": (13, 38, 200)}
 
 
 def make_step(method: Method, bags: int, tree: str) -> Callable[[], None]:
-    """A training step of a fresh model on fixed random images."""
+    """Return a training step of a fresh model on fixed random images."""
     top, middle, leaves = TREES[tree]
     rows = [[f"{leaf * top // leaves}", f"{leaf * middle // leaves}", f"{leaf}"] for leaf in range(leaves)]
-    # A middle class that would straddle two tops is made two by its name.
+    # A middle class that would lie below two top classes becomes two classes by its name.
     rows = [[a, f"{a}-{b}", c] for a, b, c in rows]
     hierarchy = Hierarchy.from_rows(["top", "middle", "leaf"], rows)
     model = build_model(ModelConfig(method=method, backbone="resnet18", image_size=64), hierarchy, seed=0)
@@ -63,14 +63,15 @@ def make_step(method: Method, bags: int, tree: str) -> Callable[[], None]:
 
 
 def time_ratio(bags: int, tree: str, pairs: int) -> dict[str, float]:
-    """Median milliseconds of both, and the median ratio over pairs."""
+    """Return the median milliseconds of both models, and the median ratio over pairs."""
     steps = [make_step(method, bags, tree) for method in (Method.LHFGLP, Method.DLLP_HIERARCHICAL)]
     taken: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs + 2):
         for which in (0, 1) if pair % 2 else (1, 0):
             start = time.process_time()
             steps[which]()
-            if pair >= 2:  # the first two pairs warm caches and optimiser state
+            # The first two pairs warm caches and create the optimiser's state.
+            if pair >= 2:
                 taken[which].append(1000 * (time.process_time() - start))
     ratios = [full / plain for full, plain in zip(*taken, strict=True)]
     return {
@@ -81,7 +82,7 @@ def time_ratio(bags: int, tree: str, pairs: int) -> dict[str, float]:
 
 
 def peak_mib(method: Method, bags: int, tree: str) -> float:
-    """Peak resident size of three steps above the baseline, MiB; run in a process of its own."""
+    """Return the peak resident size of three steps above the baseline in MiB, in a process of its own."""
     torch.nn.functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = make_step(method, bags, tree)
@@ -91,7 +92,7 @@ def peak_mib(method: Method, bags: int, tree: str) -> float:
 
 
 def memory_ratio(bags: int, tree: str, threads: int) -> dict[str, float]:
-    """Median peaks over three children each, and their ratio."""
+    """Return the median peaks over three children each, and their ratio."""
 
     def child(method: Method) -> float:
         command = [sys.executable, __file__, "--threads", str(threads), "--child", method, str(bags), tree]
@@ -109,7 +110,7 @@ def memory_ratio(bags: int, tree: str, threads: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print all cases; JSON has on top the larger ratios of one and four bags with 27 leaves."""
+    """Print all cases, with the larger ratios of one and four bags with 27 leaves on top in JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,7 +125,7 @@ def main() -> None:
         print(peak_mib(Method(method), int(bags), tree))
         return
     cases = [(tree, bags) for tree in TREES for bags in (1, 4)]
-    # Memory first: a child's peak counter starts at its parent's size, still that of torch alone here.
+    # Memory is measured first: a child's peak counter starts at its parent's size, here that of torch alone.
     memory = [memory_ratio(bags, tree, options.threads) for tree, bags in cases]
     times = [time_ratio(bags, tree, options.pairs) for tree, bags in cases]
     rows = [

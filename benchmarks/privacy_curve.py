@@ -1,15 +1,16 @@
-"""What privacy costs in accuracy: the same federation at several epsilons, and without privacy.
+"""Measure the accuracy that privacy costs, for one federation at several epsilons and without.
 
     fedbags bags build ... --bag-size 4 --sites 5 --partition dirichlet:0.5 --out SITES4
     python benchmarks/privacy_curve.py SITES4 OUT [--seeds 0 1] [--epsilons 16 8 4 2] [--json]
 
-Every point is one ``fedbags simulate`` as a user would run it, in a folder of its own below OUT; a point
+Every point is one ``fedbags simulate`` as a user would run it, in a folder of its own below OUT. A point
 whose folder holds a summary is not run again, so the script can be stopped and started. Settings are those
-that ``--dp`` brings. Without privacy the same model is trained on the same fixed features by AdamW; of
-several learning rates the run with the best figure on held-back bags is taken, never by test images.
+that ``--dp`` brings. Without privacy the same model is trained on the same fixed features by AdamW. Of
+several learning rates the run with the best score on held-back bags is taken, never by test images.
 
-Writes OUT/privacy_curve.json and OUT/privacy_curve.png: accuracy per level on pooled test images (consistent
-path), mean over the seeds with the lowest and highest; what each site spent, at worst.
+It writes OUT/privacy_curve.json and OUT/privacy_curve.png, with the accuracy per level on pooled test images
+(best path), as the mean over the seeds with the lowest and highest, and the largest epsilon that a site
+spent.
 """
 
 import argparse
@@ -39,7 +40,10 @@ NOT_PRIVATE = {
 
 
 def simulate(sites: Path, out: Path, options: list[str]) -> dict[str, Any]:
-    """The summary of a run, which is made if it is not there yet, and the rate of each level's majority."""
+    """Return the summary of a run, with the share of each level's most frequent class.
+
+    The run is made if its folder holds no summary yet.
+    """
     summary = out / "summary.json"
     if not summary.exists():
         command = [sys.executable, "-c", "from deploy.cli import main; main()", "simulate"]
@@ -55,13 +59,13 @@ def simulate(sites: Path, out: Path, options: list[str]) -> dict[str, Any]:
 
 
 def private(sites: Path, out: Path, epsilon: float, seed: int) -> dict[str, Any]:
-    """The run at one epsilon."""
+    """Return the summary of the run at one epsilon."""
     name = f"epsilon-{epsilon:g}-seed-{seed}"
     return simulate(sites, out / name, ["--dp", f"epsilon={epsilon:g}", "--set", f"seed={seed}"])
 
 
 def not_private(sites: Path, out: Path, seed: int) -> dict[str, Any]:
-    """The run without privacy whose held-back bags fit best."""
+    """Return the summary of the run without privacy whose held-back bags fit best."""
     runs = {}
     for rate in RATES:
         folder = out / f"none-rate-{rate:g}-seed-{seed}"
@@ -76,7 +80,7 @@ def not_private(sites: Path, out: Path, seed: int) -> dict[str, Any]:
 
 
 def row(epsilon: float | None, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """One point of the curve from the runs of its seeds."""
+    """Return one point of the curve from the runs of its seeds."""
     spent = [s["epsilon"] for summary in summaries for s in summary["per_site"].values() if epsilon]
     levels = []
     for level in zip(*(summary["levels"] for summary in summaries), strict=True):
@@ -95,7 +99,7 @@ def row(epsilon: float | None, summaries: list[dict[str, Any]]) -> dict[str, Any
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over epsilon, a line per level; without privacy at the right."""
+    """Draw accuracy over epsilon with a line per level, and the runs without privacy at the right."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     places = range(len(rows))
     for number, level in enumerate(rows[0]["levels"]):
@@ -116,7 +120,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, then write the table and the picture."""
+    """Run what is missing, then write the table and the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

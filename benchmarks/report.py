@@ -1,10 +1,10 @@
-"""The privacy report of a federation: 50 sites of different sizes, 200 rounds each, with their ledgers.
+"""Measure the privacy report of 50 sites of different sizes with 200 rounds each.
 
     python benchmarks/report.py --json
 
-No two sites share an epsilon, which is the worst case: every figure has to be computed. The time is that of
-`deploy.report_cli.report` in a fresh process, from the first import of the accountants to the last file; on
-a busy machine look at the processor seconds, which two cores share.
+No two sites share an epsilon, which is the worst case, because every figure has to be computed. The time is
+that of `deploy.report_cli.report` in a fresh process, from the first import of the accountants to the last
+file. On a busy machine use the processor seconds.
 """
 
 import argparse
@@ -37,7 +37,7 @@ if __name__ == "__main__":  # the report's worker processes read this file too
 
 
 def write_run(run: Path) -> None:
-    """A run folder as the server leaves it, with the simulated sites' ledgers."""
+    """Write a run folder as the server leaves it, with the simulated sites' ledgers."""
     (run / "sites").mkdir(parents=True)
     statements, releases, events = {}, {}, []
     for number in range(SITES):
@@ -72,10 +72,11 @@ def write_run(run: Path) -> None:
 
 
 def write_ledger(folder: Path, site: str, event: PoissonGaussian) -> Book:
-    """A site's ledger, all rows in one transaction: a sync a row would take minutes."""
+    """Write a site's ledger with all rows in one transaction."""
     folder.mkdir()
     path, common = folder / "ledger.sqlite", {"data_version": "v1", "time": "2026-01-01T00:00:00+00:00"}
     create(path, {**common, "site": site, "unit": "bag", "cap_epsilon": 50.0, "cap_delta": DELTA})
+    # One sync per row would take minutes.
     with writing(path) as db:
         last = read_entries(db, path)[-1]
         for number in range(1, ROUNDS + 1):
@@ -86,7 +87,7 @@ def write_ledger(folder: Path, site: str, event: PoissonGaussian) -> Book:
 
 
 def timed(run: Path, out: Path) -> dict[str, float]:
-    """Seconds of the report of a run in a fresh process, and of all its processors together."""
+    """Return the wall and processor seconds of the report of a run in a fresh process."""
     script = run.parent / "timed.py"
     script.write_text(TIMED)
     root = Path(__file__).parents[1]
@@ -100,7 +101,7 @@ def timed(run: Path, out: Path) -> dict[str, float]:
 
 
 def measure() -> dict[str, object]:
-    """The report with the sites' ledgers at hand, as in a simulation, and from their statements alone."""
+    """Return the times of the report with the sites' ledgers, and from their statements alone."""
     with tempfile.TemporaryDirectory() as scratch:
         run, out = Path(scratch) / "run", Path(scratch) / "out"
         write_run(run)

@@ -1,9 +1,9 @@
-"""(b) One trivial round with 50 sites: our in-process grid beside Flower's own simulation runtime.
+"""Compare a trivial round with 50 sites in the local grid with one in Flower's own simulation.
 
     python benchmarks/round_trip.py [--json] [--sites 50] [--rounds 10] [--no-flower]
 
-The ClientApp returns the small model that it was sent; the ServerApp times each round. Flower's start-up
-(SuperLink, Ray) is reported apart.
+The ClientApp returns the small model that it was sent, and the ServerApp times each round. Flower's start-up
+(SuperLink, Ray) is reported separately.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def main() -> None:
         result["local_seconds"] = statistics.median(json.loads(rounds_file.read_text()))
         if not options.no_flower:
             rounds_file.unlink()
-            os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Flower's processes load the apps too
+            # Flower's processes load the apps of this folder too.
+            os.environ["PYTHONPATH"] = str(Path(__file__).parent)
             started = time.perf_counter()
             run_flower(config, APPS)
             seconds = json.loads(rounds_file.read_text())

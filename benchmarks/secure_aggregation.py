@@ -1,12 +1,13 @@
-"""Secure aggregation against plain: one round of exchange at 11 M parameters and 5 sites, without training.
+"""Compare a round of secure aggregation with a plain round, without training.
 
     python benchmarks/secure_aggregation.py [--json] [--sites 5] [--repeats 3]
 
-Both sides are the real ones: server.rounds asks, the ClientApp with its guard answers, LocalGrid serialises
-every message both ways, all in this process. Only local training is left out: in its place each site adds a
-fixed step to every trained parameter. A round is everything from the trainable arrays of the current model
-to the next model: requests, replies, checks, sum, server optimiser; for secure aggregation all five waves,
-signatures, secret sharing, quantisation and masks. Enrolment, model building and checkpoints are outside.
+The model has 11 M parameters and there are 5 sites. Both sides are the real ones. server.rounds asks, the
+ClientApp with its guard answers, LocalGrid serialises every message both ways, all in this process. Only
+local training is left out. In its place each site adds a fixed step to every trained parameter. A round is
+everything from the trainable arrays of the current model to the next model, that is requests, replies,
+checks, sum and server optimiser, and for secure aggregation all five waves, signatures, secret sharing,
+quantisation and masks. Enrolment, model building and checkpoints are outside.
 
 ``ratio`` is processor time, secure / plain, the median of pairs of rounds that are measured in turn (a shared
 machine then slows both); ``wire_ratio`` the bytes of all masked replies to ``train.masked`` over the raw
@@ -40,14 +41,14 @@ PIXELS = 32
 
 
 class CountingGrid(LocalGrid):
-    """A LocalGrid that counts the bytes of the replies by message type."""
+    """Count the bytes of the replies of a LocalGrid by message type."""
 
     def __init__(self, sites: int, flat: dict[str, Scalar]) -> None:
         super().__init__(sites, flat)
         self.bytes: Counter[str] = Counter()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As ever; a reply's type is that of its request."""
+        """Return the replies after counting them, where a reply's type is that of its request."""
         replies = list(super().pull_messages(message_ids))
         for reply in replies:
             assert not reply.has_error(), reply.error.reason
@@ -56,7 +57,7 @@ class CountingGrid(LocalGrid):
 
 
 def no_training(model, store, config, round, seeds):  # type: ignore[no-untyped-def]
-    """A fixed step in place of local training."""
+    """Add a fixed step to every parameter, in place of local training."""
     for parameter in model.parameters():
         parameter.data.add_(STEP)
     training, _ = store.split(config.train.held_back, config.seed)
@@ -64,7 +65,7 @@ def no_training(model, store, config, round, seeds):  # type: ignore[no-untyped-
 
 
 def prepare(folder: Path, sites: int, secure: bool) -> tuple[Rounds, CountingGrid]:
-    """A server before its first round, with its sites enrolled."""
+    """Return a server before its first round, with its sites enrolled, and its grid."""
     config = RunConfig().with_changes(
         {
             "run-dir": str(folder / ("secure" if secure else "plain")),
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    # The measured time is that of the exchange alone.
     client.app.train_round = no_training
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""(d) Peak memory of the server with 64 sites against 4, with ResNet-18 updates.
+"""Compare the peak memory of the server with 64 sites and with 4, for ResNet-18 updates.
 
     python benchmarks/server_memory.py [--json] [--sites 64]
 
@@ -26,7 +26,7 @@ TREE = Hierarchy.from_rows(["kind", "leaf"], [["a", "a1"], ["a", "a2"], ["b", "b
 
 
 class Echo(LocalGrid):
-    """Sites that send the model back as it is."""
+    """Answer for sites that send the model back almost unchanged."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         self.sent = {f"m{number}": message for number, message in enumerate(messages)}
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--sites", type=int, default=64)
     options = parser.parse_args()
+    # A forked process would count the memory of this one in its peak.
     context = multiprocessing.get_context("spawn")
     megabytes = {}
     for sites in (4, options.sites):

@@ -1,11 +1,11 @@
-"""(a) `simulate` with five sites against a bare PyTorch loop that does the same steps on one thread.
+"""Compare `simulate` with five sites with a bare PyTorch loop that takes the same steps on one thread.
 
     python benchmarks/simulate_overhead.py [--json] [--rounds 3] [--repeats 3]
 
 Both train the same model on the same synthetic bags (cached), with the same augmentation, loss, optimiser,
-held-back evaluation and final test; the bare loop has no messages, records, guard, checkpoints or logs.
-They alternate in one process and thread; the ratio is of the medians of processor time (what the clock says
-where nothing else runs, and fair where something does).
+evaluation on held-back bags and final test. The bare loop has no messages, records, guard, checkpoints or
+logs. They alternate in one process and thread. The ratio is of the medians of processor time, which equals
+the clock's where nothing else runs, and is fair where something does.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def main() -> None:
             {"rounds": options.rounds, "sites-dir": str(sites_dir), "model.image-size": 32}
         )
         sites = site_folders(sites_dir)
-        bare_loop(config.with_changes({"rounds": 1}), sites)  # builds the image caches
+        # Builds the image caches, which both sides then only read.
+        bare_loop(config.with_changes({"rounds": 1}), sites)
         times: dict[str, list[float]] = {"bare": [], "simulate": []}
         for repeat in range(options.repeats):
             for name in times:

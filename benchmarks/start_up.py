@@ -1,4 +1,4 @@
-"""(f) Time of `fedbags --help`, and what importing the ClientApp brings along.
+"""Measure the time of `fedbags --help`, and list the heavy packages that the ClientApp imports.
 
 python benchmarks/start_up.py [--json] [--repeats 5]
 """
