@@ -1,4 +1,4 @@
-"""The ClientApp of a hospital: what it answers to each question of the server."""
+"""Define the ClientApp of a hospital and its answer to each question of the server."""
 
 from flwr.app import Context, Message
 
@@ -28,12 +28,14 @@ from common.secure_aggregation.records import (
     UnmaskRequest,
 )
 
+# The journal is outermost, so that it records what the guard decided to send. The guard is next to the
+# handlers, so that no reply goes around it.
 app = SiteApp(mods=[journal.record, egress.guard])
 
 
 @app.answers("query.keys")
 def keys(message: Message, context: Context) -> Message:
-    """Secure aggregation, first step: fresh public keys under the node key's signature."""
+    """Answer the first step of secure aggregation with fresh public keys, signed with the node key."""
     from client.secure_aggregation import Member
 
     return Message(
@@ -44,7 +46,7 @@ def keys(message: Message, context: Context) -> Message:
 
 @app.answers("query.shares")
 def shares(message: Message, context: Context) -> Message:
-    """Secure aggregation, second step: check everybody's keys, seal shares of the own secrets for them."""
+    """Answer the second step of secure aggregation by checking all keys and sealing shares for the others."""
     from client.secure_aggregation import Member
 
     return Message(
@@ -54,7 +56,10 @@ def shares(message: Message, context: Context) -> Message:
 
 @app.answers("query.survivors")
 def survivors(message: Message, context: Context) -> Message:
-    """Secure aggregation, after training: sign the list of those whose vectors the server says it has."""
+    """Sign the list of sites whose masked vectors the server says have arrived.
+
+    This is the step of secure aggregation after training.
+    """
     from client.secure_aggregation import Member
 
     return Message(
@@ -64,7 +69,7 @@ def survivors(message: Message, context: Context) -> Message:
 
 @app.answers("query.unmask")
 def unmask(message: Message, context: Context) -> Message:
-    """Secure aggregation, last step: the shares with which the masks are taken off the sum."""
+    """Send the shares with which the masks are taken off the sum, as the last step of secure aggregation."""
     from client.secure_aggregation import Member
 
     return Message(
@@ -75,7 +80,7 @@ def unmask(message: Message, context: Context) -> Message:
 
 @app.answers("query.proportions")
 def proportions(message: Message, context: Context) -> Message:
-    """Say how many images of each leaf the site has, as far as its policy releases that."""
+    """Answer with the label counts of the site, as far as its policy releases them."""
     config, store = open_site(context)
     if not config.dp.epsilon or store.config.policy.release_proportions is ReleaseProportions.NONE:
         return Message(
@@ -102,12 +107,14 @@ def train(message: Message, context: Context) -> Message:
 
 @app.answers("train.masked")
 def train_masked(message: Message, context: Context) -> Message:
-    """Train as ever, and send the update under masks that only come off the sum of many sites' updates."""
+    """Train like ``train``, and send the update under masks that come off only in the sum of many sites."""
     from client.secure_aggregation import Member
 
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
     member = Member.open(context)
+    # Before training: a second model for the same round must be refused before this one's gradient is
+    # computed.
     member.receive(from_records(message.content, MaskRequest), request)
     model, metrics, statement = train_locally(context, config, store, request)
     told = answer("train.masked", context, store, request, metrics).metrics
@@ -116,6 +123,7 @@ def train_masked(message: Message, context: Context) -> Message:
         round=request.round,
         sender=store.name,
         vector=member.mask(request.arrays, trainable_arrays(model)),
+        # The record of a masked update takes single numbers only.
         metrics={key: value for key, value in told.items() if not isinstance(value, tuple)},
     )
     return Message(to_records(update, statement), reply_to=message)
@@ -124,7 +132,7 @@ def train_masked(message: Message, context: Context) -> Message:
 def train_locally(
     context: Context, config: RunConfig, store: BagStore, request: ModelUpdate
 ) -> tuple[LHFGLP, dict[str, Metric], PrivacyStatement]:
-    """One round on the site's bags: the trained model, what could be told of it, and what it cost."""
+    """Train one round on the site's bags, and return the model, all metrics and the privacy statement."""
     model = receive_model(config, store.hierarchy, request.arrays)
     if config.dp.epsilon:
         result, statement = train_privately(context, config, store, model, request.round)
@@ -143,7 +151,11 @@ def train_locally(
 def train_privately(
     context: Context, config: RunConfig, store: BagStore, model: LHFGLP, round: int
 ) -> tuple[TrainingResult, PrivacyStatement]:
-    """Reserve the round's cost, train, confirm: in this order, so that nothing is ever spent unseen."""
+    """Reserve the round's cost, train, and confirm.
+
+    The order keeps every spending on record: a site that stops in between has charged too much and not too
+    little.
+    """
     # Imported here: Opacus and the accountants take seconds, and a run without privacy needs neither.
     from client.budget import open_budget
     from client.private_training import train_round_privately
@@ -157,7 +169,7 @@ def train_privately(
 
 @app.answers("evaluate.bags")
 def evaluate_on_bags(message: Message, context: Context) -> Message:
-    """Compare the model's proportions with those of the held-back bags; with noise in a private run."""
+    """Compare the model's proportions with those of the held-back bags, with noise in a private run."""
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
     model = receive_model(config, store.hierarchy, request.arrays)
@@ -173,7 +185,10 @@ def evaluate_on_bags(message: Message, context: Context) -> Message:
 def look_privately(
     context: Context, config: RunConfig, store: BagStore, model: LHFGLP, round: int
 ) -> tuple[dict[str, Metric], PrivacyStatement]:
-    """Reserve the look's cost, evaluate, add the noise, confirm; nothing where policy or run want none."""
+    """Reserve the cost of an evaluation on held-back bags, evaluate, add the noise, and confirm.
+
+    Nothing is evaluated if the site's policy or the run wants no noised figures.
+    """
     from client.budget import open_budget
 
     budget = open_budget(context, config, store, find_site(context))
@@ -188,7 +203,7 @@ def look_privately(
 
 @app.answers("evaluate.test")
 def evaluate_on_test(message: Message, context: Context) -> Message:
-    """Count the model's hits on the site's labelled test images, if it has any."""
+    """Compare the model's predictions with the labels of the site's test images, if it has any."""
     # Imported here so that training never loads the module that opens instance labels.
     from client.labelled import LabelledImages
 
@@ -211,7 +226,7 @@ def answer(
     metrics: dict[str, Metric],
     model: LHFGLP | None = None,
 ) -> ModelUpdate:
-    """A reply with the metrics that may leave, and the trained arrays if any."""
+    """Build a reply with the metrics that may leave, and with the trained arrays if a model is given."""
     config = RunConfig.from_flat(context.run_config)
     training, held_back = store.split(config.train.held_back, config.seed)
     terms = terms_of(context, store.config)
@@ -225,7 +240,7 @@ def answer(
 
 
 def refuse_in_clear(config: RunConfig, store: BagStore) -> None:
-    """An update leaves masked where the run says so, and where the site does, whatever the run says.
+    """Refuse to send an update in clear if the run or the site's own policy demands masked ones.
 
     Raises:
         SecureAggregationRefused: one was asked for in clear.
@@ -235,10 +250,10 @@ def refuse_in_clear(config: RunConfig, store: BagStore) -> None:
 
 
 def refuse_few_bags(context: Context, config: RunConfig, store: BagStore) -> None:
-    """Refuse at a real site rounds of so small a part of its bags that an update is nearly one of them.
+    """Refuse, at a real site, a run whose rounds use so few bags that an update nearly shows one of them.
 
-    It bounds the division alone. A round that is a whole pass trains on all bags that there are, be they ever
-    so few: an exact update tells of its bags whatever their number, and a privacy budget or secure
+    It bounds the division of a pass alone. A round that is a whole pass trains on all bags that there are, be
+    they ever so few: an exact update tells of its bags whatever their number, and a privacy budget or secure
     aggregation is what protects them.
 
     Raises:

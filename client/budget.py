@@ -1,4 +1,4 @@
-"""What a site's privacy budget has to do with a round: the plan, the ledger, and who may ask for what.
+"""Connect a site's privacy budget with a round, through the plan and the ledger.
 
 The site decides. A site with a budget in site.toml takes part in private runs only, and its ledger lies in
 its own folder; a simulated site without one gets the run's budget, and a ledger under the run. Noise and
@@ -33,7 +33,7 @@ from common.privacy.randomness import InsecureSeededRandomness, Randomness, Secu
 
 @dataclass(frozen=True)
 class Budget:
-    """One site's plan for one run, and the ledger that is asked before each part of it."""
+    """Hold one site's plan for one run, and the ledger that is asked before each part of it."""
 
     make: Callable[[], PrivacyPlan]
     """Makes the plan, which may take seconds."""
@@ -42,7 +42,7 @@ class Budget:
 
     @cached_property
     def plan(self) -> PrivacyPlan:
-        """The plan, made when it is first needed.
+        """Make the plan when it is first needed, and return it.
 
         Raises:
             UserError: the settings make no plan.
@@ -61,7 +61,7 @@ class Budget:
         )
 
     def reserve_look(self, round: int) -> Reservation:
-        """Charge a look at the held-back bags, all its levels, before it is made.
+        """Charge an evaluation of all levels on held-back bags before it is made.
 
         Raises:
             BudgetRefused: the site's cap does not allow it.
@@ -71,12 +71,12 @@ class Budget:
         return self.ledger.reserve(levels[0], self.run_id, round, copies=len(levels), generator=generator)
 
     def confirm(self, reservation: Reservation, round: int) -> PrivacyStatement:
-        """Record that the round or look was finished, and state what is spent."""
+        """Record that the round or evaluation was finished, and return what is spent."""
         self.ledger.confirm(reservation)
         return self.ledger.statement(round)
 
     def release(self, store: BagStore, scale: float) -> CountRelease:
-        """The noised label counts of this data version: drawn and charged once, then repeated."""
+        """Return the noised label counts of this data version, drawn and charged once and then repeated."""
         stored = self.ledger.release_for(store.data_version)
         if stored is not None:
             return stored
@@ -93,7 +93,7 @@ class Budget:
 
 
 def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Path) -> Budget:
-    """The budget of a private run at this site.
+    """Open the budget of a private run at this site.
 
     Args:
         context: of the node; says whether it is simulated.
@@ -120,6 +120,7 @@ def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Pa
         store.data_version,
         cap_epsilon,
         cap_delta,
+        # Two witnesses outside the ledger: an older copy put back has to deceive both to pass.
         anchor=anchor_of_node(path, context.node_config),
         seen=newest_mark(journal) if journal else (),
     )
@@ -134,7 +135,7 @@ def make_plan(
     randomness: Randomness,
     find_sigma: Callable[..., float] = calibrate,
 ) -> PrivacyPlan:
-    """The plan of a site for ALL rounds and looks of the run and its release of counts together.
+    """Make a site's plan for all rounds and evaluations of the run and its release of counts together.
 
     Raises:
         UserError: the settings make no plan for this number of bags; all faults are listed.
@@ -148,11 +149,15 @@ def make_plan(
         epsilon=dp.epsilon,
         delta=dp.delta,
         clip_norm=dp.clip_norm,
+        # Held-back bags are never trained on, so only the others are sampled. Their number decides the
+        # sampling rate.
         number_of_bags=len(training),
         expected_bags_per_step=min(dp.expected_bags, len(training)),
         steps_per_round=dp.steps_per_round,
         rounds=config.rounds,
         release=DiscreteLaplace(scale=dp.release_scale) if releases else None,
+        # Evaluations and the release are part of the plan from the start: paid for later, they would take
+        # the budget of the last rounds.
         look=[DiscreteLaplace(scale=dp.metrics_scale)] * len(store.hierarchy.levels) if looks else (),
         looks=config.evaluation.looks(config.rounds),
         randomness=randomness,
@@ -162,22 +167,26 @@ def make_plan(
 
 
 def choose_randomness(context: Context, config: RunConfig, site: str) -> Randomness:
-    """Cryptographic wherever real patients are, whatever the server asks; seeded for simulated nodes."""
+    """Return a cryptographic generator at a real site and a seeded one at a simulated site.
+
+    No server can ask a real site for a seeded one: whoever knows the seed can take the noise off.
+    """
     if is_simulated(context):
         return InsecureSeededRandomness(config.seed, site)
     return SecureRandomness()
 
 
 def ledger_path(context: Context, config: RunConfig, folder: Path, own: PrivacyBudget) -> Path:
-    """Where the ledger lies: with the site's data; under the run for a simulated site without a budget.
+    """Return the path of the ledger.
 
-    ``run-dir`` is a folder of the server's, so a real site never writes there.
+    It lies with the site's data, or under the run for a simulated site without a budget.
     """
+    # ``run-dir`` is a folder of the server's choice, so a real site never writes there.
     if own.epsilon is not None or not is_simulated(context) or not config.run_dir:
         return folder / LEDGER_FILE
     return Path(config.run_dir) / "sites" / folder.name / LEDGER_FILE
 
 
 def run_name(context: Context, config: RunConfig) -> str:
-    """How the ledger names the run."""
+    """Return the name under which the ledger records the run."""
     return Path(config.run_dir).name if config.run_dir else f"{config.name}-{context.run_id}"

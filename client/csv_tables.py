@@ -1,4 +1,4 @@
-"""Reading a CSV of a hospital: which columns it must have, and which line each row stood on.
+"""Read the CSV tables of a hospital, with the line on which each row stood.
 
 Faults are collected, not raised, so that a user sees all of them at once.
 """
@@ -17,7 +17,10 @@ _WHOLE = re.compile(r"([0-9]{1,9})(?:[.,]0*)?")
 
 @dataclass(frozen=True)
 class CsvTable:
-    """The rows of one file: ``rows[i]`` maps column to stripped cell and stood on ``lines[i]``."""
+    """Hold the rows of one file.
+
+    ``rows[i]`` maps each column to its stripped cell and stood on ``lines[i]``.
+    """
 
     file: str
     columns: tuple[str, ...]
@@ -37,7 +40,9 @@ class CsvTable:
 
 
 def read_csv(path: Path, required: Sequence[str], fatal: list[BadRow], bad: list[BadRow]) -> CsvTable | None:
-    """Read a table with a header; ``common.delimited`` says which encodings and separators.
+    """Read a table with a header, collecting its faults.
+
+    ``common.delimited`` decides which encodings and separators are read.
 
     Args:
         path: the file; faults name it by its last part.

@@ -1,4 +1,4 @@
-"""The one decoder of image files: for building sites, checking them, training and predicting.
+"""Decode image files in the same way for building sites, checking them, training and predicting.
 
 Knows formats and pixels, and neither sites nor caches. What is refused here is refused everywhere, with the
 same words; every change here must raise ``client.image_cache.FORMAT``.
@@ -32,6 +32,7 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
+            # Before any pixel is decoded: a small file can declare an image that fills the memory.
             check_pixels(*image.size)
             if (pages := _pages(image)) > 1:
                 raise ValueError(f"{pages} pages or frames in one file; save each as a file of its own")
@@ -49,13 +50,17 @@ def open_image(path: Path) -> Image.Image:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Raise a ValueError if an image of this size has more than MAX_PIXELS."""
+    """Refuse an image size of more than MAX_PIXELS.
+
+    Raises:
+        ValueError: it has more.
+    """
     if width * height > MAX_PIXELS:
         raise ValueError(_too_many(f"{width} x {height} pixels are"))
 
 
 def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Bring an image to shape (size, size, 3): shorter side resized, centre cut out, 8-bit RGB."""
+    """Bring an image to shape (size, size, 3) in 8-bit RGB by resizing its shorter side and cropping."""
     width, height = image.size
     if (width, height) != (size, size):
         scale = size / min(width, height)
@@ -68,7 +73,9 @@ def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to 8-bit RGB; alpha is dropped, deep greyscale is stretched over its own range.
+    """Convert an image of any mode to 8-bit RGB.
+
+    Alpha is dropped, deep greyscale is stretched over its own range.
 
     Raises:
         ValueError: the values of a floating-point image are not all finite.
@@ -77,11 +84,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(stretch(np.asarray(image, dtype=np.float64)))
+    # A palette may hold transparency: Pillow wants such an image converted to RGBA first, and warns
+    # otherwise.
     return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
 
 
 def stretch(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Bring values of unknown range, shape (H, W), to 0..255 by their own robust range.
+    """Scale values of unknown range, shape (H, W), to 0..255 by their own robust range.
 
     Files of 16 bits rarely use all of them (12-bit cameras), so their own range is the only safe one. It
     leaves out ROBUST_SHARE of the pixels at either end, unless nothing would be left.
@@ -92,6 +101,7 @@ def stretch(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     if not np.isfinite(values).all():
         raise ValueError("some of its values are no numbers")
     low, high = np.quantile(values, [ROBUST_SHARE, 1 - ROBUST_SHARE])
+    # An image with a few bright pixels on one ground has no range left once both ends are cut.
     if low == high:
         low, high = values.min(), values.max()
     shown = (values - low) * (255.0 / (high - low) if high > low else 0.0)
@@ -112,7 +122,10 @@ def _too_many(what: str) -> str:
 
 
 def _pages(image: Image.Image) -> int:
-    """Pictures in a file. A camera's previews (MPO) and a TIFF's smaller copies of its page do not count."""
+    """Count the pictures in a file.
+
+    A camera's previews (MPO) and a TIFF's smaller copies of its page do not count.
+    """
     number: int = getattr(image, "n_frames", 1)
     if number == 1 or image.format == "MPO":
         return 1
@@ -127,7 +140,10 @@ def _pages(image: Image.Image) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (as stored) where EXIF is missing or damaged, as viewers do."""
+    """Return the EXIF orientation, 1 to 8.
+
+    It is 1 (as stored) where EXIF is missing or damaged, which is how viewers treat it too.
+    """
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF makes Pillow raise nearly anything; the pixels are sound

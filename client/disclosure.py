@@ -1,7 +1,7 @@
-"""Which metrics may leave in which reply: the site's terms, the run's privacy, and the number of bags.
+"""Decide which metrics may leave in which reply.
 
-Handlers fill a reply by it and the guard checks the reply against it. Knows nothing of how a metric is
-computed and of the form it has.
+The site's terms, the run's privacy and the number of bags decide. Handlers fill a reply by it and the guard
+checks the reply against it. Knows nothing of how a metric is computed and of the form it has.
 """
 
 from client.site import PrivateMetrics, ReleaseProportions, SiteConfig, Terms
@@ -43,18 +43,24 @@ def may_leave(
     if config.dp.epsilon:
         if kind == "evaluate.bags":
             return NOISED if site.policy.private_metrics is PrivateMetrics.NOISE else frozenset()
+        # A loss is computed from private data and no epsilon covers it, so a policy that names it does
+        # not help.
         found &= terms.metrics & UNCOVERED_BY_DP
         return found & beside if kind == "train.masked" else found
     found &= terms.metrics
     if kind == "train.masked":
         found &= beside
     released = site.policy.release_proportions is ReleaseProportions.PER_BAG
+    # A site that releases counts per bag has given away what these figures could tell; a simulated one
+    # has no patients.
     if not terms.strict or released:
         return found
     if kind == "evaluate.bags":
         masked = config.secure_aggregation.enabled or site.policy.secure_aggregation.required
         # In clear, figures of a model that the server chose would tell what the masks hide.
         found &= beside if masked else found
+        # An exact mean over one bag is that bag's figure: a server that sends chosen models reads its
+        # counts off it.
         return found if held_back >= terms.minimum_held_back_bags else frozenset()
     # Rounds that see a part of the bags each: the differences of their figures would tell of few bags.
     if config.train.rounds_per_pass > 1:
@@ -63,5 +69,5 @@ def may_leave(
 
 
 def bags_of_a_round(config: RunConfig, training: int) -> int:
-    """Return the fewest bags that one round trains on."""
+    """Return the smallest number of bags that one round trains on."""
     return max(1, training // config.train.rounds_per_pass)

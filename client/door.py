@@ -1,4 +1,4 @@
-"""The one door of a site: every question that it answers at all, and who may ask which.
+"""List every question that a site answers, and refuse those that it does not answer in a run.
 
 ``QUESTIONS`` is the only list of message types. The app takes handlers for these and no other, the guard
 checks requests and replies against it, and the tests run over it. Knows nothing of how a question is
@@ -35,7 +35,7 @@ Mod = Callable[[Message, Context, Handler], Message]
 
 
 class Touches(Flag):
-    """What of a site's data an answer is computed from."""
+    """Name the part of a site's data that an answer is computed from."""
 
     NOTHING = 0
     BAGS = auto()
@@ -46,7 +46,7 @@ class Touches(Flag):
 
 @dataclass(frozen=True)
 class Question:
-    """One message type: what it touches, and the records that come in and go out, all of them."""
+    """Describe one message type by the data that it touches and all records of its request and reply."""
 
     touches: Touches
     asks: tuple[type[Record], ...]
@@ -85,6 +85,7 @@ def admit(question: Question, config: RunConfig, site: SiteConfig, terms: Terms)
     if not question.touches:
         return
     cap = site.policy.budget.epsilon
+    # The ledger sees private runs only. An exact update beside them would spend what no ledger counts.
     if not config.dp.epsilon and cap is not None:
         raise BudgetRefused(site.name, float("inf"), cap, cap)
     if config.dp.epsilon and cap is None and terms.strict:
@@ -94,7 +95,7 @@ def admit(question: Question, config: RunConfig, site: SiteConfig, terms: Terms)
 
 
 class SiteApp(ClientApp):
-    """Flower's ClientApp with one way in: every message, of whatever type, passes the mods.
+    """Run Flower's ClientApp so that every message, of whatever type, passes the mods.
 
     Flower's own refuses an unknown type before any mod sees it, in words of its own. Here ``answers`` takes
     the place of ``train``, ``evaluate`` and ``query``.
@@ -104,6 +105,7 @@ class SiteApp(ClientApp):
     """
 
     def __init__(self, mods: list[Mod]) -> None:
+        # Flower's own registry of handlers stays empty: ``__call__`` below is the only way in.
         super().__init__()
         self.handlers: dict[str, Handler] = {}
         answer: Handler = self._dispatch
@@ -117,6 +119,7 @@ class SiteApp(ClientApp):
 
     def answers(self, kind: str) -> Callable[[Handler], Handler]:
         """Register the handler of a message type, which must be one of ``QUESTIONS``, once."""
+        # A handler for a type outside the list would be one that guard and tests do not know.
         if kind not in QUESTIONS or kind in self.handlers:
             raise ValueError(f"{kind!r} is no question, or has a handler already")
 

@@ -1,7 +1,7 @@
-"""The guard at a site's door: a Flower mod that asks who may ask, and sends only what it wrote itself.
+"""Guard a site as a Flower mod that admits questions and sends only what it encoded itself.
 
-What a handler answers is parsed, held against the site's own name, hierarchy, bags and ledger and against
-the request, and what goes out is the guard's own encoding of that, in a fixed order: no byte of the
+A handler's answer is parsed and compared with the site's own name, hierarchy, bags and ledger and with
+the request. What goes out is the guard's own encoding of that, in a fixed order: no byte of the
 handler's message leaves. A reply with any other record, key, dtype, shape, metric or value is refused as a
 whole and an error goes out in its place. Errors, ours included, leave with a fixed text per kind: the text
 of an exception can carry a path or a patient id, so it goes to the site's own log at most.
@@ -57,12 +57,12 @@ log = logging.getLogger("fedbags.client")
 
 
 class UnknownQuestionError(FedbagsError):
-    """A message type, or a request, that is none of the site's questions."""
+    """Report a message type, or a request, that is none of the site's questions."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a reply is held against: the site's own word, and the request's."""
+    """Hold the site's own facts and the request, with which a reply is compared."""
 
     kind: str
     question: Question
@@ -77,43 +77,52 @@ class Facts:
 
     @property
     def private(self) -> bool:
-        """Whether the run is private."""
+        """Return whether the run is private."""
         return self.config.dp.epsilon > 0
 
     @cached_property
     def store(self) -> BagStore:
-        """The site's bags."""
+        """Return the site's bags."""
         return open_site(self.context)[1]
 
     @cached_property
     def asked(self) -> ModelUpdate:
-        """The model that the server sent."""
+        """Return the model that the server sent."""
         return from_records(self.request, ModelUpdate)
 
     @cached_property
     def training(self) -> int:
-        """Bags that are trained on."""
+        """Return the number of bags that are trained on."""
         return len(self.store.split(self.config.train.held_back, self.config.seed)[0])
 
     @property
     def held_back(self) -> int:
-        """Bags that are held back."""
+        """Return the number of bags that are held back."""
         return len(self.store) - self.training
 
     def allowed_metrics(self) -> frozenset[str]:
-        """The metrics that this reply may hold."""
+        """Return the names of the metrics that this reply may hold."""
         return may_leave(
             self.kind, self.config, self.site, self.terms, training=self.training, held_back=self.held_back
         )
 
 
 def guard(message: Message, context: Context, call_next: Handler) -> Message:
-    """Flower mod: admit the question, have it answered, and send the guard's own encoding of the answer."""
+    """Admit a question, have it answered, and send the guard's own encoding of the answer.
+
+    This is a Flower mod.
+    """
     kind, private = "a question", False
     try:
+        # Inside the try, like all that follows: an exception that escaped to Flower would leave with its
+        # text.
         facts = _gather(message, context)
+        # Only from here on is the type one of ours: a text that the server made up must not enter the
+        # site's log.
         kind, private = facts.kind, facts.private and bool(facts.question.touches)
         admit(facts.question, facts.config, facts.site, facts.terms)
+        # The ledger's length was read before this line, so that only charges made for this very answer
+        # count.
         answer = call_next(message, context).content
         records = to_records(*rebuild(facts, answer), transport=facts.config.federation.transport)
         return Message(records, reply_to=message)
@@ -134,7 +143,7 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
 
 
 def _gather(message: Message, context: Context) -> Facts:
-    """What is known of a question before it is answered.
+    """Gather the facts about a question before it is answered.
 
     Raises:
         UnknownQuestionError: the site has no such question, or the request holds other records.
@@ -163,7 +172,7 @@ def _gather(message: Message, context: Context) -> Facts:
 
 
 def rebuild(facts: Facts, reply: RecordDict) -> list[Record]:
-    """Return the records that a reply may consist of, made anew from what the handler answered.
+    """Return the records that a reply may consist of, made anew from the handler's answer.
 
     Raises:
         EgressError: the reply is anything else than an answer to this question; names keys and shapes only.
@@ -199,7 +208,7 @@ def _rebuilt(facts: Facts, reply: RecordDict, record: Record) -> Record:
 
 
 def _update(facts: Facts, reply: ModelUpdate) -> ModelUpdate:
-    """Arrays under the names and in the order of what is trained, and the metrics in the order of names."""
+    """Return the update with trained arrays in the model's order and metrics in the order of their names."""
     if (reply.sender, reply.round) != (facts.site.name, facts.asked.round):
         raise EgressError("the update speaks for another site or round")
     arrays = reply.arrays
@@ -207,11 +216,14 @@ def _update(facts: Facts, reply: ModelUpdate) -> ModelUpdate:
         if facts.site.policy.secure_aggregation.required or facts.config.secure_aggregation.enabled:
             raise EgressError("this site's updates leave masked only")
         shapes = trained_shapes(facts.config, facts.store.hierarchy)
+        # Exactly the trained arrays: one more, such as a buffer with statistics of images, would leave
+        # without noise.
         if arrays.keys() != shapes.keys():
             raise EgressError("the arrays are not exactly those that are trained")
         for name, shape in shapes.items():
             if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
                 raise EgressError(f"array {name!r} has another shape, or values that are not finite")
+        # The order of arrays could carry a message of its own, so it is fixed.
         arrays = {name: arrays[name] for name in shapes}
         _check_charge(facts)
     elif arrays:
@@ -222,13 +234,13 @@ def _update(facts: Facts, reply: ModelUpdate) -> ModelUpdate:
 
 
 def _check_charge(facts: Facts) -> None:
-    """A private round was charged while it was trained, and nothing older pays for it."""
+    """Refuse a private round unless it was charged while this question was answered."""
     if facts.private and not facts.charges.paid_for_training(facts.asked.round, facts.config):
         raise EgressError("a private round that the ledger has not paid for")
 
 
 def _statement(facts: Facts, reply: PrivacyStatement) -> PrivacyStatement:
-    """The ledger's own statement; without privacy, one that says that no bound holds."""
+    """Return the ledger's own statement, or without privacy one that states no bound."""
     if (reply.site, reply.round) != (facts.site.name, facts.asked.round):
         raise EgressError("the privacy statement speaks for another site or round")
     own = PrivacyStatement(site=facts.site.name, round=facts.asked.round)
@@ -240,7 +252,7 @@ def _statement(facts: Facts, reply: PrivacyStatement) -> PrivacyStatement:
 
 
 def _release(facts: Facts, reply: ProportionRelease) -> ProportionRelease:
-    """The release of this data version: exact as the policy says, noised as the ledger keeps it."""
+    """Return the release of this data version, exact as the policy allows or noised as in the ledger."""
     releases = facts.site.policy.release_proportions is not ReleaseProportions.NONE
     if facts.private and releases:
         own = facts.charges.release(facts.store)
@@ -270,6 +282,8 @@ def classify(error: Exception, *, private: bool = False) -> SiteError:
             return SiteError.SECURE_AGGREGATION
         case ConfigError():
             return SiteError.CONFIGURATION
+        # One code for all of these: which kind of failure it was could tell of a single bag, and no noise
+        # covers it.
         case _ if private:
             return SiteError.UNANSWERED
         case EgressError():

@@ -1,4 +1,4 @@
-"""What a site computes for the server about a model: sums and counts, nothing of a single image."""
+"""Evaluate a model at a site in sums and counts that show no single image."""
 
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,9 @@ IMAGES_AT_ONCE = 256
 
 @torch.no_grad()
 def evaluate_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> dict[str, Metric]:
-    """Proportion KL and L1 per level, averaged over the site's held-back bags; uses no labels.
+    """Return the proportion KL and L1 per level, averaged over the site's held-back bags.
+
+    No label of an image is used.
 
     Returns:
         ``bags-kl`` and ``bags-l1`` (one number per level) and ``held-back-bags``; empty when the site
@@ -41,16 +43,18 @@ def evaluate_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> dict[str
 
 @torch.no_grad()
 def sum_distances(model: LHFGLP, store: BagStore, config: RunConfig) -> NDArray[np.int64]:
-    """Per level the sum over the held-back bags of their total-variation distance, shape (levels,).
+    """Return per level the sum of the held-back bags' total-variation distances, shape (levels,).
 
     EXACT, in steps of ``common.privacy.looks.GRID``: must not leave the site without noise.
     """
     _, distances = _compare_bags(model, store, config)
+    # Half of L1 is the total-variation distance. Each bag's is rounded on its own, so that one bag moves
+    # the sum by at most GRID: that is what the noise is scaled to.
     return np.asarray(to_grid(distances.numpy() / 2).sum(axis=1), dtype=np.int64)
 
 
 def _compare_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL and L1 between true and predicted proportions, each of shape (levels, held-back bags), float64."""
+    """Return KL and L1 between true and predicted proportions, each (levels, held-back bags) in float64."""
     device = choose_device(config.train.device)
     model.to(device).eval()
     _, held_back = store.split(config.train.held_back, config.seed)
@@ -67,7 +71,7 @@ def _compare_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> tuple[to
 
 @torch.no_grad()
 def evaluate_labelled(model: LHFGLP, test: "LabelledImages", config: RunConfig) -> dict[str, Metric]:
-    """Confusion counts per level on labelled images, per-level argmax and best root-to-leaf path.
+    """Count predictions against labels per level, by argmax of each level and by best root-to-leaf path.
 
     Returns:
         ``confusion.argmax.LEVEL`` and ``confusion.path.LEVEL``: C_l * C_l counts, row by row, rows the
@@ -85,7 +89,16 @@ def evaluate_labelled(model: LHFGLP, test: "LabelledImages", config: RunConfig) 
 def read_predictions(
     model: LHFGLP, images: NDArray[np.uint8], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The class of every image at every level, in each way to read it off the model.
+    """Predict the class of every image at every level, in each way that the model allows.
+
+    Args:
+        model: is moved to the device and put into evaluation mode.
+        images: shape (N, S, S, 3).
+        device: where the model runs.
+
+    Returns:
+        Shape (N, L) int64 by reading: ``argmax`` (each level by itself), ``path`` (the best root-to-leaf
+        path) and ``rolled-up`` (each level by the leaves' probabilities, summed up the tree).
 
     Args:
         model: is moved to the device and put into evaluation mode.
@@ -110,7 +123,12 @@ def read_predictions(
 
 
 def confusion_counts(predicted: torch.Tensor, test: "LabelledImages") -> list[NDArray[np.int64]]:
-    """Per level (C_l, C_l) counts, rows the true class; ``predicted`` has shape (N, L)."""
+    """Return per level the counts of true against predicted class, shape (C_l, C_l), rows the true class.
+
+    Args:
+        predicted: classes, shape (N, L).
+        test: the images' labels and hierarchy.
+    """
     truth = torch.from_numpy(test.hierarchy.paths[test.labels])
     counts = []
     for level, size in enumerate(test.hierarchy.sizes):

@@ -1,6 +1,6 @@
-"""The schema of every metric: full name, type, exact length and range, against the site's own figures.
+"""Define the full name, type, exact length and range of every metric of a reply.
 
-A metric's name is one of a fixed list and its value is held against the site's hierarchy and bags, so that
+A metric's name is one of a fixed list and its value is compared with the site's hierarchy and bags, so that
 neither can carry anything else. Knows nothing of records and of who may see which metric.
 """
 
@@ -37,11 +37,14 @@ def suppress(metrics: Mapping[str, Metric], smallest: int) -> dict[str, Metric]:
         for name, counts in metrics.items()
         if isinstance(counts, tuple)
     }
+    # The server must know the threshold: a suppressed count is anything from 1 to one below it.
     return {**shown, SMALLEST_CELL: smallest}
 
 
 def check_metrics(facts: "Facts", metrics: Mapping[str, Metric]) -> None:
-    """Hold a reply's metrics against what this reply may hold: all of them, or at an evaluation none.
+    """Refuse metrics that differ from those that this reply may hold.
+
+    A reply to an evaluation may also hold none at all.
 
     Raises:
         EgressError: a metric is missing, too many, or not of its type, length or range.
@@ -55,7 +58,7 @@ def check_metrics(facts: "Facts", metrics: Mapping[str, Metric]) -> None:
 
 
 def _expected(facts: "Facts") -> dict[str, Check]:
-    """By full name, the check of each metric that the reply may hold."""
+    """Return the check of each metric that the reply may hold, by full name."""
     allowed = facts.allowed_metrics()
     known: dict[str, Check] = {}
     if facts.kind in ("train", "train.masked"):

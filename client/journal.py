@@ -1,8 +1,9 @@
-"""A site's journal: what it did for which message, in figures, one JSON line each.
+"""Keep a site's journal of every message that it handled, in figures, one JSON line each.
 
-For the site's own eyes: ``fedbags status`` and ``fedbags metrics`` at the site read it, and nothing of it is
-sent. Written from one place, the outermost Flower mod, after the guard has decided; a line holds numbers and
-words of ours, so no path, patient id or label can be in it. Knows nothing of what a message means.
+It is meant for the site alone: ``fedbags status`` and ``fedbags metrics`` at the site read it, and nothing of
+it is sent. Written from one place, the outermost Flower mod, after the guard has decided; a line holds
+numbers and words of ours, so no path, patient id or label can be in it. Knows nothing of what a message
+means.
 """
 
 import json
@@ -36,7 +37,7 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class Done:
-    """One message that the site handled."""
+    """Describe one message that the site handled."""
 
     time: float
     """When the reply was ready, seconds since 1970."""
@@ -58,7 +59,10 @@ class Done:
 
 
 def record(message: Message, context: Context, call_next: Handler) -> Message:
-    """Flower mod: hand the message on, and write down what came of it. Simulated sites keep no journal."""
+    """Hand a message on, and write the outcome to the journal.
+
+    This is a Flower mod. Simulated sites keep no journal.
+    """
     path = journal_path(context)
     if path is None:
         return call_next(message, context)
@@ -70,6 +74,7 @@ def record(message: Message, context: Context, call_next: Handler) -> Message:
         done = Done(
             time=round(time.time(), 3),
             run=context.run_id,
+            # The server chooses this text: nothing but a short number of it may enter the journal.
             round=int(group) if group.isdecimal() and len(group) < 10 else 0,
             phase=kind if kind in QUESTIONS else OTHER,
             seconds=round(time.monotonic() - started, 3),
@@ -87,7 +92,10 @@ def record(message: Message, context: Context, call_next: Handler) -> Message:
 
 
 def journal_path(context: Context) -> Path | None:
-    """The journal of the site that this node speaks for: in its kit, or beside its ledger."""
+    """Return the path of this node's journal, or None at a simulated site.
+
+    It lies in the site's kit, or beside its ledger if there is no kit.
+    """
     if kit := context.node_config.get(KIT):
         return Path(str(kit)) / LOGS / JOURNAL_FILE
     if data := context.node_config.get(DATA_PATH):
@@ -96,14 +104,15 @@ def journal_path(context: Context) -> Path | None:
 
 
 def newest_mark(path: Path) -> tuple[Mark, ...]:
-    """The newest mark of the ledger in a journal, if there is one; reads the end of the file only.
+    """Return the newest mark of the ledger in a journal, if there is one, from the end of the file.
 
-    A line that is torn or edited says nothing: the ledger's anchor has it too.
+    A line that is torn or edited is passed over: the ledger's anchor has the mark too.
     """
     try:
         with path.open("rb") as stream:
             start = max(stream.seek(0, os.SEEK_END) - TAIL_BYTES, 0)
             stream.seek(start)
+            # Read from the middle of a file, the first line is most likely cut.
             lines = stream.read().splitlines()[1 if start else 0 :]
     except FileNotFoundError:
         return ()
@@ -116,7 +125,7 @@ def newest_mark(path: Path) -> tuple[Mark, ...]:
 
 
 def _ledger_mark(context: Context) -> dict[str, Any]:
-    """What a line says of the ledger, as its anchor has it."""
+    """Return the ledger's length and head as its anchor holds them, for a line of the journal."""
     data = context.node_config.get(DATA_PATH)
     if not data:
         return {}
@@ -136,7 +145,11 @@ def _ledger_mark(context: Context) -> dict[str, Any]:
 
 
 def append(path: Path, done: Done) -> None:
-    """Add a line; the folder of the journal is made where it is missing, but not the one around it."""
+    """Add a line to the journal.
+
+    The journal's folder is made where it is missing, but not the one around it.
+    """
+    # No ``parents``: a kit or site folder that is missing must show, and not come into being empty.
     path.parent.mkdir(exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(done)) + "\n")
@@ -144,7 +157,10 @@ def append(path: Path, done: Done) -> None:
 
 @contextmanager
 def _log_lines() -> Iterator[None]:
-    """While a message is handled, our log lines go to standard error as JSON; the supervisor keeps them."""
+    """Send our log lines to standard error as JSON while a message is handled.
+
+    The supervisor of the site's processes keeps them.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logger = logging.getLogger("fedbags")

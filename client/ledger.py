@@ -1,4 +1,4 @@
-"""The site's privacy budget: asked before training, recorded durably, enforced against every request.
+"""Enforce a site's privacy budget and record durably what is spent of it.
 
 Reserve -> train -> confirm. A reservation is on the disk before the first gradient, and counts as spent
 for ever: a crash wastes budget and never hides spending. The cap is the site's own (site.toml); nothing
@@ -57,11 +57,14 @@ LEAST_EVENT = DiscreteLaplace(scale=1e6)
 
 
 class DataVersionError(DataError):
-    """The ledger holds other versions of the site's data only, and nobody said that this is one more."""
+    """Report that the ledger does not know the data version and that nobody accepted it."""
 
 
 class Ledger:
-    """One site's ledger, opened for use with one data version. Holds no open file between calls."""
+    """Read and extend one site's ledger for one data version.
+
+    No file stays open between calls. Other processes may write to the ledger at the same time.
+    """
 
     def __init__(
         self, path: Path, data_version: str, anchor: AnchorFile | None = None, seen: Sequence[Mark] = ()
@@ -83,7 +86,9 @@ class Ledger:
         anchor: AnchorFile | None = None,
         seen: Sequence[Mark] = (),
     ) -> Self:
-        """Open the ledger, or make it; a new cap, or another data version, is recorded as a row.
+        """Open the ledger of a site, or make it where there is none.
+
+        A new cap or another accepted data version is recorded as a row.
 
         Args:
             path: the file; its folder must exist.
@@ -116,7 +121,9 @@ class Ledger:
             "cap_delta": float(cap_delta),
         }
         ledger = cls(path, data_version, anchor, seen)
-        marks = ledger._marks()  # read first: who wrote them had made the file before
+        marks = ledger._marks()
+        # The marks were read first: a process that wrote one had made the file before, so a missing file
+        # next to a mark is a lost ledger and not one that another process is about to make.
         if not path.exists():
             if marks:
                 raise LedgerLostError(f"the privacy ledger {path} of site {site!r} is missing\n{ADVICE}")
@@ -145,7 +152,7 @@ class Ledger:
 
     @staticmethod
     def accept_version(path: Path, site: str, data_version: str, *, anchor: AnchorFile | None = None) -> bool:
-        """Record that the site's owner takes a new data version for the same site's data.
+        """Record that the site's owner accepts a new data version as the same site's data.
 
         Returns:
             False when the ledger knew the version already; nothing is written then.
@@ -167,22 +174,25 @@ class Ledger:
 
     @property
     def identifier(self) -> str:
-        """The random name under which this data version may leave the site; it tells nothing of the data."""
+        """Return the random name under which this data version may leave the site.
+
+        It is drawn at random, so that nothing of the data can be found from it.
+        """
         return self._book.identifiers[self.data_version]
 
     @property
     def book(self) -> Book:
-        """What the ledger says, as of the last call."""
+        """Return the ledger state as of the last call."""
         return self._book
 
     def refuse_used_up(self, run_id: str, round: int) -> None:
-        """Refuse where nothing is left of the cap, before anybody searches for a plan.
+        """Refuse when nothing is left of the cap, before the costly search for a privacy plan.
 
-        The refusal is a row like any other; since nobody knows yet what would have been asked for, it names
+        The refusal is a row like any other. Nobody knows yet what would have been asked for, so the row names
         the least event that there is.
 
         Raises:
-            BudgetRefused: all of it is spent.
+            BudgetRefused: the whole cap is spent.
         """
         with self.transaction():
             book = self._book
@@ -202,7 +212,9 @@ class Ledger:
         copies: int = 1,
         generator: Generator = Generator.UNKNOWN,
     ) -> Reservation:
-        """Charge an event before it happens. On return it is on the disk, with all its copies or none.
+        """Charge an event to the budget before it happens.
+
+        On return the event is on the disk, with all its copies or none.
 
         Args:
             event: what will happen.
@@ -225,7 +237,9 @@ class Ledger:
         return Reservation(self._charge(Kind.RESERVED, event, body), event, run_id, round, copies)
 
     def confirm(self, reservation: Reservation) -> None:
-        """Record that the round of a reservation was finished. What is spent does not change.
+        """Record that the round of a reservation was finished.
+
+        What is spent does not change.
 
         Raises:
             RunError: there is no such reservation, or it was confirmed before.
@@ -236,17 +250,28 @@ class Ledger:
             self.append(db, Kind.CONFIRMED, {"reservation": reservation.row})
 
     def release_for(self, data_version: str) -> CountRelease | None:
-        """The noised counts of a data version, if they were released before: send these again."""
+        """Return the stored noised counts of a data version, or None if none were released yet.
+
+        Whoever gets counts sends these again and draws no new noise.
+        """
         with self.transaction():
             return self._book.releases.get(data_version)
 
     def store_release(
         self, release: CountRelease, run_id: str, *, generator: Generator = Generator.UNKNOWN
     ) -> CountRelease:
-        """Charge a release and keep its counts, in one row: both are on the disk, or neither.
+        """Charge a release of label counts and store its counts in the same row.
 
-        If another process released this data version meanwhile, its counts are returned, and the ones
-        given here must be forgotten: two draws of the noise for the same counts would cost twice.
+        One row holds both, so that both are on the disk or neither. If another process released this data
+        version meanwhile, its counts are returned, and the ones given here must be forgotten.
+
+        Args:
+            release: the noised counts.
+            run_id: the run that they were drawn for.
+            generator: what their noise was drawn from.
+
+        Returns:
+            The counts to send.
 
         Raises:
             BudgetRefused: the cap does not allow it; the counts must be forgotten.
@@ -261,25 +286,30 @@ class Ledger:
         return self._book.releases[self.data_version]
 
     def statement(self, round: int) -> PrivacyStatement:
-        """See ``Book.statement``."""
+        """Return the privacy statement of the site after a round, as ``Book.statement`` makes it."""
         with self.transaction():
             return self._book.statement(round)
 
     def events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
-        """All events so far in the order of their rows, reserved ones included."""
+        """Return all events so far in the order of their rows, including reserved ones."""
         with self.transaction():
             return tuple(self._book.events)
 
     def export(self) -> dict[str, Any]:
-        """See ``Book.export``."""
+        """Return the spending in the form that another accountant can check, as ``Book.export`` makes it."""
         with self.transaction():
             return self._book.export()
 
     def _charge(self, kind: Kind, event: PoissonGaussian | DiscreteLaplace, body: dict[str, Any]) -> int:
         with self.transaction() as db:
             book = self._book
+            # A second draw of the noise for the same counts would cost the budget twice, so the first one
+            # stays. This is checked under the file's lock, which another process may have held since the
+            # caller looked.
             if kind is Kind.RELEASED and self.data_version in book.releases:
                 return 0
+            # The decision is made on all events together: epsilons of single events do not add up to that
+            # of their composition.
             asked, cap = (*book.events_for(book.unit), *[event] * copies_of(body)), book.cap
             if fits(asked, cap.epsilon, cap.delta, Adjacency.REPLACE_ONE):
                 return self.append(db, kind, body)
@@ -289,21 +319,25 @@ class Ledger:
         raise refusal
 
     def _note_refusal(self, event: PoissonGaussian | DiscreteLaplace, body: Mapping[str, Any]) -> None:
-        """Record what was refused; on a full disk the refusal stands all the same."""
+        """Record a refused event; ignore a ledger that cannot be written."""
         asked_for = {
             "event": event.model_dump(),
             "run_id": body["run_id"],
             "round": body.get("round", 0),
             "copies": copies_of(body),
         }
+        # On a full disk the refusal stands all the same: it spends nothing, so it need not be on record.
         with suppress(LedgerBusyError), self.transaction() as db:
             self.append(db, Kind.REFUSED, asked_for)
 
     @contextmanager
     def transaction(self, *, checked: bool = True) -> Iterator[Connection]:
-        """Alone with the file, and the book brought up to date with what other processes wrote.
+        """Hold the ledger file alone, with the ledger state brought up to date, for the length of a block.
 
-        At the end the rows are on the disk, and then the anchor that names them.
+        At the end of the block the rows are on the disk, and then the anchor that names them.
+
+        Args:
+            checked: refuse a ledger that lost rows; off only while such a loss is being accepted.
         """
         known = self._book.rows
         try:
@@ -313,6 +347,8 @@ class Ledger:
                     self._refuse_lost(db)
                 self._carry.recall(self._book, lambda seq: hash_of(db, seq))
                 yield db
+                # Without these rows, a process that answers a single message would read a whole long
+                # ledger first.
                 if self._book.rows - self._book.carried_at >= CARRY_EVERY:
                     self.append(db, Kind.CARRIED, {"state": self._book.state()})
         except BaseException:
@@ -320,11 +356,16 @@ class Ledger:
             if self._book.rows != known:
                 self._book = Book()
             raise
+        # Only after the commit: an anchor ahead of its ledger would name rows that do not exist, and the
+        # site would refuse its own sound ledger after a crash.
         self._anchor.advance(self._book)
         self._carry.keep(self._book)
 
     def _read(self, db: Connection) -> None:
-        """Read what is new; in a fresh process, only from the newest row that carries all before it."""
+        """Read the rows that are new since the last call.
+
+        A fresh process begins at the newest row that carries the state of all rows before it.
+        """
         if self._book.last is None:
             self._book = Book.begun(db, self.path)
         for entry in read_entries(db, self.path, self._book.last):
@@ -344,7 +385,7 @@ class Ledger:
             )
 
     def append(self, db: Connection, kind: Kind, body: dict[str, Any]) -> int:
-        """Add one row in a transaction of ``transaction``, and its meaning to the book; its number."""
+        """Add one row within a transaction, update the ledger state, and return the row's number."""
         entry = append_row(
             db, self._book.last, kind, {**body, "data_version": self.data_version, "time": now()}
         )

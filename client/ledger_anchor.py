@@ -1,7 +1,7 @@
-"""The ledger's second anchor: how long its chain was and what was spent, kept in another file.
+"""Keep a second record of the ledger's length and spending in another file, the anchor.
 
 A ledger that is deleted, or replaced by an older copy, is consistent in itself. The anchor is not in it: it
-lies in the kit's state folder where the site has a kit, else beside the ledger, and is written after every
+lies in the kit's state folder if the site has a kit, else in the ledger's folder, and is written after every
 row. It may be behind the ledger (a crash between the two), never ahead: a ledger whose chain does not hold
 the anchor's head has lost rows. The anchor carries the events, so that a lost file loses no spending.
 """
@@ -30,11 +30,11 @@ STATE = "state"
 
 
 class LedgerLostError(LedgerError):
-    """The ledger is missing, or no longer holds rows that the site once wrote."""
+    """Report that the ledger is missing, or no longer holds rows that the site once wrote."""
 
 
 class Anchor(BaseModel):
-    """The ledger as it was after its newest row."""
+    """Represent the ledger as it was after its newest row."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -51,7 +51,7 @@ class Anchor(BaseModel):
 
     @classmethod
     def of(cls, book: Book) -> "Anchor":
-        """The anchor of a book that holds at least one row."""
+        """Return the anchor of a ledger state with at least one row."""
         return cls(
             site=book.site,
             unit=book.unit.value,
@@ -65,21 +65,21 @@ class Anchor(BaseModel):
 
     @property
     def mark(self) -> Mark:
-        """How long the chain was, and its newest hash."""
+        """Return the length of the chain and its newest hash."""
         return Mark(self.rows, self.head)
 
 
 @dataclass(frozen=True)
 class AnchorFile:
-    """Where the anchor of one ledger lies."""
+    """Read and write the anchor of one ledger."""
 
     path: Path
 
     def read(self) -> Anchor | None:
-        """The anchor, None where there is none.
+        """Return the anchor, or None if there is none.
 
         Raises:
-            LedgerLostError: the file is damaged: what it said of the ledger is not known.
+            LedgerLostError: the file is damaged, so that the ledger's last known state is unknown.
         """
         try:
             return Anchor.model_validate_json(self.path.read_bytes())
@@ -91,7 +91,7 @@ class AnchorFile:
             ) from error
 
     def advance(self, book: Book) -> None:
-        """Write down where the ledger is now, unless another process wrote more already.
+        """Write the ledger's present state to the anchor, unless another process has written more already.
 
         Raises:
             LedgerBusyError: it cannot be written; what was to happen must not happen.
@@ -101,9 +101,13 @@ class AnchorFile:
                 try:
                     found = self.read()
                 except LedgerLostError:
+                    # A damaged anchor may be overwritten only after the owner has accepted a loss.
+                    # Otherwise spoiling the anchor would be enough to hide an older ledger.
                     if not book.losses:
                         raise
                     found = None
+                # A shorter chain may replace the anchor's only where the anchor's was declared lost:
+                # after that, the new chain is the ledger.
                 if found is None or found.rows < book.rows or found.head in book.lost:
                     self._write(Anchor.of(book))
         except OSError as error:
@@ -112,6 +116,8 @@ class AnchorFile:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         self.path.parent.mkdir(exist_ok=True)  # the kit's state folder, where it is missing; never the kit
+        # The folder is locked and not the anchor: a rename gives the anchor a new inode, and a lock on
+        # the old one would exclude nobody.
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -141,18 +147,18 @@ ADVICE = (
 
 
 def anchor_file(ledger: Path, kit: Path | None = None) -> AnchorFile:
-    """The anchor of a ledger: in the kit's state folder where there is a kit, else beside the ledger."""
+    """Return the anchor of a ledger, in the kit's state folder if there is a kit, else in the ledger's."""
     folder = ledger.parent if kit is None else kit / STATE
     return AnchorFile(folder / ledger.with_suffix(ANCHOR_SUFFIX).name)
 
 
 def anchor_of_node(ledger: Path, node: Mapping[str, Any]) -> AnchorFile:
-    """The anchor for a node with this configuration. Touches no file."""
+    """Return the anchor for a node with this configuration, without touching a file."""
     return anchor_file(ledger, Path(str(node[KIT])) if node.get(KIT) else None)
 
 
 def lost_marks(marks: Iterable[Mark], book: Book, hash_of: Callable[[int], str | None]) -> list[Mark]:
-    """Those of the marks that the chain does not hold, and whose loss nobody accepted.
+    """Return the marks that the chain does not hold and whose loss nobody accepted.
 
     Args:
         marks: how long the chain was, and its head then.
@@ -163,10 +169,10 @@ def lost_marks(marks: Iterable[Mark], book: Book, hash_of: Callable[[int], str |
 
 
 def lost_events(anchor: Anchor, book: Book) -> dict[str, Tally]:
-    """What the anchor says was spent and the ledger does not: ``events`` and ``bag_events`` of a loss.
+    """Return the ``events`` and ``bag_events`` that the anchor counts as spent and the ledger does not.
 
     A ledger whose every event the anchor knows too is an older copy of the same chain, so the difference was
-    lost. Any other was written beside that chain: then all that the anchor knows counts on top.
+    lost. Any other was written apart from that chain: then all that the anchor knows counts on top.
     """
     return {
         "events": _difference(anchor.events, tally(book.events_for(book.unit))),
@@ -180,6 +186,7 @@ def _difference(anchored: Tally, held: Tally) -> Tally:
     for sign, side in ((1, anchored), (-1, held)):
         for event, number in side:
             fixed = {name: value for name, value in event.items() if name != "steps"}
+            # Steps are compared as a sum: the same spending may be divided into rows in another way.
             key = json.dumps(fixed, sort_keys=True)
             plain[key] = fixed
             left[key] = left.get(key, 0) + sign * number * int(event.get("steps", 1))

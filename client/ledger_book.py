@@ -1,9 +1,9 @@
-"""What the rows of a ledger mean: what was spent, by which run, under which cap. Reads entries only.
+"""Interpret the rows of a ledger as a ledger state, with all spending, its runs and the cap.
 
-Everything on the site's disk composes into one figure, over runs and over data versions. A new data
-version is a changed folder, and mostly the same patients: counting it as new people would let an edited
-row renew the budget. So all events count, for ever, and reservations count from the moment they are
-made, confirmed or not. A version that the site's owner has not accepted is no version of this book.
+Reads entries only. Everything on the site's disk composes into one figure, over runs and over data versions.
+A new data version is a changed folder, and mostly the same patients: counting it as new people would let an
+edited row renew the budget. So all events count, for ever, and reservations count from the moment they are
+made, confirmed or not. A version that the site's owner has not accepted is not part of the state.
 """
 
 import json
@@ -36,7 +36,13 @@ from common.privacy.randomness import Generator
 
 
 def copies_of(body: Mapping[str, Any]) -> int:
-    """How many equal events a reserved or refused row is for: one, or one a level for a look."""
+    """Return the number of equal events that a reserved or refused row stands for.
+
+    It is 1 for a round, and the number of levels for an evaluation on held-back bags.
+
+    Raises:
+        ValueError: the number is below 1.
+    """
     copies = int(body.get("copies", 1))
     if copies < 1:
         raise ValueError("a row is for at least one event")
@@ -48,12 +54,12 @@ Tally = list[tuple[dict[str, Any], int]]
 
 
 def tally(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> Tally:
-    """Events in their order, runs of equal ones together."""
+    """Return events in their order as JSON, with runs of equal events counted."""
     return [(event.model_dump(), sum(1 for _ in run)) for event, run in groupby(events)]
 
 
 def untally(runs: Iterable[Iterable[Any]]) -> list[PoissonGaussian | DiscreteLaplace]:
-    """The events of a tally; the inverse of ``tally``.
+    """Return the events of a tally, as the inverse of ``tally``.
 
     Raises:
         ValueError: a number is below 1, or an event is none.
@@ -68,7 +74,10 @@ def untally(runs: Iterable[Iterable[Any]]) -> list[PoissonGaussian | DiscreteLap
 
 @dataclass(frozen=True)
 class Cap:
-    """The most that may ever be spent: epsilon at delta, replace-one of the ledger's unit."""
+    """Hold the most that may ever be spent.
+
+    Both figures are those of replace-one of the ledger's unit.
+    """
 
     epsilon: float
     delta: float
@@ -76,7 +85,10 @@ class Cap:
 
 @dataclass(frozen=True)
 class Reservation:
-    """An event that is on the disk as spent. ``row`` names it in the ledger."""
+    """Represent an event that is on the disk as spent.
+
+    ``row`` names it in the ledger.
+    """
 
     row: int
     event: PoissonGaussian | DiscreteLaplace
@@ -86,7 +98,7 @@ class Reservation:
 
     @classmethod
     def of(cls, entry: Entry) -> Self:
-        """The reservation that a row of kind ``reserved`` records."""
+        """Return the reservation that a row of kind ``reserved`` records."""
         body = entry.body
         event = event_from_dict(body["event"])
         return cls(entry.seq, event, str(body["run_id"]), int(body["round"]), copies_of(body))
@@ -94,7 +106,7 @@ class Reservation:
 
 @dataclass
 class Book:
-    """The meaning of a ledger's rows, brought forward row by row with ``add``."""
+    """Hold the ledger state, brought forward row by row with ``add``."""
 
     site: str = ""
     unit: Unit = Unit.BAG
@@ -139,7 +151,7 @@ class Book:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a ledger file without changing it.
+        """Read the state of a ledger file without changing the file.
 
         Raises:
             UserError: there is no such file.
@@ -151,7 +163,7 @@ class Book:
 
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Self:
-        """The book of these rows."""
+        """Return the state after these rows."""
         book = cls()
         for entry in entries:
             book.add(entry)
@@ -159,7 +171,7 @@ class Book:
 
     @classmethod
     def begun(cls, db: Connection, path: Path, rows: int | None = None) -> Self:
-        """The book at the newest row that carries all before it, if there is one; else one without rows.
+        """Return the state at the newest row that carries one, or an empty state if no row does.
 
         Args:
             db: the ledger file.
@@ -176,7 +188,7 @@ class Book:
 
     @classmethod
     def carried(cls, entry: Entry, row: Callable[[int], Entry]) -> Self:
-        """The book as a row of kind ``carried`` tells it, without reading those before it.
+        """Return the state that a row of kind ``carried`` holds, without reading the rows before it.
 
         Args:
             entry: that row, part of a chain that was checked when it was written.
@@ -196,6 +208,7 @@ class Book:
             book._spend(untally(state["events"]), untally(state["bag_events"]))
             book.release_rows = {str(version): int(number) for version, number in state["releases"]}
             for version, number in book.release_rows.items():
+                # The state names the row of a release only; its counts, maybe one row per bag, stay there.
                 book.releases[version] = _release(row(number).body)
             book.open_reservations = set(map(int, state["open"]))
             book.generators = tuple(map(Generator, state["generators"]))
@@ -208,7 +221,7 @@ class Book:
         return book
 
     def state(self) -> dict[str, Any]:
-        """All that later rows build on, as JSON: what a row of kind ``carried`` holds."""
+        """Return all that later rows build on as JSON, which a row of kind ``carried`` holds."""
         return {
             "site": self.site,
             "unit": self.unit.value,
@@ -228,11 +241,11 @@ class Book:
 
     @property
     def last(self) -> Entry | None:
-        """The newest row."""
+        """Return the newest row, or None before the first."""
         return self.entries[-1] if self.entries else None
 
     def add(self, entry: Entry) -> None:
-        """Take in one more row.
+        """Take one more row into the state.
 
         Raises:
             LedgerError: the row says something that no ledger says.
@@ -252,6 +265,8 @@ class Book:
         match Kind(entry.kind):
             case Kind.OPENED:
                 site, unit = str(body["site"]), Unit(body["unit"])
+                # Events of two units do not compose into one figure, and another site's spending is not
+                # this site's.
                 if self.entries and (site, unit) != (self.site, self.unit):
                     raise ValueError("site and unit never change")
                 self.site, self.unit, self.data_version = site, unit, str(body["data_version"])
@@ -267,6 +282,8 @@ class Book:
                 self._drew_from(body)
                 self.open_reservations.add(entry.seq)
             case Kind.CONFIRMED:
+                # Nothing is given back: a site that crashed after a gradient has spent as much as one
+                # that finished.
                 self.open_reservations.remove(int(body["reservation"]))
             case Kind.RELEASED:
                 release, version = _release(body), str(body["data_version"])
@@ -281,6 +298,8 @@ class Book:
                 self.lost |= set(map(str, body["heads"]))
                 self.losses += 1
             case Kind.CARRIED:
+                # Whoever reads from the first row on checks each carried state against the rows. A state
+                # that left spending out would hide it from all processes that begin there.
                 if body["state"] != self.state():
                     raise ValueError("it carries forward something else than the rows before it say")
                 self.carried_at = entry.seq
@@ -297,23 +316,29 @@ class Book:
 
     def _know_version(self, body: Mapping[str, Any]) -> None:
         version = str(body["data_version"])
+        # The first row stands: its name may have left the site already, and a second name would look like
+        # other data.
         self.versions.setdefault(version, str(body["time"]))
         if "identifier" in body:
             self.identifiers.setdefault(version, str(body["identifier"]))
 
     def _drew_from(self, body: Mapping[str, Any]) -> None:
+        # Rows of earlier releases do not name a generator; they are reported as unknown, not as secure.
         generator = Generator.read(str(body.get("generator", "")))
         if generator not in self.generators:
             self.generators = (*self.generators, generator)
 
     def spent(self, adjacency: Adjacency = Adjacency.REPLACE_ONE) -> float:
-        """Epsilon of all events for the ledger's unit at the cap's delta (dp-accounting PLD)."""
+        """Return the epsilon of all events for the ledger's unit at the cap's delta (dp-accounting PLD)."""
         return spent(self.events_for(self.unit), self.cap.delta, adjacency)
 
     def events_for(self, unit: Unit) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
-        """All events, merged, with the releases of counts scaled to ``unit``.
+        """Return all events, merged, with the releases of counts scaled to ``unit``.
 
-        Steps and looks are bounded per bag in any case.
+        Training steps and evaluations on held-back bags are bounded per bag in any case.
+
+        Raises:
+            ValueError: the unit is neither the ledger's nor the bag.
         """
         if unit not in (self.unit, Unit.BAG):
             raise ValueError(f"a ledger for the unit {self.unit.value!r} tells nothing of the {unit.value!r}")
@@ -325,10 +350,11 @@ class Book:
         return merged
 
     def statement(self, round: int) -> PrivacyStatement:
-        """Return what the site tells the server after a round. It speaks of replace-one BAG in any case.
+        """Return the privacy statement that the site sends to the server after a round.
 
-        ``epsilon`` and ``events`` are for the bag, whatever unit the cap protects (PLD, at the cap's
-        delta). ``budget_left`` is what the cap leaves, in the ledger's unit.
+        It speaks of replace-one BAG in any case. ``epsilon`` and ``events`` are for the bag, whatever unit
+        the cap protects (PLD, at the cap's delta). ``budget_left`` is what the cap leaves, in the ledger's
+        unit.
         """
         events = self.events_for(Unit.BAG)
         epsilon = spent(events, self.cap.delta, Adjacency.REPLACE_ONE)
@@ -345,7 +371,7 @@ class Book:
         )
 
     def export(self) -> dict[str, Any]:
-        """All that it takes to recompute ``spent`` with another accountant.
+        """Return all that it takes to recompute ``spent`` with another accountant.
 
         Noise multipliers are relative to the clip norm of one bag. A release's scale is relative to the
         images that the unit named in ``unit`` can move, so that it costs two mechanisms of sensitivity 1
@@ -369,6 +395,7 @@ class Book:
 
 
 def _release(body: Mapping[str, Any]) -> CountRelease:
+    # Through JSON, because the strict model takes lists for tuples only when it parses JSON.
     return CountRelease.model_validate_json(json.dumps(body["release"]))
 
 

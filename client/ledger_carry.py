@@ -1,4 +1,4 @@
-"""What a ledger's events compose to, kept beside it, so that a new process composes only what came since.
+"""Keep the composed privacy loss of a ledger, so that a new process composes only newer events.
 
 The file is a copy of what can be computed from the ledger. It is dropped, and everything is composed again,
 unless
@@ -40,14 +40,17 @@ SEAL_BYTES = 32
 
 
 class CarryFile:
-    """The file of one ledger. Writes nothing before a ledger has more than ``composition.DIRECT`` events."""
+    """Read and write the composed privacy loss of one ledger.
+
+    Nothing is written before a ledger has more than ``composition.DIRECT`` events.
+    """
 
     def __init__(self, ledger: Path) -> None:
         self.path = ledger.with_suffix(CARRY_SUFFIX)
         self._written: tuple[Composition, ...] = ()
 
     def recall(self, book: Book, hash_of: Callable[[int], str | None]) -> None:
-        """Take what the file holds into memory, if it can be believed and memory has nothing of this ledger.
+        """Load the file into memory if it can be trusted and memory has nothing of this ledger yet.
 
         Args:
             book: the ledger.
@@ -58,6 +61,8 @@ class CarryFile:
         try:
             content = self.path.read_bytes()
             seal, content = content[:SEAL_BYTES], content[SEAL_BYTES:]
+            # The seal is checked before anything is parsed: nothing of a foreign file reaches the
+            # unpacking code.
             if not hmac.compare_digest(seal, self._seal(content)):
                 return
             about, compositions = composition.unpack(content)
@@ -70,7 +75,7 @@ class CarryFile:
         self._written = compositions
 
     def keep(self, book: Book) -> None:
-        """Write down what memory holds of this ledger, if that is more than the file does."""
+        """Write what memory holds of this ledger's composition, if that is more than the file holds."""
         if not _is_long(book):
             return
         kept = _kept_of(book)
@@ -100,7 +105,7 @@ def _is_long(book: Book) -> bool:
 
 
 def _kept_of(book: Book) -> tuple[Composition, ...]:
-    """What memory holds of the ledger's events, scaled to its unit and to a bag."""
+    """Return the compositions in memory of the ledger's events, scaled to its unit and to a bag."""
     kept: dict[Composition, None] = {}
     for unit in dict.fromkeys((book.unit, Unit.BAG)):
         kept |= dict.fromkeys(composition.kept_for(amounts_of(book.events_for(unit)), Adjacency.REPLACE_ONE))

@@ -1,8 +1,8 @@
-"""Whether a ledger file can be believed: every problem, by row. Changes nothing and trusts nothing.
+"""Check a ledger file and list every problem by row.
 
-The chain shows what was edited, deleted in the middle, or reordered. An old copy put back, or a wholly
-rewritten ledger, is consistent in itself: those show only against what is kept elsewhere, such as the site's
-anchor, or the head in the newest privacy statement that the server holds.
+Changes nothing and trusts nothing. The chain shows what was edited, deleted in the middle, or reordered. An
+old copy put back, or a wholly rewritten ledger, is consistent in itself: those show only against what is kept
+elsewhere, such as the site's anchor, or the head in the newest privacy statement that the server holds.
 """
 
 import sqlite3
@@ -28,7 +28,7 @@ from common.privacy.events import Adjacency
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """Describe one thing that is wrong with a ledger file."""
 
     row: int | None
     """1-based row of the ledger; None when it concerns the file as a whole."""
@@ -41,7 +41,7 @@ class Problem:
 def verify(
     path: Path, head: str | None = None, site: str | None = None, anchor: AnchorFile | None = None
 ) -> list[Problem]:
-    """Check a ledger file.
+    """Check a ledger file and return what is wrong with it.
 
     Args:
         path: the file.
@@ -59,6 +59,7 @@ def verify(
     entries: list[Entry] = []
     problems: list[Problem] = []
     try:
+        # Not ``reading`` and ``read_entries``, which stop at the first fault: the user is to see all of them.
         with open_file(path) as db:
             check_version(db, path)
             problems += _check_file(db)
@@ -114,6 +115,7 @@ def _check_file(db: sqlite3.Connection) -> list[Problem]:
         if text != "ok"
     ]
     found = {text for (text,) in db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
+    # Exact texts: a trigger that was weakened rather than dropped must show as well.
     if found != set(SCHEMA):
         problems.append(Problem(None, "the table or the triggers that keep it append-only were changed"))
     (rows,) = db.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()
@@ -124,7 +126,7 @@ def _check_file(db: sqlite3.Connection) -> list[Problem]:
 
 
 def _check_chain(db: sqlite3.Connection, entries: list[Entry]) -> list[Problem]:
-    """Check every row against the one before; collects the readable ones in ``entries``."""
+    """Check every row against the one before it, and collect the readable rows in ``entries``."""
     problems = []
     expected, previous = 1, NO_ROW
     for row in db.execute("SELECT * FROM entries ORDER BY seq"):
@@ -139,7 +141,7 @@ def _check_chain(db: sqlite3.Connection, entries: list[Entry]) -> list[Problem]:
 
 
 def _check_meaning(entries: list[Entry]) -> list[Problem]:
-    """What the rows say, once the chain holds: known content, and a cap that was kept."""
+    """Check that the rows of a sound chain have known content and stayed within the cap."""
     book = Book()
     for entry in entries:
         try:
@@ -148,6 +150,8 @@ def _check_meaning(entries: list[Entry]) -> list[Problem]:
             return [Problem(entry.seq, str(error))]
     if not entries:
         return [Problem(None, "the ledger holds no row")]
+    # Composed afresh from the events: the carried composition is a file that its owner could have
+    # written.
     if not fits(book.events, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE, afresh=True):
         return [Problem(entries[-1].seq, f"more than the cap of {book.cap.epsilon:g} was spent")]
     return []

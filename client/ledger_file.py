@@ -1,9 +1,9 @@
-"""The ledger's file: hash-chained rows in SQLite that can only be appended to. Knows no budgets.
+"""Read and write the ledger's file, an append-only chain of hashed rows in SQLite.
 
-Each row holds one JSON object; its hash covers the row before it, so that a change anywhere shows in all
-that follows. The chain is no lock: whoever can write the file can write a whole new chain. That, and an
-old copy put back, show only against a hash that somebody else keeps: the server keeps the head that
-comes with each privacy statement (``client.ledger_check``).
+Knows no budgets. Each row holds one JSON object, and its hash covers the row before it, so that a change
+anywhere shows in all that follows. The chain is no lock: whoever can write the file can write a whole new
+chain. That, and an old copy put back, show only against a hash that is kept elsewhere: the server keeps the
+head that comes with each privacy statement (``client.ledger_check``).
 """
 
 import hashlib
@@ -36,6 +36,8 @@ WAIT_SECONDS = 60.0
 SCHEMA = (
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, body TEXT NOT NULL, "
     "previous TEXT NOT NULL, hash TEXT NOT NULL)",
+    # The triggers stop a mistake in our own code. They stop no attacker, who can drop them; the chain
+    # shows that.
     "CREATE TRIGGER no_update BEFORE UPDATE ON entries "
     "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     "CREATE TRIGGER no_delete BEFORE DELETE ON entries "
@@ -54,7 +56,7 @@ PRAGMAS = (
 
 
 class Kind(StrEnum):
-    """What a row records."""
+    """Name what a row of the ledger records."""
 
     OPENED = "opened"
     """Site, unit, data version and cap from here on; the first row, and again when one changes."""
@@ -76,7 +78,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Entry:
-    """One row."""
+    """Represent one row of the ledger."""
 
     seq: int
     kind: str
@@ -87,33 +89,37 @@ class Entry:
 
 @dataclass(frozen=True)
 class Mark:
-    """How long the chain of a ledger was, and its newest hash then."""
+    """Hold the length of a ledger's chain at some time, with its newest hash then."""
 
     rows: int
     head: str
 
 
 class LedgerError(UserError):
-    """The file is not a ledger that can be trusted, or not the one that was asked for."""
+    """Report a file that is not a ledger that can be trusted, or is another one than was asked for."""
 
 
 class LedgerBusyError(RunError):
-    """The ledger could not be written (disk full, no permission, locked): nothing new was granted."""
+    """Report that the ledger could not be written, so that nothing new was granted.
+
+    The disk may be full, the permission missing, or the file locked by another process.
+    """
 
 
 def canonical(body: Mapping[str, Any]) -> str:
-    """The one JSON text of a row's content."""
+    """Return the one JSON text that a row's content is hashed and stored as."""
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def chain_hash(previous: str, seq: int, kind: str, body: str) -> str:
-    """SHA-256 over the hash of the row before and this row's canonical JSON."""
+    """Return the SHA-256 over the hash of the row before and this row's canonical JSON, as hexadecimal."""
+    # Number and kind are hashed as well: else a row could be moved, or a charge relabelled as a refusal.
     row = canonical({"seq": seq, "kind": kind, "body": body})
     return hashlib.sha256(f"{previous}\n{row}".encode()).hexdigest()
 
 
 def create(path: Path, body: Mapping[str, Any]) -> None:
-    """Make a ledger whose first row holds ``body``; if another process was faster, leave its file.
+    """Make a ledger whose first row holds ``body``, unless another process has made one meanwhile.
 
     The file appears complete or not at all: an empty ledger file is never one of ours, so an emptied one
     cannot pass for a fresh one.
@@ -123,6 +129,7 @@ def create(path: Path, body: Mapping[str, Any]) -> None:
         LedgerBusyError: the disk is full.
     """
     try:
+        # The temporary file must be in the same folder: a hard link cannot cross file systems.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     except OSError as error:
         raise UserError(f"the privacy ledger {path} cannot be made: {error.strerror or error}") from error
@@ -143,6 +150,8 @@ def create(path: Path, body: Mapping[str, Any]) -> None:
         except FileExistsError:
             return  # another process was faster; its file is as good
         folder = os.open(path.parent, os.O_RDONLY)
+        # SQLite synced the content; without this, a power cut could still lose the name, and with it the
+        # ledger.
         os.fsync(folder)
         os.close(folder)
     except (OSError, sqlite3.Error) as error:
@@ -153,7 +162,7 @@ def create(path: Path, body: Mapping[str, Any]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction that holds the file alone: durable at the end of the block, undone by an exception.
+    """Hold the file alone for one transaction, durable at the end of the block and undone by an exception.
 
     Raises:
         LedgerBusyError: the disk is full, the file is locked or cannot be written.
@@ -173,7 +182,7 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """One consistent look at the file.
+    """Open one consistent view of the file for the length of a block.
 
     Raises:
         LedgerError: the file is damaged, or no ledger of this version.
@@ -188,7 +197,7 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def append(db: sqlite3.Connection, last: Entry | None, kind: Kind, body: Mapping[str, Any]) -> Entry:
-    """Add one row after ``last``, the newest row of the file, with a salt of its own."""
+    """Add one row with a salt of its own after ``last``, the newest row of the file."""
     seq, previous = (last.seq + 1, last.hash) if last else (1, NO_ROW)
     # Without the salt, whoever knows all of a row but one count would find the count by trying hashes.
     text = canonical({**body, SALT: secrets.token_hex(SALT_BYTES)})
@@ -198,7 +207,7 @@ def append(db: sqlite3.Connection, last: Entry | None, kind: Kind, body: Mapping
 
 
 def read_entries(db: sqlite3.Connection, path: Path, last: Entry | None = None) -> list[Entry]:
-    """The rows after ``last`` (all of them without), checked against the chain.
+    """Return the rows after ``last``, or all rows without it, checked against the chain.
 
     Raises:
         LedgerError: a row does not continue the chain, or ``last`` is no longer in the file.
@@ -218,13 +227,18 @@ def read_entries(db: sqlite3.Connection, path: Path, last: Entry | None = None) 
             )
         entries.append(entry)
         seq, previous = entry.seq, entry.hash
+    # Rows cut off at the end leave a sound chain behind. SQLite's counter still knows that they were
+    # there.
     if newest_written(db) > seq:
         raise LedgerError(f"the ledger {path} lost its newest rows, from row {seq + 1} on (deleted)")
     return entries
 
 
 def newest_of_kind(db: sqlite3.Connection, kind: Kind, rows: int | None = None) -> int:
-    """The number of the newest row of a kind, 0 where there is none; read from the end, or from ``rows``."""
+    """Return the number of the newest row of a kind up to row ``rows``, or 0 if there is none.
+
+    ``rows`` is the newest row of the file if None.
+    """
     row = db.execute(
         "SELECT seq FROM entries WHERE kind = ? AND seq <= ? ORDER BY seq DESC LIMIT 1",
         (kind, newest_written(db) if rows is None else rows),
@@ -233,7 +247,7 @@ def newest_of_kind(db: sqlite3.Connection, kind: Kind, rows: int | None = None) 
 
 
 def read_entry(db: sqlite3.Connection, path: Path, seq: int) -> Entry:
-    """One row, checked by itself.
+    """Return one row, checked against its own hash but not against the row before it.
 
     Raises:
         LedgerError: it is missing, or its content does not match its hash.
@@ -246,24 +260,31 @@ def read_entry(db: sqlite3.Connection, path: Path, seq: int) -> Entry:
 
 
 def hash_of(db: sqlite3.Connection, seq: int) -> str | None:
-    """The hash of a row, None where there is no such row."""
+    """Return the hash of a row, or None if there is no such row."""
     row = db.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)).fetchone()
     return str(row[0]) if row else None
 
 
 def holds(db: sqlite3.Connection, head: str) -> bool:
-    """Whether a row of the file has this hash."""
+    """Return whether a row of the file has this hash."""
     return db.execute("SELECT 1 FROM entries WHERE hash = ?", (head,)).fetchone() is not None
 
 
 def newest_written(db: sqlite3.Connection) -> int:
-    """The highest row number that SQLite ever gave out here; it outlives the row."""
+    """Return the highest row number that SQLite ever gave out in this file.
+
+    SQLite keeps it apart from the rows, so it outlives a row that was deleted.
+    """
     row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
     return int(row[0]) if row else 0
 
 
 def parse_row(row: tuple[Any, ...], seq: int, previous: str) -> tuple[Entry | None, str]:
-    """A row as an entry, and what is wrong with it as row ``seq`` after ``previous`` (or nothing)."""
+    """Parse row ``seq``, which should follow the hash ``previous``, and describe its fault.
+
+    Returns:
+        The row, or None if it cannot be parsed; and the fault, or an empty text.
+    """
     found, kind, text, before, own = row
     try:
         body = json.loads(text)
@@ -281,7 +302,11 @@ def parse_row(row: tuple[Any, ...], seq: int, previous: str) -> tuple[Entry | No
 
 
 def check_version(db: sqlite3.Connection, path: Path) -> None:
-    """Raise LedgerError unless this is a ledger of the schema that this release reads."""
+    """Refuse a file that is no ledger of the schema that this release reads.
+
+    Raises:
+        LedgerError: it is another file, or of another schema.
+    """
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID:
@@ -296,7 +321,7 @@ def check_version(db: sqlite3.Connection, path: Path) -> None:
 
 
 def damaged(path: Path, error: Exception) -> LedgerError:
-    """The error for a file that SQLite itself cannot read."""
+    """Return the error for a file that SQLite itself cannot read."""
     return LedgerError(
         f"the ledger {path} is damaged: {error}\nPut back the newest intact copy that agrees with the "
         "server's statements (`fedbags ledger verify --head HASH`)."
@@ -305,7 +330,7 @@ def damaged(path: Path, error: Exception) -> LedgerError:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[sqlite3.Connection]:
-    """The file, unchecked, closed at the end of the block."""
+    """Open the file without checking it, and close it at the end of the block."""
     # mode=rw: never creates a file, and can undo what a killed process left half written.
     db = sqlite3.connect(
         f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None

@@ -1,6 +1,6 @@
-"""Accepting that a ledger, or its newest rows, are lost: what is known of them is charged on, and recorded.
+"""Record an accepted loss of a ledger or of its newest rows, and charge what is known of them.
 
-The site's owner alone can say so, by hand (``fedbags ledger accept-loss``); nothing that a server sends does.
+Only the site's owner can accept a loss, by hand (``fedbags ledger accept-loss``). A server cannot.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def accept_loss(
     seen: Sequence[Mark] = (),
     head: str | None = None,
 ) -> bool:
-    """Record that the site's owner takes it that rows of the ledger are lost, and charge what is known.
+    """Record that the site's owner accepts the loss of ledger rows, and charge what is known of them.
 
     What the anchor says was spent is charged on. Where a witness names rows that no anchor that can be read
     covers, an event without noise is charged too: nobody knows what was spent, so the whole budget counts as
@@ -55,6 +55,8 @@ def accept_loss(
     try:
         anchored = anchor.read()
     except LedgerLostError:
+        # A damaged anchor is a loss like any other: what it recorded is unknown, so the whole budget will
+        # count as spent.
         unreadable = True
     if anchored is not None and anchored.site != site:
         raise LedgerError(f"the anchor {anchor.path} is of site {anchored.site!r}, not of {site!r}")
@@ -70,12 +72,15 @@ def accept_loss(
             "cap_delta": anchored.cap_delta if anchored else LEAST_CAP,
         }
         create(path, {**opening, "identifier": new_identifier(), "time": now()})
+    # Unchecked, because the check would refuse exactly the ledger that is to be mended here.
     with ledger.transaction(checked=False) as db:
         book = ledger.book
         if book.site != site:
             raise LedgerError(f"the ledger {path} is of site {book.site!r}, not of {site!r}")
         marks = [*([anchored.mark] if anchored else []), *seen]
         lost = lost_marks(dict.fromkeys(marks), book, lambda seq: hash_of(db, seq))
+        # The coordinator's head finds a loss even if ledger, anchor and journal were all replaced
+        # together.
         if head is not None and head not in {mark.head for mark in marks} | book.lost and not holds(db, head):
             lost.append(Mark(UNKNOWN_ROWS, head))
         if not lost and not unreadable:
@@ -90,7 +95,11 @@ def accept_loss(
 
 
 def _charged(lost: Sequence[Mark], anchored: Anchor | None, book: Book) -> dict[str, Tally]:
-    """What a loss costs: what the anchor says was lost, and no bound where something names further rows."""
+    """Return the events that a loss costs.
+
+    They are what the anchor counts as spent and the ledger does not, and an event without a bound if a mark
+    names rows that the anchor does not cover.
+    """
     reaches = anchored.rows if anchored is not None and anchored.mark in lost else UNKNOWN_ROWS
     known = (
         lost_events(anchored, book) if anchored is not None and reaches else {"events": [], "bag_events": []}

@@ -1,6 +1,6 @@
-"""What the guard sees of a site's ledger: what was charged while one question was answered.
+"""Show the guard which charges a site's ledger recorded while one question was answered.
 
-Reads the file by itself, whatever a handler says of it, and never writes.
+Reads the file by itself, so that the guard need not believe a handler, and never writes.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the accountants are loaded in private runs only
 
 @dataclass(frozen=True)
 class Charges:
-    """The ledger of a private run, and how long it was before a question was answered."""
+    """Hold the ledger of a private run and its length before a question was answered."""
 
     path: Path | None
     """None in a run without privacy, which has no ledger."""
@@ -33,7 +33,7 @@ class Charges:
 
     @classmethod
     def before(cls, context: Context, config: RunConfig, site: SiteConfig, folder: Path) -> Self:
-        """Return the view as of now, before the question is answered."""
+        """Return the view of the ledger as it is before the question is answered."""
         if not config.dp.epsilon:
             return cls(None, "", 0)
         from client.budget import ledger_path, run_name
@@ -48,6 +48,8 @@ class Charges:
     def paid_for_training(self, round: int, config: RunConfig) -> bool:
         """Return whether the round's private steps were reserved while this question was answered."""
         return any(
+            # Exactly this round's event: a cheaper reservation, of fewer steps or for an evaluation, must not
+            # pass for it.
             found.event.kind == "poisson_gaussian"
             and found.event.steps == config.dp.steps_per_round
             and found.copies == 1
@@ -55,7 +57,7 @@ class Charges:
         )
 
     def paid_for_look(self, round: int, config: RunConfig, levels: int) -> bool:
-        """Return whether a look at every level, at the run's scale, was reserved meanwhile."""
+        """Return whether a noised evaluation of all levels was reserved while this question was answered."""
         return any(
             found.event.kind == "discrete_laplace"
             and found.event.scale == config.dp.metrics_scale
@@ -64,7 +66,7 @@ class Charges:
         )
 
     def statement(self, round: int, head: str) -> PrivacyStatement:
-        """Return what the ledger stated after a round, as of the row that a reply names.
+        """Return the privacy statement of the ledger after a round, as of the row that a reply names.
 
         Other runs may write while this one's question is answered, so it need not be the newest row.
 
@@ -77,12 +79,14 @@ class Charges:
         """
         book = self._book(head)
         paid = [found.row for found in self._reservations(round)]
+        # An older row would let a handler send a statement from before the charge, which understates the
+        # spending.
         if book.head != head or book.rows < min(paid, default=max(self.rows, 1)):
             raise EgressError("the privacy statement is of no row that was written for this question")
         return book.statement(round)
 
     def release(self, store: BagStore) -> ProportionRelease:
-        """Return the noised release of the data version, as the ledger keeps it.
+        """Return the noised release of the data version that the ledger keeps.
 
         Raises:
             EgressError: the ledger keeps none.
@@ -94,7 +98,7 @@ class Charges:
         return private_release(store, kept, name)
 
     def _reservations(self, round: int) -> "list[Reservation]":
-        """What was reserved for this run and round since the question came, whatever other runs reserved."""
+        """Return the reservations for this run and round since the question came, ignoring other runs."""
         return [found for found in self._reserved if (found.run_id, found.round) == (self.run_name, round)]
 
     @cached_property
@@ -106,12 +110,14 @@ class Charges:
 
     @cached_property
     def _since(self) -> "tuple[Entry, ...]":
-        """The rows that were written since the question came."""
+        """Return the rows that were written since the question came."""
+        # Older reservations were for older replies. If they counted, one charge could pay for two
+        # updates.
         return tuple(entry for entry in self._read[1] if entry.seq > self.rows)
 
     @cached_property
     def _read(self) -> "tuple[Book, tuple[Entry, ...]]":
-        """The newest row before the question that carries the ledger forward, and all rows after that one.
+        """Return the newest state carried before the question, and all rows after that one.
 
         Read once, when the answer is there.
         """
@@ -126,9 +132,10 @@ class Charges:
             return book, tuple(read_entries(db, self.path, book.last))
 
     def _book(self, head: str | None = None) -> "Book":
-        """The book as of the row with this hash, None for the newest; further only where there is none.
+        """Return the state as of the row with this hash, or of the newest row if ``head`` is None.
 
-        It goes forward from call to call, so whoever asks for several asks for the oldest first.
+        Where no row has the hash, the state goes on to the newest row. It goes forward from call to call, so
+        that a caller who wants several states asks for the oldest first.
         """
         book, entries = self._read
         for entry in entries:

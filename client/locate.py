@@ -1,6 +1,7 @@
-"""Where a site's folder is: in a deployment the node says so, in a simulation its number does.
+"""Find the folder of the site that a node speaks for.
 
-A server has no say in it: what a run's configuration names as a folder counts for simulated nodes alone.
+In a deployment the node's own configuration names it; in a simulation the node's number does. A server has no
+part in it: what a run's configuration names as a folder counts for simulated nodes alone.
 """
 
 import fcntl
@@ -19,7 +20,7 @@ SYNTHETIC_CACHE = Path(".fedbags") / "synthetic"
 
 
 def find_site(context: "Context") -> Path:
-    """The folder of the site that this node speaks for.
+    """Return the folder of the site that this node speaks for.
 
     A SuperNode started with ``--node-config 'data-path="..."'`` is that site. A simulated node takes
     the folder of its number below ``sites-dir``; without one, a synthetic hospital that is drawn once
@@ -40,12 +41,19 @@ def find_site(context: "Context") -> Path:
 
 
 def is_simulated(context: "Context") -> bool:
-    """Whether the node is one of a simulation: it has a number, and neither data of its own nor a kit."""
+    """Return whether the node belongs to a simulation.
+
+    Such a node has a number, and neither data of its own nor a kit.
+    """
+    # Only the node's own configuration decides: a server that could declare a site simulated would get
+    # seeded noise and the lax defaults.
     return PARTITION in context.node_config and not {DATA_PATH, KIT} & context.node_config.keys()
 
 
 def site_folders(sites_dir: Path) -> list[Path]:
-    """Every folder below ``sites_dir`` that holds a site.toml, by name; a hidden one is a broken build.
+    """Return every folder below ``sites_dir`` that holds a site.toml, sorted by name.
+
+    A hidden folder is left out: a build that was broken off leaves one.
 
     Raises:
         UserError: there is none.
@@ -61,13 +69,14 @@ def site_folders(sites_dir: Path) -> list[Path]:
 
 
 def synthetic_sites(config: RunConfig) -> list[Path]:
-    """The synthetic hospitals of a configuration, drawn by whoever comes first and kept."""
+    """Return the folders of a configuration's synthetic hospitals, drawn once and kept."""
     from client.sources.synthetic import write_synthetic_sites
 
     sites, size, seed = config.federation.sites, config.model.image_size, config.seed
     root = Path.home() / SYNTHETIC_CACHE
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
+        # Several processes of a simulation may start at once, and drawing takes a while.
         fcntl.flock(lock, fcntl.LOCK_EX)
         target = root / f"sites-{sites}-pixels-{size}-seed-{seed}"
         if not target.exists():

@@ -1,4 +1,4 @@
-"""The guard's part in a secure aggregation: shares that were asked for, and masked words, made anew.
+"""Rebuild, for the guard, the replies of a secure aggregation that a site may send.
 
 Part of ``client.egress``, which calls it with every such record. Knows no key and no mask: a handler that
 went wrong, or was replaced, must not get past it.
@@ -84,7 +84,7 @@ def rebuild_masked(
 
 
 def check_keys(context: Context, config: RunConfig, site: SiteConfig, reply: KeyAdvert) -> None:
-    """Refuse an advert with another certificate than the kit's, or the digest of another configuration.
+    """Refuse keys with another certificate than the kit's, or the digest of another configuration.
 
     Raises:
         EgressError: as above; either field could carry what it likes otherwise.
@@ -100,12 +100,14 @@ def check_keys(context: Context, config: RunConfig, site: SiteConfig, reply: Key
 def _sealed(reply: SealedShares, others: set[SiteName]) -> SealedShares:
     if not reply.shares.keys() <= others:
         raise EgressError("a site's own share stays with it, and others go to members of the plan only")
+    # The content is sealed, so its length is all that can be checked; any longer text could carry data.
     if any(len(sealed) != 2 * SHARE_BYTES + TAG_BYTES for sealed in reply.shares.values()):
         raise EgressError("sealed shares have one length")
     return reply.model_copy(update={"shares": _sorted(reply.shares)})
 
 
 def _shares(reply: UnmaskShares, survivors: set[SiteName]) -> UnmaskShares:
+    # With both secrets of one site, the server could take all masks off that site's update.
     if not reply.self_masks.keys() <= survivors or reply.mask_keys.keys() & survivors:
         raise EgressError("a share of a secret that must not be known")
     if any(len(share) != SHARE_BYTES for share in [*reply.self_masks.values(), *reply.mask_keys.values()]):

@@ -1,6 +1,6 @@
-"""What every answer begins with: the run's configuration, the site's own terms, its bags, and the model.
+"""Open for each answer the run's configuration, the site's terms and bags, and the model.
 
-Here alone a real site and a simulated one part ways, so that handlers and guard see the same. Knows nothing
+Only here do a real site and a simulated one differ, so that handlers and guard see the same. Knows nothing
 of messages.
 """
 
@@ -29,17 +29,20 @@ HELD_BACK_BAGS = "held-back bags"
 
 
 def terms_of(context: Context, site: SiteConfig) -> Terms:
-    """Return what holds at this node."""
+    """Return the terms of the site at this node."""
     return site.policy.terms(simulated=is_simulated(context))
 
 
 def skips_bad(config: RunConfig, terms: Terms) -> bool:
-    """Return whether bad rows are left out: the site's choice, and a run's where the site has none."""
+    """Return whether bad rows are left out.
+
+    The site's choice decides, and a run's only if the site has made none.
+    """
     return config.skip_bad if terms.skip_bad is None else terms.skip_bad
 
 
 def open_site(context: Context) -> tuple[RunConfig, BagStore]:
-    """Return the run's configuration and the site's bags; torch gets the threads that the run asks for."""
+    """Return the run's configuration and the site's bags, and set the threads that torch may use."""
     config = RunConfig.from_flat(context.run_config)
     if torch.get_num_threads() != config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -53,10 +56,11 @@ def open_site(context: Context) -> tuple[RunConfig, BagStore]:
 
 
 def with_own_split(store: BagStore, folder: Path, terms: Terms, *, private: bool) -> BagStore:
-    """Give a site that says how many bags it holds back a division that is its own.
+    """Give the bag store a division of its own, if the site decides how many bags it holds back.
 
-    Which bags those are follows from its secret and the data version, and from nothing that a server sends.
-    A run without privacy gets no figures of fewer bags than the site's minimum, so none are held back then.
+    The held-back bags follow from the site's secret and the data version, and from nothing that a server
+    sends. A run without privacy gets no figures of fewer bags than the site's minimum, so none are held back
+    then.
     """
     if terms.held_back is None:
         return store
@@ -70,8 +74,10 @@ def with_own_split(store: BagStore, folder: Path, terms: Terms, *, private: bool
 
 @lru_cache(maxsize=64)
 def _open_store(folder: Path, stamps: tuple[int, ...], size: int, skip_bad: bool) -> BagStore:
-    """Opened once per process and version of the site's tables (a deployed site answers one message per
-    process; a simulation answers many)."""
+    """Open the bag store once per process and version of the site's tables.
+
+    A deployed site answers one message per process; a simulation answers many.
+    """
     return BagStore.open(folder, size, skip_bad=skip_bad)
 
 
@@ -92,5 +98,8 @@ def trained_shapes(config: RunConfig, hierarchy: Hierarchy) -> dict[str, tuple[i
 
 @lru_cache(maxsize=2)
 def _architecture(config: ModelConfig, hierarchy: Hierarchy) -> LHFGLP:
-    """Built once per process: every float of it is overwritten by the next message."""
+    """Build the model once per process.
+
+    It can be used again, since the next message overwrites every float of it.
+    """
     return rebuild_model(config, hierarchy)

@@ -1,8 +1,8 @@
-"""The noise multiplier that a site found for its run, kept on disk: one search a run, not one a message.
+"""Keep the noise multiplier that a site found for its run on disk.
 
-A deployed site answers each message in a process of its own. What is kept is only a number: the plan is made
-anew around it, and charges for exactly that number, so a changed file can cost budget or be refused by the
-cap, and hides nothing.
+A deployed site answers each message in a process of its own, so that it would search once per message instead
+of once per run. What is kept is only a number: the plan is made anew around it, and charges for exactly that
+number, so a changed file can cost budget or be refused by the cap, and hides nothing.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ PLAN_FILE = "plan.json"
 
 
 class SigmaCache:
-    """``common.privacy.accounting.calibrate`` that remembers its newest answer in one file."""
+    """Find noise multipliers as ``accounting.calibrate`` does, and remember the newest in a file."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / PLAN_FILE
@@ -37,7 +37,7 @@ class SigmaCache:
         also: Iterable[PoissonGaussian | DiscreteLaplace] = (),
         adjacency: Adjacency = Adjacency.REPLACE_ONE,
     ) -> float:
-        """Return the noise multiplier, from the file if it was found for the very same question.
+        """Return the noise multiplier, from the file if it was found for exactly these arguments.
 
         Raises:
             UserError: as ``calibrate`` does; a refusal is not remembered.
@@ -50,6 +50,7 @@ class SigmaCache:
             "steps": steps,
             "beside": [event.model_dump() for event in beside],
             "adjacency": adjacency.value,
+            # Another release of the accountant may find another number for the same question.
             "accountant": version("dp-accounting"),
         }
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -65,6 +66,7 @@ class SigmaCache:
             sigma = float(record["sigma"])
         except (OSError, ValueError, KeyError, TypeError):
             return None  # none yet, or damaged: it is found again
+        # A multiplier out of any sensible range can only come from a damaged file.
         return sigma if record.get("key") == key and 0 < sigma <= 1e6 and math.isfinite(sigma) else None
 
     def _store(self, key: str, sigma: float) -> None:

@@ -1,10 +1,15 @@
-"""A site's refusal to spend privacy budget. By itself, so that the guard need not load the accountants."""
+"""Define a site's refusal to spend privacy budget.
+
+It has a module of its own, so that the guard need not load the accountants.
+"""
 
 from common.errors import RunError
 
 
 class BudgetRefused(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
-    """The site's cap does not allow an event; nothing was spent. Holds no data but the budget's figures.
+    """Report that the site's cap does not allow an event, so that nothing was spent.
+
+    Holds no data but the budget's figures.
 
     Attributes:
         site: who refuses.

@@ -1,7 +1,7 @@
-"""What a site says of its label counts: nothing, the site total, or every bag, as its policy decides.
+"""Build the record of label counts that a site releases, as its policy decides.
 
-In a private run the counts are noised and charged to the site's ledger; otherwise they are exact, and the
-record says so.
+The policy releases nothing, the site total, or every bag. In a private run the counts are noised and charged
+to the site's ledger; otherwise they are exact, and the record states it.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def name_version(store: BagStore, folder: Path) -> str:
 
 
 def release_proportions(store: BagStore, version: str) -> ProportionRelease:
-    """The exact release of one data version, of this name, under the site's policy."""
+    """Return the exact release of a data version, under the name ``version``, as the site's policy says."""
     match store.config.policy.release_proportions:
         case ReleaseProportions.NONE:
             rows = store.leaf_counts[:0]
@@ -38,7 +38,10 @@ def release_proportions(store: BagStore, version: str) -> ProportionRelease:
 
 
 def private_release(store: BagStore, noised: "CountRelease", version: str) -> ProportionRelease:
-    """The release with noised counts, the event that they cost, and the ledger's name of the data version."""
+    """Return the release of noised counts, with the event that they cost.
+
+    ``version`` is the ledger's name of the data version.
+    """
     rows = tuple(tuple(map(float, row)) for row in noised.counts)
     return _record(store, version, rows, "discrete-laplace", noised.event(noised.unit).model_dump())
 
@@ -51,6 +54,7 @@ def _record(
     event: dict[str, float | str],
 ) -> ProportionRelease:
     policy = store.config.policy.release_proportions
+    # Counts per bag tell the sizes of the bags anyway; with less released, the sizes stay here.
     sizes = tuple(store.bag_sizes.tolist()) if policy is ReleaseProportions.PER_BAG else ()
     return ProportionRelease.model_validate(
         {

@@ -1,8 +1,9 @@
-"""What fixes the order of bags, augmentation and dropout of a site's training; noise never comes from here.
+"""Derive the seeds of the bag order, augmentation and dropout of a site's training.
 
-A simulated site's training is fixed by (run seed, site name, round), so that it can be repeated anywhere. A
-real site mixes in a secret of its own, drawn for the run: whoever knows the model and all bags but one could
-else repeat the training exactly, and two runs of one model would differ by nothing but their sites.
+Privacy noise never comes from here. A simulated site's training is fixed by (run seed, site name, round), so
+that it can be repeated anywhere. A real site mixes in a secret of its own, drawn for the run: whoever knows
+the model and all bags but one could else repeat the training exactly, and two runs of one model would differ
+by nothing but their sites.
 """
 
 import zlib
@@ -18,7 +19,7 @@ from common.config import RunConfig
 
 @dataclass(frozen=True)
 class TrainingSeeds:
-    """The seeds of one site in one run."""
+    """Hold the seeds of one site in one run."""
 
     seed: int
     """Of the run."""
@@ -27,7 +28,7 @@ class TrainingSeeds:
     """Of the site for the run; empty in a simulation."""
 
     def of_round(self, round: int) -> tuple[int, int, int]:
-        """Return the seeds of a round: for the order of the bags, for torch, and for the objective.
+        """Return the seeds of a round for the order of the bags, for torch, and for the objective.
 
         The same round of the same run has the same seeds however often it is asked for: of all its trainings
         one sum at most is unmasked, and nothing else is told of them.

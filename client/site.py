@@ -1,4 +1,4 @@
-"""site.toml: who a site is, and what its owner lets leave the building.
+"""Read and write site.toml, which names a site and holds its owner's policy on what may leave.
 
 The file belongs to the site. Nothing that a server sends can change it, and it knows nothing of the
 run configuration: where both speak of the same thing, the stricter one is the site's.
@@ -45,7 +45,7 @@ HELD_BACK = 0.1
 
 
 class ReleaseProportions(StrEnum):
-    """How much of the label counts a site releases."""
+    """Name the part of the label counts that a site releases."""
 
     NONE = "none"
     TOTAL = "total"
@@ -54,7 +54,7 @@ class ReleaseProportions(StrEnum):
 
 
 class PrivateMetrics(StrEnum):
-    """What happens to figures on held-back bags in a private run."""
+    """Name the treatment of figures on held-back bags in a private run."""
 
     WITHHOLD = "withhold"
     NOISE = "noise"
@@ -62,14 +62,17 @@ class PrivateMetrics(StrEnum):
 
 
 class PrivacyBudget(Section):
-    """The most that may ever be spent on this site's data; None leaves it to the run."""
+    """Hold the most that may ever be spent on this site's data.
+
+    None leaves it to the run.
+    """
 
     epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
     delta: float | None = Field(None, gt=0, lt=1)
 
 
 class SecureAggregationPolicy(Section):
-    """What the site demands before its update becomes part of a sum (docs/secure-aggregation.md)."""
+    """Hold the site's demands on a sum that its update becomes part of (docs/secure-aggregation.md)."""
 
     required: bool = Field(False, description="never send an update in clear, whatever the run asks for")
     minimum_sites: int = Field(3, ge=2, description="fewest sites in a sum")
@@ -84,7 +87,7 @@ class SecureAggregationPolicy(Section):
 
 @dataclass(frozen=True)
 class Terms:
-    """What holds at a node: what its site.toml says and, where that is silent, the default."""
+    """Hold the site's policy with a default for every key that site.toml leaves out."""
 
     strict: bool
     """The defaults are those of a real site; a simulated one has no patients to protect."""
@@ -101,7 +104,10 @@ class Terms:
 
 
 class SitePolicy(Section):
-    """What the site's owner allows. A key that is None takes the default of ``terms``."""
+    """Hold the permissions that the site's owner gives.
+
+    A key that is None takes the default of ``terms``.
+    """
 
     minimum_bag_size: int = Field(4, ge=1, description="images; a smaller bag is refused")
     release_proportions: ReleaseProportions = ReleaseProportions.TOTAL
@@ -125,7 +131,7 @@ class SitePolicy(Section):
         return names
 
     def terms(self, *, simulated: bool) -> Terms:
-        """Return what holds at a node of this policy.
+        """Return the terms at a node of this policy, with defaults filled in.
 
         Args:
             simulated: the node is one of a simulation (``client.locate.is_simulated``). It keeps what a
@@ -135,6 +141,8 @@ class SitePolicy(Section):
         def default(own: float | None, real: float, simulation: float) -> int:
             return int((simulation if simulated else real) if own is None else own)
 
+        # Release 0.1 wrote the whole list without asking, which would override the safe defaults of a
+        # real site.
         silent = self.metrics in (None, WRITTEN_BY_0_1)
         metrics = self.metrics or ()
         if silent:
@@ -160,12 +168,14 @@ class SitePolicy(Section):
             ReleaseProportions.TOTAL: {"loss", "bags-l1"},
             ReleaseProportions.PER_BAG: set(),
         }
+        # Figures on labelled test images are exact and no epsilon covers them, so a site with a budget
+        # has to name them itself.
         budget = set() if self.budget.epsilon is None else {"confusion"}
         return tuple(n for n in KNOWN_METRICS if n not in withheld[self.release_proportions] | budget)
 
 
 class SiteConfig(Section):
-    """One site, as its ``site.toml`` says."""
+    """Hold the content of one site's ``site.toml``."""
 
     name: SiteName
     hierarchy: str = Field("hierarchy.csv", pattern=r"^[^/\\]+$", description="file beside site.toml")
@@ -190,7 +200,7 @@ class SiteConfig(Section):
 
     @classmethod
     def from_table(cls, data: Mapping[str, Any], what: str) -> Self:
-        """Check what a site.toml says; ``what`` names it in errors.
+        """Check the content of a site.toml, named ``what`` in errors.
 
         Raises:
             ConfigError: faulty keys; every one is named.
@@ -201,7 +211,7 @@ class SiteConfig(Section):
             raise ConfigError(f"{what} is faulty:\n{_faults(error)}") from error
 
     def save(self, site_dir: Path) -> None:
-        """Write ``site_dir/site.toml`` in one step: a reader sees the old file or the new one."""
+        """Write ``site_dir/site.toml`` in one step, so that a reader sees the old file or the new one."""
         text = tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
         with tempfile.NamedTemporaryFile("w", dir=site_dir, delete=False, encoding="utf-8") as stream:
             stream.write(text)

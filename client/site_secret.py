@@ -1,7 +1,7 @@
-"""The secret of one site: random bytes that never leave it; what must not be guessed is derived from them.
+"""Keep the secret of one site, and derive from it what nobody else may guess.
 
-Knows nothing of what is derived. Losing the file costs nothing but continuity: what was derived from it
-before cannot be derived again.
+The secret is random bytes that never leave the site. Knows nothing of what is derived. Losing the file costs
+nothing but continuity: what was derived from it before cannot be derived again.
 """
 
 import hmac
@@ -17,7 +17,7 @@ SECRET_BYTES = 32
 
 
 def derive(folder: Path, purpose: str, content: bytes) -> bytes:
-    """Derive 32 bytes from a site's secret; the secret is drawn when it is first needed.
+    """Derive 32 bytes from a site's secret, drawing the secret when it is first needed.
 
     HMAC-SHA256 (RFC 2104) under the secret: without it nobody can compute or check the result, however
     few contents are possible.
@@ -30,6 +30,8 @@ def derive(folder: Path, purpose: str, content: bytes) -> bytes:
     Raises:
         UserError: the secret cannot be read or made, or is damaged.
     """
+    # The zero byte parts purpose and content: else one purpose could be continued into another by its
+    # content.
     return hmac.digest(_read(folder), purpose.encode() + b"\0" + content, "sha256")
 
 
@@ -53,12 +55,14 @@ def _read(folder: Path) -> bytes:
 
 
 def _create(path: Path) -> None:
-    """Write a fresh secret in one step; where another process was faster, keep its secret."""
+    """Write a fresh secret in one step, or keep the one of a process that was faster."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # readable by its owner alone
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(os.urandom(SECRET_BYTES))
             stream.flush()
+            # The content must be on the disk before its name is: a file cut short by a power cut would be
+            # refused as damaged.
             os.fsync(stream.fileno())
         try:
             os.link(name, path)  # unlike a rename, this never replaces a file

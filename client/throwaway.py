@@ -1,8 +1,8 @@
-"""THROW-AWAY identities: what stands for a consortium's kits in a simulation. No real site uses them.
+"""Make a THROW-AWAY kit for each simulated site, the ephemeral PKI of a simulation.
 
-All simulated sites live on one machine, so there is nobody to hide from; but the protocol that a real
-deployment runs is then run too, certificates and signatures included. The authority's key is kept beside
-the certificates, unprotected.
+No real site uses it. All simulated sites live on one machine, so there is nobody to hide from; but the
+protocol that a real deployment runs is then run too, certificates and signatures included. The authority's
+key is kept beside the certificates, unprotected.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ VALID = timedelta(days=3650)
 
 
 def throwaway_kit(root: Path, site: str) -> Path:
-    """The kit folder of a simulated site: node.key, node.crt and ca.crt; made by whoever comes first.
+    """Return the kit folder of a simulated site with node.key, node.crt and ca.crt, made on first use.
 
     Args:
         root: the run folder, which all simulated sites share.
@@ -52,7 +52,7 @@ def throwaway_kit(root: Path, site: str) -> Path:
 def issue(
     name: str, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePrivateKey, authority: bytes | None
 ) -> bytes:
-    """A certificate in PEM: of a site, or of the authority itself where ``authority`` is None."""
+    """Issue a certificate in PEM for a site, or for the authority itself if ``authority`` is None."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     issuer = subject if authority is None else x509.load_pem_x509_certificate(authority).subject
     now = datetime.now(UTC)
@@ -65,7 +65,7 @@ def issue(
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A private key in PEM, without a password."""
+    """Encode a private key in PEM, without a password."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
