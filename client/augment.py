@@ -1,4 +1,4 @@
-"""Augmentation: label-preserving changes of the images of a batch, none of the counts."""
+"""Change the images of a batch at random without changing their labels or counts."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ JITTER = 0.1
 def augment_images(
     images: Tensor, bag_index: Tensor, n_bags: int, augmentation: Augmentation, generator: torch.Generator
 ) -> Tensor:
-    """Flip, turn and shift each image at random; change brightness and contrast of each bag as one.
+    """Flip, turn and shift each image at random, and change brightness and contrast of each bag as one.
 
     Light and staining differ between sessions rather than between the images of one bag, hence one
     draw per bag for them.
@@ -35,6 +35,7 @@ def augment_images(
     number, _, size, _ = images.shape
     device = images.device
     reach = size // 12
+    # Flips and shifts only change indices, so that the pixels are copied once for both.
     index = torch.arange(size) + torch.randint(-reach, reach + 1, (2, number, 1), generator=generator)
     index = index.abs()  # reflects below 0, and the next line beyond the last pixel
     index = torch.where(index >= size, 2 * (size - 1) - index, index)

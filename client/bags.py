@@ -1,4 +1,4 @@
-"""The bag store: a site folder read as bags of images with label counts, and nothing else.
+"""Read a site folder as bags of images with label counts.
 
 It reads site.toml, manifest.csv, bags.csv and the hierarchy; no instance label is ever opened here.
 Pixels come from the memory-mapped cache, whose rows lie bag after bag, so that a bag is a view.
@@ -29,7 +29,7 @@ QUARANTINE_FILE = "quarantine.csv"
 
 @dataclass(frozen=True)
 class Bag:
-    """Images whose labels are known only as counts.
+    """Hold images whose labels are known only as counts.
 
     Attributes:
         bag_id: its name in the site's tables; never leaves the site.
@@ -44,7 +44,7 @@ class Bag:
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """What opening a site met, in numbers of images (and bags)."""
+    """Count what was read when a site was opened, in images and bags."""
 
     listed: int
     used: int
@@ -60,7 +60,7 @@ class StoreSummary:
 
 @dataclass(frozen=True)
 class OwnSplit:
-    """A site's own division of its bags, of which nothing follows from what a server says."""
+    """Describe a site's own division of its bags, no part of which a server can steer."""
 
     share: float
     """Of the bags, held back; in [0, 1)."""
@@ -70,7 +70,10 @@ class OwnSplit:
 
 @dataclass(frozen=True)
 class BagStore:
-    """The bags of one site, in the order of its manifest. ``store[i]`` is a Bag."""
+    """Hold the bags of one site in the order of its manifest.
+
+    ``store[i]`` is a Bag.
+    """
 
     config: SiteConfig
     hierarchy: Hierarchy
@@ -162,7 +165,7 @@ class BagStore:
 
     @property
     def name(self) -> str:
-        """The site's name."""
+        """Return the site's name."""
         return self.config.name
 
     def __len__(self) -> int:
@@ -187,9 +190,12 @@ class BagStore:
         Returns:
             Bag indices to train on, and held-back ones, both ascending.
         """
+        # Not Python's ``hash``, which differs from process to process.
         name_seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
         entropy = [seed, name_seed]
         if self.own_split is not None:
+            # A server that chose share and seed could have one bag held back at a time and read its
+            # counts off the figures.
             held_back = self.own_split.share if held_back > 0 else 0.0
             entropy = [int.from_bytes(self.own_split.key, "big")]
         order = np.random.default_rng(entropy).permutation(len(self))
@@ -200,14 +206,14 @@ class BagStore:
 
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """Shape (m, S, S, 3) uint8 to a float32 tensor of shape (m, 3, S, S) in [-1, 1]."""
+    """Convert images of shape (m, S, S, 3), uint8, to float32 of shape (m, 3, S, S) in [-1, 1]."""
     # The copy is what torch may write to: the cache is mapped read-only.
     pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def write_quarantine(folder: Path, rows: list[BadRow]) -> None:
-    """Write the rows left out to ``folder/quarantine.csv`` in one step; remove it if there are none.
+    """Write the rows left out to ``folder/quarantine.csv`` in one step, or remove it if there are none.
 
     Raises:
         UserError: the folder cannot be written.

@@ -1,4 +1,7 @@
-"""Bags as tensors: what one optimiser step looks at. Knows nothing of losses, models or labels of images."""
+"""Combine bags into the tensors that one optimiser step reads.
+
+Knows nothing of losses, models or labels of images.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +18,7 @@ from common.config_tables import Augmentation
 
 @dataclass(frozen=True)
 class Batch:
-    """Several bags as one tensor."""
+    """Hold several bags as one tensor."""
 
     images: Tensor
     """Shape (N, 3, S, S) in [-1, 1]; the images of a bag are consecutive."""
@@ -27,24 +30,24 @@ class Batch:
     """Shape (B,) int64: the position of each bag in the site's store."""
 
     def __len__(self) -> int:
-        """B, the number of bags."""
+        """Return B, the number of bags."""
         return len(self.bags)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
+        """Return the same batch on a device."""
         if device.type == "cpu":
             return self
         counts = [count.to(device) for count in self.level_counts]
         return Batch(self.images.to(device), self.bag_index.to(device), counts, self.bags.to(device))
 
     def augmented(self, augmentation: Augmentation, generator: torch.Generator) -> "Batch":
-        """The same bags with changed images (see ``augment_images``)."""
+        """Return the same bags with changed images (see ``augment_images``)."""
         images = augment_images(self.images, self.bag_index, len(self), augmentation, generator)
         return replace(self, images=images)
 
 
 def make_batch(store: BagStore, bags: NDArray[np.int64]) -> Batch:
-    """Bags of the store, given by their positions in it, as one batch."""
+    """Combine bags of the store, given by their positions in it, into one batch."""
     chosen = [store[int(bag)] for bag in bags]
     counts = store.hierarchy.roll_up(np.stack([bag.counts for bag in chosen]))
     sizes = torch.tensor([len(bag.images) for bag in chosen])
@@ -57,6 +60,6 @@ def make_batch(store: BagStore, bags: NDArray[np.int64]) -> Batch:
 
 
 def chunks(indices: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    """Consecutive pieces of at most ``size`` indices."""
+    """Yield consecutive pieces of at most ``size`` indices."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]

@@ -1,4 +1,4 @@
-"""Decoded images on disk, memory-mapped: decoding is paid once per data version, not once per epoch.
+"""Keep decoded images on disk, memory-mapped, so that each is decoded once per data version.
 
 Shared by the bag store and by the labelled test images; knows neither bags nor labels. A cache is one
 folder ``KIND-SIZE-VERSION`` holding ``images.npy`` (N, S, S, 3) uint8 and ``cache.json``. It is built in
@@ -47,7 +47,7 @@ STALE_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class CachedImages:
-    """Decoded images and what decoding them met.
+    """Hold decoded images and the faults and conversions met while decoding.
 
     Attributes:
         images: shape (N, S, S, 3) uint8, read-only, mapped from disk; a failed image is all zero.
@@ -143,7 +143,10 @@ def decode_all(
     progress: Progress | None = None,
     read: Callable[[Path], Image.Image] = open_image,
 ) -> Iterator[_Decoded]:
-    """Decode images in order with ``read``, some threads at work (Pillow releases the interpreter lock)."""
+    """Decode images in order with ``read``, several at a time.
+
+    Threads are enough, since Pillow releases the interpreter lock.
+    """
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # Pillow only warns of an image of 90 to 180 million pixels; for us it is a bad image.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -193,7 +196,7 @@ def _build(folder: Path, target: Path, paths: Sequence[Path], size: int, progres
 
 
 def _remove_others(folder: Path, target: Path, kind: str) -> None:
-    """Remove the caches of other versions, and of this one's sizes all but those used last.
+    """Remove the caches of other versions, and all but the most recently used sizes of this one.
 
     A server that asks for many sizes must not fill the disk, and runs of different sizes at the same time
     must not take each other's away.
@@ -218,8 +221,10 @@ def _remove_others(folder: Path, target: Path, kind: str) -> None:
 
 
 def _remove(cache: Path) -> None:
-    """Remove a cache so that no reader finds half of it, and who builds it anew finds none."""
+    """Remove a cache so that no reader finds half of it."""
     with contextlib.suppress(OSError):  # another process was first, or it stays until the next time
+        # Renamed first, since removing a folder file by file would leave half a cache for a moment; and a
+        # process that builds the same cache anew finds its name free.
         aside = Path(tempfile.mkdtemp(prefix="tmp-", dir=cache.parent))
         cache.rename(aside)
         shutil.rmtree(aside)

@@ -1,4 +1,4 @@
-"""Class names that people write in several ways: what they have in common, and which one was meant.
+"""Compare class names that people write in several ways, and find the one that was meant.
 
 ``Nevus``, ``nevus`` and ``nevus`` with a blank of no width are one class to whoever wrote them. They are
 never joined in silence: a source refuses them, or joins them where that was asked for.
@@ -14,13 +14,14 @@ from common.hierarchy import Hierarchy
 
 
 def fold(name: str) -> str:
-    """Return the name without case, blanks at its ends, doubled or invisible ones, in one Unicode form."""
+    """Return the name in one case and Unicode form, without invisible, doubled or outer blanks."""
     visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    # Normalised a second time: letters that an invisible sign kept apart may combine now.
     return " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
 
 
 def did_you_mean(name: str, known: Iterable[str], alike: float = 0.75) -> str:
-    """Return ``"; did you mean 'NAME'?"`` for the known name most like this one, or nothing.
+    """Return a hint at the known name most like this one, or an empty text if none is near.
 
     ``alike`` is difflib's ratio in [0, 1] that a name must reach; of numbered names many are nearly alike.
     """
@@ -30,7 +31,7 @@ def did_you_mean(name: str, known: Iterable[str], alike: float = 0.75) -> str:
 
 
 def unknown_label(name: str, tree: Hierarchy) -> str:
-    """Say that a label is no leaf of the tree, whether it is a coarser class, and which leaf is near."""
+    """Describe a label that is no leaf, and whether it is a coarser class or near a leaf."""
     for level, classes in zip(tree.levels[:-1], tree.classes[:-1], strict=True):
         if name in classes:
             return f"label {name!r} is a class of level {level}; counts and labels are of leaves"
@@ -38,7 +39,11 @@ def unknown_label(name: str, tree: Hierarchy) -> str:
 
 
 def refuse_twins(tree: Hierarchy, file: str) -> None:
-    """Raise a DataError if two classes of a level differ only by case, blanks or the form of a letter."""
+    """Refuse a tree in which two classes of a level differ only by case, blanks or the form of a letter.
+
+    Raises:
+        DataError: there are such classes; all are named.
+    """
     rows = []
     for level, classes in zip(tree.levels, tree.classes, strict=True):
         first: dict[str, str] = {}
@@ -53,7 +58,7 @@ def refuse_twins(tree: Hierarchy, file: str) -> None:
 
 
 def usual_spellings(names: Sequence[str], known: Iterable[str] = ()) -> dict[str, str]:
-    """Return for every name the spelling to use: a known one, else the most frequent that folds alike.
+    """Return for every name the spelling to use, a known one or else the most frequent that folds alike.
 
     Of spellings that are equally frequent the first in the order of the alphabet is used.
     """

@@ -1,6 +1,6 @@
-"""The labelled test images of a site (test.csv), for evaluation.
+"""Read the labelled test images of a site (test.csv) for evaluation.
 
-The only module that opens instance labels. Training never imports it; a test holds it to that.
+This is the only module that opens instance labels. Training never imports it, and a test checks that.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ CACHE_FOLDER = ".cache"
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Test images with their leaf labels.
+    """Hold test images with their leaf labels.
 
     Attributes:
         hierarchy: the site's label tree.
@@ -47,7 +47,7 @@ class LabelledImages:
         cache_dir: Path | None = None,
         progress: Progress | None = None,
     ) -> Self | None:
-        """Read test.csv and its images, cached like the bags.
+        """Read test.csv and its images, which are cached like those of the bags.
 
         Args:
             site_dir: the site folder.

@@ -319,7 +319,7 @@ class Ledger:
         raise refusal
 
     def _note_refusal(self, event: PoissonGaussian | DiscreteLaplace, body: Mapping[str, Any]) -> None:
-        """Record a refused event; ignore a ledger that cannot be written."""
+        """Record a refused event, unless the ledger cannot be written."""
         asked_for = {
             "event": event.model_dump(),
             "run_id": body["run_id"],

@@ -1,9 +1,10 @@
-"""One round of local training under differential privacy; the private twin of ``client.training``.
+"""Train one round at a site under bag-level differential privacy.
 
-Bag-level DP-SGD (Abadi et al. 2016, with a bag as the example): the gradient of each drawn bag is clipped
-on its own, noise is added to the sum, and the sum is divided by the expected number of bags. What is
-random about privacy, and what it costs, comes from one PrivacyPlan. Nothing but the model leaves: losses,
-the bags that were drawn and the gradients that were not finite stay here.
+This is the private counterpart of ``client.training``. Bag-level DP-SGD (Abadi et al. 2016, with a bag as the
+example): the gradient of each drawn bag is clipped on its own, noise is added to the sum, and the sum is
+divided by the expected number of bags. What is random about privacy, and what it costs, comes from one
+PrivacyPlan. Nothing but the model leaves: losses, the bags that were drawn and the gradients that were not
+finite stay here.
 
 One backward pass per bag is exact for every layer and loss, takes bags of any size, and needs the memory of
 one bag. The regularisers are part of a bag's loss, so they are clipped with it; weight decay and FedProx's
@@ -46,7 +47,7 @@ WITHHELD = math.nan
 
 
 class BagDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
-    """Opacus's DPOptimizer fed with one bag at a time.
+    """Clip and add noise as Opacus's DPOptimizer does, fed with one bag at a time.
 
     Call ``add_bag`` for each bag that was drawn, maybe for none, then ``step``. The parameters that the
     wrapped optimiser holds see only ``(sum of clipped gradients + noise) / expected bags``. Adding or
@@ -79,13 +80,14 @@ class BagDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         self.clip_and_accumulate()
 
     def clip_and_accumulate(self) -> None:
-        """Move the gradients at hand into the sum, scaled by min(1, C / norm) as one vector.
+        """Move the present gradients into the sum, scaled by min(1, C / norm) as one vector.
 
-        A gradient that is not finite counts as zero: that is within the clip norm, and raising would
-        tell that such a bag exists.
+        C is the clip norm.
         """
         found = [parameter for parameter in self.params if parameter.grad is not None]
         norm = total_norm([parameter.grad for parameter in found])
+        # A gradient that is not finite counts as zero, which is within the clip norm. An error instead
+        # would tell that such a bag exists.
         finite = math.isfinite(norm)
         self.discarded += not finite
         factor = min(1.0, self.max_grad_norm / norm) if norm else 1.0
@@ -97,23 +99,26 @@ class BagDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
             parameter.grad = None
 
     def add_noise(self) -> None:
-        """Make the noisy sum the gradient of every parameter; a parameter without a sum gets noise alone.
+        """Make the noisy sum the gradient of every parameter, and noise alone where there is no sum.
 
         The sum is used up, so that a second step cannot use it again.
         """
         for parameter in self.params:
             total = parameter.summed_grad
+            # A step without a bag, or a parameter that no bag reached, gets noise as well: a step without
+            # noise would tell that no bag was drawn.
             parameter.grad = torch.zeros_like(parameter) if total is None else total
             self._plan.add_noise(parameter.grad, self._round)
             parameter.summed_grad = None
 
     def scale_grad(self) -> None:
-        """Divide by the expected number of bags: the number drawn is private."""
+        """Divide the gradients by the expected number of bags."""
         for parameter in self.params:
+            # Not by the number of bags drawn, which is private.
             parameter.grad.div_(self.expected_batch_size)
 
     def pre_step(self, closure: object = None) -> bool:
-        """Opacus's order of a step, without its hooks' per-sample gradients."""
+        """Prepare a step in Opacus's order, without its hooks' per-sample gradients."""
         self.add_noise()
         self.scale_grad()
         if self.step_hook:
@@ -123,14 +128,12 @@ class BagDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
 
 
 def total_norm(gradients: Sequence[Tensor]) -> float:
-    """The Euclidean norm of several float32 tensors as one vector.
-
-    Squares are added up in pieces, and the pieces in float64. As one float32 sum the norm of 11 M numbers
-    comes out 2e-5 too small (measured), and each bag would exceed its bound by as much; so it is 1e-9, in
-    the same time, and a fifth of what float64 alone takes.
-    """
+    """Return the Euclidean norm of several float32 tensors as one vector."""
     if not gradients:
         return 0.0
+    # Squares are added up in float32 within pieces, and the pieces in float64. As one float32 sum the
+    # norm of 11 M numbers comes out 2e-5 too small (measured), and each bag would exceed its bound by as
+    # much. In pieces the error is 1e-9, in the same time, and in a fifth of what float64 alone takes.
     pieces = [
         torch.linalg.vector_norm(gradient.reshape(-1, math.gcd(gradient.numel(), PIECE)), dim=1)
         for gradient in gradients
@@ -199,8 +202,11 @@ def train_round_privately(
                 seed = seeds.of_bag(round, step, bag)
                 optimiser.add_bag(bag_loss(objective, model, store, config, bag, seed))
             optimiser.step()
+    # The ledger was charged for the plan's steps: one more would be spending that nobody counted.
     if optimiser.steps != plan.steps_per_round:
         raise RunError(f"{optimiser.steps} private steps taken, but {plan.steps_per_round} accounted for")
+    # Torch counts every change of a tensor in ``_version``. A buffer that training wrote holds something
+    # of private images, and the whole model leaves the site.
     if buffers != {name: buffer._version for name, buffer in model.named_buffers()}:
         raise RunError("training changed a buffer of the model, which no noise covers; use another backbone")
     if optimiser.discarded:
@@ -214,10 +220,13 @@ def train_round_privately(
 def bag_loss(
     objective: Objective, model: LHFGLP, store: BagStore, config: RunConfig, bag: int, seed: int
 ) -> Tensor:
-    """The loss of one bag, a scalar, on the model's device.
+    """Return the loss of one bag, a scalar, on the model's device.
 
     Args:
         objective: of the round; looks at the bag alone.
+        model: in training mode.
+        store: the site's bags.
+        config: the run.
         bag: its index in the store.
         seed: fixes augmentation and dropout. It must be the bag's own: numbers that flow on from bag to
             bag let one bag change the gradients of those after it, beyond what clipping bounds.
@@ -229,7 +238,7 @@ def bag_loss(
 
 
 def refuse_unsound(config: RunConfig) -> None:
-    """The loss must be a mean of terms that look at one bag each.
+    """Refuse a method whose loss is not a mean of terms that look at one bag each.
 
     Raises:
         ConfigError: the method's loss is not; ``RunConfig`` refuses such a run before it starts.
@@ -240,7 +249,9 @@ def refuse_unsound(config: RunConfig) -> None:
 
 
 def refuse_batch_norm(model: nn.Module) -> None:
-    """BatchNorm in training mode keeps statistics of private images in buffers that no noise covers.
+    """Refuse a model with BatchNorm in training mode.
+
+    Such a layer keeps statistics of private images in buffers that no noise covers.
 
     Raises:
         ConfigError: there is such a layer.
@@ -254,7 +265,10 @@ def refuse_batch_norm(model: nn.Module) -> None:
 
 
 def pull_towards_server(optimiser: BagDPOptimizer, mu: float) -> None:
-    """Add the gradient of FedProx's term, mu (w - w_server), after the noise: it depends on no data."""
+    """Add the gradient of FedProx's term, mu (w - w_server), after the noise.
+
+    It depends on no data, so it needs neither clipping nor noise.
+    """
     anchors = [parameter.detach().clone() for parameter in optimiser.params]
 
     def pull(_: DPOptimizer) -> None:

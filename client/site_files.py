@@ -1,4 +1,4 @@
-"""The tables of a site folder, parsed and checked against one another; images are not opened here.
+"""Parse the tables of a site folder and check them against one another, without opening images.
 
 Every fault is a row that the user can find. Faults that make a whole file unusable are raised at once
 (all of them together); the others are returned with the bag they concern, and the caller decides.
@@ -25,7 +25,10 @@ MANIFEST_FILE, BAGS_FILE, TEST_FILE = "manifest.csv", "bags.csv", "test.csv"
 
 @dataclass(frozen=True)
 class Fault:
-    """A bad row, and the bag that it spoils (None where no bag can be named)."""
+    """Describe a bad row and the bag that it spoils.
+
+    The bag is None where none can be named.
+    """
 
     row: BadRow
     bag: str | None = None
@@ -33,7 +36,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image of a table: its path as written, its label or bag id, and its line."""
+    """Represent one image of a table with its path as written, its label or bag id, and its line."""
 
     path: str
     key: str
@@ -42,7 +45,7 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Listing:
-    """What manifest.csv and bags.csv say, images grouped by bag.
+    """Hold the content of manifest.csv and bags.csv, with images grouped by bag.
 
     Attributes:
         images: rows with a usable path, bag after bag in order of first appearance.
@@ -62,7 +65,7 @@ class Listing:
 
 
 def read_hierarchy(site_dir: Path, config: SiteConfig, fatal: list[BadRow]) -> Hierarchy | None:
-    """Read the site's label tree; what is wrong with it goes to ``fatal``."""
+    """Read the site's label tree, and append its faults to ``fatal``."""
     try:
         tree = Hierarchy.from_csv(site_dir / config.hierarchy)
         refuse_twins(tree, config.hierarchy)
@@ -111,7 +114,7 @@ def read_listing(site_dir: Path, config: SiteConfig) -> tuple[Hierarchy, Listing
 
 
 def collect_images(site_dir: Path, table: CsvTable, key: str, faults: list[Fault]) -> list[ImageRow]:
-    """The rows whose path is a regular file inside the site folder, listed once.
+    """Return the rows whose path is a regular file inside the site folder, each path once.
 
     Args:
         site_dir: the site folder.
@@ -137,7 +140,7 @@ def collect_images(site_dir: Path, table: CsvTable, key: str, faults: list[Fault
 
 
 def fingerprint(site_dir: Path, files: Sequence[str], images: Sequence[ImageRow]) -> str:
-    """A cheap hash of a data version: SHA-256 over tables, and size and time of every image.
+    """Hash a data version cheaply, as SHA-256 over tables and over size and time of every image.
 
     The tables enter byte by byte, an image by path, size in bytes and modification time: reading all
     pixels would cost as much as the cache saves. Touching or copying files therefore makes a new
@@ -147,6 +150,8 @@ def fingerprint(site_dir: Path, files: Sequence[str], images: Sequence[ImageRow]
     digest = hashlib.sha256()
     for name in files:
         data = (site_dir / name).read_bytes()
+        # With its length before it, no content can be moved from one table to the next under the same
+        # hash.
         digest.update(f"{name}\0{len(data)}\0".encode())
         digest.update(data)
     for row in images:
@@ -156,14 +161,22 @@ def fingerprint(site_dir: Path, files: Sequence[str], images: Sequence[ImageRow]
 
 
 def data_version(site_dir: Path, config: SiteConfig, listing: Listing) -> str:
-    """The fingerprint of everything that bags are made of; what the privacy ledger tells versions by."""
+    """Return the fingerprint of everything that bags are made of.
+
+    The privacy ledger tells data versions apart by it.
+    """
     return fingerprint(site_dir, (MANIFEST_FILE, BAGS_FILE, config.hierarchy), listing.images)
 
 
 def _path_fault(root: str, path: str, inside: dict[Path, bool]) -> str:
-    """Why this path cannot be used, or nothing; ``inside`` remembers folders already looked up."""
+    """Describe why a path cannot be used, or return an empty text.
+
+    ``inside`` remembers folders that were already looked up.
+    """
     if not path or "\0" in path:
         return "path is empty" if not path else "path holds a zero byte"
+    # A manifest must not bring files from outside the site folder into training. Backslashes count as
+    # well, since a table may have been written on Windows.
     if PurePath(path).is_absolute() or ".." in path.replace("\\", "/").split("/"):
         return f"{path!r} leads out of the site folder; write it relative to the folder"
     full = Path(root, path)
@@ -173,6 +186,8 @@ def _path_fault(root: str, path: str, inside: dict[Path, bool]) -> str:
         if parent not in inside:
             inside[parent] = _is_inside(root, parent)
         stays = inside[parent]
+        # Links are looked at one by one only where there are any: resolving every path would take several
+        # calls per image.
         if stat.S_ISLNK(status.st_mode):
             status, stays = full.stat(), stays and _is_inside(root, full)
     except OSError as error:
@@ -190,7 +205,7 @@ def _is_inside(root: str, path: Path) -> bool:
 def _collect_counts(
     table: CsvTable, hierarchy: Hierarchy, faults: list[Fault]
 ) -> dict[str, NDArray[np.int64]]:
-    """Leaf counts, shape (C_L,), of every bag that bags.csv names."""
+    """Return the leaf counts, shape (C_L,), of every bag that bags.csv names."""
     counts: dict[str, NDArray[np.int64]] = {}
     seen: set[tuple[str, str]] = set()
     for line, row in table:
@@ -219,7 +234,7 @@ def _cross_check(
     minimum: int,
     faults: list[Fault],
 ) -> None:
-    """Faults between the two files; bags that are faulty already are not reported again."""
+    """Add the faults between the two files, unless a bag is faulty already."""
     spoilt = {fault.bag for fault in faults}
     sizes: dict[str, int] = {}
     first: dict[str, int] = {}

@@ -1,4 +1,7 @@
-"""One round of local training from bag proportions. Sees bags and counts, never labels of images."""
+"""Train one round at a site from bag proportions.
+
+Sees bags and counts, never labels of images.
+"""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from common.schedule import cosine_decay, run_progress
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What one round of local training did."""
+    """Summarise one round of local training."""
 
     loss: float
     """Mean over the round's optimiser steps."""
@@ -34,7 +37,7 @@ class TrainingResult:
 def train_round(
     model: LHFGLP, store: BagStore, config: RunConfig, round: int, seeds: TrainingSeeds | None = None
 ) -> TrainingResult:
-    """Train the model in place for ``train.local-epochs`` passes over the site's training bags (or a part).
+    """Train the model in place for ``train.local-epochs`` passes over the training bags, or for a part.
 
     Everything random is fixed by the seeds and the round.
 
@@ -62,6 +65,7 @@ def train_round(
     optimiser = build_optimiser(parameters, config, run_progress(round, config.rounds))
     anchors = _anchors(parameters, config)
     losses, images = [], 0
+    # Forked, since dropout draws from torch's global generator, which belongs to the caller.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed)  # dropout and stochastic depth of the backbone
         for seen in passes_of_round(training, config, seeds, round):
@@ -74,6 +78,7 @@ def train_round(
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(parameters, config.train.clip_gradient)
                 optimiser.step()
+                # Kept as tensors: reading each as a number would make the GPU wait at every step.
                 losses.append(loss.detach())
                 images += len(batch.images)
     mean_loss = float(torch.stack(losses).mean())
@@ -85,11 +90,10 @@ def train_round(
 def passes_of_round(
     training: NDArray[np.int64], config: RunConfig, seeds: TrainingSeeds, round: int
 ) -> Iterator[NDArray[np.int64]]:
-    """The bags that a round trains on, in order: whole passes, or this round's part of one.
+    """Yield the bags that a round trains on, in order, as whole passes or as this round's part of one.
 
     With ``train.rounds-per-pass`` = k > 1 the k rounds of a pass share one order of the bags and take its k
-    parts in turn, so that every bag is seen once in k rounds; where there are fewer bags than parts, an empty
-    part is one bag, so that the site has something to say in every round.
+    parts in turn, so that every bag is seen once in k rounds.
     """
     parts = config.train.rounds_per_pass
     number, part = divmod(round - 1, parts)
@@ -97,13 +101,15 @@ def passes_of_round(
     for _ in range(config.train.local_epochs):
         bags = order.permutation(training)
         start, end = part * len(bags) // parts, (part + 1) * len(bags) // parts
+        # With fewer bags than parts some parts would be empty; these get one bag, so that the site has an
+        # update in every round.
         yield bags[start : max(end, start + 1)]
 
 
 def make_setting(
     store: BagStore, config: RunConfig, round: int, training: NDArray[np.int64], generator: torch.Generator
 ) -> Setting:
-    """What the round's objective may know, on the device that the run trains on.
+    """Collect what the round's objective may know, on the device that the run trains on.
 
     Args:
         store: the site's bags.
@@ -128,7 +134,10 @@ def make_setting(
 def build_optimiser(
     parameters: list[nn.Parameter], config: RunConfig, progress: float
 ) -> torch.optim.Optimizer:
-    """A fresh optimiser (its moments would be a site's state) at the round's learning rate."""
+    """Build a fresh optimiser at the round's learning rate.
+
+    Its moments are not kept from round to round, since they would be a site's state.
+    """
     train = config.train
     rate = train.learning_rate * cosine_decay(progress)
     if train.optimiser == "sgd":
@@ -137,7 +146,7 @@ def build_optimiser(
 
 
 def proximal_term(parameters: list[nn.Parameter], anchors: list[Tensor], mu: float) -> Tensor:
-    """mu/2 * ||w - w_server||^2 (FedProx; Li et al. 2020, eq. 2)."""
+    """Return mu/2 * ||w - w_server||^2, a scalar (FedProx, Li et al. 2020, eq. 2)."""
     distances = [(p - a).square().sum() for p, a in zip(parameters, anchors, strict=True)]
     return 0.5 * mu * torch.stack(distances).sum()
 
@@ -149,7 +158,7 @@ def _anchors(parameters: list[nn.Parameter], config: RunConfig) -> list[Tensor]:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
+    """Return the device of this name, with ``auto`` for the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -1,4 +1,4 @@
-"""Training objectives by name: the one place where ``model.method`` becomes a loss."""
+"""Choose the training objective by the name of the run's method."""
 
 from collections.abc import Callable, Mapping
 
@@ -29,7 +29,7 @@ OBJECTIVES: Mapping[Method, Callable[[Setting], Objective]] = {
 
 
 def build_objective(setting: Setting) -> Objective:
-    """The objective of the run's method, for one round at one site.
+    """Build the objective of the run's method for one round at one site.
 
     Raises:
         UserError: the method cannot be trained on this site's bags.

@@ -1,4 +1,4 @@
-"""What a training objective is: a loss for a batch of bags, and what it may know beside them.
+"""Define a training objective as a loss for a batch of bags, and the facts that it may use.
 
 An objective is made once per round and sees bags with counts, never a label of an image. It neither opens
 files nor steps the optimiser.
@@ -18,7 +18,7 @@ from common.lhfglp import LHFGLP
 
 @dataclass(frozen=True)
 class Setting:
-    """What an objective may know of the run, the site and the round."""
+    """Hold what an objective may know of the run, the site and the round."""
 
     config: RunConfig
     hierarchy: Hierarchy
@@ -39,10 +39,10 @@ class Setting:
 
 
 class Objective(Protocol):
-    """The loss of a batch, to be minimised."""
+    """Compute the loss of a batch, which training minimises."""
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
-        """The loss, a scalar with a graph to the model's parameters.
+        """Return the loss, a scalar with a graph to the model's parameters.
 
         Args:
             model: in training mode, on the batch's device.

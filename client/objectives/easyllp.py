@@ -1,4 +1,4 @@
-"""EasyLLP: an unbiased estimate of the loss of every image from its bag's counts and the class priors.
+"""Estimate the loss of every image without bias from its bag's counts and the class priors (EasyLLP).
 
 Busa-Fekete et al. 2023, "Easy learning from label proportions" (arXiv 2302.03115), the debiased loss, in its
 multi-class form. In a bag of k independent images with proportions q, and class priors pi, the expectation
@@ -23,13 +23,13 @@ from common.losses import bag_means
 
 
 class DebiasedLoss:
-    """The squared error of each image against its debiased label, averaged over images, then bags."""
+    """Average the squared error of each image against its debiased label, over images and then over bags."""
 
     def __init__(self, setting: Setting) -> None:
         self.priors = setting.leaf_counts.sum(dim=0) / setting.leaf_counts.sum()
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
-        """See ``Objective``."""
+        """Return the loss of a batch, as ``Objective`` describes."""
         weights = debiased_labels(batch.level_counts[-1], self.priors)[batch.bag_index]
         predicted = F.softmax(model(batch.images).scores[-1].float(), dim=1)
         per_image = (weights * squared_errors(predicted)).sum(dim=1)
@@ -37,7 +37,7 @@ class DebiasedLoss:
 
 
 def debiased_labels(counts: Tensor, priors: Tensor) -> Tensor:
-    """k q - (k - 1) pi for every bag: the weight of each class for each of its images.
+    """Return k q - (k - 1) pi for every bag, the weight of each class for each of its images.
 
     Args:
         counts: k q, shape (B, C); a row sums to k >= 1.
@@ -50,5 +50,6 @@ def debiased_labels(counts: Tensor, priors: Tensor) -> Tensor:
 
 
 def squared_errors(predicted: Tensor) -> Tensor:
-    """|p - e_c|^2 for every image and class c, shape (N, C), in [0, 2]."""
+    """Return |p - e_c|^2 for every image and class c, shape (N, C), in [0, 2]."""
+    # Expanded, since |p - e_c|^2 = |p|^2 - 2 p_c + 1 needs no tensor of shape (N, C, C).
     return predicted.square().sum(dim=1, keepdim=True) - 2 * predicted + 1

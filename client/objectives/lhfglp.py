@@ -1,4 +1,4 @@
-"""LHFGLP's objective: proportions matched at every level, refined labels, and the price of the sparse codes.
+"""Compute LHFGLP's loss of matched proportions, refined labels and the price of the sparse codes.
 
     (1 - mu) sum_l w_l KL(q_l || p_l)  -  mu sum_l w_l mean_i sum_c Q_ilc log p_ilc
         +  alpha * reconstruction  +  beta * ||z||_1,  averaged over bags
@@ -24,7 +24,10 @@ from common.losses import hierarchical_proportion_loss, level_weights, refined_l
 
 
 class HierarchicalProportions:
-    """The loss at the round's level weights; mu is ``loss.refinement``."""
+    """Compute the loss at the round's level weights.
+
+    The weight mu of the refined labels is ``loss.refinement``.
+    """
 
     def __init__(self, setting: Setting) -> None:
         self.config = setting.config.loss
@@ -32,7 +35,7 @@ class HierarchicalProportions:
         self.leaf_paths = torch.as_tensor(setting.hierarchy.paths, device=setting.bags.device)
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
-        """See ``Objective``."""
+        """Return the loss of a batch, as ``Objective`` describes."""
         output = model(batch.images)
         loss = hierarchical_proportion_loss(
             output,

@@ -1,4 +1,4 @@
-"""LLPFC: a bag's number as the noisy label of its images, and a forward-corrected cross-entropy.
+"""Use a bag's number as the noisy label of its images, in a forward-corrected cross-entropy (LLPFC).
 
 Zhang, Wang & Scott 2022, "Learning from label proportions by learning with label noise" (arXiv 2203.02496),
 the variant with uniform noisy priors (LLPFC-uniform). Bags are put into groups. Within a group of G bags with
@@ -35,7 +35,7 @@ TRIES = 10
 
 
 class ForwardCorrection:
-    """Forward-corrected cross-entropy against the bags' numbers, under the groups of the round."""
+    """Compute forward-corrected cross-entropy against the bags' numbers, under the groups of the round."""
 
     def __init__(self, setting: Setting) -> None:
         config = setting.config
@@ -57,7 +57,7 @@ class ForwardCorrection:
         """Shape (B, C_L): the row of T that belongs to each training bag."""
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
-        """See ``Objective``."""
+        """Return the loss of a batch, as ``Objective`` describes."""
         rows = self.rows[torch.searchsorted(self.bags, batch.bags)][batch.bag_index]
         predicted = F.softmax(model(batch.images).scores[-1].float(), dim=1)
         likelihood = (rows * predicted).sum(dim=1).clamp_min(SMALLEST_PREDICTED)
@@ -65,7 +65,7 @@ class ForwardCorrection:
 
 
 def transition_matrix(proportions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """T of one group: P(bag | class) for an image of a uniformly drawn bag.
+    """Return T of one group, P(bag | class) for an image of a uniformly drawn bag.
 
     Args:
         proportions: gamma, shape (G, C), rows sum to 1.
@@ -81,7 +81,7 @@ def transition_matrix(proportions: NDArray[np.float64]) -> NDArray[np.float64]:
 def make_groups(
     proportions: NDArray[np.float64], size: int, rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
-    """Divide bags into groups of at least ``size`` (one group, where there are fewer), well conditioned.
+    """Divide bags into well-conditioned groups of at least ``size``, or into one where there are fewer.
 
     Args:
         proportions: shape (B, C).

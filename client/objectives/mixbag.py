@@ -1,4 +1,6 @@
-"""MixBag: bags mixed from parts of two bags, matched only where their proportions are surely off.
+"""Mix bags from parts of two bags, and match them only where their proportions are off (MixBag).
+
+A mixture's proportions are known within an interval only, so it is matched outside of that interval.
 
 Asanomi et al. 2023, "MixBag: bag-level data augmentation for learning from label proportions" (ICCV). Half of
 the bags, by a coin each, are replaced by a mixture: g of the m images of bag i (g uniform in 1..m-1) and
@@ -30,14 +32,14 @@ SHARE = 0.5
 
 
 class MixedBags:
-    """The leaf proportion loss of a batch in which some bags are mixtures."""
+    """Compute the leaf proportion loss of a batch in which some bags are mixtures."""
 
     def __init__(self, setting: Setting) -> None:
         self.z = quantile(setting.config.objective.mixbag_confidence)
         self.generator = setting.generator
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
-        """See ``Objective``."""
+        """Return the loss of a batch, as ``Objective`` describes."""
         images, bag_index, target, width = mix(batch, self.z, self.generator)
         scores = model(batch.images[images]).scores[-1]
         predicted = bag_mean_probabilities(scores, bag_index, len(batch))
@@ -45,12 +47,12 @@ class MixedBags:
 
 
 def quantile(confidence: float) -> float:
-    """z, so that a standard normal number lies in +-z with this probability."""
+    """Return z such that a standard normal number lies within +-z with this probability."""
     return statistics.NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def mix(batch: Batch, z: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose the images of the new bags, and say what their proportions are expected to be.
+    """Choose the images of the new bags, and estimate the proportions of each.
 
     Args:
         batch: B bags.
@@ -77,6 +79,7 @@ def mix(batch: Batch, z: float, generator: torch.Generator) -> tuple[Tensor, Ten
             chosen.append(torch.arange(starts[bag], starts[bag + 1]))
             continue
         other = int(torch.randint(len(batch) - 1, (), generator=generator))
+        # Drawn from one number fewer and moved up by one, so that a bag is never mixed with itself.
         other += other >= bag
         own = int(torch.randint(1, size, (), generator=generator))
         lent = min(size - own, sizes[other])
@@ -92,11 +95,14 @@ def mix(batch: Batch, z: float, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def deviation(proportions: Tensor, drawn: int) -> Tensor:
-    """Standard deviation of the proportions among ``drawn`` independent images."""
+    """Return the standard deviation of the proportions among ``drawn`` independent images."""
     return (proportions * (1 - proportions) / drawn).sqrt()
 
 
 def interval_divergence(predicted: Tensor, target: Tensor, width: Tensor) -> Tensor:
-    """The terms of KL(target || predicted) per class, 0 where predicted lies in target +- width; (B, C)."""
+    """Return the terms of KL(target || predicted) per class, 0 where predicted is within target +- width.
+
+    All tensors have shape (B, C).
+    """
     terms = torch.xlogy(target, target) - target * predicted.clamp_min(SMALLEST_PREDICTED).log()
     return terms.masked_fill((predicted - target).abs() <= width, 0.0)

@@ -1,4 +1,6 @@
-"""ROT: pseudo-labels by entropic optimal transport that keep each bag's counts, beside proportion matching.
+"""Combine proportion matching with pseudo-labels that keep each bag's counts (ROT).
+
+The pseudo-labels come from entropic optimal transport.
 
 Optimal transport between a bag's images and its counts as a loss is due to Dulac-Arnold et al. 2019, "Deep
 multi-class learning from label proportions" (ROT); training on the plan as pseudo-labels to Liu et al. 2021,
@@ -23,13 +25,13 @@ from common.losses import bag_means, proportion_kl
 
 
 class TransportedLabels:
-    """The leaf proportion loss plus the cross-entropy against transported pseudo-labels."""
+    """Add the cross-entropy against transported pseudo-labels to the leaf proportion loss."""
 
     def __init__(self, setting: Setting) -> None:
         self.config = setting.config.objective
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
-        """See ``Objective``."""
+        """Return the loss of a batch, as ``Objective`` describes."""
         scores, counts = model(batch.images).scores[-1], batch.level_counts[-1]
         predicted = F.log_softmax(scores.float(), dim=1)
         labels = pseudo_labels(predicted.detach(), batch.bag_index, counts, self.config.rot_temperature)

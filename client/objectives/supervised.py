@@ -1,4 +1,6 @@
-"""Bounds from labels: cross-entropy at the leaf, or at every level, on bags of exactly one image.
+"""Train upper bounds from labels, with cross-entropy on bags of exactly one image.
+
+The cross-entropy is taken at the leaf or at every level.
 
 A bag of one image with its count is a labelled image, so the bound is trained by the same loop, on the same
 images and without any label file being opened. Only comparisons may write such a folder, by a minimum bag
@@ -14,7 +16,7 @@ from common.errors import UserError
 
 
 class LeafLabels(LeafProportions):
-    """Cross-entropy at the leaf, averaged over images."""
+    """Compute the cross-entropy at the leaf, averaged over images."""
 
     def __init__(self, setting: Setting) -> None:
         refuse_larger_bags(setting)
@@ -22,7 +24,7 @@ class LeafLabels(LeafProportions):
 
 
 class LevelLabels(LevelProportions):
-    """Cross-entropy at every level with the weights of ``LossConfig``, averaged over images."""
+    """Compute the cross-entropy at every level with the weights of ``LossConfig``, averaged over images."""
 
     def __init__(self, setting: Setting) -> None:
         refuse_larger_bags(setting)
@@ -30,7 +32,7 @@ class LevelLabels(LevelProportions):
 
 
 def refuse_larger_bags(setting: Setting) -> None:
-    """Only bags of one image are labelled.
+    """Refuse a site with a training bag of more than one image, which gives no label.
 
     Raises:
         UserError: a training bag holds more images.

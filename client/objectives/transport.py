@@ -1,4 +1,4 @@
-"""Soft labels of a bag's images that add up to its counts, by entropic optimal transport.
+"""Find soft labels of a bag's images that add up to its counts, by entropic optimal transport.
 
 For a bag of m images with counts n and predictions p, Sinkhorn's scaling (Cuturi 2013) of p^(1/tau):
 
@@ -22,7 +22,7 @@ scales stay within float64."""
 
 
 def pseudo_labels(predicted: Tensor, bag_index: Tensor, counts: Tensor, temperature: float) -> Tensor:
-    """The transport plan of every bag, one row of class weights per image.
+    """Return the transport plan of every bag, one row of class weights per image.
 
     Args:
         predicted: log-probabilities, shape (N, C), without a graph.
@@ -36,8 +36,11 @@ def pseudo_labels(predicted: Tensor, bag_index: Tensor, counts: Tensor, temperat
     """
     sizes = torch.bincount(bag_index, minlength=len(counts))
     there = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
+    # In float64: the scales of the plan span hundreds of orders of magnitude at low temperatures.
     scaled = predicted.double() / temperature
     kernel = scaled.new_zeros(*there.shape, counts.shape[1])  # no mass beyond a bag's images
+    # Each row is scaled by its own largest entry, which Sinkhorn's scaling takes out again, so that no
+    # row vanishes in exp.
     kernel[there] = (scaled - scaled.amax(dim=1, keepdim=True)).clamp_min(FARTHEST).exp()
     target, rows = counts.double()[:, None], there.double()[:, None]
     columns = torch.ones_like(target)

@@ -1,4 +1,4 @@
-"""LLP-VAT: proportion matching, and predictions that small adversarial changes of an image leave alone.
+"""Combine proportion matching with predictions that withstand small adversarial changes (LLP-VAT).
 
 Tsai & Lin 2020, "Learning from label proportions with consistency regularization", eq. 5-7:
 
@@ -31,7 +31,7 @@ RAMP = 0.4
 
 
 class VirtualAdversarial:
-    """The leaf proportion loss plus the local smoothness of the leaf predictions."""
+    """Add the local smoothness of the leaf predictions to the leaf proportion loss."""
 
     def __init__(self, setting: Setting) -> None:
         config = setting.config.objective
@@ -40,7 +40,7 @@ class VirtualAdversarial:
         self.generator = setting.generator
 
     def __call__(self, model: LHFGLP, batch: Batch) -> Tensor:
-        """See ``Objective``."""
+        """Return the loss of a batch, as ``Objective`` describes."""
         scores = model(batch.images).scores[-1]
         loss = proportion_kl(scores, batch.bag_index, batch.level_counts[-1]).mean()
         if not self.weight:
@@ -52,12 +52,12 @@ class VirtualAdversarial:
 
 
 def ramp(progress: float) -> float:
-    """exp(-5 (1 - t)^2) with t = progress / RAMP, at most 1: from 0.007 to 1."""
+    """Return exp(-5 (1 - t)^2) with t = progress / RAMP, at most 1, which rises from 0.007 to 1."""
     return math.exp(-5 * (1 - min(progress / RAMP, 1.0)) ** 2)
 
 
 def adversarial_change(model: LHFGLP, images: Tensor, target: Tensor, noise: Tensor, radius: float) -> Tensor:
-    """The change of each image that moves its prediction most, to second order.
+    """Return the change of each image that moves its prediction most, to second order.
 
     Args:
         model: its parameters get no gradient from here.
@@ -78,13 +78,19 @@ def adversarial_change(model: LHFGLP, images: Tensor, target: Tensor, noise: Ten
 
 
 def divergence(model: LHFGLP, images: Tensor, target: Tensor) -> Tensor:
-    """KL(target || prediction) at the leaf, averaged over images; target as log-probabilities."""
+    """Return KL(target || prediction) at the leaf, averaged over images.
+
+    Args:
+        model: predicts from the images.
+        images: shape (N, 3, S, S).
+        target: log-probabilities, shape (N, C_L).
+    """
     predicted = F.log_softmax(model(images).scores[-1].float(), dim=1)
     return F.kl_div(predicted, target, reduction="batchmean", log_target=True)
 
 
 def unit(images: Tensor) -> Tensor:
-    """Each image divided by its Euclidean norm; an image of zeros stays one."""
+    """Divide each image by its Euclidean norm, leaving an image of zeros as it is."""
     norm = images.flatten(1).norm(dim=1).clamp_min(torch.finfo(images.dtype).tiny)
     scaled: Tensor = images / norm.view(-1, 1, 1, 1)
     return scaled

@@ -1,4 +1,4 @@
-"""Hierarchical archives: one .npz with images, a label at every level, the names of the classes and the tree.
+"""Read hierarchical archives, one .npz with images, labels at every level, class names and the tree.
 
 Knows nothing of sites or bags. Two layouts, for levels 1..L, coarse to fine::
 
@@ -31,7 +31,7 @@ GROUP_ARRAYS = ("group", "track")
 
 
 def archive_source(archive: Path) -> SourceTable:
-    """Read an archive of either layout; its images are held in memory.
+    """Read an archive of either layout, holding its images in memory.
 
     Args:
         archive: the .npz; images (N, H, W) or (N, H, W, 3) uint8, labels and parents whole numbers.
@@ -48,6 +48,7 @@ def archive_source(archive: Path) -> SourceTable:
     try:
         # This says "File is not a zip file"; numpy would speak of pickles.
         with zipfile.ZipFile(archive) as listed:
+            # Half of the memory, since all images are copied once when the parts are joined.
             check_arrays(listed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
         with np.load(archive, allow_pickle=False) as packed:
             arrays = _Arrays(archive, dict(packed))
@@ -100,7 +101,7 @@ def archive_source(archive: Path) -> SourceTable:
 
 
 class _Arrays:
-    """The arrays of one file, each asked for with the type and shape that it must have."""
+    """Give access to the arrays of one file, checking the type and shape of each."""
 
     def __init__(self, file: Path, arrays: dict[str, NDArray[Any]]) -> None:
         self._file, self._arrays = file, arrays
@@ -109,7 +110,11 @@ class _Arrays:
         return name in self._arrays
 
     def get(self, name: str, kind: type[Any], shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-        """The array, if it is of this kind of type and, where one is given, of this shape."""
+        """Return an array, if it is of this kind of type and, where one is given, of this shape.
+
+        Raises:
+            UserError: it is missing or another kind of array.
+        """
         if name not in self._arrays:
             raise UserError(
                 f"{self._file} holds no {name}; it has {', '.join(sorted(self._arrays)) or 'nothing'}.\n"
@@ -124,7 +129,7 @@ class _Arrays:
         return array
 
     def tree(self) -> tuple[Hierarchy, NDArray[np.int64]]:
-        """The tree, and the class of every leaf at every level as the archive numbers them, (C_L, L)."""
+        """Return the tree, and the archive's class numbers of every leaf at every level, shape (C_L, L)."""
         depth = 1
         while self.has(f"names{depth + 1}"):
             depth += 1
@@ -144,7 +149,7 @@ class _Arrays:
         return Hierarchy.from_rows(levels, rows, file=self._file.name), paths
 
     def part(self, suffix: str, depth: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str] | None]:
-        """Images, labels of shape (N, L), and group names if there are any, of one part."""
+        """Return images, labels of shape (N, L), and group names if there are any, of one part."""
         images = self.get(f"x{suffix}", np.uint8)
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
             raise UserError(

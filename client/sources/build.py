@@ -1,7 +1,8 @@
-"""From a source table to site folders: check, divide, write, and say what was done.
+"""Build site folders from a source table.
 
-No instance label of a training image is written anywhere: files get numbers in random order, bags get
-counts. Only rows that the split column calls test keep their label, in test.csv.
+The images are checked, divided, written and reported. No instance label of a training image is written
+anywhere: files get numbers in random order, bags get counts. Only rows that the split column calls test keep
+their label, in test.csv.
 """
 
 from collections.abc import Callable, Sequence
@@ -120,14 +121,23 @@ def write_sites(
     bad: Sequence[BadRow] = (),
     step: Callable[[], None] = lambda: None,
 ) -> BuildReport:
-    """The second half of build_sites: divide and write images that are known to be usable.
+    """Divide and write images that are known to be usable, as the second half of ``build_sites``.
 
     Args:
-        train, test: indices of the images to use.
+        source: images with leaf labels.
+        out: folder to make; it must not exist.
+        train: indices of the training images to use.
+        test: indices of the test images to use.
+        bag_size: as in build_sites, like the arguments up to ``minimum_bag_size``.
+        sites: number of sites.
+        partition: division into sites.
+        bags: division into bags.
+        group_column: patient or lesion ids.
+        groups: what no group is divided over.
+        seed: fixes the result.
+        minimum_bag_size: images; no smaller bag is made.
         bad: rows for ``out/quarantine.csv``.
         step: called for every image written.
-        source, out, bag_size, sites, partition, bags, group_column, groups, seed, minimum_bag_size: as in
-            build_sites.
 
     Raises:
         UserError: see build_sites.
@@ -159,13 +169,21 @@ def write_sites(
 def read_split(
     source: SourceTable, name: str | None, bad: list[BadRow]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Per image: is it a training row, is it a test row. A word that is neither makes a row for ``bad``:
-    guessing could put test images into training. Without a column all are training rows."""
+    """Return for every image whether it is a training row and whether it is a test row.
+
+    Without a column all are training rows.
+
+    Args:
+        source: the images.
+        name: the split column, if there is one.
+        bad: receives the rows whose word is neither.
+    """
     if name is None:
         return np.ones(len(source), dtype=np.bool_), np.zeros(len(source), dtype=np.bool_)
     words = [cell.lower() for cell in column(source, name)]
     is_train = np.array([word in TRAIN_WORDS for word in words], dtype=np.bool_)
     is_test = np.array([word in TEST_WORDS for word in words], dtype=np.bool_)
+    # Not guessed: a test image taken for a training image would spoil every figure of the test.
     for index in np.flatnonzero(~is_train & ~is_test).tolist():
         reason = f"{name} {words[index]!r} is neither train, val nor test"
         bad.append(BadRow(source.file, source.lines[index], reason))
@@ -175,7 +193,7 @@ def read_split(
 def _known_groups(
     source: SourceTable, name: str | None, missing_groups: str, bad: list[BadRow]
 ) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """Per image, shape (N,): may it be used, as far as its group is concerned. And what to note."""
+    """Return for every image, shape (N,), whether its group allows its use, and what to note of it."""
     if missing_groups not in ("refuse", "alone"):
         raise UserError(f"--missing-groups {missing_groups!r}: write refuse or alone")
     if name is None:
@@ -188,7 +206,7 @@ def _known_groups(
 
 
 def _filled_in(source: SourceTable, name: str, meaning: str, bad: list[BadRow]) -> NDArray[np.bool_]:
-    """Per image: does the column say something; other rows are bad."""
+    """Return for every image whether its cell of a column is filled, and add the other rows to ``bad``."""
     cells = column(source, name)
     filled = np.array([not is_missing(cell) for cell in cells], dtype=np.bool_)
     for index in np.flatnonzero(~filled).tolist():
@@ -198,7 +216,7 @@ def _filled_in(source: SourceTable, name: str, meaning: str, bad: list[BadRow]) 
 
 
 def _check_images(source: SourceTable, bad: list[BadRow], steps: Steps) -> NDArray[np.bool_]:
-    """Decode every image once. Shape (N,): can it be used."""
+    """Decode every image once, and return for each, shape (N,), whether it can be used."""
     good = np.ones(len(source), dtype=np.bool_)
     for index, fault in image_faults(source.images, len(source), steps):
         good[index] = False
@@ -216,7 +234,7 @@ def _write_all(
     rng: np.random.Generator,
     step: Callable[[], None],
 ) -> None:
-    """Write everything beside ``out`` and rename it: there is the whole of it or nothing."""
+    """Write all sites to a temporary folder and rename it to ``out``, or leave nothing."""
 
     def needed() -> int:
         parts = (part for plan in plans for part in (*plan.bags, plan.test))

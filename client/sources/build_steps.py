@@ -1,4 +1,4 @@
-"""What every build of site folders shares: progress, checking images, and writing all or nothing."""
+"""Check images, count progress, and write all or nothing, as every build of site folders does."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from common.errors import UserError
 
 
 class Steps:
-    """Counts work done for the progress callback."""
+    """Count the work done, for the progress callback."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
@@ -30,8 +30,9 @@ class Steps:
 
 
 def image_faults(images: SourceImages, number: int, step: Callable[[int], None]) -> Iterator[tuple[int, str]]:
-    """Decode images 0 to ``number - 1`` once, and give the index and the fault of every unusable one."""
+    """Decode images 0 to ``number - 1`` once, and yield index and fault of every unusable one."""
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # Pillow only warns of an image of 90 to 180 million pixels; here it is a bad image.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, number, CHUNK):
             chunk = range(start, min(start + CHUNK, number))
@@ -41,18 +42,22 @@ def image_faults(images: SourceImages, number: int, step: Callable[[int], None])
 
 
 def refuse_existing(target: Path, option: str) -> None:
-    """Raise a UserError that names the option if there is something at ``target``."""
+    """Refuse a ``target`` that exists already, naming the option that chose it.
+
+    Raises:
+        UserError: there is something at ``target``.
+    """
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists already; remove it or choose another {option}")
 
 
 @contextmanager
 def whole_or_nothing(target: Path, needed: Callable[[], int]) -> Iterator[Path]:
-    """Give a temporary folder beside ``target``, which becomes it only when the block ends without fault.
+    """Give a temporary folder that becomes ``target`` only when the block ends without a fault.
 
     Args:
         target: the folder to make; its parents are made.
-        needed: bytes that a whole ``target`` takes, for the message about a full disk.
+        needed: bytes that a complete ``target`` takes, for the message about a full disk.
 
     Raises:
         UserError: the disk is full or refuses.
@@ -60,6 +65,8 @@ def whole_or_nothing(target: Path, needed: Callable[[], int]) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since a rename is one step only within a file system; and hidden, so that
+        # nothing takes it for a site.
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         temporary.chmod(0o755)
         yield temporary

@@ -1,4 +1,4 @@
-"""The sources by name, and which of the given paths each of them reads."""
+"""Open a source of images by its name, and refuse paths and options that it does not read."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # the command line imports this module to show its help, whic
 
 
 class SourceKind(StrEnum):
-    """What a folder of images looks like."""
+    """Name the layouts in which a folder of images can come."""
 
     SYNTHETIC = "synthetic"
     TABLE = "table"
@@ -50,9 +50,13 @@ def open_source(
         labels: label table (table, dicom).
         hierarchy: label tree as CSV (table, dicom, medmnist).
         label_column: column of leaf names (table, dicom).
+        sites: number of hospitals; this and the next four are for synthetic only, see synthetic_source.
+        seed: fixes the drawn images.
+        images_per_site: training images of each hospital.
+        image_size: side of the images, pixels.
+        bag_size: images per session.
         depth: take the first so many diagnosis columns (table, dicom).
         fold_case: join classes that differ only by case or blanks (table, dicom, folders).
-        sites, seed, images_per_site, image_size, bag_size: synthetic only; see synthetic_source.
 
     Raises:
         UserError: an unknown kind, a path that is missing or that this source would ignore; and what the
@@ -74,6 +78,7 @@ def open_source(
     }
     others = {SourceKind.MEDMNIST: {"--hierarchy"}, SourceKind.FOLDERS: {"--fold-case"}}
     takes = set(given) if from_table else others.get(kind, set())
+    # An option that is ignored would leave the user with another data set than asked for.
     if ignored := [name for name, value in given.items() if value is not None and name not in takes]:
         raise UserError(f"--source {kind} does not read {', '.join(ignored)}")
     if kind is SourceKind.SYNTHETIC:

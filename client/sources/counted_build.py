@@ -1,7 +1,8 @@
-"""From counted bags to one site folder: check the images, leave out what must be, write, and report.
+"""Build one site folder from counted bags.
 
-The site folder holds images under numbers, the bag of each and the counts of each bag. A label of a single
-image is nowhere, since nobody knows one.
+The images are checked, bags with faults are left out where that is asked for, and the rest is written and
+reported. The site folder holds images under numbers, the bag of each and the counts of each bag. A label of a
+single image is nowhere, since nobody knows one.
 """
 
 import hashlib
@@ -53,6 +54,8 @@ def build_counted_site(
     except ValidationError as error:
         reasons = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
         raise UserError(f"--name {name!r} cannot name a site: {reasons}") from error
+    # Hidden folders are passed over when sites are listed: they are what a build that was broken off
+    # leaves.
     if name.startswith("."):
         raise UserError(f"--name {name!r}: a hidden folder is no site; begin with a letter or a digit")
     target = out / name
@@ -106,7 +109,11 @@ def build_counted_site(
 
 
 def _twins(paths: Sequence[Path], bag_of: Sequence[int]) -> tuple[str, ...]:
-    """Note images that are the same byte for byte: in two bags, a statement per bag covers them in part."""
+    """Note images that are the same byte for byte.
+
+    If they lie in two bags, a privacy statement per bag covers them only in part.
+    """
+    # By size first, so that only images that may be the same are read.
     by_size: dict[int, list[int]] = defaultdict(list)
     for index, path in enumerate(paths):
         by_size[path.stat().st_size].append(index)

@@ -1,4 +1,4 @@
-"""A hospital with images and one count per class and bag, and no label of any single image.
+"""Read the images of a hospital and one count per class and bag, without any label of a single image.
 
 Reads bags (one folder each, or a table) and their counts, long or wide, and checks one against the other.
 Every fault names its bag, since a bag with a fault can only be used or left out whole.
@@ -32,7 +32,7 @@ ALIKE = 0.88
 
 @dataclass(frozen=True)
 class CountedBags:
-    """Bags of images with the number of images of each leaf.
+    """Hold bags of images with the number of images of each leaf.
 
     Attributes:
         hierarchy: the label tree.
@@ -117,7 +117,7 @@ def _bag_column(table: CsvTable) -> str:
 
 
 class _Counts:
-    """The table of counts, in either layout: a vector of leaf counts for every bag that it names."""
+    """Read the table of counts, in either layout, as a vector of leaf counts for every bag in it."""
 
     def __init__(self, table: CsvTable, tree: Hierarchy, fold_case: bool, faults: list[Fault]) -> None:
         self.file, self._tree, self._faults = table.file, tree, faults
@@ -128,6 +128,7 @@ class _Counts:
         self.notes: list[str] = []
         bag = _bag_column(table)
         label, count = table.column(LABEL_COLUMNS), table.column(COUNT_COLUMNS)
+        # A wide table may have a class that is called like one of the columns of a long one.
         if label is not None and count is not None and label not in tree.leaf_index:
             self.layout, self.shape = "long", f"a row for each {bag} and {label}, the number in {count}"
             self._read_long(table, bag, label, count)
@@ -142,7 +143,7 @@ class _Counts:
         self._faults.append(Fault(BadRow(self.file, line, reason), bag))
 
     def _leaf(self, name: str) -> tuple[int, str]:
-        """The leaf of a label, and what is wrong with it."""
+        """Return the leaf of a label, and what is wrong with the label."""
         leaf = self._tree.leaf_index.get(name)
         if leaf is None and (leaf := self._folded.get(fold(name))) is not None:
             self._joined[name] += 1
@@ -218,7 +219,10 @@ def _is_picture(ending: str) -> bool:
 
 
 def _bags_of_folders(root: Path, faults: list[Fault]) -> tuple[dict[str, list[Path]], FoundFiles]:
-    """The images below each folder in ``root``, by name; pictures outside these folders are faults."""
+    """Return the images below each folder in ``root``, by the folder's name.
+
+    Pictures outside these folders are faults.
+    """
     found = find_images(root, _is_picture)
     folders = (path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name))
     members: dict[str, list[Path]] = {path.name: [] for path in folders}
@@ -237,7 +241,7 @@ def _bags_of_folders(root: Path, faults: list[Fault]) -> tuple[dict[str, list[Pa
 def _bags_of_table(
     root: Path, table: CsvTable, faults: list[Fault]
 ) -> tuple[dict[str, list[Path]], FoundFiles]:
-    """The images of each bag, in the order of a table."""
+    """Return the images of each bag, in the order of a table."""
     index = FileIndex(root, _is_picture)
     image, bag_name = image_column(table), _bag_column(table)
     members: dict[str, list[Path]] = {}
@@ -255,6 +259,7 @@ def _bags_of_table(
         if bag:
             members.setdefault(bag, [])
         if reason:
+            # An image in two bags spoils both: nobody knows to which of them its label was counted.
             spoilt = dict.fromkeys((bag or None, also or bag or None))
             faults += [Fault(BadRow(table.file, line, reason), name) for name in spoilt]
             continue
@@ -266,7 +271,7 @@ def _bags_of_table(
 def _cross_check(
     members: dict[str, list[Path]], counts: _Counts, root: str, minimum: int, faults: list[Fault]
 ) -> None:
-    """Add the faults between bags and counts; bags that are faulty already are not reported again."""
+    """Add the faults between bags and counts, unless a bag is faulty already."""
     spoilt = {fault.bag for fault in faults}
     for bag, paths in members.items():
         if bag in spoilt:

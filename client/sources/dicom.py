@@ -1,7 +1,7 @@
-"""DICOM folders with a label table. Needs the extra ``fedbags[dicom]``.
+"""Read DICOM folders with a label table.
 
-Pixels are brought to 8 bits as a viewer would show them; the patient's id groups images and is written
-nowhere. No other tag is kept: the site folder gets plain PNG files.
+Needs the extra ``fedbags[dicom]``. Pixels are brought to 8 bits as a viewer would show them; the patient's id
+groups images and is written nowhere. No other tag is kept: the site folder gets plain PNG files.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
 
 @dataclass(frozen=True)
 class DicomImages:
-    """Single-frame DICOM files."""
+    """Read single-frame DICOM files."""
 
     paths: Sequence[Path]
 
@@ -48,7 +48,7 @@ class DicomImages:
 
 @dataclass(frozen=True)
 class MixedImages:
-    """Files of either kind, DICOM told by its ending."""
+    """Read DICOM and other image files, told apart by their endings."""
 
     paths: Sequence[Path]
 
@@ -74,7 +74,11 @@ class MixedImages:
 
 
 def require_pydicom() -> None:
-    """Raise a UserError if the extra that reads DICOM is not installed."""
+    """Refuse to go on if the extra that reads DICOM is not installed.
+
+    Raises:
+        UserError: pydicom is missing.
+    """
     if find_spec("pydicom") is None:
         raise UserError("DICOM needs pydicom: pip install 'fedbags[dicom]'")
 
@@ -88,10 +92,18 @@ def dicom_source(
     depth: int | None = None,
     fold_case: bool = False,
 ) -> SourceTable:
-    """Read a label table whose images are DICOM files; see ``table_source`` for its columns and options.
+    """Read a label table whose images are DICOM files.
 
     Groups are the files' PatientID; files without one are bad rows, since nobody could tell whose they
     are.
+
+    Args:
+        folder: the folder of the image files.
+        labels: the CSV.
+        hierarchy: label tree as CSV. Without it the diagnosis columns are the tree.
+        label_column: the column of leaf names; needs ``hierarchy``.
+        depth: see ``table_source``.
+        fold_case: see ``table_source``.
 
     Raises:
         UserError: pydicom is not installed; and see table_source.
@@ -146,6 +158,7 @@ def to_8_bits(path: Path) -> NDArray[np.uint8]:
     data = _read(path)
     if int(data.get("NumberOfFrames", 1) or 1) != 1:
         raise ValueError("several frames in one file")
+    # Before any pixel is decoded: the header alone can declare more than the memory holds.
     check_pixels(int(data.Columns), int(data.Rows))
     _require_decoder(data)
     kind = str(data.PhotometricInterpretation)
@@ -169,7 +182,7 @@ def to_8_bits(path: Path) -> NDArray[np.uint8]:
 
 
 def _grey(pixels: NDArray[Any], data: "Dataset", kind: str) -> NDArray[np.uint8]:
-    """Grey pixels of shape (H, W) through modality, window and presentation."""
+    """Bring grey pixels of shape (H, W) through modality, window and presentation."""
     from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
     padding = _padding(pixels, data)
@@ -191,7 +204,10 @@ def _grey(pixels: NDArray[Any], data: "Dataset", kind: str) -> NDArray[np.uint8]
 
 
 def _windowed(values: NDArray[np.float64], data: "Dataset") -> NDArray[np.float64]:
-    """Apply the file's first window to values of shape (H, W): whole greys 0 to 255 (PS3.3 C.11.2.1)."""
+    """Apply the file's first window to values of shape (H, W), giving whole greys 0 to 255.
+
+    The functions are those of DICOM PS3.3, C.11.2.1.
+    """
     centre, width = (float(np.atleast_1d(data[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
     function = str(data.get("VOILUTFunction", "") or "LINEAR")
     if width < 1 or (function != "LINEAR" and width <= 0):
@@ -209,7 +225,7 @@ def _windowed(values: NDArray[np.float64], data: "Dataset") -> NDArray[np.float6
 
 
 def _padding(pixels: NDArray[Any], data: "Dataset") -> NDArray[np.bool_]:
-    """Which stored values, shape (H, W), stand for "no picture here"."""
+    """Mark the stored values, shape (H, W), that stand for "no picture here"."""
     first = data.get("PixelPaddingValue")
     if first is None:
         return np.zeros(pixels.shape, dtype=np.bool_)
@@ -222,6 +238,7 @@ def _read(path: Path, **options: Any) -> "Dataset":
     import pydicom
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+    # Forced, since many archives write files without preamble; what is no DICOM file shows by its tags.
     data = pydicom.dcmread(path, force=True, **options)
     if "TransferSyntaxUID" not in data.file_meta:
         implicit, little = data.original_encoding
@@ -245,7 +262,7 @@ def _require_decoder(data: "Dataset") -> None:
 
 
 def _describe(path: Path) -> tuple[str, bool, str]:
-    """PatientID of a file, whether writing is burned into its pixels, and what is wrong with the file."""
+    """Return PatientID, whether text is burned into the pixels, and what is wrong with the file."""
     tags = ["PatientID", "SOPClassUID", "BurnedInAnnotation"]
     try:
         data = _read(path, stop_before_pixels=True, specific_tags=tags)
@@ -259,7 +276,10 @@ def _describe(path: Path) -> tuple[str, bool, str]:
 
 
 def is_dicom_name(ending: str) -> bool:
-    """Whether DICOM files may end so: an ending of their own, none, or the last number of a UID."""
+    """Return whether DICOM files may have this ending.
+
+    It is an ending of their own, none, or the last number of a UID.
+    """
     return ending in DICOM_SUFFIXES or ending in (".img", "") or ending[1:].isdigit()
 
 

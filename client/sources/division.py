@@ -1,4 +1,4 @@
-"""What `--partition` and `--bags` mean: a source table divided into sites, a site into bags."""
+"""Divide a source table into sites as `--partition` says, and a site into bags as `--bags` says."""
 
 import re
 from collections.abc import Sequence
@@ -43,7 +43,11 @@ MISSING_WORDS = frozenset(
 
 
 def column(source: SourceTable, name: str) -> Sequence[str]:
-    """The cells of a column, or a UserError that names the columns there are."""
+    """Return the cells of a column.
+
+    Raises:
+        UserError: there is none of this name; the text names the columns there are.
+    """
     if name not in source.columns:
         known = ", ".join(source.columns) or "none"
         raise UserError(f"{source.file} has no column {name!r}; its columns are: {known}")
@@ -51,12 +55,12 @@ def column(source: SourceTable, name: str) -> Sequence[str]:
 
 
 def is_missing(cell: str) -> bool:
-    """Whether a cell says that nobody knows, as spreadsheets and data frames write it."""
+    """Return whether a cell stands for an unknown value, as spreadsheets and data frames write it."""
     return cell.strip().lower() in MISSING_WORDS
 
 
 def groups_of(source: SourceTable, name: str) -> list[str]:
-    """Return the group of every image; one whose cell is missing is a group of its own."""
+    """Return the group of every image, with a group of its own for an image whose cell is missing."""
     return [
         f"{cell} without {name}, number {index}" if is_missing(cell) else cell
         for index, cell in enumerate(column(source, name))
@@ -73,7 +77,7 @@ def divide(
     bag_size: int,
     rng: np.random.Generator,
 ) -> tuple[list[str], list[tuple[list[Indices], Indices]]]:
-    """The name of every site, and its training units and test images."""
+    """Return the name of every site, with its training units and test images."""
     kind, _, argument = partition.partition(":")
     if kind == "column" and argument:
         values = column(source, argument)
@@ -119,7 +123,7 @@ def make_bags(
     minimum: int,
     rng: np.random.Generator,
 ) -> list[Indices]:
-    """Bags in random order, each with its images in random order: order must not tell a label."""
+    """Make the bags of a site in random order, each with its images in random order."""
     kind, _, argument = bags.partition(":")
     shuffled = [units[index] for index in rng.permutation(len(units))]
     if kind == "random" and not argument:
@@ -134,6 +138,8 @@ def make_bags(
         made = fill_bags([shuffled[index] for index in order], bag_size, minimum)
     else:
         raise UserError(f"--bags {bags!r}: write random, column:NAME or similarity")
+    # Shuffled within and among bags: sources are often sorted by class, and the order would give labels
+    # away.
     return [rng.permutation(made[index]) for index in rng.permutation(len(made))]
 
 
@@ -148,7 +154,7 @@ def _concentration(text: str) -> float:
 
 
 def _site_names(values: Sequence[str]) -> list[str]:
-    """Column values as site names: other characters become '-', and no name comes twice."""
+    """Turn column values into site names, in which other characters become '-' and no name comes twice."""
     names: list[str] = []
     for value in values:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-.")[:80] or "site"

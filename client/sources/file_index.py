@@ -1,6 +1,6 @@
-"""Finds the image files below a folder, and finds them again by the names that tables give them.
+"""List the image files below a folder, and find them by the names that tables give them.
 
-What is left out is never left out in silence: folders that programs put beside pictures are skipped by
+Nothing is left out in silence: folders that programs put next to pictures are skipped by
 name, files that are no image by their ending, and both are counted for a note.
 """
 
@@ -42,7 +42,7 @@ Ending = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """The image files below a folder, sorted, and what else lies there.
+    """Hold the image files below a folder, sorted, and counts of its other files.
 
     Attributes:
         root: the folder.
@@ -57,7 +57,7 @@ class FoundFiles:
     others: Counter[str]
 
     def notes(self, *known: str) -> tuple[str, ...]:
-        """Say what was left out: nothing is said of the endings ``known``, such as a table's ``.csv``."""
+        """Describe what was left out, except files with one of the ``known`` endings, such as a table's."""
         others = Counter({ending: number for ending, number in self.others.items() if ending not in known})
         notes = []
         if self.hidden:
@@ -71,7 +71,7 @@ class FoundFiles:
 
 
 def find_images(folder: Path, is_image: Ending = IMAGE_SUFFIXES.__contains__) -> FoundFiles:
-    """List the image files below a folder, once: one look-up per name would be slow on network disks.
+    """List the image files below a folder.
 
     Args:
         folder: where to look, at any depth.
@@ -85,11 +85,14 @@ def find_images(folder: Path, is_image: Ending = IMAGE_SUFFIXES.__contains__) ->
     images = []
     hidden: Counter[str] = Counter()
     others: Counter[str] = Counter()
+    # One listing for all names, since a look-up per name would be slow on network disks.
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
         hiding = next((part for part in path.relative_to(folder).parts if is_hidden(part)), None)
         if hiding is not None:
+            # macOS writes one such file for every file it copies to a foreign disk; they count as one
+            # kind.
             hidden["._*" if hiding.startswith("._") else hiding] += 1
         elif is_image(path.suffix.lower()):
             images.append(path)
@@ -99,7 +102,7 @@ def find_images(folder: Path, is_image: Ending = IMAGE_SUFFIXES.__contains__) ->
 
 
 class FileIndex:
-    """The image files below a folder by name.
+    """Find the image files below a folder by name.
 
     Raises:
         UserError: the folder is missing.
@@ -120,7 +123,7 @@ class FileIndex:
                 self._by_stem.setdefault(name, []).append(path)
 
     def find(self, name: str) -> tuple[Path, str]:
-        """The file called ``name`` (with or without folder and suffix), and what is wrong with it."""
+        """Return the file called ``name``, with or without folder and suffix, and what is wrong with it."""
         if not name:
             return Path(), "the image name is empty"
         parts = PurePath(name if name in self._by_name else name.replace("\\", "/"))
@@ -142,7 +145,7 @@ class FileIndex:
         return str(name) in self._by_name or str(name) in self._by_stem
 
     def _near(self, name: PurePath) -> str:
-        """Name a file that differs by case, by ending, or by what follows the name."""
+        """Suggest a file whose name differs by case, by ending, or by what follows the name."""
         if self._folded is None:
             self._folded = sorted((path.name.lower(), path.name) for path in self.found.images)
         stem = (name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name).lower()
@@ -153,7 +156,7 @@ class FileIndex:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a folder or file of this name is none of the user's pictures."""
+    """Return whether a folder or file of this name is none of the user's pictures."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 

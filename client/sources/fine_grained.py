@@ -1,8 +1,8 @@
-"""The official layouts of CUB-200-2011, FGVC-Aircraft and Stanford Cars, with their official trees.
+"""Read CUB-200-2011, FGVC-Aircraft and Stanford Cars in their official layouts, with their trees.
 
-The trees are facts of the data sets, kept beside this module. One class differs from what publications
-use: they put CUB's class 84, a gull, into the gulls' family and the kingfishers' order, which is no tree;
-here it has the order of its family.
+The trees are facts of the data sets, kept in the folder of this module. One class differs from what
+publications use: they put CUB's class 84, a gull, into the gulls' family and the kingfishers' order, which is
+no tree; here it has the order of its family.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ HIERARCHIES = Path(__file__).with_name("hierarchies")
 
 @dataclass(frozen=True)
 class _Row:
-    """One image of a list: where it should be, its class, its split and its line."""
+    """Represent one image of a list, with its expected path, its class, its split and its line."""
 
     path: Path
     label: str
@@ -32,8 +32,10 @@ class _Row:
 
 
 def cub_source(root: Path) -> SourceTable:
-    """CUB-200-2011: ``images.txt``, ``image_class_labels.txt``, ``train_test_split.txt``, ``classes.txt``
-    and ``images/``; order / family / species.
+    """Read CUB-200-2011 with the levels order, family and species.
+
+    Its files are ``images.txt``, ``image_class_labels.txt``, ``train_test_split.txt``, ``classes.txt`` and
+    ``images/``.
 
     Raises:
         UserError: one of the lists is missing or not what it should be.
@@ -59,8 +61,9 @@ def cub_source(root: Path) -> SourceTable:
 
 
 def aircraft_source(root: Path) -> SourceTable:
-    """FGVC-Aircraft: ``data/images_variant_{train,val,test}.txt`` (or ``trainval``) and ``data/images/``;
-    manufacturer / family / variant.
+    """Read FGVC-Aircraft with the levels manufacturer, family and variant.
+
+    Its files are ``data/images_variant_{train,val,test}.txt`` (or ``trainval``) and ``data/images/``.
 
     Raises:
         UserError: one of the lists is missing or not what it should be.
@@ -77,8 +80,10 @@ def aircraft_source(root: Path) -> SourceTable:
 
 
 def cars_source(root: Path) -> SourceTable:
-    """Stanford Cars: ``devkit/`` with .mat lists and ``cars_train/``, ``cars_test/``; or ``cars_annos.mat``
-    and ``car_ims/``; or class folders below ``train/`` and ``test/``; type / model.
+    """Read Stanford Cars with the levels type and model.
+
+    Its files are ``devkit/`` with .mat lists and ``cars_train/``, ``cars_test/``; or ``cars_annos.mat`` and
+    ``car_ims/``; or class folders below ``train/`` and ``test/``.
 
     Raises:
         UserError: none of these layouts, or a list is missing.
@@ -97,9 +102,10 @@ def cars_source(root: Path) -> SourceTable:
 
 
 def _unpacked(root: Path, *names: str) -> Path:
-    """The folder that holds one of these names: ``root``, or the only one so up to two levels below it.
+    """Return the folder that holds one of these names.
 
-    Archives unpack into a folder of their own, some into two.
+    It is ``root``, or the only such folder up to two levels below it: archives unpack into a folder of their
+    own, some into two.
     """
     for pattern in ("", "*/", "*/*/"):
         found = sorted({path.parent for name in names for path in root.glob(pattern + name)})
@@ -130,7 +136,7 @@ def _cars_in_one(root: Path) -> Iterator[_Row]:
 
 
 def _cars_folders(root: Path) -> Iterator[_Row]:
-    """Folder names lack what a file name cannot hold, and some have '_' for ' '."""
+    """Read class folders whose names lack what a file name cannot hold, or have '_' for ' '."""
     tree = Hierarchy.from_csv(HIERARCHIES / "cars196.csv")
     label_of = {_letters(name): name for name in tree.classes[-1]}
     for split in ("train", "test"):
@@ -149,7 +155,7 @@ def _numbered(names: list[str], number: int) -> str:
 
 
 def _mat(path: Path) -> dict[str, Any]:
-    """The variables of a MATLAB file, structs as objects and one-element arrays unwrapped."""
+    """Read the variables of a MATLAB file, with structs as objects and one-element arrays unwrapped."""
     from scipy.io import loadmat
 
     require_file(path, "the list", "Give the folder into which the data set was unpacked.")
@@ -159,12 +165,13 @@ def _mat(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as a MATLAB file: {error}") from error
     for name in ("annotations", "class_names"):
         if name in data:
+            # Unwrapping turns a list of one entry into that entry, which must be a list again.
             data[name] = np.atleast_1d(data[name])
     return data
 
 
 def _pairs(path: Path) -> list[tuple[int, str, str]]:
-    """The lines ``key rest of line`` of a list, with their numbers."""
+    """Return the lines ``key rest of line`` of a list, with their numbers."""
     require_file(path, "the list", "Give the folder into which the data set was unpacked.")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -186,6 +193,7 @@ def _table(tree_file: str, root: Path, rows: Iterable[_Row]) -> SourceTable:
         reason = ""
         if row.label not in tree.leaf_index:
             reason = f"unknown label {row.label!r}; it is no leaf of the official tree"
+        # A list comes from the internet: it must not name files outside of its data set.
         elif ".." in row.path.parts:
             reason = f"{row.path.name!r} leads out of the folder"
         elif not row.path.is_file():

@@ -1,6 +1,7 @@
-"""Images in nested class folders: ``ROOT/coarse/fine/image.png``. The depth is the number of levels.
+"""Read images in nested class folders, ``ROOT/coarse/fine/image.png``.
 
-Where the folders directly below ROOT are called train, val and test, they are the split.
+The depth is the number of levels. Where the folders directly below ROOT are called train, val and test, they
+are the split.
 """
 
 from collections import Counter
@@ -71,9 +72,10 @@ def folder_source(root: Path, *, fold_case: bool = False) -> SourceTable:
 
 
 def _is_split(top: Set[str], root: Path) -> bool:
-    """Whether the folders on top are train, val and test, and not classes."""
+    """Return whether the folders on top are train, val and test, and not classes."""
     words = {name.lower() for name in top} & SPLIT_WORDS
     others = sorted(name for name in top if name.lower() not in SPLIT_WORDS)
+    # A class may be called "test". A wrong guess would train on test images, so the user is asked.
     if words and others and not (words & TEST_WORDS and words & TRAIN_WORDS):
         raise UserError(
             f"{root} holds {', '.join(sorted(words))} beside {', '.join(others[:5])}: is it a split or a "
@@ -83,7 +85,10 @@ def _is_split(top: Set[str], root: Path) -> bool:
 
 
 def _unique_names(classes: list[tuple[str, ...]], levels: int) -> list[tuple[str, ...]]:
-    """The class names of every path: the folder's, or the whole path where a level has twins."""
+    """Return the class names of every path.
+
+    A class is called by its folder, or by its path from the top where two folders of a level share a name.
+    """
     names: list[list[str]] = [[] for _ in classes]
     for level in range(levels):
         prefixes = {parts[: level + 1] for parts in classes}

@@ -1,4 +1,4 @@
-"""MedMNIST-style archives: one .npz with train, val and test arrays of images and labels."""
+"""Read MedMNIST-style archives, one .npz with train, val and test arrays of images and labels."""
 
 import shutil
 import tempfile
@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 
 
 def medmnist_source(archive: Path, hierarchy: Path | None = None) -> SourceTable:
-    """Read ``{train,val,test}_{images,labels}`` of an archive; val counts as training.
+    """Read ``{train,val,test}_{images,labels}`` of an archive, with val counted as training.
 
     The arrays are unpacked to a temporary folder and mapped, since the larger archives do not fit into
     memory; the folder goes when the table does.
@@ -65,12 +65,13 @@ def medmnist_source(archive: Path, hierarchy: Path | None = None) -> SourceTable
         split_column="split",
         bad=tuple(bad),
     )
+    # The images are read from the folder as long as the table is in use, so it goes with the table.
     weakref.finalize(table, shutil.rmtree, folder, ignore_errors=True)
     return table
 
 
 def _unpack(archive: Path, folder: Path) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Per split, images mapped from disk and labels (N,)."""
+    """Return per split the images, mapped from disk, and the labels, shape (N,)."""
     parts = {}
     try:
         with zipfile.ZipFile(archive) as packed:
@@ -81,6 +82,7 @@ def _unpack(archive: Path, folder: Path) -> dict[str, tuple[NDArray[np.uint8], N
                 files = [f"{split}_{what}.npy" for what in ("images", "labels")]
                 if names.isdisjoint(files):
                     continue
+                # Unpacked first, because a compressed member cannot be mapped.
                 mapped = [np.load(packed.extract(name, folder), mmap_mode="r") for name in files]
                 parts[split] = _check(archive, split, *mapped)
     except (

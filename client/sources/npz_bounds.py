@@ -1,4 +1,4 @@
-"""What an .npz would take, by what its headers declare, before anything of it is unpacked.
+"""Check the size that an .npz declares in its headers before anything of it is unpacked.
 
 A few kilobytes can declare terabytes, in the zip's directory or in an array's shape.
 """
@@ -48,8 +48,10 @@ def check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | No
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, _, dtype = read(stream)
+            # Reading Python objects means unpickling, which runs whatever code the file holds.
             if dtype.hasobject:
                 raise ValueError(f"{info.filename} holds Python objects, which are not read")
             declared, held = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
+        # NumPy reserves what the shape declares before it reads, so the shape must not exceed the bytes.
         if declared != held:
             raise ValueError(f"{info.filename} declares {dtype} of shape {shape}, and holds {held:,} bytes")

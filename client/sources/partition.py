@@ -1,7 +1,7 @@
-"""How images become sites and bags: pure functions on indices, seeded by the generator handed in.
+"""Divide images into sites and bags by pure functions on indices.
 
-What is moved about is a *unit*: all images of one patient (or lesion), or a single image where no such
-ids exist. A unit is never divided here.
+The generator that is handed in fixes the result. What is moved about is a *unit*: all images of one patient
+(or lesion), or a single image where no such ids exist. A unit is never divided here.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Indices = NDArray[np.int64]
 
 
 def units_of(indices: Indices, groups: Sequence[str] | None) -> list[Indices]:
-    """Divide image indices into units: by group, in order of first appearance, or one by one."""
+    """Divide image indices into units, by group in order of first appearance, or one by one."""
     if groups is None:
         return [np.array([index]) for index in indices.tolist()]
     members: dict[str, list[int]] = {}
@@ -23,7 +23,7 @@ def units_of(indices: Indices, groups: Sequence[str] | None) -> list[Indices]:
 
 
 def partition_iid(units: Sequence[Indices], sites: int, rng: np.random.Generator) -> Indices:
-    """Deal units to sites at random, about equally many images each. Returns the site of each unit."""
+    """Deal units to sites at random, about equally many images each, and return the site of each unit."""
     site_of = np.zeros(len(units), dtype=np.int64)
     _deal(units, np.arange(len(units)), np.full(sites, 1 / sites), site_of, rng)
     return site_of
@@ -61,6 +61,7 @@ def partition_dirichlet(
     for _ in units:
         poorest, richest = int(images.argmin()), int(images.argmax())
         candidates = np.flatnonzero(site_of == richest)
+        # A site's last unit stays with it: moving it would only make another site the poorest.
         if images[poorest] >= fewest or len(candidates) < 2:
             break
         moved = rng.choice(candidates)
@@ -163,6 +164,7 @@ def order_by_similarity(features: NDArray[np.float64], bag_size: int) -> Indices
     if number <= bag_size:
         return np.arange(number)
     centred = features - features.mean(axis=0)
+    # ``eigh`` sorts its eigenvalues in ascending order, so the principal axis comes last.
     axis = np.linalg.eigh(centred.T @ centred)[1][:, -1]
     order = np.argsort(centred @ axis, kind="stable")
     half = max(1, round(number / 2 / bag_size)) * bag_size
@@ -177,7 +179,7 @@ def _deal(
     site_of: Indices,
     rng: np.random.Generator,
 ) -> None:
-    """Write into ``site_of`` where the chosen units go: shares of their images follow ``mix``."""
+    """Write the sites of the chosen units into ``site_of``, so that shares of their images follow ``mix``."""
     order = rng.permutation(chosen)
     sizes = np.array([len(units[unit]) for unit in order], dtype=np.float64)
     middle = (np.cumsum(sizes) - sizes / 2) / max(sizes.sum(), 1)

@@ -1,4 +1,4 @@
-"""What a build did, per site, and what it means for the unit of a privacy statement."""
+"""Report what a build of site folders did, and what that means for the unit of a privacy statement."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from client.sources.source_table import SourceTable
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site folder, in numbers of images unless said otherwise."""
+    """Summarise one site folder, in numbers of images unless another unit is named."""
 
     name: str
     bags: int
@@ -25,8 +25,10 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What build_sites wrote. ``max_bags_per_group`` is 1 where every group lies in one bag, and None
-    where no groups were given."""
+    """Summarise what a build wrote.
+
+    ``max_bags_per_group`` is 1 where every group lies in one bag, and None where no groups were given.
+    """
 
     out: Path
     sites: tuple[SiteReport, ...]
@@ -37,7 +39,7 @@ class BuildReport:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form."""
+        """Return a form that can be written as JSON."""
         return {**asdict(self), "out": str(self.out)}
 
 
@@ -49,7 +51,16 @@ def make_report(
     tested: Indices,
     quarantined: int,
 ) -> BuildReport:
-    """Sum up what was written; ``tested`` are the test images, ``quarantined`` the bad rows."""
+    """Summarise what was written.
+
+    Args:
+        source: the table that was divided.
+        out: the folder of the sites.
+        plans: the sites as they were written.
+        groups: the group of every image, or None.
+        tested: the test images.
+        quarantined: number of bad rows.
+    """
     reports = []
     bags_of: dict[str, int] = {}
     for plan in plans:

@@ -1,4 +1,4 @@
-"""Writes one site folder of the data contract from a plan of which image goes where."""
+"""Write one site folder, as docs/data.md describes it, from a plan of the images of each site."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from common.hierarchy import Hierarchy
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The images of one site: training bags, and test images, as indices into the source."""
+    """Hold the training bags and test images of one site, as indices into the source."""
 
     name: str
     bags: list[Indices]
@@ -76,7 +76,15 @@ def write_counts(
     bag_ids: Sequence[str],
     counts: NDArray[np.int64],
 ) -> None:
-    """Write site.toml, hierarchy.csv and bags.csv; ``counts`` has shape (bags, C_L), images per leaf."""
+    """Write site.toml, hierarchy.csv and bags.csv.
+
+    Args:
+        folder: the site folder.
+        config: name and policy of the site.
+        hierarchy: the label tree.
+        bag_ids: the name of every bag.
+        counts: shape (bags, C_L), images per leaf.
+    """
     config.save(folder)
     hierarchy.to_csv(folder / config.hierarchy)
     leaves = hierarchy.classes[-1]

@@ -1,4 +1,4 @@
-"""What every source becomes: one table of images with leaf labels, ready to be divided into sites.
+"""Represent every source as one table of images with leaf labels, ready to be divided into sites.
 
 Pixels are not in it: images are read one by one, when they are checked and when they are written.
 """
@@ -26,24 +26,30 @@ TRAIN_WORDS = frozenset({"train", "training", "trainval", "val", "valid", "valid
 
 
 class SourceImages(Protocol):
-    """Images by number."""
+    """Give access to images by number."""
 
     def name(self, index: int) -> str:
-        """How a message to the local user calls image ``index``."""
+        """Return the name of image ``index`` in a message to the local user."""
 
     def read(self, index: int) -> Image.Image:
-        """Decode image ``index`` as 8-bit RGB; any exception means that it is unusable."""
+        """Decode image ``index`` as 8-bit RGB.
+
+        Any exception means that it is unusable.
+        """
 
     def write(self, index: int, stem: Path) -> str:
-        """Write image ``index`` to ``stem`` plus a suffix; return the suffix."""
+        """Write image ``index`` to ``stem`` plus a suffix, and return the suffix."""
 
     def size(self, index: int) -> int:
-        """About how many bytes ``write`` needs for image ``index``."""
+        """Return about how many bytes ``write`` needs for image ``index``."""
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images that are files already. PNG and JPEG are copied as they are, others become PNG."""
+    """Read images that are files already.
+
+    PNG and JPEG are copied as they are, others become PNG.
+    """
 
     paths: Sequence[Path]
 
@@ -68,7 +74,7 @@ class FileImages:
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images that come as arrays.
+    """Read images that come as arrays.
 
     Attributes:
         get: index to uint8 array of shape (H, W) or (H, W, 3).
@@ -93,7 +99,7 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class SourceTable:
-    """Images, labels and the columns by which they can be grouped.
+    """Hold images, labels and the columns by which they can be grouped.
 
     Attributes:
         file: the name of the table they come from; bad rows carry it.
@@ -124,13 +130,14 @@ class SourceTable:
 
 
 def save_png(image: Image.Image, stem: Path) -> str:
-    """Write a PNG, lightly compressed: speed matters more than a tenth of the size."""
+    """Write an image as PNG, and return its suffix."""
+    # Lightly compressed: speed matters more here than a tenth of the size.
     image.save(stem.with_suffix(".png"), compress_level=1)
     return ".png"
 
 
 def image_fault(images: SourceImages, index: int) -> str:
-    """Decode one image; say what is wrong with it, or nothing."""
+    """Decode one image, and describe what is wrong with it or return an empty text."""
     try:
         images.read(index)
     except Exception as error:  # damaged files make decoders raise nearly anything
@@ -139,6 +146,6 @@ def image_fault(images: SourceImages, index: int) -> str:
 
 
 def thumbnail(images: SourceImages, index: int) -> NDArray[np.float64]:
-    """A cheap look at an image, shape (192,): its colours on an 8 by 8 grid."""
+    """Return the colours of an image on an 8 by 8 grid, shape (192,)."""
     small = images.read(index).resize((8, 8), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float64).ravel()

@@ -1,4 +1,4 @@
-"""Synthetic lesions: seeded images of a three-level tree of 27 classes, drawn with plain NumPy.
+"""Draw synthetic lesions of 27 classes in a three-level tree, seeded, with plain NumPy.
 
 Level 1 is the outline (3), level 2 adds the pigment (9), level 3 the texture (27); each level needs a
 closer look than the one above it. Every hospital has its own staining and its own mix of classes, so
@@ -36,7 +36,7 @@ BLOCK = 64
 
 
 def lesion_hierarchy() -> Hierarchy:
-    """The tree: 3 outlines, 9 outline-pigment types, 27 leaves."""
+    """Return the tree of 3 outlines, 9 outline-pigment types and 27 leaves."""
     return Hierarchy.from_rows(
         ("outline", "type", "lesion"),
         [
@@ -77,7 +77,7 @@ def synthetic_source(
     test_images_per_site: int = 240,
     session_size: int = 16,
 ) -> SourceTable:
-    """Hospitals of synthetic lesions as one table with the columns ``hospital``, ``session``, ``split``.
+    """Draw hospitals of synthetic lesions as a table with columns ``hospital``, ``session`` and ``split``.
 
     A hospital's training images come from sessions whose class mixes scatter widely around the
     hospital's own, as clinic days do: bags made of sessions differ, and differences between bags are all
@@ -94,6 +94,7 @@ def synthetic_source(
     hierarchy = lesion_hierarchy()
     leaves, images = [], []
     columns: dict[str, list[str]] = {"hospital": [], "session": [], "split": []}
+    # A generator for each hospital, so that its images do not depend on how many hospitals there are.
     for site, child in enumerate(np.random.SeedSequence(seed).spawn(sites), start=1):
         rng = np.random.default_rng(child)
         mix = rng.dirichlet(np.full(hierarchy.sizes[-1], HOSPITAL_CONCENTRATION))
@@ -138,7 +139,12 @@ def write_synthetic_sites(
 
     Args:
         out: folder to make; it must not exist.
-        bag_size: images per bag; for the others see synthetic_source.
+        sites: number of hospitals.
+        seed: fixes everything.
+        images_per_site: training images of each hospital.
+        image_size: side of the images, pixels.
+        bag_size: images per bag.
+        test_images_per_site: test images of each hospital.
         progress: called with (done, all).
 
     Raises:

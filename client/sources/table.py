@@ -1,4 +1,4 @@
-"""Images listed in a label table: ISIC metadata, HAM10000, or any CSV with a label column."""
+"""Read images that are listed in a label table, such as ISIC metadata, HAM10000, or any labelled CSV."""
 
 import re
 from collections import Counter
@@ -104,6 +104,7 @@ def table_source(
     for number, (line, row) in enumerate(table):
         path, reason = index.find(row[image])
         reason = reason or _label_fault(row, levels, tree)
+        # An image listed twice would be in two bags or count twice in one.
         if not reason and path in first:
             reason = f"image {row[image]!r} stands already in row {first[path]}"
         if reason:
@@ -132,7 +133,11 @@ def table_source(
 
 
 def image_column(table: CsvTable) -> str:
-    """Return the first of IMAGE_COLUMNS that the table has, or raise a UserError that lists its columns."""
+    """Return the first of IMAGE_COLUMNS that the table has.
+
+    Raises:
+        UserError: it has none; the text lists its columns.
+    """
     name = table.column(IMAGE_COLUMNS)
     if name is not None:
         return name
@@ -143,7 +148,7 @@ def image_column(table: CsvTable) -> str:
 
 
 def _level_columns(table: CsvTable, label_column: str | None) -> list[str]:
-    """The columns with labels, coarse to fine; the last holds the leaf."""
+    """Return the columns with labels, coarse to fine, of which the last holds the leaf."""
     if label_column is not None:
         if label_column not in table.columns:
             known = ", ".join(table.columns)
@@ -161,7 +166,10 @@ def _one_spelling(
     bad: list[BadRow],
     notes: list[str],
 ) -> CsvTable:
-    """The table with each class written in one way; without ``fold_case`` other rows become bad rows."""
+    """Return the table with each class written in one way.
+
+    Without ``fold_case`` rows in another spelling become bad rows.
+    """
     rows, lines = [], []
     joined: Counter[str] = Counter()
     usual = []
@@ -193,7 +201,7 @@ def _one_spelling(
 
 
 def _tree_from(table: CsvTable, levels: Sequence[str], bad: list[BadRow]) -> Hierarchy:
-    """The tree that the rows span, sorted by name; rows that fit no tree become bad rows."""
+    """Return the tree that the rows span, sorted by name, with rows that fit no tree as bad rows."""
     parent: dict[tuple[int, str], tuple[str, int]] = {}
     paths = set()
     for line, row in table:
