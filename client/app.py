@@ -56,7 +56,7 @@ def shares(message: Message, context: Context) -> Message:
 
 @app.answers("query.survivors")
 def survivors(message: Message, context: Context) -> Message:
-    """Sign the list of sites whose masked vectors the server says have arrived.
+    """Sign the list of the sites whose masked vectors have arrived, according to the server.
 
     This is the step of secure aggregation after training.
     """
@@ -113,8 +113,8 @@ def train_masked(message: Message, context: Context) -> Message:
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)
     member = Member.open(context)
-    # Before training: a second model for the same round must be refused before this one's gradient is
-    # computed.
+    # Before training: a second model for the same round must be refused before anything is computed from
+    # it.
     member.receive(from_records(message.content, MaskRequest), request)
     model, metrics, statement = train_locally(context, config, store, request)
     told = answer("train.masked", context, store, request, metrics).metrics
@@ -252,8 +252,8 @@ def refuse_in_clear(config: RunConfig, store: BagStore) -> None:
 def refuse_few_bags(context: Context, config: RunConfig, store: BagStore) -> None:
     """Refuse, at a real site, a run whose rounds use so few bags that an update nearly shows one of them.
 
-    It bounds the division of a pass alone. A round that is a whole pass trains on all bags that there are, be
-    they ever so few: an exact update tells of its bags whatever their number, and a privacy budget or secure
+    It bounds only the division of a pass. A round that is a full pass trains on all bags that there are,
+    however few: an exact update tells of its bags whatever their number, and a privacy budget or secure
     aggregation is what protects them.
 
     Raises:

@@ -24,7 +24,7 @@ def augment_images(
         n_bags: B.
         augmentation: what is done; ``none`` gives the images back.
         generator: on the CPU; its state fixes the result. The numbers of one bag depend on the whole batch:
-            a bag whose numbers must be its own comes alone, with a generator of its own.
+            a bag whose numbers must be its own comes in a batch by itself, with a generator of its own.
 
     Returns:
         A new tensor of the same shape and dtype. The eight flips and quarter turns are equally

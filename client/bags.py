@@ -103,10 +103,10 @@ class BagStore:
         """Read and check a site folder, and decode its images unless that was done before.
 
         Args:
-            site_dir: the folder, laid out as docs/data.md says.
+            site_dir: the folder, laid out as docs/data.md describes.
             image_size: S, side of the square images in pixels.
             skip_bad: leave out what is bad and list it in ``quarantine.csv``. A bag that loses an
-                image is left out whole: its counts include that image's label, which nobody knows,
+                image is left out completely: its counts include that image's label, which nobody knows,
                 so the counts of the rest are unknown.
             cache_dir: where cache and quarantine list go; ``site_dir`` (and its ``.cache``) if None.
             progress: called with (done, all) while decoding.

@@ -96,7 +96,7 @@ def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Pa
     """Open the budget of a private run at this site.
 
     Args:
-        context: of the node; says whether it is simulated.
+        context: of the node; tells a simulated one from a real one.
         config: the run; ``dp.epsilon`` > 0.
         store: the site's bags.
         folder: the site's folder.

@@ -89,6 +89,6 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 
 def whole_number(cell: str) -> int | None:
-    """Return the whole number >= 0 that a cell holds (``2``, or ``2.0`` from a spreadsheet), or None."""
+    """Return the integer >= 0 that a cell holds (``2``, or ``2.0`` from a spreadsheet), or None."""
     match = _WHOLE.fullmatch(cell)
     return int(match[1]) if match else None

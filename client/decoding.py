@@ -24,7 +24,7 @@ _REDUCED_OR_MASK = 0b101
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read one picture, turned as its EXIF orientation says, in the mode of the file.
+    """Read one picture, turned by its EXIF orientation, in the mode of the file.
 
     Raises:
         ValueError: too many pixels, several pages or frames, or 16-bit colour that would be shown black.

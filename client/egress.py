@@ -175,7 +175,7 @@ def rebuild(facts: Facts, reply: RecordDict) -> list[Record]:
     """Return the records that a reply may consist of, made anew from the handler's answer.
 
     Raises:
-        EgressError: the reply is anything else than an answer to this question; names keys and shapes only.
+        EgressError: the reply is anything but an answer to this question; names keys and shapes only.
     """
     kinds = facts.question.answers_in(facts.config)
     try:

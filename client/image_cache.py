@@ -86,7 +86,7 @@ def open_cache(
         version: hash of everything the content depends on.
         paths: at least one image file, in the order of the rows wanted.
         image_size: S, pixels.
-        progress: told about every CHUNK images while building.
+        progress: called after every CHUNK images while building.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full; no partial cache is left.

@@ -58,7 +58,7 @@ def refuse_twins(tree: Hierarchy, file: str) -> None:
 
 
 def usual_spellings(names: Sequence[str], known: Iterable[str] = ()) -> dict[str, str]:
-    """Return for every name the spelling to use, a known one or else the most frequent that folds alike.
+    """Return for every name the spelling to use, a known one or the most frequent that folds alike.
 
     Of spellings that are equally frequent the first in the order of the alphabet is used.
     """

@@ -98,7 +98,7 @@ class Ledger:
             cap_epsilon: the most that may ever be spent, replace-one of ``unit``.
             cap_delta: the delta of the cap and of every figure.
             unit: what the cap protects; fixed when the ledger is made.
-            anchor: where its second anchor lies; beside it if None.
+            anchor: its anchor; the one in the ledger's folder if None.
             seen: other witnesses of the chain, such as the site's journal.
 
         Raises:
@@ -192,7 +192,7 @@ class Ledger:
         the least event that there is.
 
         Raises:
-            BudgetRefused: the whole cap is spent.
+            BudgetRefused: all of the cap is spent.
         """
         with self.transaction():
             book = self._book
@@ -347,7 +347,7 @@ class Ledger:
                     self._refuse_lost(db)
                 self._carry.recall(self._book, lambda seq: hash_of(db, seq))
                 yield db
-                # Without these rows, a process that answers a single message would read a whole long
+                # Without these rows, a process that answers a single message would read all of a long
                 # ledger first.
                 if self._book.rows - self._book.carried_at >= CARRY_EVERY:
                     self.append(db, Kind.CARRIED, {"state": self._book.state()})

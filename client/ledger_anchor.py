@@ -131,8 +131,8 @@ class AnchorFile:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(anchor.model_dump_json())
                 stream.flush()
-                # The new file must be whole before it takes the old one's name. The folder is not synced: an
-                # older anchor is still one of this chain.
+                # The new file must be complete before it takes the old one's name. The folder is not
+                # synced: an older anchor is still one of this chain.
                 os.fsync(stream.fileno())
             Path(name).replace(self.path)
         finally:

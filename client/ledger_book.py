@@ -276,7 +276,7 @@ class Book:
                 self._know_version(body)
             case Kind.RESERVED:
                 reserved = Reservation.of(entry)
-                # Steps and looks are bounded per bag in any case.
+                # Training steps and evaluations on held-back bags are bounded per bag, whatever the unit.
                 events = [reserved.event] * reserved.copies
                 self._spend(events, events)
                 self._drew_from(body)

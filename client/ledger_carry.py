@@ -10,8 +10,8 @@ unless
 - the ledger's chain holds the very row after which it was written, so another ledger's file, or one newer
   than a ledger that was rolled back, is not used.
 
-Besides, what it composes must be among the ledger's events (``common.privacy.composition``), so that an older
-file of the same ledger costs time only.
+In addition, what it composes must be among the ledger's events (``common.privacy.composition``), so that
+an older file of the same ledger costs time only.
 """
 
 import hmac

@@ -95,7 +95,7 @@ def _check_anchor(anchor: AnchorFile, entries: list[Entry]) -> list[Problem]:
     except LedgerLostError as error:
         return [Problem(None, str(error))]
     except LedgerError:
-        return []  # told already, with its row
+        return []  # reported already, with its row
     hashes = {entry.seq: entry.hash for entry in entries}
     if found is None or not lost_marks([found.mark], book, hashes.get):
         return []

@@ -1,7 +1,7 @@
 """Read and write the ledger's file, an append-only chain of hashed rows in SQLite.
 
 Knows no budgets. Each row holds one JSON object, and its hash covers the row before it, so that a change
-anywhere shows in all that follows. The chain is no lock: whoever can write the file can write a whole new
+anywhere shows in all that follows. The chain is no lock: whoever can write the file can write an all new
 chain. That, and an old copy put back, show only against a hash that is kept elsewhere: the server keeps the
 head that comes with each privacy statement (``client.ledger_check``).
 """
@@ -36,8 +36,8 @@ WAIT_SECONDS = 60.0
 SCHEMA = (
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, body TEXT NOT NULL, "
     "previous TEXT NOT NULL, hash TEXT NOT NULL)",
-    # The triggers stop a mistake in our own code. They stop no attacker, who can drop them; the chain
-    # shows that.
+    # The triggers stop a mistake in our own code. They stop no attacker, who can drop them first; the
+    # chain shows what was edited then.
     "CREATE TRIGGER no_update BEFORE UPDATE ON entries "
     "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     "CREATE TRIGGER no_delete BEFORE DELETE ON entries "

@@ -1,4 +1,4 @@
-"""Find the folder of the site that a node speaks for.
+"""Find the folder of the site that a node belongs to.
 
 In a deployment the node's own configuration names it; in a simulation the node's number does. A server has no
 part in it: what a run's configuration names as a folder counts for simulated nodes alone.
@@ -20,7 +20,7 @@ SYNTHETIC_CACHE = Path(".fedbags") / "synthetic"
 
 
 def find_site(context: "Context") -> Path:
-    """Return the folder of the site that this node speaks for.
+    """Return the folder of the site that this node belongs to.
 
     A SuperNode started with ``--node-config 'data-path="..."'`` is that site. A simulated node takes
     the folder of its number below ``sites-dir``; without one, a synthetic hospital that is drawn once

@@ -223,7 +223,7 @@ def bag_loss(
     """Return the loss of one bag, a scalar, on the model's device.
 
     Args:
-        objective: of the round; looks at the bag alone.
+        objective: of the round; its loss depends on this bag only.
         model: in training mode.
         store: the site's bags.
         config: the run.
@@ -238,7 +238,7 @@ def bag_loss(
 
 
 def refuse_unsound(config: RunConfig) -> None:
-    """Refuse a method whose loss is not a mean of terms that look at one bag each.
+    """Refuse a method whose loss is not a mean of terms that depend on one bag each.
 
     Raises:
         ConfigError: the method's loss is not; ``RunConfig`` refuses such a run before it starts.

@@ -26,7 +26,7 @@ def name_version(store: BagStore, folder: Path) -> str:
 
 
 def release_proportions(store: BagStore, version: str) -> ProportionRelease:
-    """Return the exact release of a data version, under the name ``version``, as the site's policy says."""
+    """Return the exact release of a data version, under the name ``version``, as the site's policy allows."""
     match store.config.policy.release_proportions:
         case ReleaseProportions.NONE:
             rows = store.leaf_counts[:0]

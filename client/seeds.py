@@ -31,7 +31,7 @@ class TrainingSeeds:
         """Return the seeds of a round for the order of the bags, for torch, and for the objective.
 
         The same round of the same run has the same seeds however often it is asked for: of all its trainings
-        one sum at most is unmasked, and nothing else is told of them.
+        one sum at most is unmasked, and nothing else of them leaves the site.
         """
         first, second, third = self._draw(3, round)
         return first, second, third

@@ -1,7 +1,7 @@
 """Read and write site.toml, which names a site and holds its owner's policy on what may leave.
 
 The file belongs to the site. Nothing that a server sends can change it, and it knows nothing of the
-run configuration: where both speak of the same thing, the stricter one is the site's.
+run configuration: where both set the same thing, the stricter one is the site's.
 """
 
 import difflib

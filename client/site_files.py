@@ -52,7 +52,7 @@ class Listing:
         listed: rows of the manifest, usable or not.
         bag_ids: one id per bag.
         offsets: shape (B + 1,): bag b holds ``images[offsets[b]:offsets[b + 1]]``.
-        counts: shape (B, C_L) int64, images per leaf as bags.csv says.
+        counts: shape (B, C_L) int64, images per leaf as in bags.csv.
         faults: every bad row.
     """
 

@@ -1,4 +1,4 @@
-"""Keep the secret of one site, and derive from it what nobody else may guess.
+"""Keep the secret of one site, and derive from it values that nobody else can guess.
 
 The secret is random bytes that never leave the site. Knows nothing of what is derived. Losing the file costs
 nothing but continuity: what was derived from it before cannot be derived again.

@@ -2,7 +2,7 @@
 
 No real site uses it. All simulated sites live on one machine, so there is nobody to hide from; but the
 protocol that a real deployment runs is then run too, certificates and signatures included. The authority's
-key is kept beside the certificates, unprotected.
+key is kept with the certificates, unprotected.
 """
 
 import fcntl

@@ -115,7 +115,7 @@ def make_setting(
         store: the site's bags.
         config: the run.
         round: 1-based.
-        training: positions of the bags whose counts the objective may look at beside the batch's own.
+        training: positions of the bags whose counts the objective may use besides the batch's own.
         generator: the objective's own random numbers.
     """
     device = choose_device(config.train.device)

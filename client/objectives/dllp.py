@@ -3,7 +3,7 @@
 Ardehaly & Culotta 2017, "Co-training for demographic classification using deep learning from label
 proportions", eq. 2: the divergence between a bag's known proportions and the mean of its images' predicted
 probabilities. Here it is a KL divergence, which differs from their cross-entropy by a constant. The mean is
-over bags, whatever their sizes; each term looks at one bag.
+over bags, whatever their sizes; each term depends on one bag.
 """
 
 from torch import Tensor

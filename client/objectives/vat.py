@@ -8,7 +8,7 @@ Tsai & Lin 2020, "Learning from label proportions with consistency regularizatio
 r by one step of the power iteration of virtual adversarial training (Miyato et al. 2018, eq. 8-12); p(x) is a
 constant of the second term. w rises as exp(-5 (1 - t)^2) over the first 40 % of the run, t in [0, 1].
 
-Departures: the change XI at which the power iteration looks is 0.1 where the paper's program has 1e-6, which
+Departures: the length XI of the power iteration's change is 0.1 where the paper's program has 1e-6, which
 float32 images of a few thousand pixels round away; the default radius is the program's 6 in units of one
 standard deviation of the pixels, taken to be a quarter of the pixel range.
 """

@@ -51,7 +51,7 @@ def build_sites(
         partition: ``iid``, ``dirichlet:ALPHA`` (per leaf class) or ``column:NAME``.
         bags: ``random``, ``column:NAME`` (a bag holds one value) or ``similarity``.
         group_column: patient or lesion ids: a group is never divided over sites, except where a
-            column partition or the split does so, which the report says. The source's own if None.
+            column partition or the split does so, which the report notes. The source's own if None.
         groups: ``bags``: a group is not divided over bags either; ``sites``: bags are filled image by
             image, whatever the groups.
         split_column: rows that it calls test become test.csv. The source's own if None.
@@ -59,7 +59,7 @@ def build_sites(
         skip_bad: leave bad rows out and list them in ``out/quarantine.csv``.
         minimum_bag_size: images; no smaller bag is made, and the site's policy will refuse them.
         missing_groups: ``refuse``: images without a cell in the group column are bad rows; ``alone``: each is
-            a group of its own, which the report says.
+            a group of its own, which the report notes.
         progress: called with (done, all); every image counts once for checking, once for writing.
 
     Raises:

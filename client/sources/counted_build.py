@@ -42,7 +42,7 @@ def build_counted_site(
         out: folder of site folders; made if missing.
         name: of the site, also its folder.
         minimum_bag_size: images; the site's policy.
-        skip_bad: leave out every bag with a fault whole, and list the faults in the site's quarantine.csv.
+        skip_bad: leave out every bag with a fault, and list the faults in the site's quarantine.csv.
         progress: called with (done, all); every image counts once for checking, once for writing.
 
     Raises:

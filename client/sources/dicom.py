@@ -74,7 +74,7 @@ class MixedImages:
 
 
 def require_pydicom() -> None:
-    """Refuse to go on if the extra that reads DICOM is not installed.
+    """Refuse DICOM files if the extra that reads them is not installed.
 
     Raises:
         UserError: pydicom is missing.

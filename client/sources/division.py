@@ -1,4 +1,4 @@
-"""Divide a source table into sites as `--partition` says, and a site into bags as `--bags` says."""
+"""Divide a source table into sites by `--partition`, and a site into bags by `--bags`."""
 
 import re
 from collections.abc import Sequence

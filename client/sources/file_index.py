@@ -1,7 +1,7 @@
 """List the image files below a folder, and find them by the names that tables give them.
 
-Nothing is left out in silence: folders that programs put next to pictures are skipped by
-name, files that are no image by their ending, and both are counted for a note.
+Folders that programs put next to pictures are skipped by name, files that are no image by their ending, and
+both are counted, so that the user is informed of them.
 """
 
 import bisect
@@ -156,7 +156,7 @@ class FileIndex:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a folder or file of this name is none of the user's pictures."""
+    """Return whether a folder or file of this name is hidden or put there by a system program."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
