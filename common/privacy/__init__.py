@@ -1,1 +1,1 @@
-"""What is claimed about privacy, and how it is kept: units, events, accounting, noise, and the one plan."""
+"""Define the units, events, accounting, noise and plan of differential privacy."""

@@ -1,11 +1,11 @@
-"""Epsilons from events: pure functions over ``common.privacy.events``, and nothing else.
+"""Compute epsilons from the events of ``common.privacy.events`` by pure functions.
 
-Every epsilon says: unit as the events' noise was scaled to (see events.py), adjacency as asked for,
-delta as given, accountant as named. The accountant of record is dp-accounting's privacy loss
-distributions (PLD; Koskela et al. 2020, Doroshenko et al. 2022), the only one that takes replace-one for
-the sampled Gaussian and that can hold the Laplace release. Losses are rounded to a grid upwards ("connect
-the dots"), so every figure is an upper bound; the grid is chosen to stay within about 0.2% of the limit.
-Accounts of many different events build on what was composed before (``common.privacy.composition``).
+Every epsilon is for the unit that the events' noise was scaled to (see events.py), the adjacency and delta
+that are asked for, and the accountant that is named. The accountant of record is dp-accounting's privacy
+loss distributions (PLD; Koskela et al. 2020, Doroshenko et al. 2022), the only one that takes replace-one
+for the sampled Gaussian and that can hold the Laplace release. Losses are rounded to a grid upwards
+("connect the dots"), so every figure is an upper bound; the grid is chosen to stay within about 0.2% of the
+limit. Accounts of many different events build on what was composed before (``common.privacy.composition``).
 """
 
 import math
@@ -37,7 +37,7 @@ CALIBRATION_SECONDS = 120.0
 
 
 def spent(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float, adjacency: Adjacency) -> float:
-    """Epsilon of everything in ``events`` together, at ``delta``.
+    """Return the epsilon of all ``events`` together, at ``delta``.
 
     Args:
         events: all that was done, in any order.
@@ -49,6 +49,7 @@ def spent(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float, adj
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta must lie in (0, 1), got {delta}")
+    # Merging puts equal events into one entry and one order, so that equal spending gives equal floats.
     return _epsilon(merge(events), delta, adjacency, False)
 
 
@@ -60,21 +61,23 @@ def fits(
     *,
     afresh: bool = False,
 ) -> bool:
-    """Whether ``spent`` stays at or under ``epsilon``; cheaper, for a coarser bound mostly suffices.
+    """Return True if ``spent`` stays at or under ``epsilon``.
 
-    With ``afresh``, everything is composed from the events, whatever was composed before.
+    This is cheaper than ``spent``, because a coarser bound mostly suffices. With ``afresh``, everything is
+    composed from the events and nothing that was composed before is used.
     """
     merged = merge(events)
     if not merged or not _is_bounded(merged):
         return not merged
     coarse = _coarse(merged, adjacency, afresh).get_epsilon_for_delta(delta)
+    # The coarse bound lies above the fine one, so a yes from it is final and a no is not.
     return bool(coarse <= epsilon) or _epsilon(merged, delta, adjacency, afresh) <= epsilon
 
 
 def delta_at(
     events: Iterable[PoissonGaussian | DiscreteLaplace], epsilon: float, adjacency: Adjacency
 ) -> float:
-    """The smallest delta that holds at ``epsilon`` (upper bound, dp-accounting PLD)."""
+    """Return the smallest delta that holds at ``epsilon`` (upper bound, dp-accounting PLD)."""
     merged = merge(events)
     if not merged or not _is_bounded(merged):
         return 1.0 if merged else 0.0
@@ -84,7 +87,10 @@ def delta_at(
 def epsilon_curve(
     events: Iterable[PoissonGaussian | DiscreteLaplace], adjacency: Adjacency, deltas: Sequence[float]
 ) -> tuple[tuple[float, float], ...]:
-    """``(delta, epsilon)`` for each delta: the same guarantee read at several failure probabilities."""
+    """Return ``(delta, epsilon)`` for each delta.
+
+    These pairs are one guarantee read at several failure probabilities.
+    """
     merged = merge(events)
     return tuple((delta, spent(merged, delta, adjacency)) for delta in deltas)
 
@@ -92,7 +98,10 @@ def epsilon_curve(
 def without_amplification(
     events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float, adjacency: Adjacency
 ) -> float:
-    """``spent`` if every bag had been in every step: what is left of the claim if sampling were known."""
+    """Return the epsilon as if every bag had been in every step.
+
+    It is what is left of the guarantee if the sampling were known.
+    """
     always = [
         event.model_copy(update={"sample_rate": 1.0}) if isinstance(event, PoissonGaussian) else event
         for event in events
@@ -101,7 +110,7 @@ def without_amplification(
 
 
 def opacus_rdp(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float) -> float:
-    """Epsilon for ADD/REMOVE by Opacus's Renyi accountant: a second opinion, looser than the PLD.
+    """Return epsilon for ADD/REMOVE by Opacus's Renyi accountant, looser than the PLD.
 
     Raises:
         ValueError: a release is among the events; Opacus's accountants cannot hold it.
@@ -112,7 +121,7 @@ def opacus_rdp(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float
 
 
 def opacus_prv(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float) -> float:
-    """Epsilon for ADD/REMOVE by Opacus's numerical (PRV) accountant: a second opinion, within 0.01.
+    """Return epsilon for ADD/REMOVE by Opacus's numerical (PRV) accountant, within 0.01.
 
     Raises:
         ValueError: a release is among the events; Opacus's accountants cannot hold it.
@@ -131,15 +140,15 @@ def calibrate(
     also: Iterable[PoissonGaussian | DiscreteLaplace] = (),
     adjacency: Adjacency = Adjacency.REPLACE_ONE,
 ) -> float:
-    """The smallest noise multiplier (to 0.01%) whose steps fit the target together with ``also``.
+    """Return the smallest noise multiplier (to 0.01%) whose steps and ``also`` meet the target.
 
     Args:
         target_epsilon: the most that all of it may spend at ``delta``.
         delta: in (0, 1).
         sample_rate: q of every step.
         steps: ALL steps, of all rounds; an epsilon per round means nothing.
-        also: what else is in the same budget, such as a release of proportions.
-        adjacency: what the target is meant for.
+        also: other events in the same budget, such as a release of proportions.
+        adjacency: the one that the target is meant for.
 
     Returns:
         sigma with ``spent(also + steps) <= target_epsilon``, checked on the value returned.
@@ -148,15 +157,18 @@ def calibrate(
         UserError: ``also`` leaves nothing of the target, or the search takes too long.
     """
     others = tuple(also)
+    # Unusual settings could keep the search busy for minutes; the user gets an error that says what to
+    # change.
     deadline = time.monotonic() + CALIBRATION_SECONDS
 
     def over(sigma: float) -> float:
-        """log(spent / target): falls with sigma, at most 0 when the target holds."""
+        """Return log(spent / target), which falls with sigma and is at most 0 when the target holds."""
         if time.monotonic() > deadline:
             raise UserError(
                 f"the noise for {steps} steps at sample rate {sample_rate:g} was not found within "
                 f"{CALIBRATION_SECONDS:g} s: ask for fewer steps or looks, or for more bags per step"
             )
+        # ALL steps of all rounds are composed: an epsilon per round bounds nothing over the run.
         event = PoissonGaussian(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
         return math.log(max(min(spent((*others, event), delta, adjacency), 1e9), 1e-9) / target_epsilon)
 
@@ -212,6 +224,8 @@ def _is_bounded(merged: Events) -> bool:
     )
 
 
+# The same events are asked about in planning, in every round and in the report, and composing them takes
+# seconds.
 @lru_cache(maxsize=4096)
 def _epsilon(merged: Events, delta: float, adjacency: Adjacency, afresh: bool) -> float:
     if not merged or not _is_bounded(merged):
@@ -221,7 +235,7 @@ def _epsilon(merged: Events, delta: float, adjacency: Adjacency, afresh: bool) -
 
 @lru_cache(maxsize=8)
 def _coarse(merged: Events, adjacency: Adjacency, afresh: bool) -> Any:
-    """The composition on a wide grid: an upper bound for little time, whatever the noise."""
+    """Compose the events on a wide grid for a cheap upper bound."""
     interval = COARSENING * _interval(merged)
     for event in merged:
         if isinstance(event, PoissonGaussian):
@@ -233,21 +247,27 @@ def _coarse(merged: Events, adjacency: Adjacency, afresh: bool) -> Any:
 
 @lru_cache(maxsize=8)
 def _fine(merged: Events, adjacency: Adjacency, afresh: bool) -> Any:
-    """The composition on the grid that the figures come from."""
+    """Compose the events on the grid that the figures come from."""
     coarse = _coarse(merged, adjacency, afresh)
     epsilon = coarse.get_epsilon_for_delta(1e-6)
+    # Nothing is promised at such an epsilon, so a finer grid would be wasted time.
     if epsilon > 1000:
         return coarse
+    # The grid is widened where the composed losses would otherwise take more than POINTS grid points.
     interval = max(_interval(merged), _power_of_two(8 * (epsilon + 5) / POINTS))
     return compose(amounts_of(merged), adjacency, interval, afresh=afresh)
 
 
 def _interval(merged: Events) -> float:
-    """A grid fine against one step's typical loss, about q / sigma; the number of steps does not matter."""
+    """Return a grid interval that is fine against one step's typical loss, about q / sigma.
+
+    The number of steps does not matter.
+    """
     losses = [e.sample_rate / e.noise_multiplier for e in merged if isinstance(e, PoissonGaussian)]
     return min(max(_power_of_two(min(losses, default=1) / 8), FINEST), COARSEST)
 
 
 def _power_of_two(value: float) -> float:
-    """The largest power of two that is not above ``value``: few different grids, so caches are met."""
+    """Return the largest power of two that is not above ``value``."""
+    # Few different grids, so that caches and kept compositions, which hold for one grid, are found again.
     return 2.0 ** math.floor(math.log2(value))

@@ -1,11 +1,12 @@
-"""A lower bound on epsilon from guesses about canaries in ONE training run. Pure maths.
+"""Compute a lower bound on epsilon from guesses about canaries in ONE training run.
 
 Steinke, Nasr & Jagielski 2023, 'Privacy Auditing with One (1) Training Run' (arXiv 2305.08846). Each of m
 canaries is included or not by a fair coin of its own; the auditor guesses r coins, abstains from the
 rest, and v guesses are right. Under (epsilon, delta)-DP for adding or removing a canary, Corollary 5.4
 bounds the chance of that many right guesses; an epsilon under which it is too small is refuted.
 
-Unit: one canary, here a bag. Adjacency: add/remove. Knows nothing of models, scores or training.
+Unit: one canary, here a bag. Adjacency: add/remove. This module knows nothing of models, scores or
+training.
 """
 
 import math
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom
 
+# Forty halvings of an interval of length 1 reach 1e-12, far below what a run can tell apart.
 BISECTIONS = 40
 MOST_CANARIES = 10**6
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What was guessed, and what it proves."""
+    """Hold the outcome of the guesses and the epsilon that it proves."""
 
     guesses: int
     correct: int
@@ -30,17 +32,21 @@ class Bound:
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """The most that P[at least ``correct`` right guesses] can be under (epsilon, delta)-DP.
+    """Return the largest P[at least ``correct`` right guesses] under (epsilon, delta)-DP.
 
-    Corollary 5.4: with B ~ Binomial(r, e^eps / (1 + e^eps)),
-    P[B >= v] + 2 m delta max_i P[v - i <= B < v] / i.
+    By Corollary 5.4, with B ~ Binomial(r, e^eps / (1 + e^eps)), it is
+
+        P[B >= v] + 2 m delta max_i P[v - i <= B < v] / i.
 
     Args:
-        canaries: m, all of them, those that no guess was made about included.
+        canaries: m, including those that no guess was made about.
         guesses: r, at most m.
         correct: v, at most r.
         epsilon: of the hypothesis, >= 0.
-        delta: of the hypothesis.
+        delta: of the hypothesis, in [0, 1].
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
     if not 0 <= correct <= guesses <= canaries:
         raise ValueError(f"correct <= guesses <= canaries expected, got {correct}, {guesses}, {canaries}")
@@ -56,10 +62,14 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
 
 
 def lower_bound(canaries: int, guesses: int, correct: int, delta: float, confidence: float) -> float:
-    """The largest epsilon that ``correct`` right guesses refute; 0 where they refute nothing.
+    """Return the largest epsilon that ``correct`` right guesses refute, or 0 where they refute none.
 
-    Whatever the mechanism, the result is above its epsilon (add/remove, at ``delta``) with chance at most
-    1 - ``confidence``. The number of guesses must be fixed before the coins are looked at.
+    The result is above the mechanism's epsilon (add/remove, at ``delta``) with chance at most 1 -
+    ``confidence``, whatever the mechanism. The number of guesses must be fixed before the coins are
+    revealed.
+
+    Raises:
+        ValueError: the confidence is not in (0, 1).
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
@@ -77,11 +87,11 @@ def lower_bound(canaries: int, guesses: int, correct: int, delta: float, confide
 
 
 def best_bound(canaries: int, looks: Sequence[tuple[int, int]], delta: float, confidence: float) -> Bound:
-    """The best of several looks ``(guesses, correct)`` at one run.
+    """Return the best bound of several evaluations ``(guesses, correct)`` of one run.
 
-    The error is shared out evenly among the looks (union bound), so that choosing the best of them keeps
-    the confidence.
+    The error is shared out evenly among them (union bound), so that choosing the best keeps the confidence.
     """
+    # Union bound: taking the best of several evaluations would otherwise raise the chance of error.
     each = 1 - (1 - confidence) / len(looks)
     bounds = [
         Bound(guesses, correct, lower_bound(canaries, guesses, correct, delta, each))
@@ -91,9 +101,10 @@ def best_bound(canaries: int, looks: Sequence[tuple[int, int]], delta: float, co
 
 
 def canaries_needed(epsilon: float, delta: float, confidence: float, looks: int = 1) -> int | None:
-    """The fewest canaries that, all guessed right, refute ``epsilon``; None beyond a million.
+    """Return the fewest canaries that, all guessed right, refute ``epsilon``.
 
-    With fewer, an audit cannot fail, however broken the mechanism. At epsilon 8 it takes about 9000.
+    With fewer, an audit cannot fail, however broken the mechanism. At epsilon 8 it takes about 9000. The
+    result is None beyond a million.
     """
     error = (1 - confidence) / looks
 

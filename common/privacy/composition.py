@@ -1,10 +1,10 @@
-"""Composing privacy loss distributions, and carrying a composition forward to later events.
+"""Compose privacy loss distributions and carry a composition forward to later events.
 
-Composing a step with new noise costs a construction of its distribution, which takes up to half a second, so
-an account of hundreds of different steps takes minutes. Up to ``DIRECT`` different events everything is
-composed each time. Beyond, what was composed before, on the same grid, is kept in memory, and only what came
-since is composed onto it. A composition says exactly which events it holds and is used for accounts that
-contain all of them, so nothing is left out and nothing counts twice.
+Composing a step with new noise costs a construction of its distribution, which takes up to half a second,
+so an account of hundreds of different steps takes minutes. Up to ``DIRECT`` different events everything is
+composed each time. Beyond that, earlier compositions on the same grid are kept in memory, and only later
+events are composed onto them. A composition states exactly which events it holds and is used for accounts
+that contain all of them, so nothing is left out and nothing counts twice.
 
 Both ways compose the same upper bounds (grid, rounding, and tails that go to an infinite loss), and
 composition does not depend on the order. They differ by rounding and by 1e-15 of tail mass a composition,
@@ -35,7 +35,7 @@ KEPT = 8
 
 @dataclass(frozen=True, eq=False)
 class Composition:
-    """The privacy loss distribution of these events together, an upper bound on one grid."""
+    """Hold the privacy loss distribution of some events together, an upper bound on one grid."""
 
     amounts: Amounts
     adjacency: Adjacency
@@ -47,7 +47,7 @@ _kept: tuple[Composition, ...] = ()
 
 
 def amounts_of(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> dict[Event, int]:
-    """How often each different step or release is among the events, in the order of first occurrence."""
+    """Count each different step or release among the events, in the order of first occurrence."""
     amounts: dict[Event, int] = {}
     for event in events:
         if isinstance(event, DiscreteLaplace):
@@ -59,7 +59,7 @@ def amounts_of(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> dict[Even
 
 
 def compose(amounts: Amounts, adjacency: Adjacency, interval: float, *, afresh: bool = False) -> Any:
-    """The privacy loss distribution of all these events together.
+    """Return the privacy loss distribution of all these events together.
 
     Args:
         amounts: at least one event.
@@ -67,6 +67,7 @@ def compose(amounts: Amounts, adjacency: Adjacency, interval: float, *, afresh: 
         interval: of the grid of losses.
         afresh: use nothing that was composed before.
     """
+    # ``ledger verify`` composes afresh, so that its figure does not depend on what was carried forward.
     if afresh or len(amounts) <= DIRECT:
         return reduce(_both, _parts(amounts, adjacency, interval))
     known = [kept for kept in _kept if kept.adjacency is adjacency and _within(kept.amounts, amounts)]
@@ -93,7 +94,7 @@ def compose(amounts: Amounts, adjacency: Adjacency, interval: float, *, afresh: 
 
 
 def keep(composition: Composition) -> None:
-    """Remember a composition as the last used, and forget the one that was used least recently."""
+    """Remember a composition as the last used, and forget the least recently used one."""
     global _kept
     others = [kept for kept in _kept if kept is not composition]
     _kept = (*others, composition)[-KEPT:]
@@ -106,7 +107,7 @@ def forget() -> None:
 
 
 def kept_for(amounts: Amounts, adjacency: Adjacency) -> tuple[Composition, ...]:
-    """What is in memory of these events: on each grid, the composition that holds most of them."""
+    """Return, for each grid, the remembered composition that holds most of these events."""
     best: dict[float, Composition] = {}
     for kept in _kept:
         if kept.adjacency is adjacency and _within(kept.amounts, amounts):
@@ -116,7 +117,7 @@ def kept_for(amounts: Amounts, adjacency: Adjacency) -> tuple[Composition, ...]:
 
 
 def pack(compositions: Iterable[Composition], about: Mapping[str, Any]) -> bytes:
-    """Compositions under replace-one, and a JSON object, as bytes.
+    """Write compositions under replace-one, and a JSON object, as bytes.
 
     Raises:
         ValueError: a distribution differs between its two directions, as under add/remove.
@@ -125,6 +126,8 @@ def pack(compositions: Iterable[Composition], about: Mapping[str, Any]) -> bytes
     for composition in compositions:
         if not composition.pld._symmetric:
             raise ValueError("only what is the same in both directions can be packed")
+        # dp-accounting has no public way to store a distribution, so its private parts are read here and
+        # rebuilt in unpack.
         pmf = composition.pld._pmf_remove.to_dense_pmf()
         described.append(
             {
@@ -137,12 +140,16 @@ def pack(compositions: Iterable[Composition], about: Mapping[str, Any]) -> bytes
         arrays.append(pmf._probs)
     text = json.dumps({"about": dict(about), "compositions": described})
     stream = io.BytesIO()
+    # Without pickle, because a reader of a pickled file runs whatever code stands in it.
     np.savez(stream, np.frombuffer(text.encode(), dtype=np.uint8), *arrays, allow_pickle=False)
     return stream.getvalue()
 
 
 def unpack(content: bytes) -> tuple[Mapping[str, Any], tuple[Composition, ...]]:
-    """The JSON object and the compositions of bytes that ``pack`` made; believes what they say."""
+    """Read the JSON object and the compositions from bytes that ``pack`` made.
+
+    The content is believed: the caller must know that the bytes were not changed.
+    """
     from dp_accounting.pld.pld_pmf import DensePLDPmf
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
@@ -184,7 +191,7 @@ def _parts(amounts: Amounts, adjacency: Adjacency, interval: float) -> list[Any]
 
 @lru_cache(maxsize=32)
 def _step(sample_rate: float, noise_multiplier: float, adjacency: Adjacency, interval: float) -> Any:
-    """One step of DP-SGD on the clipped sum; replace-one moves it by twice the clip norm."""
+    """Return the distribution of one step of DP-SGD, where replace-one moves the sum by two clip norms."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution as pld
 
@@ -202,15 +209,16 @@ def _step(sample_rate: float, noise_multiplier: float, adjacency: Adjacency, int
 
 @lru_cache(maxsize=32)
 def _release(scale: float, adjacency: Adjacency, interval: float) -> Any:
-    """One release of counts. dp-accounting takes no Laplace event under replace-one, so it is built here.
+    """Return the distribution of one release of counts.
 
-    A unit of m images moves at most m images out of some counts and m into others. Noise of scale b m
-    makes each of the two a (1/b)-DP mechanism, whatever the classes; discrete Laplace of sensitivity 1 has
-    but the losses +-1/b, so it is randomised response, which dominates every (1/b)-DP mechanism.
-    Add/remove moves images one way only: one such mechanism. Bags compose in parallel.
+    A unit of m images moves at most m images out of some counts and m into others. Noise of scale b m makes
+    each of the two a (1/b)-DP mechanism, whatever the classes; discrete Laplace of sensitivity 1 has only
+    the losses +-1/b, so it is randomised response, which dominates every (1/b)-DP mechanism. Add/remove
+    moves images one way only, which is one such mechanism. Bags compose in parallel.
     """
     from dp_accounting.pld import privacy_loss_distribution as pld
 
+    # dp-accounting takes no Laplace event under replace-one, so it is built from two one-way shifts.
     one_way = pld.from_discrete_laplace_mechanism(
         1 / scale, sensitivity=1, value_discretization_interval=interval
     )

@@ -1,7 +1,7 @@
-"""What costs privacy: the unit that is protected, the adjacency, and the events that are accounted for.
+"""Define the protected unit, the adjacency, and the events that privacy accounting counts.
 
-Events are what is kept (in a ledger, in a statement, in a report); an epsilon is always computed from
-them, by ``common.privacy.accounting``. Nothing here samples, adds noise or computes an epsilon.
+Events are kept in ledgers, statements and reports, and an epsilon is always computed from them by
+``common.privacy.accounting``. Nothing here samples, adds noise or computes an epsilon.
 
 Both events are written relative to what one unit can contribute, so that the same events give the same
 epsilon whatever the unit is:
@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 
 class Unit(StrEnum):
-    """What two neighbouring data sets differ in, and so what a figure protects."""
+    """Name the unit in which two neighbouring data sets differ, and that a figure protects."""
 
     BAG = "bag"
     """One whole bag: all its images and labels. It covers a patient whose images lie in one bag."""
@@ -29,14 +29,14 @@ class Unit(StrEnum):
 
     @property
     def explanation(self) -> str:
-        """What a figure for this unit covers, in words for a report."""
+        """Return what a figure for this unit covers, in words for a report."""
         if self is Unit.BAG:
             return "bag: one whole bag (all its images and labels) is replaced by another of its size"
         return "image: one image and its label, touching one bag, are replaced; not a whole bag"
 
 
 class Adjacency(StrEnum):
-    """How two neighbouring data sets differ by one unit."""
+    """Name the way in which two neighbouring data sets differ by one unit."""
 
     REPLACE_ONE = "replace-one"
     """One unit is replaced by another: the clipped sum moves by up to twice the clip norm."""
@@ -50,14 +50,15 @@ class _Event(BaseModel):
 
 
 def _whole(value: object) -> object:
-    """A whole number that JSON, or a record of floats, carried as 30.0."""
+    """Turn a whole number that JSON or a record carried as a float, such as 30.0, into an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class PoissonGaussian(_Event):
-    """Steps of bag-level DP-SGD: Poisson sampling, clipping per bag, Gaussian noise on the clipped sum.
+    """Describe steps of bag-level DP-SGD.
 
-    A step in which no bag was drawn adds noise and counts like any other.
+    Each step samples bags by Poisson sampling, clips the gradient of each, and adds Gaussian noise to the
+    clipped sum. A step in which no bag was drawn adds noise and counts like any other.
     """
 
     kind: Literal["poisson_gaussian"] = "poisson_gaussian"
@@ -69,12 +70,13 @@ class PoissonGaussian(_Event):
 
 
 class DiscreteLaplace(_Event):
-    """One release of integer counts (or of one noised metric, see looks.py) with discrete Laplace noise,
-    P(z) proportional to exp(-|z| / t).
+    """Describe one release of integer counts, or of one noised metric, with discrete Laplace noise.
+
+    The noise has P(z) proportional to exp(-|z| / t). For metrics see looks.py.
 
     ``scale`` is b = t / m: the noise scale t in images, relative to the m images that one unit can move
-    between classes (L1 distance 2 m of the counts: up to m leave some classes, up to m join others).
-    The epsilon of the release alone is 2 / b for replace-one and 1 / b for add/remove.
+    between classes (L1 distance 2 m of the counts: up to m leave some classes, up to m join others). The
+    epsilon of the release alone is 2 / b for replace-one and 1 / b for add/remove.
     """
 
     kind: Literal["discrete_laplace"] = "discrete_laplace"
@@ -87,7 +89,7 @@ _EVENT: TypeAdapter[PoissonGaussian | DiscreteLaplace] = TypeAdapter(Event)
 
 
 def event_from_dict(data: Mapping[str, Any]) -> PoissonGaussian | DiscreteLaplace:
-    """Read one event; the inverse of ``event.model_dump()``.
+    """Read one event from the form that ``event.model_dump()`` returns.
 
     Raises:
         pydantic.ValidationError: another kind, a missing or unknown key, or a value out of bounds.
@@ -98,11 +100,12 @@ def event_from_dict(data: Mapping[str, Any]) -> PoissonGaussian | DiscreteLaplac
 def merge(
     events: Iterable[PoissonGaussian | DiscreteLaplace],
 ) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
-    """The same events in one fixed order, the steps of equal Gaussian events added up.
+    """Return the events in one fixed order, the steps of equal Gaussian events added up.
 
-    Composition does not depend on the order, and one entry of 200 steps composes at once where 200
-    entries took 48 s; the fixed order makes equal spending give equal floats.
+    Composition does not depend on the order.
     """
+    # One entry of 200 steps composes at once where 200 entries took 48 s, and the fixed order makes equal
+    # spending give equal floats.
     steps: dict[tuple[float, float], int] = {}
     releases = []
     for event in events:

@@ -1,13 +1,14 @@
-"""Looks at held-back bags in a private run: what leaves, its grid, its noise, and what it costs.
+"""Noise the evaluations on held-back bags that leave a site in a private run.
 
-A look answers, for each level of the label tree, with the sum over a site's held-back bags of the
-total-variation distance between predicted and true proportions: half of the L1 distance, in [0, 1]. Each
-bag's distance is rounded to a whole number of ``GRID`` steps, so that replacing a bag moves the sum by at
-most ``GRID``, and discrete Laplace noise of scale b * GRID is added to it. That is a (1 / b)-DP mechanism
-for one level; it is charged as one ``DiscreteLaplace(scale=b)``, which the accountant takes for TWO shifts
-of 1 / b: twice what it costs, so that no third kind of event is needed. Levels and looks compose.
+An evaluation answers, for each level of the label tree, with the sum over a site's held-back bags of the
+total-variation distance between predicted and true proportions, which is half of the L1 distance, in [0,
+1]. Each bag's distance is rounded to a whole number of ``GRID`` steps, so that replacing a bag moves the
+sum by at most ``GRID``, and discrete Laplace noise of scale b * GRID is added to it. That is a (1 / b)-DP
+mechanism for one level. It is charged as one ``DiscreteLaplace(scale=b)``, which the accountant takes for
+TWO shifts of 1 / b: twice what it costs, so that no third kind of event is needed. Levels and evaluations
+compose.
 
-The number of held-back bags is public. Who may look, and when, is the plan's and the ledger's to say.
+The number of held-back bags is public. The plan and the ledger decide which evaluations take place.
 """
 
 import numpy as np
@@ -21,18 +22,18 @@ GRID = 1000
 
 
 def to_grid(distances: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Distances in whole steps, in [0, GRID].
+    """Round distances to whole steps in [0, GRID].
 
     Args:
-        distances: any shape, in [0, 1]. A model that has diverged gives NaN, which counts as 1: an error
-            would tell something of a bag that no noise covers.
+        distances: any shape, in [0, 1]. NaN, as a diverged model gives, counts as 1.
     """
+    # An error for NaN would reveal something of a bag that no noise covers.
     bounded = np.clip(np.nan_to_num(distances, nan=1.0), 0.0, 1.0)
     return np.rint(bounded * GRID).astype(np.int64)
 
 
 def noised(sums: NDArray[np.int64], scale: float, randomness: Randomness, round: int) -> NDArray[np.int64]:
-    """Sums of distances with noise: what may leave.
+    """Add noise to sums of distances so that they may leave the site.
 
     Args:
         sums: shape (levels,), steps.

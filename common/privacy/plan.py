@@ -1,8 +1,8 @@
-"""The privacy plan: sampling, clipping, noise and the accounted event as one frozen object.
+"""Build the privacy plan, which joins sampling, clipping, noise and the accounted event.
 
-They are built together from the same numbers so that they cannot disagree, and nothing else in fedbags
-may create an event of training, a sampler or noise. The plan says what a run costs; what a site has
-spent over all runs is the ledger's to say.
+They are built together from the same numbers into one frozen object so that they cannot disagree, and
+nothing else in fedbags may create an event of training, a sampler or noise. The plan states the cost of a
+run; the ledger states what a site has spent over all runs.
 """
 
 import math
@@ -35,10 +35,11 @@ LEAST_RATE = 1e-5
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """How one site trains privately in one run; made by ``build`` only, which checks and calibrates.
+    """Describe the private training of one site in one run.
 
-    The mechanism of a step: draw each of N bags with chance q; clip the gradient of each drawn bag to
-    norm C; add noise of standard deviation sigma * C to their sum; divide by q * N. The unit is the bag.
+    Only ``build`` makes a plan, after checking and calibrating it. The mechanism of a step: draw each of N
+    bags with chance q; clip the gradient of each drawn bag to norm C; add noise of standard deviation
+    ``sigma*C`` to their sum; divide by q * N. The unit is the bag.
     """
 
     target_epsilon: float | None
@@ -83,7 +84,7 @@ class PrivacyPlan:
         force_delta: bool = False,
         find_sigma: Callable[..., float] = calibrate,
     ) -> Self:
-        """Check the settings and, given epsilon, find the noise for ALL rounds, looks and the release.
+        """Check the settings and, given epsilon, find the noise for ALL rounds, evaluations and the release.
 
         Args:
             epsilon: the most that the run may spend at ``delta``; or give ``noise_multiplier``.
@@ -96,12 +97,12 @@ class PrivacyPlan:
             rounds: rounds of the whole run, not of what is left of it.
             release: the event of a release that this run makes, else None. What it was scaled to is what
                 epsilon protects: a bag (``CountRelease.event(Unit.BAG)``), or one image only.
-            look: the events of one look at the held-back bags (looks.py), one a level.
-            looks: looks in the whole run.
+            look: the events of one evaluation on held-back bags (looks.py), one a level.
+            looks: evaluations on held-back bags in the whole run.
             adjacency: what epsilon is meant for; sites enforce their budgets on replace-one.
             randomness: where sampling and noise come from.
             force_delta: accept a weak delta; ``delta_is_weak`` then marks the plan.
-            find_sigma: ``calibrate``, or something that remembers what it found. What the plan charges is of
+            find_sigma: ``calibrate``, or a function that remembers earlier results. The plan charges for
                 the sigma that it returns, whatever that is.
 
         Raises:
@@ -120,10 +121,13 @@ class PrivacyPlan:
             )
         if faults:
             raise UserError("the privacy plan cannot be made:\n" + "\n".join(f"  {f}" for f in faults))
+        # Poisson sampling draws each bag on its own; the accountant's amplification holds for nothing else.
         rate = expected_bags_per_step / number_of_bags
         if noise_multiplier is None:
             assert epsilon is not None
             steps, beside = steps_per_round * rounds, _beside(release, look, looks)
+            # One search covers training and everything released in addition, so that all of it together
+            # fits the budget.
             noise_multiplier = find_sigma(epsilon, delta, rate, steps, also=beside, adjacency=adjacency)
         return cls(
             target_epsilon=epsilon,
@@ -143,44 +147,53 @@ class PrivacyPlan:
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation of the noise on each coordinate of the clipped SUM: sigma * C."""
+        """Return the standard deviation of the noise on each coordinate of the clipped SUM, sigma * C."""
         return self.noise_multiplier * self.clip_norm
 
     @property
     def expected_bags(self) -> float:
-        """q * N, what the noisy sum is divided by: never the number drawn, which is private."""
+        """Return q * N, by which the noisy sum is divided."""
+        # Dividing by the number of bags that were drawn would reveal it, and it is private.
         return self.sample_rate * self.number_of_bags
 
     @property
     def delta_is_weak(self) -> bool:
-        """Whether delta is 1 / N or more, and was forced."""
+        """Return True if delta is 1 / N or more, and was forced."""
         return self.delta >= 1 / self.number_of_bags
 
     @property
     def planned_epsilon(self) -> float:
-        """Epsilon of the whole run at ``delta`` under ``adjacency`` (dp-accounting PLD, upper bound)."""
+        """Return the epsilon of the whole run at ``delta`` under ``adjacency``.
+
+        It is an upper bound by dp-accounting's PLD.
+        """
         return spent(self.all_events(), self.delta, self.adjacency)
 
     def round_event(self) -> PoissonGaussian:
-        """What one round costs: all its steps, the empty ones too."""
+        """Return the event of one round, which covers all its steps, the empty ones too."""
         return self._steps(self.steps_per_round)
 
     def all_events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
-        """What the whole run costs: the release, if there is one, every look, every step of every round."""
+        """Return the events of the whole run.
+
+        They are the release, if there is one, every evaluation on held-back bags, and every step of every
+        round.
+        """
         training = self._steps(self.steps_per_round * self.rounds)
         return (*_beside(self.release, self.look, self.looks), training)
 
     def sampler(self, round: int) -> Iterator[NDArray[np.int64]]:
-        """The bags of each step of a round: ``steps_per_round`` ascending index arrays, some maybe empty.
+        """Yield the bags of each step of a round as ``steps_per_round`` ascending index arrays.
 
-        An empty one is a step like the others: it adds noise, and its cost is in ``round_event``.
+        Some may be empty. An empty one is a step like the others: it adds noise, and its cost is in
+        ``round_event``.
         """
         stream = self.randomness.stream(Purpose.SAMPLING, round)
         for _ in range(self.steps_per_round):
             yield stream.chosen(self.sample_rate, self.number_of_bags)
 
     def noise(self, shape: Sequence[int], round: int) -> "Tensor":
-        """Fresh normal noise of standard deviation ``noise_std``, float32, on the CPU."""
+        """Return fresh normal noise of standard deviation ``noise_std``, float32, on the CPU."""
         import torch
 
         total = torch.zeros(tuple(shape))
@@ -188,10 +201,12 @@ class PrivacyPlan:
         return total
 
     def add_noise(self, total: "Tensor", round: int) -> None:
-        """Add fresh noise to the clipped sum of one parameter, in place; float32, any shape and device.
+        """Add fresh noise to the clipped sum of one parameter, in place.
 
-        Every call draws new numbers: call it once for each parameter and step.
+        The sum is float32, of any shape and on any device. Every call draws new numbers: call it once for
+        each parameter and step.
         """
+        # The noise is made on the CPU, where the cryptographic generator is; another device gets a copy.
         if total.device.type != "cpu" or not total.is_contiguous():
             total.add_(self.noise(total.shape, round).to(total.device))
             return
@@ -199,7 +214,11 @@ class PrivacyPlan:
         stream.add_normals(total.view(-1), self.noise_std)
 
     def noised_look(self, sums: NDArray[np.int64], round: int) -> NDArray[np.int64]:
-        """The sums of a look, shape (levels,), with the noise that ``look`` charges for."""
+        """Return the sums of one evaluation, shape (levels,), with the noise that ``look`` charges for.
+
+        Raises:
+            ValueError: the number of sums is not the number that was charged for.
+        """
         if len(sums) != len(self.look):
             raise ValueError(f"{len(self.look)} sums were charged for, {len(sums)} are to be sent")
         return noised(sums, self.look[0].scale, self.randomness, round)
@@ -213,7 +232,8 @@ class PrivacyPlan:
 def _beside(
     release: DiscreteLaplace | None, look: Sequence[DiscreteLaplace], looks: int
 ) -> tuple[DiscreteLaplace, ...]:
-    """What is released beside training."""
+    """Return the events of everything that is released in addition to training."""
+    # Every evaluation is listed as often as it takes place: each has fresh noise and costs again.
     return (*(() if release is None else (release,)), *tuple(look) * looks)
 
 
@@ -221,6 +241,7 @@ def _faults(
     epsilon: float | None, sigma: float | None, delta: float, clip_norm: float, number_of_bags: int
 ) -> list[str]:
     faults = []
+    # Sigma 0 may be given as a plan without a guarantee, but never together with a claimed epsilon.
     if sigma == 0 and epsilon is not None:
         faults.append(f"no noise (sigma 0) bounds nothing, yet epsilon = {epsilon:g} is claimed")
     elif (epsilon is None) == (sigma is None):

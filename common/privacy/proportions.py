@@ -1,13 +1,13 @@
-"""The private release of label counts: discrete Laplace noise on the finest level, once per data version.
+"""Release label counts privately by discrete Laplace noise, once per data version.
 
-Only leaf counts are noised; coarser levels are their sums, so the levels agree and cost nothing more.
-The mechanism: integer counts + independent noise, P(z) proportional to exp(-|z| / t), t = b * m images,
-where m is what one unit can move (events.py): the size of the largest bag when the unit is the bag. The
-guarantee is replace-one and takes the bag sizes, and so m, as public. A whole bag is covered only at the
-price of m-fold noise: fine for a site total, useless for a single bag's counts, which need the weaker
-unit of one image.
+Only leaf counts are noised; coarser levels are their sums, so the levels agree and cost nothing more. The
+mechanism: integer counts + independent noise, P(z) proportional to exp(-|z| / t), t = b * m images, where m
+is what one unit can move (events.py): the size of the largest bag when the unit is the bag. The guarantee
+is replace-one and takes the bag sizes, and so m, as public. A whole bag is covered only at the price of
+m-fold noise: fine for a site total, useless for a single bag's counts, which need the weaker unit of one
+image.
 
-Storing a release and charging for it is the ledger's part: noise drawn twice for the same data averages out.
+The ledger stores a release and charges for it, because noise drawn twice for the same data averages out.
 """
 
 from enum import StrEnum
@@ -22,7 +22,7 @@ from common.privacy.randomness import Generator, Purpose, Randomness, Stream
 
 
 class Granularity(StrEnum):
-    """What the counts are summed over before they are noised."""
+    """Choose the bags over which counts are summed before they are noised."""
 
     TOTAL = "total"
     """All bags of the site: one row."""
@@ -31,7 +31,7 @@ class Granularity(StrEnum):
 
 
 class CountRelease(BaseModel):
-    """Noised leaf counts, and what they cost. The counts are unbiased and may be negative."""
+    """Hold noised leaf counts, which are unbiased and may be negative, and their cost."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -43,17 +43,23 @@ class CountRelease(BaseModel):
 
     @property
     def noise_scale(self) -> float:
-        """t in images; the standard deviation of each count's noise is about sqrt(2) * t."""
+        """Return t in images.
+
+        The standard deviation of each count's noise is about sqrt(2) * t.
+        """
         return self.scale * self._images(self.unit)
 
     def event(self, unit: Unit) -> DiscreteLaplace:
-        """What the release costs when ``unit`` is what is protected: the less moves, the less it costs."""
+        """Return the event of the release when ``unit`` is protected.
+
+        A unit that moves fewer images costs less.
+        """
         if unit is self.unit:
             return DiscreteLaplace(scale=self.scale)
         return DiscreteLaplace(scale=self.noise_scale / self._images(unit))
 
     def array(self) -> NDArray[np.int64]:
-        """The counts, shape (1 or bags, C_L)."""
+        """Return the counts, shape (1 or bags, C_L)."""
         return np.array(self.counts, dtype=np.int64)
 
     def _images(self, unit: Unit) -> int:
@@ -68,15 +74,18 @@ def release_counts(
     granularity: Granularity = Granularity.TOTAL,
     randomness: Randomness,
 ) -> CountRelease:
-    """Noise the leaf counts of a site.
+    """Add noise to the leaf counts of a site.
 
     Args:
         leaf_counts: shape (B, C_L), images of each leaf in each bag.
         scale: b > 0, relative to the unit; alone it costs epsilon 2 / b for replace-one, delta 0.
-        unit: what the noise must hide.
+        unit: the unit that the noise must hide.
         granularity: one row for the site, or one a bag.
-        randomness: with a secure one, OpenDP's exact sampler and its own generator draw the noise; a
-            seeded one gives repeatable noise for simulations (floating point, no guarantee).
+        randomness: with a secure one, OpenDP's exact sampler and its own generator draw the noise; a seeded
+            one gives repeatable noise for simulations (floating point, no guarantee).
+
+    Raises:
+        ValueError: the counts have another shape or are empty.
     """
     if leaf_counts.ndim != 2 or not leaf_counts.size:
         raise ValueError(f"leaf counts of shape (bags, leaves) expected, got {leaf_counts.shape}")
@@ -88,17 +97,20 @@ def release_counts(
         largest_bag=int(leaf_counts.sum(axis=1).max()),
     )
     exact = leaf_counts if granularity is Granularity.PER_BAG else leaf_counts.sum(axis=0, keepdims=True)
+    # Only the leaves are noised. Noise on each level would cost again, and the levels would contradict each
+    # other.
     noisy = discrete_laplace(exact, empty.noise_scale, randomness, Purpose.PROPORTIONS, 0)
     return empty.model_copy(update={"counts": tuple(tuple(row) for row in noisy.tolist())})
 
 
 def noise_generator(randomness: Randomness) -> Generator:
-    """What draws the discrete Laplace noise under this randomness: OpenDP has a generator of its own."""
+    """Return the generator that draws the discrete Laplace noise under this randomness."""
+    # OpenDP draws from a generator of its own, so the report must name it and not the run's.
     return Generator.OPENDP if randomness.secure else randomness.description
 
 
 def displayed_proportions(counts: NDArray[Any]) -> NDArray[np.float64]:
-    """The nearest proportions to noisy counts, row by row, for DISPLAY only.
+    """Return the proportions nearest to noisy counts, row by row, for DISPLAY only.
 
     Losses and weights take the raw counts: those are unbiased, this is not.
 
@@ -123,10 +135,12 @@ def displayed_proportions(counts: NDArray[Any]) -> NDArray[np.float64]:
 def discrete_laplace(
     exact: NDArray[np.int64], noise_scale: float, randomness: Randomness, purpose: Purpose, round: int
 ) -> NDArray[np.int64]:
-    """Whole numbers of any shape with independent noise, P(z) proportional to exp(-|z| / noise_scale).
+    """Add independent noise, P(z) proportional to exp(-|z| / noise_scale), to whole numbers of any shape.
 
-    By OpenDP's exact sampler under a secure randomness; else by the seeded stream of purpose and round.
+    OpenDP's exact sampler draws it under a secure randomness, else the seeded stream of purpose and round.
     """
+    # Noise computed in floating point leaves gaps between its values that tell the exact count (Mironov
+    # 2012); OpenDP samples whole numbers exactly.
     if randomness.secure:
         return _opendp(exact, noise_scale)
     noise = seeded_noise(randomness.stream(purpose, round), exact.size, noise_scale)
@@ -134,7 +148,7 @@ def discrete_laplace(
 
 
 def seeded_noise(stream: Stream, number: int, noise_scale: float) -> NDArray[np.int64]:
-    """Discrete Laplace numbers, shape (number,), as differences of two geometric ones."""
+    """Draw discrete Laplace numbers, shape (number,), as differences of two geometric ones."""
     uniform = ((stream.words(2 * number) >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
     geometric = np.floor(np.log(uniform) * -noise_scale).astype(np.int64)
     return np.asarray(geometric[:number] - geometric[number:])

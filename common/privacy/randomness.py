@@ -1,10 +1,10 @@
-"""Random numbers for sampling and noise: a cryptographic generator, and a seeded one for simulations.
+"""Draw random numbers for sampling and noise, unpredictable ones or, in simulations, seeded ones.
 
-Whoever can predict the noise can subtract it, so a real run must use SecureRandomness. Knows nothing of
-privacy parameters: the plan says how many draws, with which chance or scale.
+Whoever can predict the noise can subtract it, so a real run must use SecureRandomness. This module knows
+nothing of privacy parameters: the plan gives the number of draws and their chance or scale.
 
-Limit: normals come out in float32, as in every DP-SGD library. Attacks on the lowest bits of
-floating-point noise (Mironov 2012) are not defended against.
+Normals come out in float32, as in every DP-SGD library. Attacks on the lowest bits of floating-point noise
+(Mironov 2012) are not defended against.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _ZEROS = bytes(12 * CHUNK // 2)
 
 
 class Purpose(StrEnum):
-    """What numbers are drawn for; every purpose has a stream of its own."""
+    """Name the use of random numbers, each of which has a stream of its own."""
 
     SAMPLING = "sampling"
     NOISE = "noise"
@@ -39,7 +39,7 @@ class Purpose(StrEnum):
 
 
 class Generator(StrEnum):
-    """The generators behind sampling and noise, as ledgers, statements and reports name them."""
+    """Name the generators behind sampling and noise as ledgers, statements and reports do."""
 
     AES = "AES-256-CTR, a fresh key from the operating system for every round and purpose"
     OPENDP = "OpenDP's exact sampler on its own cryptographic generator"
@@ -49,37 +49,38 @@ class Generator(StrEnum):
 
     @classmethod
     def read(cls, text: str) -> "Generator":
-        """The generator that a record names; UNKNOWN for any text that names none."""
+        """Return the generator that a record names, or UNKNOWN for any other text."""
         return cls(text) if text in set(cls) else cls.UNKNOWN
 
     @property
     def secure(self) -> bool:
-        """Whether its numbers cannot be predicted."""
+        """Return True if its numbers cannot be predicted."""
         return self in (Generator.AES, Generator.OPENDP)
 
 
 class Stream(ABC):
-    """An endless sequence of random bits; nothing is ever drawn twice from it."""
+    """Provide an endless sequence of random bits, from which nothing is drawn twice."""
 
     fine: ClassVar[bool] = True
     """Whether normals are made with full care near zero. Simulations repeat those of earlier releases."""
 
     @abstractmethod
     def raw(self, size: int) -> NDArray[np.uint8]:
-        """The next ``size`` uniform bytes, in an array of their own."""
+        """Return the next ``size`` uniform bytes, in an array of their own."""
 
     def words(self, number: int) -> NDArray[np.uint64]:
-        """The next ``number`` uniform 64-bit words."""
+        """Return the next ``number`` uniform 64-bit words."""
         return self.raw(8 * number).view(np.uint64)
 
     def chosen(self, chance: float, number: int) -> NDArray[np.int64]:
-        """Indices below ``number``, each included on its own with ``chance`` (Poisson sampling).
+        """Return indices below ``number``, each included independently with ``chance``.
 
-        A word below chance * 2**64 includes its index. The product is exact for every float64 chance
-        above 2**-11 and else rounded down, so that nobody is sampled more often than accounted for.
+        This is Poisson sampling.
         """
         if chance >= 1:
             return np.arange(number, dtype=np.int64)
+        # A word below chance * 2**64 includes its index. The product is exact for every float64 chance
+        # above 2**-11 and else rounded down, so that no bag is sampled more often than accounted for.
         return np.flatnonzero(self.words(number) < np.uint64(math.floor(chance * 2**64))).astype(np.int64)
 
     def add_normals(self, values: "Tensor", standard_deviation: float) -> None:
@@ -95,11 +96,14 @@ class Stream(ABC):
             part = values[start : start + CHUNK]
             half = (len(part) + 1) // 2
             bits = torch.from_numpy(self.raw(12 * half))
+            # 63 bits for the radius: a float32 uniform would end the tail at 5.8 standard deviations, and a
+            # shorter tail than accounted for weakens the guarantee.
             words = bits[: 8 * half].view(torch.int64).bitwise_and_(2**63 - 1)
             turns = bits[8 * half :].view(torch.int32)
             uniform = words.float().add_(1).mul_(2.0**-63)
             if self.fine:
                 turns.bitwise_or_(1)  # an angle of 0 has the sine 0
+            # Close to 1 a float32 cannot resolve 1 - u, so radii near zero would take few values only.
             near = (
                 np.flatnonzero(uniform.numpy() > NEAR_ONE) if self.fine and uniform.max() > NEAR_ONE else ()
             )
@@ -124,7 +128,7 @@ def log_near_one(words: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 class Randomness(ABC):
-    """Gives a stream for each purpose and round; the same one again when asked again."""
+    """Give a stream for each purpose and round, the same one whenever it is asked for."""
 
     secure: ClassVar[bool]
     """Whether the numbers are unpredictable; a report must say so."""
@@ -132,11 +136,14 @@ class Randomness(ABC):
     @property
     @abstractmethod
     def description(self) -> Generator:
-        """The generator, in words for a report."""
+        """Return the generator, in words for a report."""
 
     @abstractmethod
     def stream(self, purpose: Purpose, round: int) -> Stream:
-        """The stream of a purpose in a round. Asked again, it goes on where it was: no number returns."""
+        """Return the stream of a purpose in a round.
+
+        Asked for again, the stream goes on after the last number drawn, so no number returns.
+        """
 
 
 class _AesStream(Stream):
@@ -156,6 +163,7 @@ class _SeededStream(Stream):
     fine: ClassVar[bool] = False
 
     def __init__(self, *parts: str) -> None:
+        # The separator cannot stand in a part, so different parts give different seeds.
         digest = hashlib.sha256("\0".join(parts).encode()).digest()
         self._generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
 
@@ -166,18 +174,21 @@ class _SeededStream(Stream):
 
 @dataclass(frozen=True)
 class SecureRandomness(Randomness):
-    """AES-256 in counter mode under keys from the operating system. Cannot be repeated."""
+    """Draw from AES-256 in counter mode under keys from the operating system.
+
+    The numbers cannot be repeated.
+    """
 
     secure: ClassVar[bool] = True
     _streams: dict[tuple[Purpose, int, int], Stream] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def description(self) -> Generator:
-        """The generator, in words for a report."""
+        """Return the generator, in words for a report."""
         return Generator.AES
 
     def stream(self, purpose: Purpose, round: int) -> Stream:
-        """The stream of a purpose in a round."""
+        """Return the stream of a purpose in a round."""
         # A forked process must not go on with the stream that its parent uses too.
         key = (purpose, round, os.getpid())
         if key not in self._streams:
@@ -187,10 +198,9 @@ class SecureRandomness(Randomness):
 
 @dataclass(frozen=True)
 class InsecureSeededRandomness(Randomness):
-    """INSECURE: repeatable numbers for simulations. Whoever knows the seed can remove all noise.
+    """Draw repeatable and therefore INSECURE numbers, for simulations only.
 
-    Every site, round and purpose has numbers of its own: noise that repeats between sites or rounds
-    cancels in a difference.
+    Whoever knows the seed can remove all noise.
     """
 
     seed: int
@@ -200,12 +210,14 @@ class InsecureSeededRandomness(Randomness):
 
     @property
     def description(self) -> Generator:
-        """The generator, in words for a report."""
+        """Return the generator, in words for a report."""
         return Generator.SEEDED
 
     def stream(self, purpose: Purpose, round: int) -> Stream:
-        """The stream of a purpose in a round."""
+        """Return the stream of a purpose in a round."""
         key = (purpose, round)
         if key not in self._streams:
+            # Site, round and purpose are part of the seed: noise that repeats between sites or rounds
+            # cancels in a difference.
             self._streams[key] = _SeededStream(str(self.seed), self.site, str(round), purpose.value)
         return self._streams[key]
