@@ -1,6 +1,6 @@
-"""Who is whose neighbour, how many shares unmask, and which sums a list of survivors gives away.
+"""Compute neighbours, thresholds, and the sums that a list of survivors reveals.
 
-Pure functions of public facts: every site and the server compute the same from the same plan.
+These are pure functions of public facts: every site and the server compute the same from the same plan.
 """
 
 import hashlib
@@ -11,21 +11,21 @@ from common.secure_aggregation.records import SessionPlan
 
 
 def is_complete(plan: SessionPlan) -> bool:
-    """Whether every site shares a mask with every other."""
+    """Return True if every site shares a mask with every other."""
     return plan.neighbours == 0 or plan.neighbours >= len(plan.adverts) - 1
 
 
 def neighbourhoods(plan: SessionPlan) -> dict[str, list[str]]:
-    """Return by site the site and its neighbours, sorted by name.
+    """Return, by site, the site and its neighbours, sorted by name.
 
-    All sites where the graph is complete; else a ring in which each site is joined to the
-    ``neighbours / 2`` before and behind it (Harary graph, Bell et al. 2020, section 3). The order on the
-    ring comes from a hash of everybody's fresh keys, so nobody can choose his place alone.
+    These are all sites where the graph is complete; else a ring in which each site is joined to the
+    ``neighbours / 2`` before and behind it (Harary graph, Bell et al. 2020, section 3).
     """
     sites = plan.sites
     if is_complete(plan):
         return dict.fromkeys(sites, sites)
     transcript = plan.transcript()
+    # The order on the ring comes from a hash of all fresh keys, so no site can choose its place alone.
     ring = sorted(sites, key=lambda name: hashlib.sha256(transcript + name.encode()).digest())
     reach = range(-(plan.neighbours // 2), plan.neighbours // 2 + 1)
     return {
@@ -41,14 +41,15 @@ def neighbourhood(plan: SessionPlan, site: str) -> list[str]:
 def threshold(members: int, share: float) -> int:
     """Return how many of ``members`` sites recover a secret, or agree on a list of survivors.
 
-    More than half, whatever ``share`` says: where each site speaks for one secret or list only, no two
-    of them are spoken for by so many.
+    It is more than half, whatever ``share`` says.
     """
+    # With at most half, the server could have two different lists signed, or collect both secrets of a site
+    # from two halves. The small number guards the product against rounding up.
     return max(members // 2 + 1, math.ceil(share * members - 1e-9))
 
 
 def sums(plan: SessionPlan, survivors: Iterable[str]) -> list[list[str]]:
-    """Return the sets of sites whose sums unmasking gives away, each sorted, in the order of the names.
+    """Return the sets of sites whose sums unmasking reveals, each sorted, in the order of the names.
 
     They are the connected parts of the survivors' graph: masks hold together only what they join, so that
     each part's sum is seen apart. On the complete graph it is one sum of all survivors.

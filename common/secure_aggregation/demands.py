@@ -1,7 +1,7 @@
-"""What a site demands of a plan and of a list of survivors, whatever the server says.
+"""State the demands of a site on a plan and on a list of survivors.
 
-Pure functions that refuse or return; ``common.secure_aggregation.member`` calls them before each step that
-gives something away.
+They hold whatever the server says. The functions are pure and refuse or return;
+``common.secure_aggregation.member`` calls them before each step that gives something away.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -21,7 +21,7 @@ KEYS_SIGNED, SURVIVORS_SIGNED = "secure aggregation, keys", "secure aggregation,
 
 @dataclass(frozen=True)
 class Limits:
-    """What a site demands, whatever the server asks for."""
+    """Hold the limits that a site sets, whatever the server asks for."""
 
     minimum_sites: int
     """Fewest sites in a sum that its update may be part of; also the smallest effective number of them."""
@@ -35,7 +35,7 @@ def check_plan(plan: SessionPlan, limits: Limits) -> None:
     """Refuse a graph that the site does not allow, and weights under which a sum would show one update.
 
     Raises:
-        SecureAggregationRefused: as the text says.
+        SecureAggregationRefused: the graph or the weights are outside the site's limits.
     """
     if not is_complete(plan) and not 0 < limits.fewest_neighbours <= plan.neighbours:
         raise SecureAggregationRefused(
@@ -48,12 +48,13 @@ def check_plan(plan: SessionPlan, limits: Limits) -> None:
 
 
 def check_weights(weights: Mapping[str, float], sites: Iterable[str], limits: Limits) -> None:
-    """Refuse where the weighted sum of these sites would hide one of them badly.
+    """Refuse weights under which the sum of these sites would hide one of them badly.
 
     Raises:
         SecureAggregationRefused: too few sites with a weight, one with nearly all of it, or an effective
             number of sites below the minimum.
     """
+    # A site of weight 0 hides nobody, so it does not count as one of the sum.
     counted = [weights[site] for site in sites if weights.get(site, 0.0) > 0]
     if len(counted) < limits.minimum_sites:
         raise SecureAggregationRefused(
@@ -63,6 +64,8 @@ def check_weights(weights: Mapping[str, float], sites: Iterable[str], limits: Li
         raise SecureAggregationRefused(
             f"one site has more than {limits.largest_share:g} of the weight of the sum"
         )
+    # Sites of tiny weight hide a large one hardly better than none, so the weights are counted as equal
+    # sites.
     if effective_number(counted) < limits.minimum_sites * (1 - 1e-9):
         raise SecureAggregationRefused(
             f"the weights count as {effective_number(counted):.2f} equal sites, this site demands "
@@ -71,7 +74,9 @@ def check_weights(weights: Mapping[str, float], sites: Iterable[str], limits: Li
 
 
 def effective_number(weights: Collection[float]) -> float:
-    """Return 1 / sum of the squared normalised weights: n for n equal ones, near 1 where one has nearly all.
+    """Return 1 / sum of the squared normalised weights.
+
+    It is n for n equal weights, and near 1 where one site has nearly all.
 
     Args:
         weights: not negative, in any unit, with a sum above 0.
@@ -82,17 +87,17 @@ def effective_number(weights: Collection[float]) -> float:
 def check_adverts(
     plan: SessionPlan, own: KeyAdvert, authority: str, at: datetime
 ) -> dict[str, ec.EllipticCurvePublicKey]:
-    """Return everybody's node key, by site, once certificates, signatures and keys are found right.
+    """Return all node keys, by site, once certificates, signatures and keys are found right.
 
     Args:
         plan: from the server, which is not trusted with anything in it.
-        own: what this site advertised.
+        own: the keys that this site advertised.
         authority: PEM of the CA certificate in this site's own kit.
         at: now, with a time zone.
 
     Raises:
-        SecureAggregationRefused: a foreign, swapped, replayed, duplicate or missing key, or a site that was
-            told other settings of the run.
+        SecureAggregationRefused: a foreign, swapped, replayed, duplicate or missing key, or a site that
+            received other settings of the run.
         IdentityError: a certificate or signature is not valid.
     """
     names = [advert.site for advert in plan.adverts]
@@ -100,11 +105,13 @@ def check_adverts(
         raise SecureAggregationRefused("a site is listed twice, or the list is not in order")
     if own.site not in names:
         raise SecureAggregationRefused("this site is missing from the list of sites")
+    # A server that swaps this site's keys for its own could open every share sealed for the site.
     if plan.advert(own.site).signed() != own.signed():
         raise SecureAggregationRefused("this site's own keys were replaced")
     seen: set[bytes] = set()
     owners = {}
     for advert in plan.adverts:
+        # Keys from an earlier session may have shares that the server knows already.
         if (advert.run, advert.session, advert.round) != (own.run, own.session, own.round):
             raise SecureAggregationRefused(
                 f"the keys of {advert.site!r} are of another run, session or round"
@@ -115,10 +122,13 @@ def check_adverts(
                 f"the keys of {advert.site!r} came with another site's certificate"
             )
         identity.verify(signer.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
+        # With another configuration the other sites could be made to train nothing, so that the sum is this
+        # site's update.
         if advert.settings != own.settings:
             raise SecureAggregationRefused(f"{advert.site!r} was told another configuration of this run")
         owners[advert.site] = signer.public_key
         seen |= {advert.seal_key, advert.mask_key, advert.commitment}
+    # One party behind two names would count twice towards the minimum of sites and the threshold.
     if len(seen) != 3 * len(names) or len({key.public_numbers() for key in owners.values()}) != len(names):
         raise SecureAggregationRefused("two sites have the same key")
     return owners
@@ -143,6 +153,7 @@ def check_survivors(plan: SessionPlan, site: str, survivors: Collection[str], li
             raise SecureAggregationRefused(
                 f"{len(there & set(members))} of {len(members)} sites survived, {needed} are needed"
             )
+    # On a sparse graph lost sites can split the survivors into parts, and each part's sum is seen apart.
     for part in sums(plan, there):
         check_weights(plan.weights, part, limits)
 
@@ -155,13 +166,14 @@ def check_signatures(
     Args:
         plan: of the session.
         request: the list and the signatures that the server shows.
-        signed: what a survivor that was told the same has signed.
+        signed: the bytes that a survivor with the same list has signed.
         owners: node keys by site, as certified.
 
     Raises:
         SecureAggregationRefused: fewer valid signatures of survivors than the threshold over all sites.
     """
     needed = threshold(len(plan.sites), plan.threshold_share)
+    # Each site signs one list only, so two lists cannot both have more than half of all signatures.
     agreed = sum(
         _is_valid(owners[site], signed, request.signatures[site])
         for site in request.signatures.keys() & set(request.survivors) & owners.keys()

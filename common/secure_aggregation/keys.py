@@ -1,8 +1,8 @@
-"""Key agreement, sealed shares and secret sharing: the cryptographic pieces, each from a library.
+"""Agree on keys, seal shares and share secrets by the cryptographic parts of libraries.
 
 X25519, HKDF-SHA256 and ChaCha20-Poly1305 are `cryptography`'s; Shamir's scheme over GF(2^128) is Flower's
-wrapper of pycryptodome. Knows sites by name only, and nothing of sessions and rounds: their transcript
-comes in as ``context``.
+wrapper of pycryptodome. This module knows sites by name only, and nothing of sessions and rounds: their
+transcript comes in as ``context``.
 """
 
 import hashlib
@@ -26,22 +26,29 @@ _ONCE = bytes(12)
 
 
 def new_secret() -> bytes:
-    """32 bytes from the operating system: an X25519 private key, or the seed of a self-mask."""
+    """Return 32 bytes from the operating system.
+
+    They serve as an X25519 private key or as the seed of a self-mask.
+    """
     return os.urandom(SECRET_BYTES)
 
 
 def public_key(private: bytes) -> bytes:
-    """The X25519 public key of a private one."""
+    """Return the X25519 public key of a private one."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
 def commit(seed: bytes) -> bytes:
-    """SHA-256 of a seed of 256 random bits: hides it, and shows later whether the right one was recovered."""
+    """Return the SHA-256 of a seed of 256 random bits as a commitment to it.
+
+    It hides the seed, and shows later whether the right one was recovered.
+    """
+    # The prefix keeps this hash apart from every other use of SHA-256 on the same bytes.
     return hashlib.sha256(b"fedbags self-mask seed" + seed).digest()
 
 
 def pairwise_key(private: bytes, peer: bytes, purpose: str, context: bytes) -> bytes:
-    """The 32-byte key that two sites share for one purpose in one context.
+    """Return the 32-byte key that two sites share for one purpose in one context.
 
     Raises:
         SecureAggregationRefused: the peer's key is a point of small order.
@@ -50,25 +57,26 @@ def pairwise_key(private: bytes, peer: bytes, purpose: str, context: bytes) -> b
         shared = X25519PrivateKey.from_private_bytes(private).exchange(
             X25519PublicKey.from_public_bytes(peer)
         )
+    # A point of small order would give a shared secret that everybody knows.
     except ValueError as error:
         raise SecureAggregationRefused("a public key is not usable") from error
     return derive(shared, purpose, context)
 
 
 def derive(secret: bytes, purpose: str, context: bytes) -> bytes:
-    """HKDF-SHA256 to 32 bytes."""
+    """Derive 32 bytes from a secret by HKDF-SHA256."""
     info = b"fedbags/" + purpose.encode() + b"\0" + context
     return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(secret)
 
 
 def seal(private: bytes, peer: bytes, sender: str, receiver: str, context: bytes, content: bytes) -> bytes:
-    """Encrypt what only ``receiver`` may read, so that he knows who sent it and in which session."""
+    """Encrypt content for ``receiver`` only, bound to its sender and its session."""
     key = pairwise_key(private, peer, f"seal/{sender}/{receiver}", context)
     return ChaCha20Poly1305(key).encrypt(_ONCE, content, context)
 
 
 def unseal(private: bytes, peer: bytes, sender: str, receiver: str, context: bytes, sealed: bytes) -> bytes:
-    """Open what ``seal`` made.
+    """Decrypt a ciphertext that ``seal`` made.
 
     Raises:
         SecureAggregationRefused: changed on the way, from another sender, or made in another session.
@@ -83,17 +91,24 @@ def unseal(private: bytes, peer: bytes, sender: str, receiver: str, context: byt
 
 
 def split(secret: bytes, threshold: int, holders: Sequence[str]) -> dict[str, bytes]:
-    """Shamir's shares of a 32-byte secret, one per holder; ``threshold`` of them give it back."""
+    """Return Shamir's shares of a 32-byte secret, one per holder.
+
+    Any ``threshold`` of them give the secret back.
+
+    Raises:
+        ValueError: the threshold is 1.
+    """
     if threshold == 1:  # Shamir of degree 0 is the secret itself
         raise ValueError("a threshold of 1 shares nothing")
     return dict(zip(holders, create_shares(secret, threshold, len(holders)), strict=True))
 
 
 def join(shares: Mapping[str, bytes], threshold: int) -> bytes | None:
-    """The secret from at least ``threshold`` shares; None when they are too few or do not fit together.
+    """Return the secret from at least ``threshold`` shares, or None when they are too few or do not fit.
 
     A wrong share among right ones gives a wrong secret, which the caller finds by its commitment.
     """
+    # The first four bytes are the share's index; two shares of one index count once.
     usable = {share[:4]: share for share in shares.values() if len(share) == SHARE_BYTES}
     if len(usable) < threshold:
         return None

@@ -1,7 +1,7 @@
-"""Masks: keystreams of ChaCha20 added to words modulo 2**32.
+"""Add ChaCha20 keystreams as masks to words modulo 2**32.
 
-The key of a stream is 256 bits that were derived for it and are used for nothing else. Knows nothing of
-who shares the key.
+The key of a stream is 256 bits that were derived for it and are used for nothing else. This module knows
+nothing of the parties that share the key.
 """
 
 import numpy as np
@@ -18,15 +18,16 @@ _FROM_ZERO = bytes(16)
 
 
 class Keystream:
-    """The ChaCha20 keystream of a 32-byte key, as 32-bit words."""
+    """Provide the ChaCha20 keystream of a 32-byte key, as 32-bit words."""
 
     def __init__(self, key: bytes) -> None:
         cipher = Cipher(algorithms.ChaCha20(key, _FROM_ZERO), mode=None)
         self._encryptor: CipherContext = cipher.encryptor()
+        # Little-endian on every machine: two sites must read the same words from the same stream.
         self._buffer = np.empty(CHUNK, np.dtype("<u4"))
 
     def next(self, number: int) -> NDArray[np.uint32]:
-        """The next ``number`` <= CHUNK words, in a buffer that the following call overwrites."""
+        """Return the next ``number`` <= CHUNK words, in a buffer that the following call overwrites."""
         zeros = _ZEROS if number == CHUNK else _ZEROS[: 4 * number]
         self._encryptor.update_into(zeros, self._buffer.data.cast("B"))
         return self._buffer[:number]
@@ -41,7 +42,7 @@ def add_mask(vector: Words, key: bytes) -> None:
 
 
 def subtract_mask(vector: Words, key: bytes) -> None:
-    """Undo add_mask with the same key."""
+    """Subtract the mask that ``add_mask`` adds with the same key."""
     stream = Keystream(key)
     for start in range(0, len(vector), CHUNK):
         part = vector[start : start + CHUNK]

@@ -1,9 +1,9 @@
-"""A site's side of one session: pure functions from what it knows and is asked to what it says.
+"""Compute a site's side of one session by pure functions.
 
-advertise -> share -> receive -> mask -> agree -> unmask. Each takes the site's ``MemberState``, and those
-before ``agree`` give a new one. That no step is done twice is the caller's business
-(``client.secure_aggregation``): it must hold between processes. What a site demands is in ``demands``.
-Knows nothing of Flower, files and models; an update is a vector of words.
+The steps are advertise -> share -> receive -> mask -> agree -> unmask. Each takes the site's
+``MemberState``, and those before ``agree`` return a new one. The caller must see to it that no step is done
+twice (``client.secure_aggregation``), because that must hold between processes. The demands of a site are
+in ``demands``. This module knows nothing of Flower, files and models; an update is a vector of words.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ SELF_MASK, PAIR_MASK = "self-mask", "pairwise mask"
 
 
 class MemberState(Record):
-    """What a site knows in one session. Secret: it stays at the site."""
+    """Hold the secrets and the knowledge of a site in one session, which never leave the site."""
 
     advert: KeyAdvert
     """What it said of its own keys, its site, run, session and round; without signature and certificate."""
@@ -67,12 +67,12 @@ class MemberState(Record):
 
     @property
     def site(self) -> str:
-        """The site's own name."""
+        """Return the site's own name."""
         return self.advert.site
 
     @property
     def session(self) -> str:
-        """The session that the secrets are of."""
+        """Return the session that the secrets belong to."""
         return self.advert.session
 
     def belongs_to(self, request: InSession) -> None:
@@ -83,7 +83,11 @@ class MemberState(Record):
             )
 
     def agreed(self) -> SessionPlan:
-        """The plan that this site has checked."""
+        """Return the plan that this site has checked.
+
+        Raises:
+            SecureAggregationRefused: it has checked none.
+        """
         if self.plan is None:
             raise SecureAggregationRefused("no list of sites has been agreed in this session")
         return self.plan
@@ -103,10 +107,15 @@ def advertise(
         offer: from the server.
         site: the site's name.
         run: the run's number.
-        settings: SHA-256 of the run's configuration as the site was told it.
+        settings: SHA-256 of the run's configuration as the site received it.
         key: the site's node key.
         certificate: PEM; empty where the server has it.
+
+    Returns:
+        The signed public keys to send, and the state with the secrets, which stays.
     """
+    # Every session has fresh secrets, so that shares given in a failed session say nothing about the next
+    # one.
     seal_key, mask_key, seed = keys.new_secret(), keys.new_secret(), keys.new_secret()
     advert = KeyAdvert(
         session=offer.session,
@@ -126,7 +135,7 @@ def advertise(
 def share(
     state: MemberState, plan: SessionPlan, authority: str, at: datetime, limits: Limits
 ) -> tuple[SealedShares, MemberState]:
-    """Check everybody's keys, and seal a share of both of this site's secrets for each neighbour.
+    """Check all keys, and seal a share of both of this site's secrets for each neighbour.
 
     Args:
         state: after ``advertise``.
@@ -145,6 +154,7 @@ def share(
     check_plan(plan, limits)
     members = neighbourhood(plan, state.site)
     needed = threshold(len(members), plan.threshold_share)
+    # Among two sites a sum tells each of them the other's update.
     if len(members) < max(3, needed):
         raise SecureAggregationRefused(f"{len(members)} sites are too few to share secrets among")
     seeds = keys.split(state.seed, needed, members)
@@ -162,6 +172,7 @@ def share(
         for peer in members
         if peer != state.site
     }
+    # Certificates were checked above; without them the state that waits between messages is smaller.
     bare = plan.model_copy(
         update={"adverts": tuple(a.model_copy(update={"certificate": ""}) for a in plan.adverts)}
     )
@@ -174,7 +185,9 @@ def share(
 
 
 def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberState:
-    """Open the neighbours' shares; those who sent none are no longer part of the session.
+    """Open the neighbours' shares.
+
+    Neighbours that sent none are no longer part of the session.
 
     Args:
         state: after ``share``.
@@ -189,8 +202,11 @@ def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberSta
     plan = state.agreed()
     members = neighbourhood(plan, state.site)
     sharing = tuple(sorted(set(request.sharing)))
+    # A server that leaves a site off the list, or adds invented ones, could give each site another list and
+    # separate the masks.
     if sharing != request.sharing or state.site not in sharing or not set(sharing) <= set(plan.sites):
         raise SecureAggregationRefused("not a list of sites of this session with this site on it")
+    # A neighbour on the list without its share would hold a mask that this site could not help to remove.
     if request.shares.keys() != set(sharing) & set(members) - {state.site}:
         raise SecureAggregationRefused("not one share of each neighbour that shared its secrets")
     needed = threshold(len(members), plan.threshold_share)
@@ -212,15 +228,20 @@ def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberSta
 def mask(state: MemberState, vector: Words) -> MemberState:
     """Add the self-mask and one mask per neighbour to the vector in place, and forget the keys.
 
-    A pair's masks cancel in the sum: the first of the two by name adds, the other subtracts. They cancel
-    only where both were told the same list of sharing sites and sent the same model: both are part of every
-    mask's key. So a server cannot have some mask among themselves while the others count on all.
+    A pair's masks cancel in the sum: the first of the two by name adds, the other subtracts.
+
+    Raises:
+        SecureAggregationRefused: the site was sent no model, or has masked a vector in this session.
     """
     plan = state.agreed()
     if not state.model:
         raise SecureAggregationRefused("this site has not been sent a model in this session")
+    # Two vectors under the same masks differ by the difference of the two updates, in clear.
     if not state.seed or not state.mask_key:
         raise SecureAggregationRefused("this site has masked a vector in this session already")
+    # The list of sharing sites and the model are part of every mask's key, so masks cancel only where both
+    # sites were sent the same. Otherwise a server could have some sites mask among themselves while the
+    # others count on all, or send all others a model that stops their gradients (Pasquini et al. 2022).
     context = mask_context(plan, state.sharing, state.model)
     add_mask(vector, keys.derive(state.seed, SELF_MASK, context))
     for peer in sorted(state.held.keys() - {state.site}):
@@ -229,18 +250,19 @@ def mask(state: MemberState, vector: Words) -> MemberState:
             add_mask(vector, key)
         else:
             subtract_mask(vector, key)
+    # The secrets are erased as soon as the vector is masked, for the state waits in the SuperNode's memory.
     return state.model_copy(update={"seed": b"", "mask_key": b""})
 
 
 def mask_context(plan: SessionPlan, sharing: Iterable[str], model: bytes) -> bytes:
-    """Return what every mask's key is derived with: 96 bytes for plan, list of sharing sites, and model."""
+    """Return the 96 bytes from plan, list of sharing sites, and model that mask keys are derived with."""
     return plan.transcript() + hashlib.sha256(canonical(sorted(sharing))).digest() + model
 
 
 def agree(
     state: MemberState, request: SurvivorList, key: ec.EllipticCurvePrivateKey, limits: Limits
 ) -> SurvivorSignature:
-    """Sign the list of survivors that this site was told, for all others to compare with theirs.
+    """Sign the list of survivors that this site was given, for all others to compare with theirs.
 
     Raises:
         SecureAggregationRefused: this site has sent no vector or is not listed, or the sum of the listed
@@ -254,7 +276,7 @@ def agree(
 
 
 def unmask(state: MemberState, request: UnmaskRequest, limits: Limits) -> UnmaskShares:
-    """Give one share per neighbour: of the self-mask of a survivor, of the mask key of anybody else.
+    """Give one share per neighbour, of a survivor's self-mask or of a lost site's mask key.
 
     Raises:
         SecureAggregationRefused: as for ``agree``, or too few sites have signed the very same list.
@@ -264,12 +286,15 @@ def unmask(state: MemberState, request: UnmaskRequest, limits: Limits) -> Unmask
         site: ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), point)
         for site, point in state.owners.items()
     }
+    # A server could name a site a survivor to some and lost to others, and collect both of its secrets.
+    # Signatures over one list by more than half of all sites exclude a second list.
     check_signatures(state.agreed(), request, _signed(state, request), owners)
     survivors = set(request.survivors)
     return UnmaskShares(
         session=request.session,
         round=request.round,
         site=state.site,
+        # Of each neighbour one secret only: self-mask and mask key together would show its vector.
         self_masks={peer: held[0] for peer, held in state.held.items() if peer in survivors},
         mask_keys={peer: held[1] for peer, held in state.held.items() if peer not in survivors},
     )
@@ -278,6 +303,8 @@ def unmask(state: MemberState, request: UnmaskRequest, limits: Limits) -> Unmask
 def _check_list(state: MemberState, request: SurvivorList, limits: Limits) -> None:
     state.belongs_to(request)
     plan = state.agreed()
+    # Only sites on the list may unmask (Bonawitz et al. 2017). A seed that is still there shows that no
+    # vector was masked.
     if state.seed:
         raise SecureAggregationRefused("this site has sent no vector, so it has no part in unmasking")
     check_survivors(plan, state.site, request.survivors, limits)
@@ -289,7 +316,7 @@ def _check_list(state: MemberState, request: SurvivorList, limits: Limits) -> No
 
 
 def _signed(state: MemberState, request: SurvivorList) -> bytes:
-    """The bytes that survivors sign: equal only where plan, run, model and list are."""
+    """Return the bytes that survivors sign, equal only where plan, run, model and list are equal."""
     return canonical(
         {
             "run": state.advert.run,

@@ -1,6 +1,7 @@
-"""Updates as words: clipped, weighted, scaled and rounded at random, so that a sum of them is exact.
+"""Turn updates into words that are clipped, weighted, scaled and rounded at random.
 
-An update is the difference between the site's model and the one that it was sent. Its coordinate x becomes
+The sum of such words is exact. An update is the difference between the site's model and the one that it was
+sent. Its coordinate x becomes
 
     round(clip(x, -c, c) * w * s)  modulo 2**32,     s = (2**31 - 1 - n) / c
 
@@ -11,7 +12,7 @@ over sites of total weight W is off by less than
 
     n / (s * W)  =  n c / ((2**31 - 1 - n) W):   3.7e-8 for 5 sites and c = 16
 
-beside what clipping changes. ``error_bound`` is this figure, and float32 models of size 1 resolve 6e-8.
+plus what clipping changes. ``error_bound`` is this figure, and float32 models of size 1 resolve 6e-8.
 """
 
 import hashlib
@@ -33,27 +34,32 @@ MOST_BEYOND_HALF = 0.25
 
 
 def scale(clip_range: float, sites: int) -> float:
-    """Steps per unit (s above)."""
+    """Return the steps per unit (s above)."""
     return (2**31 - 1 - sites) / clip_range
 
 
 def error_bound(clip_range: float, sites: int, weight: float) -> float:
-    """Largest rounding error of a coordinate of the mean over sites with ``weight`` of all the weights.
+    """Return the largest rounding error of a coordinate of the mean.
 
-    Turning the mean into float32 comes on top (half a unit in the last place).
+    The mean is over sites with ``weight`` of all the weights. Turning it into float32 comes on top (half a
+    unit in the last place).
     """
     return sites / (scale(clip_range, sites) * weight)
 
 
 def length(arrays: Arrays) -> int:
-    """Words of a model with these arrays."""
+    """Return the number of words of a model with these arrays."""
     return sum(array.size for array in arrays.values())
 
 
 def digest(arrays: Arrays) -> bytes:
-    """Return the SHA-256 of arrays with their names and shapes: 32 bytes, the same at server and sites."""
+    """Return the SHA-256 of arrays with their names and shapes.
+
+    The 32 bytes are the same at server and sites.
+    """
     state = hashlib.sha256()
     for name in sorted(arrays):
+        # One byte order, so that sites and server on different machines get the same digest.
         array = np.ascontiguousarray(arrays[name], dtype="<f4")
         state.update(f"{name} {array.shape}\n".encode())
         state.update(array.data)
@@ -68,7 +74,7 @@ def quantise(
     sites: int,
     most_clipped: float = 1.0,
 ) -> Words:
-    """A site's update as words, shape (length(trained),), arrays in the order of their names.
+    """Return a site's update as words, shape (length(trained),), arrays in the order of their names.
 
     Args:
         sent: the model that the server sent; holds at least the names of ``trained``, in the same shapes.
@@ -83,12 +89,15 @@ def quantise(
             masked, nobody could find a NaN, and a sum of clipped coordinates tells each site's signs.
     """
     words = np.empty(length(trained), np.uint32)
+    # Rounding draws from a fresh secret key, so that nobody else can repeat it.
     chances = Keystream(new_secret())
     factor = weight * scale(clip_range, sites)
     place = beyond = 0
     for name in sorted(trained):
         new, old = trained[name].reshape(-1), sent[name].reshape(-1)
         for start in range(0, len(new), CHUNK):
+            # float64, because in float32 the product with a scale near 2**31 would lose the bits that
+            # rounding decides on.
             step = np.subtract(new[start : start + CHUNK], old[start : start + CHUNK], dtype=np.float64)
             if not np.isfinite(step).all():
                 raise RunError("local training diverged: the update is not finite; it is not sent")
@@ -100,6 +109,7 @@ def quantise(
             # Within int32 by the choice of the scale; its bit pattern is the word modulo 2**32.
             words[place : place + len(step)] = step.astype(np.int32).view(np.uint32)
             place += len(step)
+    # If nearly all numbers are cut, the sum with its public weights would tell each site's signs.
     if beyond > most_clipped * len(words):
         raise RunError(
             f"{beyond} of {len(words)} numbers of the update are beyond the clip range {clip_range:g}; it is "
@@ -131,7 +141,7 @@ def refuse_noise(total: Words, weight: float, sites: int) -> None:
 def mean_of(
     total: Words, sent: Arrays, clip_range: float, weight: float, sites: int
 ) -> dict[str, FloatArray]:
-    """The next model from the sum of the words and the model that was sent.
+    """Return the next model from the sum of the words and the model that was sent.
 
     Args:
         total: sum of the words of the sites in the mean, modulo 2**32.
@@ -146,6 +156,8 @@ def mean_of(
     steps = scale(clip_range, sites)
     signed = total.view(np.int32)
     farthest = max(-int(signed.min(initial=0)), int(signed.max(initial=0)))
+    # No set of clipped updates can make a larger sum. A mask that was not removed, or words that are no
+    # update, almost always do.
     if farthest > weight * clip_range * steps + sites:
         raise RunError(
             "the unmasked sum is out of range: a site sent words that are no clipped update, or masks were "

@@ -1,7 +1,7 @@
-"""What sites and server tell each other in one secure aggregation, in the order in which it is told.
+"""Define the records that sites and server exchange in one secure aggregation, in their order.
 
-Every record names its session, a random text that the server draws anew for every attempt at a round.
-Knows nothing of Flower, of keys' owners, and of what the masked numbers mean.
+Every record names its session, a random text that the server draws anew for every attempt at a round. This
+module knows nothing of Flower, of keys' owners, and of the meaning of the masked numbers.
 """
 
 import hashlib
@@ -21,18 +21,24 @@ Shares = Annotated[dict[SiteName, Annotated[bytes, Field(max_length=200)]], Fiel
 
 
 class InSession(Record):
-    """Base: which attempt at which round a record belongs to."""
+    """Serve as the base of records that belong to one session, which is one attempt at a round."""
 
     session: str = SESSION
     round: int = Field(ge=1, le=10**9)
 
 
 class SessionOffer(InSession):
-    """Server to site: make keys for this session."""
+    """Ask a site to make keys for this session.
+
+    The server sends it to each site.
+    """
 
 
 class KeyAdvert(InSession):
-    """Site to server, and on to every other site: fresh public keys, signed with the site's node key."""
+    """Announce a site's fresh public keys, signed with the site's node key.
+
+    The site sends it to the server, which passes it on to every other site.
+    """
 
     site: SiteName
     run: int = Field(ge=0, lt=2**64)
@@ -53,12 +59,15 @@ class KeyAdvert(InSession):
     )
 
     def signed(self) -> bytes:
-        """The bytes that the signature is over: everything but itself and the certificate."""
+        """Return the bytes that are signed, which are all but the signature and the certificate."""
         return canonical(self.model_dump(mode="json", exclude={"signature", "certificate"}))
 
 
 class SessionPlan(InSession):
-    """Server to site: who takes part, with which weight, and how the numbers are scaled."""
+    """State the participants, their weights, and the scaling of the numbers.
+
+    The server sends it to each site.
+    """
 
     threshold_share: float = Field(gt=0.5, le=1, description="of a site and its neighbours, to unmask")
     neighbours: int = Field(ge=0, multiple_of=2, description="per site; 0: all")
@@ -74,29 +83,37 @@ class SessionPlan(InSession):
 
     @property
     def sites(self) -> list[str]:
-        """Names of those who take part, sorted."""
+        """Return the names of the participants, sorted."""
         return sorted(advert.site for advert in self.adverts)
 
     def advert(self, site: str) -> KeyAdvert:
-        """The keys of one site."""
+        """Return the keys of one site."""
         return next(advert for advert in self.adverts if advert.site == site)
 
     def transcript(self) -> bytes:
-        """SHA-256 of all that every site must see alike; it is part of every key that is derived."""
+        """Return the SHA-256 of all that every site must see alike."""
         told = self.model_dump(mode="json", exclude={"adverts"})
         adverts = [advert.signed().hex() for advert in self.adverts]
+        # The transcript is part of every derived key: sites that were sent different lists, weights or
+        # ranges cannot open each other's shares. Certificates are left out because the server may add them.
         return hashlib.sha256(canonical({"plan": told, "adverts": adverts})).digest()
 
 
 class SealedShares(InSession):
-    """Site to server: for each neighbour one ciphertext that only this neighbour can open."""
+    """Hold one ciphertext for each neighbour, which only this neighbour can open.
+
+    A site sends it to the server.
+    """
 
     site: SiteName
     shares: Shares
 
 
 class MaskRequest(InSession):
-    """Server to site, beside the model: who shared secrets, and what the neighbours among them sealed."""
+    """State the sites that shared secrets, and pass on the shares sealed for the receiver.
+
+    The server sends it to a site together with the model.
+    """
 
     sharing: tuple[SiteName, ...] = Field(
         max_length=MOST_SITES, description="whose shares were handed on, the receiver included, sorted"
@@ -113,7 +130,10 @@ def _words(vector: Any) -> Words:
 
 
 class MaskedUpdate(InSession):
-    """Site to server: its quantised update plus masks, modulo 2**32, and the metrics that policy allows."""
+    """Hold a site's quantised update plus masks, modulo 2**32, and the metrics that policy allows.
+
+    A site sends it to the server.
+    """
 
     sender: SiteName
     vector: Annotated[Words, BeforeValidator(_words)] = Field(default=np.zeros(0, np.uint32), exclude=True)
@@ -123,32 +143,46 @@ class MaskedUpdate(InSession):
 
 
 class SurvivorList(InSession):
-    """Server to site: whose masked vectors have arrived."""
+    """List the survivors, which are the sites whose masked vectors have arrived.
+
+    The server sends it to each site.
+    """
 
     survivors: tuple[SiteName, ...] = Field(max_length=MOST_SITES)
 
 
 class SurvivorSignature(InSession):
-    """Site to server, and on to every survivor: the one list of survivors that this site was told, signed."""
+    """Sign the one list of survivors that this site was given.
+
+    The site sends it to the server, which passes it on to every survivor.
+    """
 
     site: SiteName
     signature: bytes = Field(min_length=1, max_length=200, description="ECDSA with the site's node key")
 
 
 class UnmaskRequest(SurvivorList):
-    """Server to site: the list of survivors again, and who has signed it."""
+    """Repeat the list of survivors, with the signatures over it.
+
+    The server sends it to each survivor.
+    """
 
     signatures: Shares = Field(description="by site")
 
 
 class UnmaskShares(InSession):
-    """Site to server: for each neighbour one share, of its self-mask or of its mask key, never of both."""
+    """Hold one share for each neighbour, of its self-mask or of its mask key, never of both.
+
+    A site sends it to the server.
+    """
 
     site: SiteName
+    # Both secrets of one site together would take all masks off its vector.
     self_masks: Shares = Field(description="shares for those whose vector is in the sum")
     mask_keys: Shares = Field(description="shares for those whose vector is missing")
 
 
 def canonical(content: Any) -> bytes:
-    """One text for one content, the same on every machine."""
+    """Return the one JSON text of a content, the same on every machine."""
+    # Signatures and keys are made over this text, so two machines must agree on every byte of it.
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,6 +1,7 @@
-"""The server's side of a session that is not waiting and sending: add up, and take the masks off the sum.
+"""Add up the masked vectors at the server and take the masks off the sum.
 
-Holds one vector and nothing per site, however many sites there are. Knows nothing of Flower.
+This is the server's part of a session apart from waiting and sending. It holds one vector and nothing per
+site, however many sites there are. It knows nothing of Flower.
 """
 
 import random
@@ -20,7 +21,7 @@ _ATTEMPTS = 200
 
 
 class MaskedSum:
-    """The sum of masked vectors, modulo 2**32.
+    """Hold the sum of masked vectors, modulo 2**32.
 
     Args:
         plan: what all sites agreed on.
@@ -44,33 +45,35 @@ class MaskedSum:
         """
         if len(vector) != len(self.total):
             raise RunError(f"a masked vector of {len(vector)} words, {len(self.total)} expected")
+        # The others count on no masks with a site that shared no secrets, and a second vector would count
+        # twice.
         if site not in self.sharing or site in self.survivors:
             raise RunError("a masked vector of a site that may not send one (now)")
         np.add(self.total, vector, out=self.total)
         self.survivors.append(site)
 
     def weight(self) -> float:
-        """Total weight of the sites in the sum."""
+        """Return the total weight of the sites in the sum."""
         return sum(self.plan.weights[site] for site in sorted(self.survivors))
 
     def short_of(self, there: Iterable[str]) -> list[str]:
-        """Those of ``there`` with fewer of ``there`` in their neighbourhood than unmasking takes."""
+        """Return the sites in ``there`` that have too few of ``there`` as neighbours for unmasking."""
         left = set(there)
         return [site for site in sorted(left) if len(self._holders(site) & left) < self._needed(site)]
 
     def quorum(self) -> int:
-        """How many sites must sign a list of survivors."""
+        """Return the number of sites that must sign a list of survivors."""
         return threshold(len(self.plan.sites), self.plan.threshold_share)
 
     def missing(self, answers: Mapping[str, UnmaskShares]) -> list[str]:
-        """Sites whose secret cannot be recovered from these answers."""
+        """Return the sites whose secret cannot be recovered from these answers."""
         return [site for site in self._secrets_needed() if self._secret(site, answers) is None]
 
     def unmask(self, answers: Mapping[str, UnmaskShares]) -> None:
         """Remove every mask from the sum.
 
         Raises:
-            RunError: a secret cannot be recovered; says whose. The sum is of no use then.
+            RunError: a secret cannot be recovered; the text says whose. The sum is of no use then.
         """
         context = mask_context(self.plan, self.sharing, self.model)
         for site in self._secrets_needed():
@@ -89,8 +92,8 @@ class MaskedSum:
     def wrong_shares(self, answers: Mapping[str, UnmaskShares]) -> list[tuple[str, str]]:
         """Return (holder, owner) of shares that stand in the way of recovering the owner's secret.
 
-        Either may be to blame: the holder gave another share than it has, or the owner sealed it a wrong one.
-        Only where the first shares by name did not fit are the others looked at.
+        Either may be to blame: the holder gave another share than it has, or the owner sealed it a wrong
+        one. The other shares are examined only where the first ones by name did not fit.
         """
         wrong = []
         for site in self._secrets_needed():
@@ -108,7 +111,7 @@ class MaskedSum:
         return wrong
 
     def _secret(self, site: str, answers: Mapping[str, UnmaskShares]) -> bytes | None:
-        """The seed of a survivor or the mask key of a lost site, if it is what the site advertised."""
+        """Return a survivor's seed or a lost site's mask key, if it is the one that was advertised."""
         if site not in self._secrets:
             shares = self._given(site, answers)
             secret = self._fitting(site, self._search(site, shares))
@@ -118,7 +121,7 @@ class MaskedSum:
         return self._secrets[site]
 
     def _given(self, site: str, answers: Mapping[str, UnmaskShares]) -> dict[str, bytes]:
-        """The shares of one site's secret, by holder."""
+        """Return the shares of one site's secret, by holder."""
         given = {
             holder: answers[holder].self_masks if site in self.survivors else answers[holder].mask_keys
             for holder in sorted(self._holders(site) & answers.keys())
@@ -126,9 +129,10 @@ class MaskedSum:
         return {holder: shares[site] for holder, shares in given.items() if site in shares}
 
     def _search(self, site: str, shares: dict[str, bytes]) -> dict[str, bytes]:
-        """Return shares that fit; none where some wrong ones could not be told apart in so many attempts."""
+        """Return shares that fit, or none where no tried choice leaves out all wrong ones."""
         if self._fitting(site, shares) is not None:
             return shares
+        # A fixed seed: which choices are tried is no secret, and a repeated run finds the same shares.
         needed, draw = self._needed(site), random.Random(0)
         if len(shares) <= needed:
             return {}
@@ -139,12 +143,14 @@ class MaskedSum:
         return {}
 
     def _fitting(self, site: str, shares: Mapping[str, bytes]) -> bytes | None:
-        """The secret that the first shares give, if it is what the site committed to."""
+        """Return the secret that the first shares give, if it is what the site committed to."""
         survived, advert = site in self.survivors, self.plan.advert(site)
         secret = keys.join(shares, self._needed(site))
         if secret is None:
             return None
         made = keys.commit(secret) if survived else keys.public_key(secret)
+        # A wrong share gives a wrong secret, and with it masks that do not come off; the commitment shows
+        # it in time.
         return secret if made == (advert.commitment if survived else advert.mask_key) else None
 
     def _remove_pairs(self, lost: str, secret: bytes, context: bytes) -> None:
