@@ -1,7 +1,7 @@
-"""The ``fedbags`` command and ``python -m fedbags``: its own packages, whatever else has their names.
+"""Run the command line from fedbags's own packages, as ``fedbags`` or ``python -m fedbags``.
 
 A module of the user's own called ``deploy`` or ``common`` that stands before ours on the path is passed by,
-and Ctrl-C is met from here on. Only what starts at once is imported.
+and Ctrl-C is handled from here on. Only what starts at once is imported.
 """
 
 import signal
@@ -12,7 +12,11 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the command line; exit 0 done, 1 the run failed, 2 the user's mistake, 130 Ctrl-C."""
+    """Run the command line.
+
+    The exit status is 0 when done, 1 when the run failed, 2 for a mistake of the user, and 130 for Ctrl-C.
+    """
+    # A plain import would take a module of the same name that stands earlier on the user's path.
     spec = PathFinder.find_spec("deploy", [str(Path(__file__).parent)])
     assert spec is not None
     assert spec.loader is not None

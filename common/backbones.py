@@ -1,8 +1,8 @@
-"""Backbones: torchvision classification models, our small ResNet or fixed colours, as maps to features.
+"""Build networks that map images to features, from torchvision or our own.
 
 The classifier is removed, BatchNorm replaced, in-place activations made out of place. A named model keeps
-its official stem at every image size: a name means the published architecture, with or without its
-weights, and 'resnet-small' is there for small images. Knows nothing of label trees or bags.
+its official stem at every image size: a name means the published architecture, with or without its weights,
+and 'resnet-small' is there for small images. This module knows nothing of label trees or bags.
 """
 
 import difflib
@@ -28,7 +28,7 @@ MAX_GROUPS = 32
 
 
 class Backbone(nn.Module):
-    """A network without its classifier.
+    """Wrap a network without its classifier.
 
     Attributes:
         body: the network; maps (N, 3, S, S) to (N, n_features).
@@ -43,18 +43,18 @@ class Backbone(nn.Module):
         self.ignored_weights = ignored_weights
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (N, n_features) of images (N, 3, S, S)."""
+        """Return features (N, n_features) of images (N, 3, S, S)."""
         features: Tensor = self.body(images)
         return features
 
 
 def backbone_names() -> list[str]:
-    """Every name that build_backbone knows."""
+    """Return every name that ``build_backbone`` knows."""
     return [SMALL, COLOURS, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def build_backbone(name: str, norm: Norm, weights: Path | None, image_size: int) -> Backbone:
-    """Build a backbone; random weights come from torch's global generator.
+    """Build a backbone with given weights, or random ones from torch's global generator.
 
     Args:
         name: 'resnet-small', 'colour-histogram' or a torchvision classification model (see
@@ -84,6 +84,7 @@ def build_backbone(name: str, norm: Norm, weights: Path | None, image_size: int)
     body.set_submodule(path, nn.Identity())
     _replace_batch_norm(body, norm)
     for module in body.modules():
+        # Per-example gradient hooks need every activation as it was, and an in-place layer overwrites it.
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
     backbone = Backbone(body, classifier.in_features, ignored)
@@ -110,7 +111,7 @@ def _torchvision_model(name: str, image_size: int) -> nn.Module:
 
 
 def _last_linear(name: str, body: nn.Module) -> tuple[str, nn.Linear]:
-    """The classifier: the last linear layer of the network, with its dotted path."""
+    """Return the classifier, which is the network's last linear layer, with its dotted path."""
     linears = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise ConfigError(
@@ -126,12 +127,13 @@ def _replace_batch_norm(body: nn.Module, norm: Norm) -> None:
 
 
 def _grouped(batch_norm: nn.BatchNorm2d) -> nn.GroupNorm:
-    """GroupNorm (Wu & He 2018) with the BatchNorm's affine weights; its running statistics are dropped.
+    """Return a GroupNorm (Wu & He 2018) with the BatchNorm's affine weights.
 
-    The groups are the largest divisor of the channels up to 32 that leaves two channels in a group: a
-    group of one channel would erase that channel's mean, and everything where the map is one pixel.
+    The running statistics are dropped. The groups are the largest divisor of the channels up to 32 that
+    leaves two channels in a group.
     """
     channels = batch_norm.num_features
+    # A group of one channel would erase that channel's mean, and everything where the map is one pixel.
     divisors = [n for n in range(1, MAX_GROUPS + 1) if channels % n == 0 and channels // n >= 2]
     group_norm = nn.GroupNorm(max(divisors, default=1), channels, eps=batch_norm.eps)
     group_norm.load_state_dict({"weight": batch_norm.weight, "bias": batch_norm.bias})
@@ -139,7 +141,7 @@ def _grouped(batch_norm: nn.BatchNorm2d) -> nn.GroupNorm:
 
 
 def _frozen(batch_norm: nn.BatchNorm2d) -> nn.Module:
-    """The same affine map and statistics, as constants."""
+    """Return a layer with the BatchNorm's affine map and statistics as constants."""
     frozen: nn.Module = FrozenBatchNorm2d(batch_norm.num_features, eps=batch_norm.eps)
     state = batch_norm.state_dict()
     del state["num_batches_tracked"]
@@ -148,12 +150,16 @@ def _frozen(batch_norm: nn.BatchNorm2d) -> nn.Module:
 
 
 def _load_weights(body: nn.Module, path: Path, classifier: str) -> tuple[str, ...]:
-    """Load a state dict; return the names of the classifier, which is removed afterwards and may differ."""
+    """Load a state dict and return the names in it that belong to the removed classifier.
+
+    The classifier is not loaded and may differ in shape.
+    """
     require_file(path, "the weights file", "Give a local .safetensors or .pth file as model.weights.")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
+            # A full unpickling could run code that the file brings.
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(
@@ -190,7 +196,10 @@ def _load_weights(body: nn.Module, path: Path, classifier: str) -> tuple[str, ..
 
 @torch.no_grad()
 def _check_by_running(name: str, backbone: Backbone, image_size: int) -> None:
-    """One tiny forward pass: some models want larger images or return auxiliary outputs in training."""
+    """Run two blank images through the backbone and refuse it if that fails.
+
+    Some models want larger images or return auxiliary outputs in training.
+    """
     try:
         features = backbone(torch.zeros(2, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:

@@ -1,4 +1,7 @@
-"""Build the model that a configuration names. The one place where methods become switches of the model."""
+"""Build the model that a configuration names.
+
+This is the only place where methods become switches of the model.
+"""
 
 from pathlib import Path
 
@@ -15,8 +18,8 @@ from common.methods import Method
 def build_model(config: ModelConfig, hierarchy: Hierarchy, seed: int) -> LHFGLP:
     """Build a model with weights fixed by ``seed``, leaving torch's global generator as it was.
 
-    The baselines are LHFGLP with its blocks switched off, whatever ``config`` says of them, so that all
-    methods share one pipeline.
+    The baselines are LHFGLP with its blocks switched off, even where ``config`` switches them on, so that
+    all methods share one pipeline.
 
     Args:
         config: what to build.
@@ -36,9 +39,9 @@ def build_model(config: ModelConfig, hierarchy: Hierarchy, seed: int) -> LHFGLP:
 
 
 def rebuild_model(config: ModelConfig, hierarchy: Hierarchy) -> LHFGLP:
-    """The architecture, for values that a file or a message brings: no weights file is read.
+    """Build the architecture for values that a file or a message brings.
 
-    Frozen BatchNorm gets its statistics with those values.
+    No weights file is read. Frozen BatchNorm gets its statistics with those values.
     """
     return _build(config, hierarchy, seed=0, weights=None)
 

@@ -1,9 +1,9 @@
-"""A fixed map from images to features: how often which colour occurs, in the centre and around it.
+"""Map images to fixed features that count colours in the centre and around it.
 
-Nothing in it is learned, so it costs no privacy and takes no noise: with little private data, linear
-heads on fixed features beat networks that are trained end to end (Tramer & Boneh 2021). Meant for images
-whose classes differ in colour and whose object lies in the centre, such as stained cells; it sees no
-shapes. Knows nothing of heads or label trees.
+Nothing in it is learned, so it costs no privacy and takes no noise: with little private data, linear heads
+on fixed features beat networks that are trained end to end (Tramer & Boneh 2021). It is meant for images
+whose classes differ in colour and whose object lies in the centre, such as stained cells. It is blind to
+shapes, and knows nothing of heads or label trees.
 """
 
 import torch
@@ -16,7 +16,7 @@ RINGS = 2
 
 
 class ColourHistogram(nn.Module):
-    """(N, 3, S, S) in [-1, 1] to features (N, 128) whose mean square is 1.
+    """Map images (N, 3, S, S) in [-1, 1] to features (N, 128) whose mean square is 1.
 
     Per ring a joint histogram of the three colours, bins filled linearly so that a small change of light
     is a small change of the feature. Square roots make distances those of Hellinger, in which rare
@@ -35,7 +35,7 @@ class ColourHistogram(nn.Module):
         self.register_buffer("centres", torch.linspace(-1, 1, BINS), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of the images."""
+        """Return the features of the images."""
         distance = (images.clamp(-1, 1).flatten(2).unsqueeze(2) - self.get_buffer("centres")[:, None]).abs()
         red, green, blue = (1 - distance * (BINS - 1) / 2).clamp_min(0).unbind(1)
         # (N, BINS, P) each; the share of a colour in a ring is a mean over pixels of the product.

@@ -1,8 +1,9 @@
-"""RunConfig: everything one run needs, and the one reader of Flower's run configuration.
+"""Read, check and write the configuration of a run.
 
 Flower hands a run a flat table of scalars with dotted, kebab-case keys (``model.image-size``), from
-``[tool.flwr.app.config]`` and ``--run-config``. This module turns it into one frozen, bounded object,
-refuses unknown keys, and writes it back as the ``config.toml`` from which a run can be repeated.
+``[tool.flwr.app.config]`` and ``--run-config``. This module alone reads it. It turns the table into one
+frozen, bounded object, refuses unknown keys, and writes it back as the ``config.toml`` from which a run can
+be repeated.
 """
 
 import difflib
@@ -35,7 +36,7 @@ Scalar = str | int | float | bool
 
 
 class RunConfig(Section):
-    """One run, complete. ``config.toml`` in the run folder is this object."""
+    """Hold all settings of one run, as ``config.toml`` in the run folder states them."""
 
     name: str = Field("fedbags", min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = Field(0, ge=0, lt=2**31, description="fixes data order, augmentation and initial weights")
@@ -122,14 +123,17 @@ class RunConfig(Section):
 
     @property
     def attendance(self) -> FederationConfig:
-        """``federation``, whose quorum makes a sum that may be unmasked where aggregation is secure."""
+        """Return the ``federation`` table with the quorum that secure aggregation needs.
+
+        A sum of fewer sites than ``secure-aggregation.minimum-sites`` would not be unmasked.
+        """
         secure = self.secure_aggregation
         quorum = max(self.federation.quorum, secure.minimum_sites if secure.enabled else 1)
         return self.federation.model_copy(update={"quorum": quorum})
 
     @property
     def trained_part(self) -> Part:
-        """What ``train.part`` means in this run."""
+        """Return the part of the model to train, with ``auto`` resolved."""
         if self.train.part is not Part.AUTO:
             return self.train.part
         return Part.NORM_HEAD if self.dp.epsilon else Part.ALL
@@ -174,7 +178,7 @@ class RunConfig(Section):
 
     @classmethod
     def from_toml(cls, path: Path) -> Self:
-        """Read a ``config.toml``, nested or dotted."""
+        """Read a ``config.toml`` with nested or dotted keys."""
         require_file(path, "the configuration file", "Give the config.toml of a run folder.")
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -183,20 +187,20 @@ class RunConfig(Section):
         return cls.from_flat(flatten(data))
 
     def to_flat(self) -> dict[str, Scalar]:
-        """The flat form that Flower carries; the inverse of from_flat."""
+        """Return the flat form that Flower carries and ``from_flat`` reads."""
         return flatten(self.model_dump(mode="json", by_alias=True))
 
     def to_toml(self) -> str:
-        """The complete configuration as TOML text."""
+        """Return the complete configuration as TOML text."""
         return tomli_w.dumps(self.model_dump(mode="json", by_alias=True))
 
     def with_changes(self, changes: Mapping[str, Scalar]) -> Self:
-        """A copy with some flat keys replaced, validated like from_flat."""
+        """Return a copy with some flat keys replaced, validated like ``from_flat``."""
         return type(self).from_flat({**self.to_flat(), **changes})
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
-    """Nested tables to dotted keys."""
+    """Turn nested tables into one table with dotted keys."""
     flat: dict[str, Scalar] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -207,7 +211,13 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
 
 
 def parse_setting(text: str) -> tuple[str, Scalar]:
-    """Parse one ``KEY=VALUE`` of ``--set``; the value is a TOML scalar, else taken as text."""
+    """Parse one ``KEY=VALUE`` of ``--set``.
+
+    The value is read as a TOML scalar, and taken as text where it is none.
+
+    Raises:
+        ConfigError: no key is given, or the value is no text, number or truth value.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r}: write KEY=VALUE, for example train.learning-rate=0.001")

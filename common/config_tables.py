@@ -1,4 +1,4 @@
-"""The tables of a run's configuration: one class each, with the bounds and meaning of every key.
+"""Define the tables of a run's configuration with the bounds and meaning of every key.
 
 What holds between tables, and the forms in which a configuration travels, is in ``common.config``.
 """
@@ -16,7 +16,10 @@ def _kebab(name: str) -> str:
 
 
 class Section(BaseModel):
-    """A frozen table of the configuration: strict about unknown keys, kebab-case outside."""
+    """Serve as the base of a frozen configuration table that refuses unknown keys.
+
+    Keys are written in kebab-case outside Python.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True, protected_namespaces=()
@@ -24,7 +27,7 @@ class Section(BaseModel):
 
 
 class Norm(StrEnum):
-    """What replaces BatchNorm, whose statistics would mix images across bags and sites."""
+    """Choose the replacement of BatchNorm, whose statistics would mix images across bags and sites."""
 
     GROUP = "group"
     """GroupNorm: affine weights are kept, running statistics are dropped."""
@@ -33,7 +36,7 @@ class Norm(StrEnum):
 
 
 class Strategy(StrEnum):
-    """How the server turns the sites' models into the next one."""
+    """Choose the server's aggregation of the sites' models into the next one."""
 
     FEDAVG = "fedavg"
     FEDPROX = "fedprox"
@@ -48,7 +51,10 @@ class Strategy(StrEnum):
 
 
 class Transport(StrEnum):
-    """How the arrays of a ModelUpdate travel; both sides compute in 32 bits or more."""
+    """Choose the number format in which the arrays of a ModelUpdate travel.
+
+    Both sides compute in 32 bits or more.
+    """
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -56,7 +62,7 @@ class Transport(StrEnum):
 
 
 class ModelConfig(Section):
-    """The classifier. Sizes are pixels, counts or plain numbers."""
+    """Hold the settings of the classifier, in pixels, counts or plain numbers."""
 
     method: Method = Method.LHFGLP
     backbone: str = Field("resnet-small", description="resnet-small, colour-histogram or a torchvision model")
@@ -71,7 +77,10 @@ class ModelConfig(Section):
 
 
 class Part(StrEnum):
-    """A part of the model that is trained; the rest keeps its values and is never sent."""
+    """Choose the part of the model that is trained.
+
+    The rest keeps its values and is never sent.
+    """
 
     AUTO = "auto"
     """``all``; under differential privacy ``norm-head``, since noise grows with what is trained."""
@@ -83,7 +92,7 @@ class Part(StrEnum):
 
 
 class LossConfig(Section):
-    """The hierarchical proportion loss. Weights are relative and >= 0."""
+    """Hold the settings of the hierarchical proportion loss, whose weights are relative and >= 0."""
 
     coarse_weight: float = Field(0.1, ge=0, le=100, description="weight of each level above leaf, final")
     anneal_from: float = Field(
@@ -107,7 +116,10 @@ class LossConfig(Section):
 
 
 class Augmentation(StrEnum):
-    """How images are changed before each look at them; counts stay true."""
+    """Choose the random changes of an image each time that it is trained on.
+
+    The label counts of a bag are not changed.
+    """
 
     FULL = "full"
     """Flips, quarter turns, small shifts, brightness and contrast."""
@@ -117,7 +129,10 @@ class Augmentation(StrEnum):
 
 
 class ObjectiveConfig(Section):
-    """What the methods beside LHFGLP can be tuned by; a key begins with its method (docs/methods.md)."""
+    """Hold the settings of the methods other than LHFGLP (docs/methods.md).
+
+    Each key begins with the name of its method.
+    """
 
     vat_weight: float = Field(0.05, ge=0, le=100, description="llp-vat: weight of the consistency, final")
     vat_radius: float = Field(
@@ -139,7 +154,7 @@ class ObjectiveConfig(Section):
 
 
 class TrainConfig(Section):
-    """Local training at a site."""
+    """Hold the settings of local training at a site."""
 
     local_epochs: int = Field(1, ge=1, le=1000, description="passes over the site's bags per round")
     rounds_per_pass: int = Field(
@@ -161,7 +176,7 @@ class TrainConfig(Section):
 
 
 class FederationConfig(Section):
-    """Who takes part, how long the server waits, and how it aggregates."""
+    """Hold the settings of participation, waiting and aggregation."""
 
     strategy: Strategy = Strategy.FEDAVG
     sites: int = Field(5, ge=1, le=100_000, description="sites the server waits for at the start")
@@ -195,7 +210,10 @@ class FederationConfig(Section):
 
 
 class DPConfig(Section):
-    """Bag-level differential privacy. What is asked for here; a site's own budget (site.toml) wins."""
+    """Hold the settings of bag-level differential privacy that the run asks for.
+
+    A site's own budget (site.toml) wins over them.
+    """
 
     epsilon: float = Field(
         0.0,
@@ -203,6 +221,7 @@ class DPConfig(Section):
         le=1e4,
         description="most that one run may spend at each site, replace-one bag; 0: not private",
     )
+    # At delta = 1 / N a mechanism that publishes one of N bags entirely would count as private.
     delta: float = Field(1e-4, gt=0, lt=1, description="must be below 1 / bags of every site")
     clip_norm: float = Field(
         0.5, ge=1e-6, le=1e6, description="norm that the gradient of each bag is clipped to"
@@ -224,14 +243,20 @@ class DPConfig(Section):
 
 
 class CentralDPConfig(Section):
-    """Noise added by the server (Flower's fixed clipping); its unit is the site. See docs/privacy.md."""
+    """Hold the settings of the noise that the server adds, whose unit is the site.
+
+    The mechanism is Flower's fixed clipping. See docs/privacy.md.
+    """
 
     noise_multiplier: float = Field(0.0, ge=0, le=1e4, description="noise / clip norm of the mean; 0: off")
     clip_norm: float = Field(1.0, gt=0, le=1e6, description="norm that each site's update is clipped to")
 
 
 class SecureAggregationConfig(Section):
-    """SecAgg+: the server sees the sum of the updates only. See docs/secure-aggregation.md."""
+    """Hold the settings of SecAgg+, under which the server sees only the sum of the updates.
+
+    See docs/secure-aggregation.md.
+    """
 
     enabled: bool = False
     threshold_share: float = Field(
@@ -252,14 +277,17 @@ class SecureAggregationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """When the held-back bags are looked at."""
+    """Hold the schedule of evaluations on held-back bags."""
 
     every: int = Field(1, ge=1, le=10_000, description="rounds between looks at the held-back bags")
 
     def is_due(self, round: int, rounds: int) -> bool:
-        """Whether the held-back bags are looked at after this round of ``rounds``."""
+        """Return True if the held-back bags are evaluated after this round of ``rounds``.
+
+        They always are after the last round.
+        """
         return round % self.every == 0 or round == rounds
 
     def looks(self, rounds: int) -> int:
-        """Looks in a run of ``rounds``."""
+        """Return the number of evaluations on held-back bags in a run of ``rounds``."""
         return -(-rounds // self.every)

@@ -1,6 +1,7 @@
-"""Reading tables as people save them: which text a file holds, and what separates its cells.
+"""Read delimited tables in the encodings and with the separators that spreadsheets write.
 
-Knows nothing of columns. Whatever cannot be told for certain is refused with a reason, not guessed.
+This module knows nothing of columns. Content that cannot be read with certainty is refused with a reason,
+not guessed.
 """
 
 import csv
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 
 SEPARATORS = (",", ";", "\t", "|")
 
+# Workbooks are recognised by their first bytes, so that the error can say what to do with one instead of
+# reporting broken text.
 _WORKBOOKS = {
     b"PK\x03\x04": "is an Excel workbook (or another zip archive), not text",
     b"\xd0\xcf\x11\xe0": "is an old Excel workbook, not text",
@@ -19,7 +22,10 @@ _NAMED_SEPARATOR = re.compile(r"sep=(.)\r?\n")
 
 
 class TableError(Exception):
-    """A file is no table. ``line`` is 1-based, or None where the whole file is meant."""
+    """Report that a file is not a table.
+
+    ``line`` is 1-based, or None where the fault concerns all of the file.
+    """
 
     def __init__(self, line: int | None, reason: str) -> None:
         self.line, self.reason = line, reason
@@ -27,16 +33,17 @@ class TableError(Exception):
 
 
 def read_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
-    """Give the line number and the cells of every row that is not empty, the header first.
+    """Yield the line number and the cells of every row that is not empty, the header first.
 
-    The text is UTF-8 or UTF-16 with a byte order mark. The separator is the one of SEPARATORS that gives the
-    header the most cells, or what Excel's line ``sep=;`` says.
+    The text is UTF-8 or UTF-16 with a byte order mark. The separator is the one of SEPARATORS that gives
+    the header the most cells, or the one that Excel's line ``sep=;`` names.
 
     Raises:
         TableError: a workbook, another encoding, or broken quotes.
     """
     text = _decode(data)
     skipped = 0
+    # A first line such as ``sep=;`` names the separator for Excel, so it outranks the count of cells.
     if named := _NAMED_SEPARATOR.match(text):
         text, separator, skipped = text[named.end() :], named[1], 1
     else:

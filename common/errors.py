@@ -1,4 +1,4 @@
-"""The errors that fedbags raises on purpose, and the exit status each becomes.
+"""Define the errors that fedbags raises on purpose and the exit status of each.
 
 FedbagsError
 ├── UserError          exit 2: the user can mend it; says what, where, and what to do
@@ -15,24 +15,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# A table with one systematic fault has thousands of bad rows; the first few show the pattern.
 MAX_ROWS_SHOWN = 20
 
 
 class FedbagsError(Exception):
-    """Base of every error that fedbags raises on purpose."""
+    """Serve as the base of every error that fedbags raises on purpose."""
 
 
 class UserError(FedbagsError):
-    """Something that the user can mend; the CLI prints it without a traceback and exits with 2."""
+    """Report something that the user can mend.
+
+    The command line prints it without a traceback and exits with 2.
+    """
 
 
 class ConfigError(UserError):
-    """A configuration key is unknown, missing or out of range."""
+    """Report a configuration key that is unknown, missing or out of range."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """One row that cannot be used: where it stands and why."""
+    """Name one row that cannot be used, with its place and the reason."""
 
     file: str
     row: int | None
@@ -45,7 +49,7 @@ class BadRow:
 
 
 class DataError(UserError):
-    """One or more rows of a folder or table are unusable.
+    """Report that one or more rows of a folder or table are unusable.
 
     Args:
         summary: one sentence that says what was being read and what is wrong.
@@ -64,23 +68,35 @@ class DataError(UserError):
 
 
 class RunError(FedbagsError):
-    """The run could not go on; the CLI prints it and exits with 1."""
+    """Report that the run could not go on.
+
+    The command line prints it and exits with 1.
+    """
 
 
 class IdentityError(RunError):
-    """A certificate or a signature is not what it must be. The text names sites only."""
+    """Report a certificate or signature that is not valid, in a text that names sites only."""
 
 
 class SecureAggregationRefused(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
-    """A site does not go on with a secure aggregation. The text names sites and counts, never a secret."""
+    """Report that a site does not go on with a secure aggregation.
+
+    The text names sites and counts, never a secret.
+    """
 
 
 class RoundTaken(SecureAggregationRefused):
-    """A site has done its part of a round, in another session or for another model, and does no second."""
+    """Report that a site has done its part of a round already.
+
+    It did so in another session or for another model, and does it once only.
+    """
 
 
 class EgressError(FedbagsError):
-    """A reply was refused at the site. The text names keys and shapes, never data."""
+    """Report that a site refused to send a reply.
+
+    The text names keys and shapes, never data.
+    """
 
 
 def require_file(path: Path, what: str, advice: str) -> Path:

@@ -1,7 +1,7 @@
-"""The label tree: levels from coarse to fine, the classes of each, and the parent of every class.
+"""Represent the label tree with its levels, the classes of each level, and their parents.
 
 Counts roll up from leaves to coarser levels exactly (integers); predictions are decoded to the best
-root-to-leaf path. Knows nothing of images, models or sites.
+root-to-leaf path. This module knows nothing of images, models or sites.
 """
 
 import csv
@@ -27,13 +27,18 @@ LONGEST_LABEL = 200
 
 
 def is_label(name: str) -> bool:
-    """Whether a text can name a class or level: not empty, not long, and printable throughout."""
+    """Return True if a text can name a class or level.
+
+    Such a name is not empty, not longer than ``LONGEST_LABEL``, and free of control characters.
+    """
+    # Unicode category C holds control, format and surrogate characters, which could deceive a terminal or
+    # reverse the direction of writing.
     return 0 < len(name) <= LONGEST_LABEL and not any(unicodedata.category(c)[0] == "C" for c in name)
 
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """A label tree of L >= 1 levels, all leaves at the same depth.
+    """Represent a label tree of L >= 1 levels with all leaves at the same depth.
 
     Attributes:
         levels: the name of each level, coarse to fine.
@@ -71,6 +76,7 @@ class Hierarchy:
             raise DataError(
                 f"{file}: the header must name each level once, coarse to fine; got {list(levels)}"
             )
+        # Every fault is collected before any is raised, so that one pass lists all rows to mend.
         index: list[dict[str, int]] = [{} for _ in levels]
         parents: list[list[int]] = [[] for _ in levels]
         first_seen: dict[tuple[int, str], int] = {}
@@ -121,7 +127,13 @@ class Hierarchy:
 
     @classmethod
     def from_csv(cls, path: Path) -> Self:
-        """Read ``hierarchy.csv``: a header of level names, then one row per leaf (see from_rows)."""
+        """Read the tree from a ``hierarchy.csv``.
+
+        The file has a header of level names, then one row per leaf (see ``from_rows``).
+
+        Raises:
+            DataError: the file cannot be read, is empty, or holds no tree.
+        """
         try:
             numbered = list(read_rows(path.read_bytes()))
         except (OSError, TableError) as error:
@@ -136,33 +148,36 @@ class Hierarchy:
         return cls.from_rows([name.strip() for name in rows[0]], rows[1:], str(path), lines[1:])
 
     def to_rows(self) -> list[list[str]]:
-        """One row per leaf, coarse to fine; the inverse of from_rows."""
+        """Return one row per leaf, coarse to fine, as ``from_rows`` takes them."""
         return [
             [self.classes[level][node] for level, node in enumerate(path)] for path in self.paths.tolist()
         ]
 
     def to_csv(self, path: Path) -> None:
-        """Write the tree so that from_csv gives it back."""
+        """Write the tree as a CSV file that ``from_csv`` reads."""
         with path.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream, lineterminator="\n").writerows([self.levels, *self.to_rows()])
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form: ``{"levels": [...], "rows": [[...], ...]}``."""
+        """Return the tree in a form that JSON can hold.
+
+        The keys are ``levels``, a list of names, and ``rows``, a list with one list of names per leaf.
+        """
         return {"levels": list(self.levels), "rows": self.to_rows()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The inverse of to_dict."""
+        """Build the tree from the form that ``to_dict`` returns."""
         return cls.from_rows(data["levels"], data["rows"])
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The number of classes of each level."""
+        """Return the number of classes of each level."""
         return tuple(len(names) for names in self.classes)
 
     @cached_property
     def paths(self) -> NDArray[np.int64]:
-        """Shape (C_L, L): the class index at every level of each leaf."""
+        """Return the class index of each leaf at every level, shape (C_L, L)."""
         columns = [np.arange(self.sizes[-1])]
         for level in range(len(self.levels) - 1, 0, -1):
             columns.append(np.asarray(self.parents[level], dtype=np.int64)[columns[-1]])
@@ -170,7 +185,7 @@ class Hierarchy:
 
     @cached_property
     def leaf_index(self) -> dict[str, int]:
-        """Leaf name to leaf index."""
+        """Return the index of each leaf by its name."""
         return {name: leaf for leaf, name in enumerate(self.classes[-1])}
 
     def roll_up(self, leaf_counts: NDArray[Any]) -> list[NDArray[Any]]:
@@ -191,7 +206,9 @@ class Hierarchy:
         return rolled
 
     def decode(self, log_probabilities: "Sequence[Tensor]") -> "Tensor":
-        """The best root-to-leaf path: the leaf whose path has the largest summed log-probability.
+        """Return the best root-to-leaf path of each image.
+
+        It is the path whose log-probabilities, summed over the levels, are largest.
 
         Args:
             log_probabilities: per level a tensor of shape (N, C_l).

@@ -1,11 +1,11 @@
-"""Who signed something: site certificates of the consortium's authority, and signatures with node keys.
+"""Verify site certificates of the consortium's authority, and make and check node signatures.
 
 A site trusts one file, its kit's ``ca.crt``. Everything else about another site, its name and its public
-key, comes from a certificate that whoever relays it cannot forge. Knows nothing of Flower, and of what is
-signed; the issuing side is ``deploy.consortium.authority``.
+key, comes from a certificate that no relaying party can forge. This module knows nothing of Flower, and of
+what is signed; the issuing side is ``deploy.consortium.authority``.
 
-Revocation is not seen here: a site has no list of it. The server drops a revoked site, and a certificate's
-validity bounds how long one that is not dropped could be used.
+Revocation is not checked here, because a site has no list of revoked certificates. The server drops a
+revoked site, and a certificate's validity bounds how long one that is not dropped could be used.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _SCHEME = ec.ECDSA(hashes.SHA384())
 
 @dataclass(frozen=True)
 class SiteIdentity:
-    """What a valid certificate says."""
+    """Hold the site name and public key that a valid certificate certifies."""
 
     site: str
     public_key: ec.EllipticCurvePublicKey
@@ -77,13 +77,14 @@ def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteId
     except (InvalidSignature, ValueError, TypeError) as error:
         raise IdentityError(f"the certificate of {site!r} is not of this consortium's authority") from error
     _check_validity("of the authority", issuer, at)
+    # The authority's own certificate is self-signed, so it passes the check above; it is no site's.
     if _is_authority(subject) or not _is_authority(issuer):
         raise IdentityError(f"the certificate of {site!r} is not one of a site, issued by a CA")
     return owner
 
 
 def read_certificate(certificate: str, at: datetime) -> SiteIdentity:
-    """Return what a site's certificate says of itself, whoever issued it.
+    """Return the site name and key that a certificate states, whoever issued it.
 
     Args:
         certificate: PEM of one certificate; its common name is the site's name.
@@ -108,12 +109,12 @@ def read_certificate(certificate: str, at: datetime) -> SiteIdentity:
 
 
 def sign(key: ec.EllipticCurvePrivateKey, purpose: str, payload: bytes) -> bytes:
-    """ECDSA (SHA-384) over the payload, bound to its purpose: a signature for one use is none for another."""
+    """Sign a payload for one purpose with ECDSA over SHA-384."""
     return key.sign(_bound(purpose, payload), _SCHEME)
 
 
 def verify(key: ec.EllipticCurvePublicKey, purpose: str, payload: bytes, signature: bytes) -> None:
-    """Check what ``sign`` made.
+    """Check a signature that ``sign`` made.
 
     Raises:
         IdentityError: it is not this key's signature of this payload for this purpose.
@@ -141,5 +142,7 @@ def _is_authority(certificate: x509.Certificate) -> bool:
 
 
 def _bound(purpose: str, payload: bytes) -> bytes:
+    # The purpose is part of what is signed, so that a signature for one use is none for another. Its length
+    # comes first, so that no other split into purpose and payload gives the same bytes.
     name = f"fedbags/{purpose}".encode()
     return len(name).to_bytes(4, "big") + name + payload

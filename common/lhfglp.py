@@ -1,9 +1,10 @@
-"""LHFGLP: an image classifier over a label tree, with sparse dictionary blocks between backbone and heads.
+"""Define LHFGLP, an image classifier over a label tree with sparse dictionary blocks.
 
-Reads top to bottom: one dictionary block, what the model returns, the model, and how its scores become
-probabilities and predictions. The parts come from the public description of Learning from Hierarchical
-Fine-Grained Label Proportions (arXiv 2505.23031); its exact equations are not public, so each equation
-here names its textbook source. Knows nothing of bags, losses, files or configuration.
+The blocks stand between backbone and heads. The module reads top to bottom: one dictionary block, the
+model's output, the model, and the functions that turn its scores into probabilities and predictions. The
+parts come from the public description of Learning from Hierarchical Fine-Grained Label Proportions (arXiv
+2505.23031); its exact equations are not public, so each equation here names its textbook source. This
+module knows nothing of bags, losses, files or configuration.
 
     h        = backbone(image)                            pooled feature, shape (N, d)
     per level, coarse to fine:
@@ -26,20 +27,22 @@ from common.sparsemax import sparsemax
 
 
 def soft_threshold(z: Tensor, threshold: Tensor) -> Tensor:
-    """sign(z) max(|z| - threshold, 0): the proximal map of the l1 norm, threshold >= 0.
-
-    Written as z minus z clipped: exactly zero inside the threshold, and the backward pass keeps one tensor.
-    """
+    """Return sign(z) max(|z| - threshold, 0), the proximal map of the l1 norm, threshold >= 0."""
+    # Written as z minus z clipped, it is exactly zero inside the threshold, and the backward pass keeps one
+    # tensor.
     return z - z.clamp(-threshold, threshold)
 
 
 def _full(x: Tensor) -> Tensor:
-    """At least float32, for sums that autocast's half precision would round."""
+    """Return ``x`` in float32 at least.
+
+    Sums need it, because autocast's half precision would round them.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class DictionaryBlock(nn.Module):
-    """One level's sparse coding of the feature: T unrolled steps of ISTA over a learned dictionary.
+    """Code the feature sparsely at one level by T unrolled steps of ISTA over a learned dictionary.
 
     Learned ISTA (Gregor & LeCun 2010) with the weights tied to the dictionary, so that every step stays a
     proximal gradient step (Daubechies, Defrise & De Mol 2004) on the lasso objective of the module docstring.
@@ -69,11 +72,13 @@ class DictionaryBlock(nn.Module):
         self.log_threshold = nn.Parameter(torch.full((iterations,), math.log(threshold)))
 
     def dictionary(self) -> Tensor:
-        """D, shape (d, K): the atoms scaled to unit norm, whatever the optimiser made of their length."""
+        """Return D, shape (d, K), the atoms scaled to unit norm."""
+        # The norm is taken here and not in the optimiser: it may make the atoms' length anything, and the
+        # step size above is valid for unit atoms.
         return F.normalize(self.atoms, dim=0, eps=1e-8)
 
     def steps(self, unit: Tensor, dictionary: Tensor, weights: Tensor | None) -> list[Tensor]:
-        """The code after every unrolled step.
+        """Return the code after every unrolled step.
 
         z_{t+1} = soft(z_t - eta_t m D^T (D m z_t - u), tau_t), z_0 = 0. A masked atom (m = 0) gets no
         gradient, and soft(0) = 0, so it is exactly zero at every step. Weights in [0, 1] cannot raise the
@@ -131,7 +136,7 @@ class DictionaryBlock(nn.Module):
 
 
 class LHFGLPOutput(NamedTuple):
-    """What the model says of N images."""
+    """Hold the model's output for N images."""
 
     scores: tuple[Tensor, ...]
     """Per level (N, C_l): logits; with ``tied`` or ``leaf_only`` log-probabilities, coarse ones summed up the
@@ -147,7 +152,7 @@ class LHFGLPOutput(NamedTuple):
 
 
 class LHFGLP(nn.Module):
-    """Backbone, dictionary blocks that can be switched off, and one linear head per level.
+    """Classify images with a backbone, optional dictionary blocks, and one linear head per level.
 
     With everything off the blocks do not exist: what is left is the plain pipeline, with the same
     parameter names for the parts that both have.
@@ -237,16 +242,16 @@ class LHFGLP(nn.Module):
         return LHFGLPOutput(scores, tuple(codes), features, error, l1)
 
     def _parents(self, level: int, scores: Sequence[Tensor]) -> Tensor | None:
-        """The parent's probability for each class of ``level``, (N, C_l); None where nothing is masked."""
+        """Return the parent's probability for each class of ``level``, (N, C_l), or None without masks."""
         if not self.masks or level == 0:
             return None
-        # A mask decides where a level may look, and is not a way to train the level above, which has its
-        # own term in the loss: through it the leaf's larger weight would move the coarse decision.
+        # A mask only weighs the atoms of a level and must not train the level above, which has its own term
+        # in the loss: through it the leaf's larger weight would move the coarse decision.
         probabilities = sparsemax(scores[level - 1].detach())
         return probabilities[:, self.get_buffer(f"parents_{level}")]
 
     def _sum_up_the_tree(self, leaf_scores: Tensor) -> tuple[Tensor, ...]:
-        """Log-probabilities (N, C_l) per level from leaf scores (N, C_L), summed stably by logsumexp."""
+        """Return log-probabilities (N, C_l) per level from leaf scores (N, C_L) by a stable logsumexp."""
         leaf = F.log_softmax(leaf_scores.float(), dim=1)
         scores = []
         for level, size in enumerate(self.hierarchy.sizes[:-1]):
@@ -259,10 +264,13 @@ class LHFGLP(nn.Module):
 
 
 def log_probabilities(output: LHFGLPOutput) -> list[Tensor]:
-    """Per level log softmax of the scores, float32, shape (N, C_l); log-probabilities pass unchanged."""
+    """Return the log softmax of the scores per level, float32, shape (N, C_l).
+
+    Scores that are log-probabilities already pass unchanged.
+    """
     return [F.log_softmax(scores.float(), dim=1) for scores in output.scores]
 
 
 def consistent_prediction(output: LHFGLPOutput, hierarchy: Hierarchy) -> Tensor:
-    """The best root-to-leaf path of each image, shape (N, L), int64 (see Hierarchy.decode)."""
+    """Return the best root-to-leaf path of each image, shape (N, L), int64 (see Hierarchy.decode)."""
     return hierarchy.decode(log_probabilities(output))

@@ -1,8 +1,8 @@
-"""Log lines as JSON, without identifiers: one formatter for the server's log and for a site's.
+"""Format log records as JSON lines that carry no path, patient id or label.
 
-What a line may say is decided here, not at each call. The template of a log call is a constant (a test
-holds every call to that); what is put into it is a number, or a text under one of the names below, or it
-is withheld. Knows nothing of what is logged, and of no file.
+The server's log and a site's share this formatter. The rule stands here and not at each call: the template
+of a log call is a constant (a test holds every call to that), and a value put into it is a number, a text
+under one of the names below, or withheld. This module knows nothing of what is logged, and of no file.
 """
 
 import json
@@ -24,14 +24,16 @@ _PATH = re.compile(r"\S*[/\\]\S*")
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and the named values by themselves.
+    """Format a log record as one JSON object.
+
+    It holds the time (UTC), level, logger, message, and each named value by itself.
 
     An exception appears as its class and the place in our own code where it was raised; its text, which
     can carry a path or a patient id, does not.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """Return the JSON line of a record, without its line end."""
         message, named = _fill(record)
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -40,6 +42,8 @@ class JsonLines(logging.Formatter):
             "message": message,
             **named,
         }
+        # Only the class and place of an exception are written: its text can hold a file name or a cell of a
+        # table.
         if record.exc_info and record.exc_info[0] is not None:
             kind, _, trace = record.exc_info
             line |= {"exception": kind.__name__, "at": _place(trace)}
@@ -47,7 +51,7 @@ class JsonLines(logging.Formatter):
 
 
 def _fill(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
-    """The message with its values put in as far as they may be said, and the named ones."""
+    """Return the message with its permitted values put in, and the named values."""
     if not isinstance(record.msg, str):
         return type(record.msg).__name__, {}
     named: dict[str, Any] = {}
@@ -68,6 +72,7 @@ def _number(value: Any) -> Any:
 
 
 def _named(name: str, value: Any) -> Any:
+    # A text under a permitted name, such as a reason, may still have a path inside it.
     if name in SPOKEN and isinstance(value, str):
         return _PATH.sub(PATH, value)
     if name in SPOKEN and isinstance(value, list | tuple):
@@ -76,7 +81,7 @@ def _named(name: str, value: Any) -> Any:
 
 
 def _place(trace: TracebackType | None) -> str:
-    """``module:line`` of the innermost frame that is ours; empty where there is none."""
+    """Return ``module:line`` of the innermost frame of our own code, or an empty text."""
     place = ""
     while trace is not None:
         module = str(trace.tb_frame.f_globals.get("__name__", ""))

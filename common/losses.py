@@ -1,8 +1,8 @@
-"""Proportion losses: how far the mean prediction of a bag is from its label counts. Pure functions.
+"""Compute how far the mean prediction of a bag is from its label counts.
 
-Images of several bags lie one after the other; ``bag_index`` says which bag each belongs to, so bags may
-differ in size. Everything is computed in float32 whatever autocast does. Knows nothing of models, files or
-sites.
+All functions are pure. Images of several bags lie one after the other; ``bag_index`` gives the bag of each,
+so bags may differ in size. Everything is computed in float32 whatever autocast does. This module knows
+nothing of models, files or sites.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ SMALLEST_PREDICTED = 1e-7
 
 
 def bag_means(values: Tensor, bag_index: Tensor, n_bags: int) -> Tensor:
-    """Mean over the images of each bag.
+    """Return the mean over the images of each bag.
 
     Args:
         values: shape (N,) or (N, C).
@@ -30,6 +30,7 @@ def bag_means(values: Tensor, bag_index: Tensor, n_bags: int) -> Tensor:
     Returns:
         Shape (B,) or (B, C), float32 (float64 stays float64).
     """
+    # Under autocast the values are half precision, which would round a sum over a large bag.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     totals = values.new_zeros((n_bags, *values.shape[1:])).index_add(0, bag_index, values)
     sizes = torch.bincount(bag_index, minlength=n_bags).to(values.dtype)
@@ -37,7 +38,9 @@ def bag_means(values: Tensor, bag_index: Tensor, n_bags: int) -> Tensor:
 
 
 def bag_mean_probabilities(scores: Tensor, bag_index: Tensor, n_bags: int) -> Tensor:
-    """The predicted proportions of each bag, (B, C): the mean of softmax(scores) over its images.
+    """Return the predicted proportions of each bag, (B, C).
+
+    They are the mean of softmax(scores) over its images.
 
     Args:
         scores: shape (N, C); log-probabilities serve as scores.
@@ -54,7 +57,9 @@ def _proportions(counts: Tensor, like: Tensor) -> Tensor:
 
 
 def proportion_kl(scores: Tensor, bag_index: Tensor, counts: Tensor) -> Tensor:
-    """KL(q_b || p_b) per bag, in nats; 0 at a perfect fit.
+    """Return KL(q_b || p_b) per bag, in nats.
+
+    It is 0 at a perfect fit.
 
     Proportion matching (Ardehaly & Culotta 2017), up to the entropy of q, constant in the parameters. A class
     absent from the bag contributes 0, since x log x goes to 0.
@@ -74,7 +79,10 @@ def proportion_kl(scores: Tensor, bag_index: Tensor, counts: Tensor) -> Tensor:
 
 
 def proportion_l1(scores: Tensor, bag_index: Tensor, counts: Tensor) -> Tensor:
-    """Sum over classes of |q_b - p_b| per bag, shape (B,), in [0, 2]. Arguments as in proportion_kl."""
+    """Return the sum over classes of |q_b - p_b| per bag, shape (B,), in [0, 2].
+
+    The arguments are those of ``proportion_kl``.
+    """
     predicted = bag_mean_probabilities(scores, bag_index, len(counts))
     return (predicted - _proportions(counts, predicted)).abs().sum(dim=1)
 
@@ -87,7 +95,7 @@ def hierarchical_proportion_loss(
     alpha: float,
     beta: float,
 ) -> Tensor:
-    """sum_l w_l KL_l + alpha * reconstruction + beta * ||z||_1, averaged over bags: a scalar.
+    """Return sum_l w_l KL_l + alpha * reconstruction + beta * ||z||_1 as a mean over bags, a scalar.
 
     Args:
         output: the model's output for the images of B bags.
@@ -115,7 +123,9 @@ def refined_label_loss(
     leaf_paths: Tensor,
     level_weights: Sequence[float],
 ) -> Tensor:
-    """sum_l w_l times the mean over a bag's images of -sum_c Q_{i,l,c} log p_{i,l,c}, per bag.
+    """Return the cross-entropy between refined labels and predictions per bag.
+
+    It is sum_l w_l times the mean over a bag's images of -sum_c Q_{i,l,c} log p_{i,l,c}.
 
     The labels of a coarse level are those of the leaves summed up the tree, as its counts are.
 
@@ -138,7 +148,7 @@ def refined_label_loss(
 
 
 def level_weights(config: LossConfig, levels: int, progress: float) -> tuple[float, ...]:
-    """The weight of each level, coarse to fine; the leaf's is 1.
+    """Return the weight of each level, coarse to fine, where the leaf's is 1.
 
     Args:
         config: coarse weights fall linearly from ``anneal_from`` to ``coarse_weight`` over the first

@@ -1,9 +1,9 @@
-"""The records that cross the network, and their one translation into Flower records and back.
+"""Define the records that cross the network and translate them into Flower records and back.
 
-ProportionRelease goes from a site to the server once per data version; ModelUpdate goes both ways;
-PrivacyStatement goes from a site to the server with every update. With secure aggregation MaskedUpdate takes
-the place of a site's ModelUpdate, and the other records of ``common.secure_aggregation.records`` go before
-and after it. Nothing else may travel. This is the only module that builds or reads Flower records.
+A ProportionRelease goes from a site to the server once per data version. A ModelUpdate goes both ways. A
+PrivacyStatement goes from a site to the server with every update. With secure aggregation a MaskedUpdate
+takes the place of a site's ModelUpdate, and the other records of ``common.secure_aggregation.records`` go
+before and after it. Nothing else may travel. This is the only module that builds or reads Flower records.
 """
 
 import io
@@ -66,7 +66,10 @@ _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 class SiteError(IntEnum):
-    """The error codes that a site sends; Flower's own are below 1000."""
+    """List the error codes that a site sends.
+
+    Flower's own codes are below 1000.
+    """
 
     EGRESS = 1001
     DATA = 1002
@@ -85,6 +88,7 @@ class SiteError(IntEnum):
     """In a private run, whatever else failed at the site: which it was may depend on private data."""
 
 
+# A site sends only these fixed texts, because the text of an exception can carry a path or a patient id.
 SITE_ERRORS: Mapping[SiteError, str] = {
     SiteError.EGRESS: "the site's guard refused to send the reply",
     SiteError.DATA: "the site's data cannot be used: `fedbags site check` at the site lists bad rows; a data "
@@ -106,9 +110,10 @@ came with the code: the text of an exception can carry a path or a patient id.""
 
 
 class MessageError(ValueError):
-    """A Flower record is not one of ours. The text names records, keys, dtypes and shapes only.
+    """Report a Flower record that does not meet the contract of this module.
 
-    Names can be another party's, so the text is short and printable whatever they are.
+    The text holds names of records and keys, dtypes and shapes only. Names can come from another party, so
+    the text is short and printable whatever they are.
     """
 
     def __init__(self, text: str) -> None:
@@ -120,6 +125,7 @@ def _known_event(event: dict[str, float | str]) -> dict[str, float | str]:
     return event
 
 
+# A tree of millions of names would fill the server's memory and its error texts.
 MOST_LEVELS, MOST_LEAVES = 20, 20_000
 
 
@@ -142,7 +148,7 @@ def _label_tree(data: dict[str, Any]) -> dict[str, Any]:
 
 
 class ProportionRelease(Record):
-    """What a site says about its labels, once per data version.
+    """Hold the label counts that a site releases, once per data version.
 
     Only the finest level is sent; coarser counts are its sums, so the levels agree by construction.
     """
@@ -168,7 +174,7 @@ class ProportionRelease(Record):
 
     @model_validator(mode="after")
     def _is_what_it_says(self) -> Self:
-        """Rows as the granularity says, whole numbers, and an event exactly where there is noise."""
+        """Check the number of rows, whole counts, and an event exactly where there is noise."""
         rows = {"none": 0, "total": 1, "per-bag": self.bags}[self.granularity]
         if len(self.leaf_counts) != rows:
             raise ValueError(f"{len(self.leaf_counts)} rows of counts for {self.granularity}, not {rows}")
@@ -188,15 +194,15 @@ class ProportionRelease(Record):
 
     @property
     def is_private(self) -> bool:
-        """Whether the counts carry calibrated noise (or none were released)."""
+        """Return True if the counts carry calibrated noise or none were released."""
         return self.mechanism != "exact"
 
     def tree(self) -> Hierarchy:
-        """The site's label tree."""
+        """Return the site's label tree."""
         return Hierarchy.from_dict(self.hierarchy)
 
     def total(self) -> NDArray[np.float64] | None:
-        """Leaf counts of the whole site, shape (C_L,); None when the site releases none."""
+        """Return the leaf counts of the whole site, shape (C_L,), or None when it releases none."""
         return np.sum(self.leaf_counts, axis=0, dtype=np.float64) if self.leaf_counts else None
 
 
@@ -206,6 +212,7 @@ def _read_only(arrays: Any) -> dict[str, FloatArray]:
         if not isinstance(array, np.ndarray) or array.dtype != np.float32:
             raise ValueError(f"array {name!r} must be float32")
         view = array.view()
+        # A record is frozen, so its numbers must not change after they were checked either.
         view.flags.writeable = False
         checked[str(name)] = view
     return checked
@@ -231,10 +238,10 @@ MetricValue = (
 
 
 class ModelUpdate(Record):
-    """Model arrays and the metrics that policy allows; server to site, and back.
+    """Hold model arrays and the metrics that policy allows, from server to site or back.
 
-    The server sends every float array of the model, a site only the trainable ones. Metric names are
-    ``name`` or ``name.detail``; ``name`` is what a site's policy allows or withholds.
+    The server sends every float array of the model, a site only the trainable ones. A metric is named
+    ``name`` or ``name.detail``, where ``name`` is what a site's policy allows or withholds.
     """
 
     sender: SiteName = Field(description="a site's name, or 'server'")
@@ -248,16 +255,14 @@ class ModelUpdate(Record):
 
     @property
     def megabytes(self) -> float:
-        """Size of the arrays in MiB."""
+        """Return the size of the arrays in MiB."""
         return sum(array.nbytes for array in self.arrays.values()) / 2**20
 
 
+# Flower asks for each array of a record on its own, on every leg of the way. With one for each of a model's
+# 45 arrays and more, a round of a small model consisted mostly of requests.
 class _Envelope(Record):
-    """A ModelUpdate without its numbers, which travel as one array, one after the other in this order.
-
-    Flower asks for each array of a record on its own, on every leg of the way: with one for each of a model's
-    45 and more, a round of a small model was requests above all.
-    """
+    """Hold a ModelUpdate without its numbers, which travel as one array in the order of ``shapes``."""
 
     sender: SiteName
     round: Round
@@ -267,7 +272,7 @@ class _Envelope(Record):
 
 
 class PrivacyStatement(Record):
-    """What a site has spent so far, in its own words, sent with every update."""
+    """State the privacy budget that a site has spent so far, sent with every update."""
 
     site: SiteName
     round: Round
@@ -326,16 +331,17 @@ _MOST_TEXT_OF_OTHERS = 2**20
 
 
 def size(records: RecordDict) -> int:
-    """Bytes that the records hold, before the transport's own framing."""
+    """Return the bytes that the records hold, before the transport's own framing."""
     return sum(record.count_bytes() for record in records.values())
 
 
 def to_records(*messages: Record, transport: Transport = Transport.FLOAT32) -> RecordDict:
-    """Translate records into one Flower RecordDict; from_records gives them back.
+    """Translate records into one Flower RecordDict, which ``from_records`` reads.
 
     Args:
         messages: at most one of each kind.
-        transport: how the arrays travel; ``float16`` rounds them, everything else comes back unchanged.
+        transport: number format of the arrays of a ModelUpdate. ``float16`` rounds them; everything else
+            comes back unchanged.
 
     Raises:
         RunError: an array has a value that the transport cannot hold.
@@ -344,6 +350,7 @@ def to_records(*messages: Record, transport: Transport = Transport.FLOAT32) -> R
     for message in messages:
         name = _RECORD_NAMES[type(message)]
         if isinstance(message, ModelUpdate):
+            # One Flower array holds all of the model's: see _Envelope.
             packed = {_ARRAYS: Array(_pack(message.arrays, transport))} if message.arrays else {}
             records[_ARRAYS] = ArrayRecord(packed)
             records[_METRICS] = MetricRecord(
@@ -370,6 +377,7 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
     if config is None or list(config) != [_JSON] or not isinstance(config[_JSON], str):
         raise MessageError(f"record {name!r} is missing or malformed")
     try:
+        # The text is bounded and checked before pydantic parses it: it comes from another party.
         text = check_json(str(config[_JSON]), _MOST_TEXT.get(kind, _MOST_TEXT_OF_OTHERS))
         if kind is MaskedUpdate:
             masked = MaskedUpdate.model_validate_json(text)
@@ -387,6 +395,7 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
     except KeyError as error:
         raise MessageError(f"record {error} is missing") from None
     except ValidationError as error:
+        # The faulty input is left out of the text: at a site it could be data.
         found = error.errors(include_url=False, include_context=False, include_input=False)[:5]
         faults = ", ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in found)
         raise MessageError(f"record {name!r}: {faults}") from None
@@ -397,7 +406,10 @@ def from_records(records: RecordDict, kind: type[T]) -> T:
 
 
 def combine(*parts: RecordDict) -> RecordDict:
-    """One RecordDict with the records of several; arrays are shared, not copied."""
+    """Return one RecordDict with the records of several.
+
+    Arrays are shared, not copied.
+    """
     return RecordDict({name: record for part in parts for name, record in part.items()})
 
 
@@ -407,7 +419,7 @@ def remember(state: RecordDict, name: str, record: Record) -> None:
 
 
 def remembered(state: RecordDict, name: str, kind: type[T]) -> T | None:
-    """What was last put there under the name; None when there is nothing (any more)."""
+    """Return the record that was last remembered under the name, or None."""
     config = state.config_records.get(name)
     return None if config is None else kind.model_validate_json(str(config[_JSON]))
 
@@ -439,12 +451,12 @@ def _encode(name: str, array: FloatArray, transport: Transport) -> NDArray[Any]:
 
 
 def _pack(arrays: Mapping[str, FloatArray], transport: Transport) -> NDArray[Any]:
-    """All numbers as one vector, in the transport's dtype."""
+    """Return all numbers as one vector, in the transport's dtype."""
     return np.concatenate([_encode(name, array, transport).ravel() for name, array in arrays.items()])
 
 
 def _unpack(records: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
-    """The named arrays in 32 bits, whichever transport they came by; views of one vector."""
+    """Return the named arrays in 32 bits as views of one vector, whichever transport they came by."""
     if not shapes and not records.array_records[_ARRAYS]:
         return {}
     array = _only_array(records, _ARRAYS)
@@ -472,7 +484,7 @@ def _decode_words(records: RecordDict) -> Words:
 
 
 def _only_array(records: RecordDict, name: str) -> Array:
-    """The one array of the record of this name."""
+    """Return the one array of the record of this name."""
     arrays = records.array_records[name]
     if list(arrays) != [name]:
         raise MessageError(f"record {name!r} is malformed")
@@ -482,11 +494,14 @@ def _only_array(records: RecordDict, name: str) -> Array:
 def _values(name: str, array: Array) -> NDArray[Any]:
     stream = io.BytesIO(array.data)
     try:
+        # Pickled arrays would run code of the sender.
         values: NDArray[Any] = np.load(stream, allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
         raise MessageError(f"array {name!r} cannot be read ({type(error).__name__})") from None
+    # Bytes behind the array would be a way to smuggle data past the site's guard.
     if stream.read(1):
         raise MessageError(f"array {name!r} is followed by further bytes")
+    # The header inside the bytes and Flower's own fields must agree, or checks on one would miss the other.
     if values.dtype != array.dtype or values.shape != tuple(array.shape):
         raise MessageError(f"array {name!r} is not of the dtype and shape that it says")
     return values

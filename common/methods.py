@@ -1,7 +1,7 @@
-"""What can be learned from bags, by name, and which of it is sound under bag-level privacy.
+"""List the training methods and declare which of them are sound under bag-level privacy.
 
-``common.build`` says what model each method has, ``client.objectives`` what loss. A method declares here,
-and nowhere else, whether it may be trained privately: a new one is refused until it is listed as sound.
+``common.build`` maps each method to its model, ``client.objectives`` to its loss. A method declares here,
+and nowhere else, that it may be trained privately.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class Method(StrEnum):
-    """A training objective and its pipeline (see ``docs/methods.md``)."""
+    """Name a training objective together with its pipeline (see ``docs/methods.md``)."""
 
     LHFGLP = "lhfglp"
     """Dictionary, masks, proportion loss at every level; tied scores and refined labels (docs/methods.md)."""
@@ -34,25 +34,30 @@ class Method(StrEnum):
 
     @property
     def leaf_only(self) -> bool:
-        """Whether there is one head, at the leaf, whose probabilities are summed up the tree."""
+        """Return True if the only head is at the leaf and its probabilities are summed up the tree."""
         return self not in (Method.LHFGLP, Method.DLLP_HIERARCHICAL, Method.SUPERVISED_HIERARCHICAL)
 
     @property
     def sees_labels(self) -> bool:
-        """Whether it is a bound for comparisons, which learns from bags of one image: from their labels."""
+        """Return True if the method learns from labels, as bags of one image.
+
+        Such a method is a bound for comparisons.
+        """
         return self in (Method.SUPERVISED, Method.SUPERVISED_HIERARCHICAL)
 
     @property
     def why_not_private(self) -> str:
-        """Why differential privacy is not offered with this method; empty where it is.
+        """Return the reason why the method is not offered under differential privacy, or an empty text.
 
-        Bag-level DP-SGD clips the gradient of one bag at a time. It bounds what a bag can do only if the
-        loss is a mean of terms that look at one bag each, at no other bag, and at nothing of the whole site.
+        Bag-level DP-SGD clips the gradient of one bag at a time. It bounds the influence of a bag only if
+        the loss is a mean of terms that depend on one bag each, on no other bag, and on nothing of all the
+        site's bags together.
         """
         if self in _ONE_BAG_EACH:
             return ""
         if self.sees_labels:
             return "it learns from labels, as a bound for comparisons"
+        # A new method is refused until somebody has shown it sound and listed it.
         return _REASONS.get(self, "nobody has shown that its loss is a mean of terms of one bag each")
 
 

@@ -1,6 +1,7 @@
-"""A trained model on disk (model.safetensors + model.json), and its values as plain named arrays.
+"""Read and write a trained model as files, and its values as named arrays.
 
-Knows nothing of training, of sites, or of how arrays travel.
+The files are model.safetensors and model.json. This module knows nothing of training, of sites, or of how
+arrays travel.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ Arrays = dict[str, NDArray[np.float32]]
 
 
 class Preprocessing(BaseModel):
-    """How an image becomes the model's input."""
+    """Describe the steps from an image to the model's input."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +44,7 @@ class Preprocessing(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """What model.json says: everything needed to use the weights beside it."""
+    """Hold the content of model.json, which is all that is needed to use the weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -56,8 +57,9 @@ class ModelCard(BaseModel):
 
     @classmethod
     def describe(cls, model: ModelConfig, hierarchy: Hierarchy, round: int) -> Self:
-        """The card of a model built from ``model``; the weights file's path stays on this machine."""
+        """Return the card of a model built from ``model``."""
         return cls(
+            # The path of the weights file stays on this machine: the card is copied along with the model.
             model=model.model_copy(update={"weights": ""}),
             hierarchy=hierarchy.to_dict(),
             preprocessing=Preprocessing(image_size=model.image_size),
@@ -89,6 +91,8 @@ def save_model(directory: Path, model: LHFGLP, card: ModelCard) -> None:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
+        # Both files are complete and synced before either takes its name. A crash before this leaves the
+        # old pair, and one between the two renames a pair whose digests differ.
         for name, path in temporary.items():
             path.replace(directory / name)
     except OSError as error:
@@ -102,7 +106,7 @@ def save_model(directory: Path, model: LHFGLP, card: ModelCard) -> None:
 
 
 def load_model(directory: Path) -> tuple[LHFGLP, ModelCard]:
-    """Read what save_model wrote; the model is in evaluation mode.
+    """Read a model that ``save_model`` wrote, in evaluation mode.
 
     Raises:
         UserError: a file is missing or damaged, or the two do not belong together.
@@ -118,6 +122,8 @@ def load_model(directory: Path) -> tuple[LHFGLP, ModelCard]:
             f"{card_path} is not a model card of this version of fedbags: {error}\n{advice}"
         ) from error
     content = weights_path.read_bytes()
+    # A crash between the two renames, or a copy of only one file, leaves weights that another card
+    # describes.
     if card.weights_sha256 != hashlib.sha256(content).hexdigest():
         raise UserError(
             f"{weights_path} is damaged, or belongs to another {CARD_FILE}: its SHA-256 is not the card's\n"
@@ -134,23 +140,29 @@ def load_model(directory: Path) -> tuple[LHFGLP, ModelCard]:
 
 
 def trainable_arrays(model: LHFGLP) -> Arrays:
-    """Copies of the parameters that training changes, by name: what a site sends."""
+    """Return copies of the parameters that training changes, by name.
+
+    These are the arrays that a site sends.
+    """
     return {name: _to_numpy(value) for name, value in _trainable(model).items()}
 
 
 def all_arrays(model: LHFGLP) -> Arrays:
-    """Copies of every floating parameter and buffer, frozen ones included; no integer buffers."""
+    """Return copies of every floating parameter and buffer, frozen ones included."""
     return {name: _to_numpy(value) for name, value in _values(model).items()}
 
 
 def load_arrays(model: LHFGLP, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Copy arrays into the model: exactly those of trainable_arrays, or exactly those of all_arrays.
+    """Copy arrays into the model.
+
+    They must be exactly those of ``trainable_arrays`` or exactly those of ``all_arrays``.
 
     Raises:
         ValueError: a name is missing or unknown, or a shape or dtype differs. Nothing is changed then, and
             the text holds names, shapes and dtypes only.
     """
     expected = _trainable(model)
+    # A site sends the trainable arrays only; the server and the model file hold all of them.
     if set(arrays) != set(expected) and set(arrays) == set(_values(model)):
         expected = _values(model)
     for name, array in arrays.items():
@@ -164,7 +176,10 @@ def _trainable(model: LHFGLP) -> dict[str, Tensor]:
 
 
 def _values(model: LHFGLP) -> dict[str, Tensor]:
-    """The floating entries of the state dict; integer buffers are tables that the architecture fixes."""
+    """Return the floating entries of the state dict.
+
+    Integer buffers are left out because they are tables that the architecture fixes.
+    """
     return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 
 
@@ -174,7 +189,7 @@ def _to_numpy(value: Tensor) -> NDArray[np.float32]:
 
 
 def _assign(model: LHFGLP, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Check every name and shape first, then copy."""
+    """Check every name and shape, then copy the values."""
     missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
     if missing or unknown:
         raise ValueError(f"array names differ: missing {missing[:5]}, unknown {unknown[:5]}")

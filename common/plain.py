@@ -1,6 +1,7 @@
-"""Text that somebody else chose, made safe to show: what a terminal would act upon, or hide, becomes visible.
+"""Make text from other parties safe to show on a terminal or in a report.
 
-Knows nothing of where the text comes from and where it is shown.
+A character that a terminal would act upon or hide is replaced by a visible escape. This module knows
+nothing of where the text comes from and where it is shown.
 """
 
 REASON_CHARACTERS = 300
@@ -23,17 +24,19 @@ def visible(text: str, *, keep: str = "") -> str:
 
 
 def visible_lines(text: str) -> str:
-    """Return the text as visible() does, its line ends and tabs kept."""
+    """Return the text as ``visible`` does, with its line ends and tabs kept."""
     return visible(text, keep="\n\t")
 
 
 def one_line(text: str, limit: int = REASON_CHARACTERS) -> str:
-    """Return the text on one visible line of at most ``limit`` characters, its end cut off with an ellipsis.
+    """Return the text on one visible line, cut to ``limit`` characters with an ellipsis.
 
     Args:
         text: any text, of any length.
         limit: at least 1.
     """
+    # Cut before escaping: the text may be megabytes from a hostile site, and an escape is longer than the
+    # character that it stands for.
     start = visible(text[: limit + 1])
     return start if len(start) <= limit else start[: limit - 1] + "…"
 

@@ -1,7 +1,8 @@
-"""The base of everything that crosses the network: frozen, strict, and no field that is not declared.
+"""Define the base class of all records that cross the network.
 
-Every text has a pattern and a length, every number a range, so that no record can fill a memory or deceive
-a terminal. Knows nothing of Flower and of what the records mean.
+Records are frozen and strict and accept no undeclared field. Every text has a pattern and a length, every
+number a range, so that no record can fill a memory or deceive a terminal. This module knows nothing of
+Flower and of what the records mean.
 """
 
 import json
@@ -20,7 +21,10 @@ MOST_SITES = 10_000
 
 
 class Record(BaseModel):
-    """Base of the records. Bytes travel as base64 in JSON."""
+    """Serve as the frozen and strict base of the records.
+
+    Bytes travel as base64 in JSON.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -34,7 +38,7 @@ class Record(BaseModel):
 
 
 def check_json(text: str, most: int) -> str:
-    """Return a JSON text if it is short enough, and no object in it has a key twice.
+    """Return a JSON text if it is short enough and no object in it has a key twice.
 
     Args:
         text: from another party.
@@ -43,9 +47,12 @@ def check_json(text: str, most: int) -> str:
     Raises:
         ValueError: it is longer, no JSON, nested too deep, or has a key twice; none of it is in the message.
     """
+    # The length is checked before parsing, so that a sender cannot make the reader spend memory on it.
     if len(text) > most:
         raise ValueError(f"a text of {len(text)} characters, at most {most} are read")
     try:
+        # A repeated key would mean one thing to this reader and another to a parser that keeps the first
+        # value.
         json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("JSON that is nested too deep") from None

@@ -1,4 +1,6 @@
-"""A small GroupNorm ResNet for images of 32 to 96 pixels on CPUs. Knows nothing of heads or label trees.
+"""Define a small GroupNorm ResNet for images of 32 to 96 pixels on CPUs.
+
+It knows nothing of heads or label trees.
 
 0.31 M parameters, sized by images per second of a training step on one CPU thread (measured: 3100 at 32 px,
 1700 at 48 px, batches of 64). The first convolution halves the image: at full resolution the same network
@@ -16,7 +18,7 @@ GROUPS = 8
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016), GroupNorm, nothing in place.
+    """Add a shortcut to two 3x3 convolutions with GroupNorm (He et al. 2016).
 
     The sum is out of place so that per-example gradient hooks see every activation unchanged.
     """
@@ -32,13 +34,14 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Conv2d(n_in, n_out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, n_in, H, W) to (N, n_out, H / stride, W / stride)."""
+        """Map (N, n_in, H, W) to (N, n_out, H / stride, W / stride)."""
         y = F.relu(self.norm1(self.conv1(x)))
+        # Out of place, so that per-example gradient hooks see every activation unchanged.
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
 class SmallResNet(nn.Module):
-    """(N, 3, S, S) to features (N, 128), S >= 16."""
+    """Map images (N, 3, S, S), S >= 16, to features (N, 128)."""
 
     n_features = WIDTHS[-1]
 
@@ -54,6 +57,6 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features of the images."""
+        """Return the pooled features of the images."""
         x: Tensor = self.blocks(F.relu(self.norm(self.stem(images))))
         return x.mean(dim=(2, 3))

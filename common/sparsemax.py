@@ -1,7 +1,8 @@
-"""Sparsemax: the Euclidean projection onto the probability simplex, a softmax with exact zeros.
+"""Project scores onto the probability simplex by sparsemax, a softmax with exact zeros.
 
-Martins & Astudillo 2016, "From Softmax to Sparsemax" (arXiv 1602.02068). Knows nothing of classes,
-levels or bags. Plain tensor operations, so torch.func, vmap and per-example gradient hooks see through it.
+Martins & Astudillo 2016, "From Softmax to Sparsemax" (arXiv 1602.02068). This module knows nothing of
+classes, levels or bags. Plain tensor operations, so torch.func, vmap and per-example gradient hooks see
+through it.
 """
 
 import torch

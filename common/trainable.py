@@ -1,7 +1,9 @@
-"""Which parameters a run trains. The rest keep the values they have, and are never sent.
+"""Choose the parameters that a run trains.
+
+The rest keep the values they have, and are never sent.
 
 Noise for privacy is added to every trained parameter, so its norm grows with their number: a private run
-trains few. Knows nothing of training and privacy.
+trains few. This module knows nothing of training and privacy.
 """
 
 from torch import nn
