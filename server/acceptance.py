@@ -1,9 +1,10 @@
-"""What of a site's reply may be used: the right sender and round, arrays like the model's, sane values.
+"""Check the parts of a site's reply before they are used.
 
-Pure checks of one reply; what a refusal leads to is decided in rounds.py. They stop the accidents and the
-crude attacks (NaN, infinity, absurd values, other shapes, another site's name, an update sent before, texts
-of megabytes), and whatever else goes wrong while a reply is read is the fault of the site that sent it.
-A site that lies within these bounds is the business of the robust strategies (aggregation.py).
+The sender, the round, the shapes of arrays and the range of every value are checked, one reply at a time.
+rounds.py decides on the consequence of a refusal. The checks stop the accidents and the crude attacks (NaN,
+infinity, absurd values, other shapes, another site's name, an update sent before, texts of megabytes), and
+whatever else goes wrong while a reply is read is the fault of the site that sent it. Sites that lie within
+these bounds are left to the robust strategies (aggregation.py).
 """
 
 import hashlib
@@ -45,9 +46,6 @@ LARGEST_FIGURE = 1e12
 def reading(what: str) -> Iterator[None]:
     """Turn whatever goes wrong while a site's reply is read into that site's fault.
 
-    An exception that nobody expected may be a fault of ours: its class and its place are logged, not its
-    text, which the site may have chosen.
-
     Args:
         what: the beginning of the reason, such as ``unreadable reply``.
 
@@ -60,6 +58,8 @@ def reading(what: str) -> Iterator[None]:
         raise MessageError(one_line(f"{what}: {error}")) from None
     except Exception as error:
         kind = type(error).__name__
+        # An exception that nobody expected may be a fault of ours: its class and its place are logged, not
+        # its text, which the site may have chosen.
         place = RuntimeError(kind).with_traceback(error.__traceback__)
         log.error("reading a reply failed with %(error)s", {"error": kind}, exc_info=place)
         raise MessageError(f"{what}: {kind} while it was read") from None
@@ -69,12 +69,14 @@ def read_release(content: RecordDict) -> tuple[ProportionRelease, Hierarchy]:
     """Read a site's release, and the label tree in it.
 
     Raises:
-        MessageError: a record is missing, malformed or too many, or it says what no release says.
+        MessageError: a record is missing, malformed or too many, or its content is not that of a release.
     """
     with reading("unreadable release"):
         check_only(content, ProportionRelease)
         release = from_records(content, ProportionRelease)
         tree = release.tree()
+        # Reading a tree strips its names, so the release could otherwise name classes in a form that its
+        # tree does not have.
         if tree.to_dict() != release.hierarchy:
             raise MessageError("its label tree is not written as Hierarchy.to_dict() writes it")
     return release, tree
@@ -116,7 +118,7 @@ def check_statement(statement: PrivacyStatement, site: str, round: int) -> None:
 
 
 def fault_of(update: ModelUpdate, reference: Arrays, config: FederationConfig, bags: int = MOST_BAGS) -> str:
-    """Say why an update cannot be used, or return an empty text.
+    """Return the reason why an update cannot be used, or an empty text.
 
     Args:
         update: what a site sent.
@@ -138,6 +140,7 @@ def fault_of(update: ModelUpdate, reference: Arrays, config: FederationConfig, b
     weight = update.metrics.get("num-bags")
     if not isinstance(weight, int) or weight < 1:
         return "metric 'num-bags' must be a positive integer"
+    # A site could otherwise claim any weight and make the mean its own.
     if weight > bags:
         return f"metric 'num-bags' must be at most {bags}, the bags that the site released"
     if (loss := update.metrics.get("loss")) is not None and usable_loss(loss) is None:
@@ -145,6 +148,8 @@ def fault_of(update: ModelUpdate, reference: Arrays, config: FederationConfig, b
     change = _norm(
         np.subtract(update.arrays[name], array, dtype=np.float64) for name, array in reference.items()
     )
+    # Relative to the model's norm, so that one bound serves small and large models; the 1 keeps it above
+    # zero for a model of zeros.
     limit = config.max_change * (1.0 + _norm(reference.values()))
     if change > limit:
         return f"the model would change by {change:.3g} (L2 norm), at most {limit:.3g} allowed (max-change)"
@@ -157,16 +162,17 @@ def usable_loss(loss: object) -> float | None:
 
 
 def is_replay(update: ModelUpdate, sent: Arrays, seen: dict[str, list[str]]) -> bool:
-    """Say whether the site sent these very arrays in an earlier round; add their digest to ``seen[site]``.
+    """Return True if the site sent these very arrays in an earlier round.
 
-    Honest training never does, for every round starts from another model. A site whose gradient is zero
-    gives back the model that it was sent, which is no replay, whatever it sent before.
+    The digest of the arrays is added to ``seen[site]``. Honest training never sends the same arrays twice,
+    for every round starts from another model.
 
     Args:
-        update: what a site sent; its arrays have the names and shapes of the model's.
+        update: from a site; its arrays have the names and shapes of the model's.
         sent: at least those arrays, as the site was sent them.
-        seen: digests of what each site sent.
+        seen: digests of the arrays that each site sent.
     """
+    # A site whose gradient is zero gives back the model that it was sent, which is no replay.
     if all(np.array_equal(array, sent[name]) for name, array in update.arrays.items()):
         return False
     digest = hashlib.sha256()
@@ -182,5 +188,5 @@ def is_replay(update: ModelUpdate, sent: Arrays, seen: dict[str, list[str]]) -> 
 
 
 def _norm(arrays: Iterable[NDArray[Any]]) -> float:
-    """L2 norm of all arrays together, in float64, one array in memory at a time."""
+    """Return the L2 norm of all arrays together, in float64, with one array in memory at a time."""
     return math.sqrt(sum(float(np.sum(np.square(array, dtype=np.float64))) for array in arrays))

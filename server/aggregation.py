@@ -1,4 +1,4 @@
-"""From the sites' models to the next one: streaming mean, and Flower's strategies behind one door.
+"""Aggregate the sites' models into the next one, by a streaming mean and Flower's strategies.
 
 Mean-type strategies (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedPALS) see one update at a time: the
 weighted mean is accumulated in float64 and Flower's strategy receives it as a single reply, so its server
@@ -21,6 +21,8 @@ from common.messages import FloatArray, ModelUpdate
 from common.schedule import cosine_decay, run_progress
 
 _WEIGHT = "weight"
+# Flower's strategies have no way to save or restore their state, so these attributes are read and set by
+# name.
 _STATE = ("current_arrays", "momentum_vector", "m_t", "v_t")
 _ROBUST = {Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM}
 
@@ -30,7 +32,7 @@ Arrays = Mapping[str, FloatArray]
 
 
 class Aggregator(Protocol):
-    """Takes the good updates of one round, one at a time, then gives the next model."""
+    """Take the good updates of one round, one at a time, then give the strategy's input."""
 
     count: int
 
@@ -38,11 +40,11 @@ class Aggregator(Protocol):
         """Take one update."""
 
     def replies(self) -> list[Message]:
-        """What Flower's strategy is given."""
+        """Return the input of Flower's strategy."""
 
 
 class StreamingMean:
-    """Weighted mean in float64; holds one model, however many sites report."""
+    """Accumulate a weighted mean in float64, with one model in memory however many sites report."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -54,18 +56,19 @@ class StreamingMean:
         for name, array in update.arrays.items():
             if name not in self._sum:
                 self._sum[name] = np.zeros(array.shape, np.float64)
+            # float64, so that the sum of many sites' float32 arrays is not rounded at each addition.
             self._sum[name] += np.multiply(array, weight, dtype=np.float64)
         self._weight += weight
         self.count += 1
 
     def replies(self) -> list[Message]:
-        """The mean, as the only reply of the round."""
+        """Return the mean, as the only reply of the round."""
         mean = {name: (total / self._weight).astype(np.float32) for name, total in self._sum.items()}
         return [_reply(mean, self._weight)]
 
 
 class Collected:
-    """Holds every update, for strategies that compare or clip them."""
+    """Hold every update, for strategies that compare or clip them."""
 
     def __init__(self, equal_weights: bool = False) -> None:
         self.count = 0
@@ -78,12 +81,12 @@ class Collected:
         self.count += 1
 
     def replies(self) -> list[Message]:
-        """All updates, in the order of the sites."""
+        """Return all updates, in the order of the sites."""
         return self._replies
 
 
 class ServerOptimiser:
-    """Flower's strategy object with its state in reach, so that a checkpoint can hold it."""
+    """Wrap Flower's strategy object so that a checkpoint can hold its state."""
 
     def __init__(self, config: FederationConfig, central: CentralDPConfig = _NO_CENTRAL_DP) -> None:
         self._strategy: flower.Strategy = _flower_strategy(config)
@@ -99,11 +102,11 @@ class ServerOptimiser:
             self._compares = self._equal_weights = True
 
     def aggregator(self) -> Aggregator:
-        """A fresh collector for one round."""
+        """Return a fresh collector for one round."""
         return Collected(self._equal_weights) if self._compares else StreamingMean()
 
     def step(self, current: Arrays, collected: Aggregator, round: int, rounds: int) -> dict[str, FloatArray]:
-        """The next model from the current one and the round's updates (at least one).
+        """Return the next model from the current one and the round's updates (at least one).
 
         Args:
             current: the model that the sites were given.
@@ -132,7 +135,7 @@ class ServerOptimiser:
         return {name: np.asarray(arrays[name].numpy(), dtype=np.float32) for name in current}
 
     def state(self) -> dict[str, NDArray[np.float64] | FloatArray]:
-        """The optimiser's arrays as ``attribute/name``, for a checkpoint."""
+        """Return the optimiser's arrays as ``attribute/name``, for a checkpoint."""
         arrays = {}
         for attribute in _STATE[1:]:
             value = getattr(self._strategy, attribute, None)
@@ -143,12 +146,13 @@ class ServerOptimiser:
         return arrays
 
     def load_state(self, arrays: Mapping[str, NDArray[np.float64] | FloatArray]) -> None:
-        """Put back what state() returned."""
+        """Put back the arrays that ``state`` returned."""
         for attribute in _STATE[1:]:
             prefix = f"{attribute}/"
             found = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
             if not found:
                 continue
+            # FedAvgM keeps its momentum as a list by position, FedAdam and FedYogi keep theirs by name.
             if attribute == "momentum_vector":
                 value: object = [found[str(index)] for index in range(len(found))]
             else:
@@ -191,6 +195,7 @@ def _record(arrays: Arrays) -> ArrayRecord:
 
 def _reply(arrays: Arrays, weight: float) -> Message:
     content = RecordDict({"arrays": _record(arrays), "metrics": MetricRecord({_WEIGHT: weight})})
+    # Flower's strategies take replies as messages, so the mean is given to them as one with blank metadata.
     metadata = Metadata(
         run_id=0, message_id="", src_node_id=0, dst_node_id=0, reply_to_message_id="", group_id="",
         created_at=0.0, ttl=1.0, message_type="train",

@@ -1,4 +1,4 @@
-"""The ServerApp: enrol the sites, run the rounds, finish with the selected model and its figures."""
+"""Define the ServerApp, which enrols the sites, runs the rounds and saves the selected model."""
 
 import contextlib
 import logging
@@ -38,7 +38,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run one federation to its end; what it leaves is described in run_folder.py."""
+    """Run one federation to its end.
+
+    The files that it leaves are described in run_folder.py.
+    """
     config = RunConfig.from_flat(context.run_config)
     folder = RunFolder(run_path(config, context.run_id))
     folder.open(config)
@@ -62,14 +65,17 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_path(config: RunConfig, run_id: int) -> Path:
-    """The run folder: ``run-dir``, or a folder named after the run below the user's home."""
+    """Return the run folder.
+
+    It is ``run-dir``, or a folder named after the run below the user's home.
+    """
     if config.run_dir:
         return Path(config.run_dir)
     return Path.home() / ".fedbags" / "runs" / f"{config.name}-{run_id}"
 
 
 def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
-    """Enrol the sites and build the model, or take both up where the newest checkpoint left them.
+    """Enrol the sites and build the model, or restore both from the newest checkpoint.
 
     Raises:
         RunError: fewer accepted sites than the quorum, or no intact checkpoint.
@@ -81,6 +87,7 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
             folder.checkpoints, lambda file, reason: damaged.append({"file": file, "reason": reason})
         )
     state, groups = found if found is not None else (ServerState(), None)
+    # The events of rounds after the checkpoint will be written again, and twice they would count twice.
     folder.forget_events_after(state.round)
     for checkpoint_file in damaged:
         folder.event("checkpoint-damaged", round=state.round, **checkpoint_file)
@@ -103,7 +110,10 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
 
 
 def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
-    """Test the selected model, save it, and write the summary; ``code`` is what ran."""
+    """Test the selected model, save it, and write the summary.
+
+    ``code`` identifies the code that ran (see provenance.py).
+    """
     started = time.monotonic()
     state, folder, config = rounds.state, rounds.folder, rounds.config
     load_arrays(rounds.model, rounds.best)
@@ -116,6 +126,7 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     tree = rounds.model.hierarchy
     bounds = accuracy_bounds(tree, list(counts.values()), list(smallest.values()))
     site_bounds = {site: accuracy_bounds(tree, [counts[site]], [smallest[site]]) for site in counts}
+    # The bounds above need the marks of suppressed counts; sums and pictures must not add up -1.
     counts = {site: (shown(argmax), shown(path)) for site, (argmax, path) in counts.items()}
     per_site = {site: level_figures(tree, *pair, site_bounds[site]) for site, pair in counts.items()}
     pooled = add_up(list(counts.values())) if counts else None
@@ -160,7 +171,7 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
 
 
 def test_counts(rounds: Rounds) -> tuple[dict[str, tuple[Confusion, Confusion]], dict[str, int]]:
-    """Confusion counts of the selected model (argmax, path), and the least count shown, by site.
+    """Return the selected model's confusion counts (argmax, path) and the least count shown, by site.
 
     Sites without any are absent.
     """

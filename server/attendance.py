@@ -1,8 +1,8 @@
-"""Which sites are there, and what to do when they are too few: wait, say for whom, and give up in the end.
+"""Keep track of the sites that are connected, and wait for missing ones up to a limit.
 
 A site that is silent (no reply in time, a lost node, a killed process) may come back, so it is waited for.
 A site that answered, if only with a refusal, would answer the same again: when those alone keep the run
-below its quorum it ends at once. Knows no model and no update.
+below its quorum it ends at once. This module knows no model and no update.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
 
 
 class QuorumMissed(RunError):  # noqa: N818 (an outcome of waiting, which a run may end well after)
-    """Too few sites for a round, and waiting longer cannot help."""
+    """Report that too few sites are there for a round and waiting longer cannot help."""
 
 
 class Attendance:
-    """The roster of a run, kept up to date with the nodes that are connected."""
+    """Keep the roster of a run up to date with the nodes that are connected."""
 
     def __init__(self, grid: Grid, config: FederationConfig, folder: RunFolder, state: ServerState) -> None:
         self.grid, self.config, self.folder, self.state = grid, config, folder, state
@@ -37,7 +37,10 @@ class Attendance:
             self.roster.hierarchy = majority_tree(list(state.releases.values()))
 
     def wait_for_all(self) -> None:
-        """Give ``federation.sites`` nodes until the enrolment deadline to connect; fewer are no error yet."""
+        """Give ``federation.sites`` nodes until the enrolment deadline to connect.
+
+        Fewer are no error yet.
+        """
         end = time.monotonic() + self.config.enrol_deadline
         announced = -1
         while (connected := len(list(self.grid.get_node_ids()))) < self.config.sites:
@@ -70,11 +73,14 @@ class Attendance:
         return added
 
     def expected_names(self) -> list[str]:
-        """The names that may be waited for: the allow-list, else every site that took part before."""
+        """Return the names that may be waited for.
+
+        They are the allow-list, else every site that took part before.
+        """
         return sorted(allowed_names(self.config) or self.roster.releases)
 
     def report(self, site: str, phase: str, reason: str) -> str:
-        """Write down that something of a site was not used; return the reason as it was written, cut."""
+        """Write down that something of a site was not used, and return the reason as written, cut."""
         left_out = LeftOut(round=self.state.round + 1, site=site, phase=phase, reason=reason)
         self.state.left_out.append(left_out)
         self.folder.event("left-out", **left_out.model_dump())
@@ -82,14 +88,14 @@ class Attendance:
         return left_out.reason
 
     def left(self, round: int, site: str) -> None:
-        """Write down that a site's node is gone: it ended, was cut off, or was revoked."""
+        """Write down that a site's node is gone because it ended, was cut off, or was revoked."""
         reason = "its node is not connected any more"
         self.state.left_out.append(LeftOut(round=round, site=site, phase="connection", reason=reason))
         self.folder.event("left", round=round, site=site, reason=reason)
         log.warning("round %(round)d: %(site)s left", {"round": round, "site": site})
 
     def waiting(self, round: int, present: int, names: list[str], missing: int) -> None:
-        """Write down for whom the run waits: ``missing`` more sites, probably some of ``names``."""
+        """Write down that the run waits for ``missing`` more sites, probably some of ``names``."""
         self.folder.event(
             "waiting", round=round, sites=names, present=present, missing=missing, quorum=self.config.quorum
         )
@@ -100,19 +106,17 @@ class Attendance:
 
 
 def fingerprint(public_key: bytes) -> str:
-    """Return a short name of a node's public key (PEM, as Flower keeps it); empty if there is no key."""
+    """Return a short name of a node's public key (PEM, as Flower keeps it), empty without a key."""
     return hashlib.sha256(public_key).hexdigest()[:16] if public_key else ""
 
 
 class Turn:
-    """The sites of one round: done, refused, or still to be asked.
-
-    A site whose update is in is not asked again when the round has to wait for others: its work, and the
-    budget that it spent on it, are kept.
-    """
+    """Track the sites of one round as done, refused, or still to be asked."""
 
     def __init__(self, attendance: Attendance, round: int) -> None:
         self.round = round
+        # A site whose update is in is not asked again when the round has to wait for others: its work, and
+        # the budget that it spent on it, are kept.
         self.done: set[str] = set()
         self._attendance = attendance
         self._refused: dict[str, str] = {}
@@ -123,13 +127,17 @@ class Turn:
         self._announced: list[str] | None = None
 
     def failed(self, site: str, reason: str, *, final: bool) -> None:
-        """Note that a site that was asked gave nothing; ``final``: it would do the same again."""
+        """Note that a site that was asked gave nothing.
+
+        ``final`` marks a site that would do the same again.
+        """
+        # Asking again may charge the site's ledger again, even if only the reply was lost.
         if not final and self._asked[site] >= ATTEMPTS:
             final, reason = True, f"asked {ATTEMPTS} times: {reason}"
         (self._refused if final else self._silent)[site] = reason
 
     def sites(self) -> list[str]:
-        """The sites to ask now, as soon as they and those that are done make the quorum.
+        """Return the sites to ask now, as soon as they and those that are done make the quorum.
 
         The first call returns every site that is there; a further one means that too few of them gave a
         good update, and returns those that may yet give one.
@@ -141,6 +149,8 @@ class Turn:
             self._wait()
         while True:
             for site in self._attendance.refresh(self.round):
+                # A site that has used its attempts stays out of this round even after a restart, for the
+                # same reason.
                 if self._asked[site] < ATTEMPTS:
                     self._refused.pop(site, None)  # a site that was started again may have been mended
             ready = self._ready()
@@ -150,18 +160,19 @@ class Turn:
             self._wait()
 
     def _ready(self) -> list[str]:
-        """Sites that are there and may yet give an update in this round."""
+        """Return the sites that are there and may yet give an update in this round."""
         names = self._attendance.roster.names()
         return [site for site in names if site not in self.done and site not in self._refused]
 
     def _wait(self) -> None:
-        """Pause before the next look, or raise RunError."""
+        """Pause before the next check of the sites, or raise RunError."""
         config, now = self._attendance.config, time.monotonic()
         if self._short_since is None:
             self._short_since = now
         end = self._short_since + config.patience
         roster = self._attendance.roster
         expected = max(config.sites, len(self._attendance.expected_names()))
+        # Only refusals of sites that are connected are final: a site that comes back may have been mended.
         refusing = [site for site in self._refused if site in roster.nodes]
         if expected - len(refusing) - len(roster.refused) < config.quorum:
             raise QuorumMissed(
@@ -177,16 +188,16 @@ class Turn:
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _here(self) -> set[str]:
-        """The sites that nobody has to wait for: done, or there and not yet asked in vain."""
+        """Return the sites that are done, or there and not yet asked in vain."""
         return self.done | (set(self._ready()) - self._silent.keys())
 
     def _missing(self) -> list[str]:
-        """Names that could still make up the quorum, those that are not connected included."""
+        """Return the names that could still make up the quorum, those not connected included."""
         expected = {*self._attendance.expected_names(), *self._attendance.roster.nodes}
         return sorted(expected - self._here() - self._refused.keys())
 
     def _shortage(self, why: str) -> str:
-        """Who is missing, who refused and why, and what to do."""
+        """Return a text that names the missing and refusing sites, the reasons, and the remedy."""
         roster, quorum = self._attendance.roster, self._attendance.config.quorum
         names = ", ".join(self._missing()) or "no site that is known by name"
         reasons = {site: "not connected" for site in self._missing() if site not in roster.nodes}

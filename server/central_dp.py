@@ -1,7 +1,7 @@
-"""What noise added by the server is worth: a statement for the summary and the report.
+"""State the guarantee of noise added by the server, for the summary and the report.
 
-The mechanism itself is Flower's DifferentialPrivacyServerSideFixedClipping (McMahan et al. 2018); this
-module only says, in numbers and words, what it gives and what it does not.
+The mechanism itself is Flower's DifferentialPrivacyServerSideFixedClipping (McMahan et al. 2018). This
+module only states, in numbers and words, what it guarantees and what it does not.
 """
 
 from typing import Any
@@ -18,10 +18,9 @@ LIMITS = (
 
 
 def central_statement(config: RunConfig, rounds: int) -> dict[str, Any] | None:
-    """Epsilon of the server's noise over all rounds, with its unit and limits; None when it is off.
+    """Return the epsilon of the server's noise over all rounds, with its unit and limits.
 
-    Every site is in every round (no amplification), weights are equal and the quorum is all sites, so one
-    site moves the clipped sum by at most the clip norm (add/remove), or twice that (replace-one).
+    The result is None when the noise is off.
     """
     central = config.central_dp
     if not central.noise_multiplier:
@@ -29,6 +28,8 @@ def central_statement(config: RunConfig, rounds: int) -> dict[str, Any] | None:
     from common.privacy.accounting import spent
     from common.privacy.events import Adjacency, PoissonGaussian
 
+    # Every site is in every round (no amplification), weights are equal and the quorum is all sites, so one
+    # site moves the clipped sum by at most the clip norm (add/remove), or twice that (replace-one).
     event = PoissonGaussian(sample_rate=1.0, noise_multiplier=central.noise_multiplier, steps=rounds)
     return {
         "unit": "site",

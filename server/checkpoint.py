@@ -1,9 +1,10 @@
-"""One file per round from which a run can go on: model, best model, server optimiser, statements.
+"""Save and load the state from which a run can go on, in one file per round.
 
-The state is one more array, of bytes: the header of a safetensors file, where a checkpoint of 0.1 has it, is
-limited to 100 MB, and what does not fit would end the run.
+It holds the model, the best model, the server optimiser and the server's state, which includes the privacy
+statements. The state is one more array, of bytes: the header of a safetensors file, where a checkpoint of
+0.1 has it, is limited to 100 MB, and what does not fit would end the run.
 
-A checkpoint is written beside its final name, synced and renamed, carries its own digest, and the one
+A checkpoint is written under a temporary name, synced and renamed, carries its own digest, and the one
 before it is kept: a crash or a full disk while writing costs at most one round.
 """
 
@@ -27,6 +28,7 @@ from common.plain import one_line
 
 log = logging.getLogger("fedbags.server")
 
+# The newest may turn out damaged, so the one before it stays.
 _KEPT = 2
 _MODEL, _BEST, _OPTIMISER = "model/", "best/", "optimiser/"
 _STATE = "state"
@@ -36,7 +38,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class LeftOut(BaseModel):
-    """An update, evaluation or site that was not used, and why."""
+    """Record an update, evaluation or site that was not used, with the reason."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,7 +49,7 @@ class LeftOut(BaseModel):
 
 
 class DeclaredLoss(BaseModel):
-    """A site's word that rows of its ledger are lost, and the spending that it had stated until then."""
+    """Record that a site declared rows of its ledger lost, and its spending as stated until then."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,7 +60,7 @@ class DeclaredLoss(BaseModel):
 
 
 class ServerState(BaseModel):
-    """Everything but arrays that the server knows after a round."""
+    """Hold everything but arrays that the server knows after a round."""
 
     round: int = 0
     best_round: int = 0
@@ -95,6 +97,8 @@ def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimise
     try:
         whole = {**arrays, _STATE: np.frombuffer(text, np.uint8)}
         save_file(whole, partial, metadata={"digest": _digest(arrays, text)})
+        # Contents first, then the name, then the folder that holds the name: in any other order a power cut
+        # could leave the new name without its contents.
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(target)
@@ -106,6 +110,8 @@ def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimise
             f"the checkpoint of round {state.round} could not be written to {folder}: {error}\n"
             "The one before it is intact: free some space and go on with --resume."
         ) from error
+    # Files of later rounds, left by a run that was resumed from an earlier checkpoint, do not count as the
+    # newest.
     older = [path for path in folder.glob("round-*.safetensors") if path.name <= target.name]
     for old in sorted(older)[:-_KEPT]:
         old.unlink()
@@ -115,11 +121,11 @@ def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimise
 def load_newest(
     folder: Path, damaged: Callable[[str, str], None] = lambda file, reason: None
 ) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]] | None:
-    """The newest intact checkpoint, or None where there is none.
+    """Return the newest intact checkpoint, or None where there is none.
 
     Args:
-        folder: where save put them.
-        damaged: told the name of every newer checkpoint that is passed over, and what is wrong with it.
+        folder: where ``save`` put them.
+        damaged: called with the name and the fault of every newer checkpoint that is passed over.
 
     Returns:
         The state, and the arrays of ``model``, ``best`` and ``optimiser`` by name.
@@ -151,6 +157,7 @@ def _load(path: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]]:
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     stored = arrays.pop(_STATE, None)
     text = metadata.get(_STATE, "").encode() if stored is None else stored.tobytes()
+    # safetensors checks the header only; a bit that flipped in an array would otherwise go into the model.
     if metadata.get("digest") != _digest(arrays, text):
         raise ValueError("its digest does not match its content")
     groups: dict[str, dict[str, NDArray[Any]]] = {}

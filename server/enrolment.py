@@ -1,6 +1,6 @@
-"""Who takes part: connected nodes become named sites once their proportion release is accepted.
+"""Enrol connected nodes as named sites once their proportion release is accepted.
 
-Knows what a node said when it was asked, and nothing of rounds or of time (see attendance.py).
+This module knows the answers of nodes, and nothing of rounds or of time (see attendance.py).
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ Report = Callable[[str, str, str], object]
 
 @dataclass
 class Roster:
-    """The sites of a run, by name, with the node that speaks for each; and the nodes that are no site."""
+    """Hold the sites of a run by name, the node that speaks for each, and the nodes that are no site."""
 
     hierarchy: Hierarchy | None = None
     nodes: dict[str, int] = field(default_factory=dict)
@@ -44,15 +44,20 @@ class Roster:
     """How often a node gave no answer."""
 
     def names(self) -> list[str]:
-        """Site names in the order in which their updates are added up."""
+        """Return the site names in the order in which their updates are added up."""
         return sorted(self.nodes)
 
     def leave(self, site: str, reason: str) -> None:
-        """Take a site out, for as long as its node stays connected; what it released stays known."""
+        """Take a site out for as long as its node stays connected.
+
+        Its release stays known.
+        """
         self.refused[self.nodes.pop(site)] = (site, reason)
 
     def drop_disconnected(self, connected: Collection[int]) -> list[str]:
-        """Forget the nodes that are gone: if one comes back, under this id or another, it is asked afresh.
+        """Forget the nodes that are gone.
+
+        A node that comes back, under this id or another, is asked afresh.
 
         Returns:
             The names of the sites that left with their nodes.
@@ -62,13 +67,14 @@ class Roster:
             del self.nodes[site]
         self.refused = {node: why for node, why in self.refused.items() if node in connected}
         self.strangers &= set(connected)
-        # A rival whose name became free may ask for it again: a site that came back under another node id.
+        # A node with a duplicate name may ask again once the name is free: it may be the site itself, back
+        # under another node id.
         self.rivals = {n: site for n, site in self.rivals.items() if n in connected and site in self.nodes}
         self.silent = Counter({node: times for node, times in self.silent.items() if node in connected})
         return gone
 
     def newcomers(self, connected: Collection[int]) -> list[int]:
-        """The connected nodes that are still to be asked who they are."""
+        """Return the connected nodes that are still to be asked for their release."""
         known = {*self.nodes.values(), *self.refused, *self.strangers, *self.rivals}
         return sorted(n for n in connected if n not in known and self.silent[n] < ATTEMPTS)
 
@@ -84,8 +90,8 @@ def enrol(
 ) -> list[str]:
     """Ask the nodes for their releases and add the accepted ones to the roster.
 
-    A site is left out (and reported) when it does not answer, is not on the allow-list, takes the name
-    of another node, or has another label tree than most sites.
+    A site is left out (and reported) when it does not answer, is not on the allow-list, takes the name of
+    another node, or has another label tree than most sites.
 
     Returns:
         The names added.
@@ -97,6 +103,8 @@ def enrol(
         label = f"node {reply.node}"
         found, fault = _read(reply)
         if reply.content is None and not is_answer(reply.code):
+            # Silence may mend, so the node is asked again, a few times only, since each question may cost
+            # budget.
             roster.silent[reply.node] += 1
             report(label, "enrol", fault)
             continue
@@ -112,6 +120,8 @@ def enrol(
         elif allowed and release.site not in allowed:
             roster.strangers.add(reply.node)
             report(release.site, "enrol", "not on the allow-list (federation.allow)")
+        # The name belongs to the node that gave it first. Otherwise a second node could replace a site by
+        # giving its name.
         elif release.site in roster.nodes or release.site in offered:
             roster.rivals[reply.node] = release.site
             report(release.site, "enrol", f"{label} uses the name of another site")
@@ -120,6 +130,7 @@ def enrol(
     if roster.hierarchy is None and offered:
         roster.hierarchy = most_common([tree for _, (_, _, tree) in sorted(offered.items())])
     added = []
+    # In the order of names, so that the result does not depend on which node answered first.
     for site, (node, release, tree) in sorted(offered.items()):
         if tree != roster.hierarchy:
             reason = "its label tree differs from the federation's"
@@ -133,7 +144,7 @@ def enrol(
 
 
 def is_answer(code: int) -> bool:
-    """Whether an error came from the site itself: asked again, it would say the same.
+    """Return True if an error came from the site itself, which would answer the same again.
 
     Everything else (no reply in time, a lost node, a killed process) may mend by itself.
     """
@@ -141,22 +152,25 @@ def is_answer(code: int) -> bool:
 
 
 def allowed_names(config: FederationConfig) -> set[str]:
-    """The names of ``federation.allow``; empty: everybody may take part."""
+    """Return the names of ``federation.allow``.
+
+    An empty set allows everybody.
+    """
     return {name.strip() for name in config.allow.split(",") if name.strip()}
 
 
 def majority_tree(releases: list[ProportionRelease]) -> Hierarchy:
-    """The label tree of most sites; ties go to the first by site name."""
+    """Return the label tree of most sites, and on a tie the first by site name."""
     return most_common([release.tree() for release in sorted(releases, key=lambda release: release.site)])
 
 
 def most_common(trees: list[Hierarchy]) -> Hierarchy:
-    """The tree that occurs most often; ties go to the first."""
+    """Return the tree that occurs most often, and on a tie the first."""
     return Counter(trees).most_common(1)[0][0]
 
 
 def _read(reply: Reply) -> tuple[tuple[ProportionRelease, Hierarchy] | None, str]:
-    """A node's release and its label tree, or why there is none."""
+    """Return a node's release and its label tree, or the reason why there is none."""
     if reply.content is None:
         return None, reply.failure
     try:

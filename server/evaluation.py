@@ -1,7 +1,8 @@
-"""Turn the sites' evaluation counts into figures: label-free on held-back bags, labelled on tests.
+"""Turn the sites' evaluation counts into figures.
 
-Sites send sums and confusion counts, never images or labels of single images; here they are added up. Each
-figure is as torchmetrics computes it (the tests compare).
+Figures on held-back bags use no labels of single images; figures on test images do. Sites send sums and
+confusion counts, never images or labels of single images; here they are added up. Each figure is as
+torchmetrics computes it (the tests compare).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +25,15 @@ def check_figures(update: ModelUpdate, hierarchy: Hierarchy, bags: int) -> None:
     """Check the figures of one site, so that none can spoil those of the others.
 
     Args:
-        update: the site's reply to an evaluation; figures that it does not hold are not missed.
+        update: the site's reply to an evaluation; a figure that it lacks is no fault.
         hierarchy: the federation's.
-        bags: that the site has by its own release.
+        bags: the number that the site states in its release.
 
     Raises:
         MessageError: a figure has another shape than the hierarchy's, or cannot be.
     """
     levels, metrics = len(hierarchy.levels), update.metrics
+    # This count is the site's weight in the pooled figures, so it is bounded by the bags of its release.
     held_back = metrics.get("held-back-bags", 1)
     if not isinstance(held_back, int) or not 0 < held_back <= bags:
         raise MessageError(f"metric 'held-back-bags' must be a count of at most {bags} bags")
@@ -51,13 +53,14 @@ def check_figures(update: ModelUpdate, hierarchy: Hierarchy, bags: int) -> None:
             counts = np.atleast_1d(metrics.get(name, 0))
             if name in metrics and counts.shape != (size * size,):
                 raise MessageError(f"metric {name!r} must be {size} times {size} counts")
+            # Only a site that says that it suppresses small counts may send the mark for them.
             lowest = SUPPRESSED if smallest_cell(update) > 1 else 0
             if counts.dtype.kind != "i" or counts.min() < lowest or counts.max() > LARGEST_FIGURE:
                 raise MessageError(f"metric {name!r} must be counts between 0 and {LARGEST_FIGURE:g}")
 
 
 def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[dict[str, Any]] | None:
-    """Mean KL and L1 per level over all held-back bags of all sites that sent theirs.
+    """Return mean KL and L1 per level over all held-back bags of all sites that sent theirs.
 
     Returns:
         One ``{"level", "kl", "l1"}`` per level (nats; total variation times two, in [0, 2]), without
@@ -74,7 +77,7 @@ def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> 
 
 
 def _pooled(updates: Sequence[ModelUpdate], metric: str) -> NDArray[np.float64] | None:
-    """The mean of a metric over the held-back bags of the sites that sent it, shape (levels,)."""
+    """Return the mean of a metric over the sites' held-back bags, shape (levels,), or None."""
     values, weights = [], []
     for update in updates:
         # The figures are those that check_figures let pass.
@@ -87,7 +90,9 @@ def _pooled(updates: Sequence[ModelUpdate], metric: str) -> NDArray[np.float64] 
 
 
 def noised_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[dict[str, Any]] | None:
-    """The same of a private run: sums with noise, over the number of held-back bags, which is public.
+    """Return the mean L1 per level of a private run, from noised sums and the number of held-back bags.
+
+    That number is public.
 
     Returns:
         One ``{"level", "l1"}`` per level: an unbiased estimate of the mean L1, outside [0, 2] where the
@@ -112,19 +117,24 @@ def noised_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> 
 
 
 def selection_score(bags: Sequence[Mapping[str, Any]]) -> float:
-    """What model selection minimises, from bags only: the KL summed over the levels (nats), or the noised
-    L1 in a private run, which has no KL (one bag can move it without bound)."""
+    """Return the score that model selection minimises, from bags only.
+
+    It is the KL summed over the levels (nats), or in a private run the noised L1.
+    """
+    # A private run has no KL, because one bag can move it without bound.
     return float(sum(level["kl"] if "kl" in level else level["l1"] for level in bags))
 
 
 def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> Confusion | None:
-    """A site's confusion counts.
+    """Return a site's confusion counts, or None when it sent none.
 
     Args:
+        update: the site's reply to the test.
+        hierarchy: the label tree.
         decoder: ``argmax`` (each level by itself) or ``path`` (the best root-to-leaf path).
 
     Returns:
-        None when the site sent none (no test images, or withheld by policy).
+        None too when the counts of a level are missing or of a wrong length.
     """
     matrices = []
     for level, size in enumerate(hierarchy.sizes):
@@ -136,14 +146,14 @@ def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> Confu
 
 
 def shown(confusion: Confusion) -> Confusion:
-    """The counts without those that a site suppressed, which stand as 0."""
+    """Return the counts with 0 for those that a site suppressed."""
     return [np.maximum(level, 0) for level in confusion]
 
 
 def accuracy_bounds(
     hierarchy: Hierarchy, counts: Sequence[tuple[Confusion, Confusion]], smallest: Sequence[int]
 ) -> list[dict[str, Any] | None]:
-    """Between which figures the accuracies lie where sites suppressed small counts.
+    """Return the bounds on the accuracies where sites suppressed small counts.
 
     Args:
         hierarchy: the label tree.
@@ -178,7 +188,7 @@ def accuracy_bounds(
 
 
 def smallest_cell(update: ModelUpdate) -> int:
-    """The least count of test images that the site shows; 1 where it shows all."""
+    """Return the least count of test images that the site shows, 1 where it shows all."""
     value = update.metrics.get(SMALLEST_CELL, 1)
     return value if isinstance(value, int) and 1 <= value <= 1000 else 1
 
@@ -199,10 +209,11 @@ def level_figures(
     path: Confusion,
     bounds: Sequence[dict[str, Any] | None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Accuracy, balanced accuracy and macro-F1 per level, and the accuracy of the consistent path.
+    """Return the accuracies and macro-F1 per level, from the argmax and the consistent path.
 
-    Balanced accuracy is the mean recall of the classes that have test images; macro-F1 averages over the
-    classes that occur in the test or among the predictions (torchmetrics' rule).
+    They are accuracy, balanced accuracy and macro-F1 of each level by itself, and the accuracy of the
+    consistent path. Balanced accuracy is the mean recall of the classes that have test images; macro-F1
+    averages over the classes that occur in the test or among the predictions (torchmetrics' rule).
 
     Args:
         hierarchy: the label tree.
@@ -236,7 +247,7 @@ def _balanced_accuracy(confusion: NDArray[np.int64]) -> float:
 
 
 def _macro_f1(confusion: NDArray[np.int64]) -> float:
-    """F1 = 2 TP / (2 TP + FN + FP), of each class that occurs."""
+    """Return the mean of F1 = 2 TP / (2 TP + FN + FP) over the classes that occur."""
     right = _counts(2 * confusion.diagonal())
     occurs = _counts(confusion.sum(axis=0) + confusion.sum(axis=1))
     score = torch.where(occurs > 0, right / occurs, 0.0)
@@ -244,8 +255,9 @@ def _macro_f1(confusion: NDArray[np.int64]) -> float:
 
 
 def _counts(counts: NDArray[np.int64]) -> torch.Tensor:
-    """Return counts as torchmetrics computes with them. It reads one pair per image: a count that a site
-    made up would ask for any amount of memory."""
+    """Return counts as torchmetrics computes with them, float32."""
+    # torchmetrics itself reads one pair per image: a count that a site made up would ask for any amount of
+    # memory.
     return torch.from_numpy(counts.astype(np.float32))
 
 

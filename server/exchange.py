@@ -1,8 +1,9 @@
-"""Ask sites something and read their replies one at a time, up to a deadline.
+"""Send requests to sites and read their replies one at a time, up to a deadline.
 
 Replies are read in the order in which the sites were asked, whatever order they arrived in: the
 floating-point result of an aggregation then does not depend on who was fastest, and the server holds one
-reply at a time (the others wait in the SuperLink). Knows node ids and messages, not what they mean.
+reply at a time (the others wait in the SuperLink). This module knows node ids and messages, not what they
+mean.
 """
 
 import logging
@@ -36,7 +37,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from one node: content, or the reason why there is none."""
+    """Hold the content that came back from one node, or the reason why there is none."""
 
     node: int
     content: RecordDict | None
@@ -47,7 +48,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question to all sites and what came back, in figures."""
+    """Hold the figures of one question to all sites and its replies."""
 
     phase: str
     """The message type."""
@@ -82,7 +83,7 @@ def ask(
         message_type: Flower message type, such as ``train`` or ``query.proportions``.
         round: travels as the message's group.
         deadline: seconds from now; a node without a reply by then yields a failure.
-        note: is told the seconds and bytes of the exchange at its end, if anybody was asked.
+        note: called with the seconds and bytes of the exchange at its end, if anybody was asked.
     """
     started = time.monotonic()
     end = started + deadline
@@ -90,6 +91,8 @@ def ask(
     nodes = list(requests)
     ids = grid.push_messages(
         [
+            # The message outlives the deadline by a minute, so that the deadline here decides and not
+            # Flower's own expiry.
             Message(content, node, message_type, ttl=deadline + 60.0, group_id=str(round))
             for node, content in requests.items()
         ]
@@ -123,7 +126,8 @@ def ask(
 
 
 def error_text(code: int) -> str:
-    """An error's code in our own words; the text that came with it could carry a path or a patient id."""
+    """Return our own words for an error code."""
+    # The text that came with the code is not used: it could carry a path or a patient id.
     if code in SITE_ERRORS:
         return SITE_ERRORS[SiteError(code)]
     return FLOWER_ERRORS.get(code, f"error code {code}")
@@ -139,6 +143,7 @@ def _pair(nodes: Sequence[int], ids: Sequence[str | None]) -> Iterator[tuple[int
 def _wait(grid: Grid, message_id: str, end: float) -> Message | None:
     pause = _FIRST_PAUSE
     while True:
+        # One id at a time: a pull of all would hold every reply in memory at once.
         for message in grid.pull_messages([message_id]):
             return message
         left = end - time.monotonic()

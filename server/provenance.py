@@ -1,4 +1,7 @@
-"""Which code ran: the package's version and, in a git checkout, its commit. Knows nothing of runs."""
+"""Identify the code that runs by the package's version and, in a git checkout, its commit.
+
+This module knows nothing of runs.
+"""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +12,7 @@ GIT_SECONDS = 10
 
 
 def code_version() -> dict[str, str | None]:
-    """``{"version", "commit"}`` of the code that is running.
+    """Return ``{"version", "commit"}`` of the code that is running.
 
     Each is None where it cannot be known. A checkout with changes that are not committed gives its
     commit followed by ``-dirty``: nobody else has that code.
@@ -22,9 +25,10 @@ def code_version() -> dict[str, str | None]:
 
 
 def git_commit(root: Path) -> str | None:
-    """The commit of the checkout whose top folder is ``root``; None without one, or without git.
+    """Return the commit of the checkout whose top folder is ``root``, or None.
 
-    Code that is installed below some other project's checkout has no commit of its own.
+    It is None without a checkout or without git. Code that is installed below some other project's checkout
+    has no commit of its own.
     """
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top) != root:
@@ -33,7 +37,7 @@ def git_commit(root: Path) -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None where it fails, is missing or takes too long."""
+    """Return git's output, or None where git fails, is missing or takes too long."""
     command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)

@@ -1,7 +1,8 @@
-"""The rounds of one run: ask the sites to train, aggregate, look at held-back bags, keep a checkpoint.
+"""Run the rounds of one run on the server.
 
-``Rounds`` holds what changes from round to round (the model, the best model, the server optimiser and
-the state that a checkpoint keeps) and nothing that cannot be restored from a checkpoint.
+A round asks the sites to train, aggregates, evaluates on held-back bags, and keeps a checkpoint. ``Rounds``
+holds what changes from round to round (the model, the best model, the server optimiser and the state that a
+checkpoint keeps) and nothing that cannot be restored from a checkpoint.
 """
 
 import logging
@@ -46,7 +47,7 @@ SERVER = "server"
 
 
 class Rounds:
-    """One run on the server, from its first round or from a checkpoint to the selected model."""
+    """Run one run on the server, from its first round or a checkpoint to the selected model."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class Rounds:
         self.optimiser.load_state(groups["optimiser"])
 
     def run(self) -> None:
-        """Every round that is left; a checkpoint after each."""
+        """Run every round that is left, with a checkpoint after each."""
         while self.state.round < self.config.rounds:
             started = time.monotonic()
             number = self.state.round + 1
@@ -93,6 +94,8 @@ class Rounds:
                     raise
                 self._skip(number, str(error))
             except QuorumMissed as error:
+                # Sites that have done their part of this round would answer the same again, so only the
+                # next round can go on.
                 if self.taken and self._may_skip(number):
                     self._skip(number, str(error))
                 elif self._ends_early(number):
@@ -112,25 +115,27 @@ class Rounds:
             )
 
     def _may_skip(self, number: int) -> bool:
-        """Not for ever, and not where no round would be trained at all."""
+        """Return True if this round may be skipped.
+
+        It may not after too many skipped rounds in a row, and not where no round would be trained at all.
+        """
         return self.skipped < ATTEMPTS and not self.skipped + 1 == number == self.config.rounds
 
     def _skip(self, number: int, reason: str) -> None:
-        """Leave the model as it is in this round, and go on with the next.
-
-        A site unmasks one sum of a round and never a second. So where it did, and the sum was lost before the
-        checkpoint or is of no use, this round cannot be had again; the next one can.
-        """
+        """Leave the model as it is in this round, and go on with the next."""
+        # A site unmasks one sum of a round and never a second. Where it did, and the sum was lost before
+        # the checkpoint or is of no use, this round cannot be had again, and the next one can.
         self.skipped += 1
         self.folder.event("round-skipped", round=number, sites=sorted(self.taken), reason=reason)
         log.warning("round %(round)d skipped: %(reason)s", {"round": number, "reason": reason})
 
     def _ends_early(self, number: int) -> bool:
-        """Whether used-up privacy budgets keep the run below its quorum; then it ends with the last round.
+        """End the run early and return True if used-up privacy budgets keep it below its quorum.
 
-        Budgets do not come back, so there is nothing to wait for, and the model of the last complete round
-        is as good as it was. Without one there is no model, and the run has failed.
+        Without a complete round there is no model; then the result is False, and the run has failed.
         """
+        # Budgets do not come back, so there is nothing to wait for, and the model of the last complete
+        # round is as good as it was.
         quorum, left = self.config.attendance.quorum, len(self.roster.nodes)
         if not self.state.round or not self.used_up or left >= quorum:
             return False
@@ -149,7 +154,7 @@ class Rounds:
         return True
 
     def _train(self, number: int) -> None:
-        """One round: the sites' updates, each in clear or all in one masked sum, and the next model."""
+        """Collect the sites' updates of one round, singly or as one masked sum, and make the next model."""
         reference = trainable_arrays(self.model)
         collect = self._collect_masked if self.config.secure_aggregation.enabled else self._collect
         collected, losses = collect(number, reference)
@@ -160,17 +165,19 @@ class Rounds:
         log.info("round %d: %d updates, mean loss %s", number, collected.count, mean_loss)
 
     def _collect(self, number: int, reference: Arrays) -> tuple[Aggregator, dict[str, float]]:
-        """Ask, and ask those that are missing again, until there are enough good updates."""
+        """Ask the sites, and those that are missing again, until there are enough good updates."""
         collected = self.optimiser.aggregator()
         losses: dict[str, float] = {}
         turn = Turn(self.attendance, number)
         sent = from_records(self._request(number), ModelUpdate).arrays  # a 16-bit transport rounds it
+        # Updates that are in stay in while the round waits: sites have spent budget on them.
         while collected.count < self.config.federation.quorum:
             sites = turn.sites()
             weights = self._weights()
             for site, update in self._ask(TRAIN, number, sites, turn):
                 bags = self.roster.releases[site].bags
                 fault = fault_of(update, reference, self.config.federation, bags)
+                # An update of an earlier round, sent again, would move the model twice for one training.
                 if not fault and is_replay(update, sent, self.state.digests):
                     fault = "the very same arrays as in an earlier round (replayed)"
                 if fault:
@@ -187,7 +194,10 @@ class Rounds:
         return collected, losses
 
     def _collect_masked(self, number: int, reference: Arrays) -> tuple[Aggregator, dict[str, float]]:
-        """The mean of many sites' updates and no single one; a session that fails is tried anew."""
+        """Collect the mean of many sites' updates by secure aggregation.
+
+        A session that fails is tried anew.
+        """
         turn = Turn(self.attendance, number)
         while True:
             sites = turn.sites()
@@ -208,6 +218,7 @@ class Rounds:
                     turn.failed(site, str(error), final=False)
                 log.warning("round %(round)d: %(reason)s", {"round": number, "reason": str(error)})
         if fault := fault_of(mean.update, reference, self.config.federation):
+            # The sites have unmasked the sum already, and would not unmask another one of this round.
             raise UselessSum(number, f"the mean of the masked updates: {fault}")
         collected = StreamingMean()
         collected.add(mean.update, mean.weight)
@@ -241,7 +252,7 @@ class Rounds:
             self.state.best_score, self.state.best_round, self.state.bags = score, number, figures
 
     def test_updates(self) -> dict[str, ModelUpdate]:
-        """The selected model's confusion counts on each site's labelled images, by site."""
+        """Return the selected model's confusion counts on each site's labelled images, by site."""
         return self._evaluations(EVALUATE_TEST, self.state.round)
 
     def _evaluations(self, kind: str, number: int) -> dict[str, ModelUpdate]:
@@ -274,10 +285,11 @@ class Rounds:
     def _exchange(
         self, kind: str, number: int, requests: Mapping[str, RecordDict], turn: Turn | None
     ) -> Iterator[tuple[str, RecordDict]]:
-        """Send each site its request; yield the replies that are no errors, in the order of ``requests``."""
+        """Send each site its request and yield the replies without errors, in the order of ``requests``."""
         by_node = {self.roster.nodes[site]: site for site in requests if site in self.roster.nodes}
         asked = {node: requests[site] for node, site in by_node.items()}
         if self.config.dp.epsilon:
+            # What is known now must be in every answer; what another run learns meanwhile need not be.
             self.statements.asking({site: self.roster.keys[site] for site in by_node.values()})
         deadline, note = self.config.federation.deadline, self.folder.exchanged
         for reply in ask(self.grid, asked, kind, round=number, deadline=deadline, note=note):
@@ -290,10 +302,11 @@ class Rounds:
                 self.taken.add(site)
             if reply.code == SiteError.BUDGET:
                 self.used_up[site] = (reply.node, number)
+                # A used-up budget is used up in every later round too.
                 self.roster.leave(site, reply.failure)
 
     def _request(self, number: int) -> RecordDict:
-        """The model as every site gets it."""
+        """Return the request that holds the model, the same for every site."""
         update = ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model))
         return to_records(update, transport=self.config.federation.transport)
 
@@ -323,13 +336,13 @@ class Rounds:
             log.warning("round %(round)d: %(site)s declares that its ledger lost rows", loss.model_dump())
 
     def _bags(self) -> dict[str, float]:
-        """Training bags of every site, from its release."""
+        """Return the training bags of every site, from its release."""
         held_back = self.config.train.held_back
         releases = self.roster.releases
         return {site: float(training_bags(release.bags, held_back)) for site, release in releases.items()}
 
     def _weights(self) -> dict[str, float]:
-        """Site weights of the label-marginal aware strategy; empty where bag counts are the weights."""
+        """Return the site weights of FedPALS, or nothing where bag counts are the weights."""
         federation = self.config.federation
         if federation.strategy is not Strategy.FEDPALS:
             return {}

@@ -1,4 +1,4 @@
-"""The folder of one run: what is where, and how it is written so that a reader never sees half a file.
+"""Write and read the folder of one run so that a reader never sees half a file.
 
 config.toml         the complete configuration; ``fedbags simulate --config`` repeats the run
 metrics.jsonl       one event a line: joined, waiting, enrolled, phase, update, statement, round,
@@ -38,7 +38,7 @@ _MAY_CHANGE = (
 
 
 class RunFolder:
-    """Paths and writers of one run folder."""
+    """Hold the paths and writers of one run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class RunFolder:
             ) from error
 
     def check(self, config: RunConfig) -> None:
-        """Check that the folder is free, or holds the run to resume; changes nothing.
+        """Check that the folder is free, or holds the run to resume, and change nothing.
 
         Raises:
             UserError: it holds a run already, or (to resume) none or one of another configuration.
@@ -101,7 +101,7 @@ class RunFolder:
         append_line(self.metrics, json.dumps({"event": kind, "time": round(time.time(), 3), **fields}))
 
     def exchanged(self, exchange: "Exchange") -> None:
-        """Append what a question to the sites took: an event of kind ``phase``."""
+        """Append the figures of one question to the sites as an event of kind ``phase``."""
         self.event("phase", **{**asdict(exchange), "seconds": round(exchange.seconds, 3)})
 
     def forget_events_after(self, last_round: int) -> None:
@@ -111,7 +111,7 @@ class RunFolder:
             write_text(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
     def log_handler(self) -> logging.Handler:
-        """A handler that appends to log.jsonl; the caller adds and removes it."""
+        """Return a handler that appends to log.jsonl, which the caller adds and removes."""
         handler = _Lines(self.log)
         handler.setFormatter(JsonLines())
         return handler
@@ -137,13 +137,15 @@ class RunFolder:
 
 
 class _Lines(logging.Handler):
-    """Appends each log record to a file, whole or not at all; a full disk ends the run, as elsewhere."""
+    """Append each log record to a file, completely or not at all."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
+        # The handlers of the standard library swallow such an error; here a full disk ends the run, as with
+        # every other file.
         append_line(self._path, self.format(record))
 
 
@@ -160,29 +162,33 @@ def written(path: Path) -> Iterator[None]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line whole or not at all.
+    """Append one line completely or not at all.
 
     Raises:
         RunError: the disk is full or not writable; the file is as it was.
     """
     data = (line + "\n").encode()
+    # Unbuffered, so that a line is one write: a reader that follows the file sees complete lines, and a
+    # failure is known here.
     with written(path), path.open("ab", buffering=0) as stream:
         before = stream.seek(0, os.SEEK_END)
         try:
             if (count := stream.write(data)) != len(data):  # a disk that is nearly full takes a part
                 raise OSError(errno.ENOSPC, f"only {count} of {len(data)} bytes were written")
         except OSError:
+            # Half a line would be read as a fault of the file when the run is resumed.
             stream.truncate(before)
             raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
+            # Synced before it takes its name: after a power cut the name must not stand for an empty file.
             os.fsync(stream.fileno())
         partial.replace(path)
     except OSError:
@@ -191,7 +197,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a metrics.jsonl; a torn last line (a killed run) is left out."""
+    """Yield the events of a metrics.jsonl without a torn last line, as a killed run leaves it."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as stream:

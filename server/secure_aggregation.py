@@ -1,7 +1,8 @@
-"""The server's part in one secure aggregation: relay keys and shares, add masked vectors, unmask the sum.
+"""Run the server's part in one secure aggregation.
 
-It sees public keys, ciphertexts, masked words, and shares of secrets that the sites agreed to give up; never
-an update. Knows nothing of who is waited for and of what the mean is used for (rounds.py).
+It relays keys and shares, adds up masked vectors and unmasks the sum. It sees public keys, ciphertexts,
+masked words, and shares of secrets that the sites agreed to give up, and never an update. It knows nothing
+of waiting for sites and of the use of the mean (rounds.py).
 """
 
 import math
@@ -63,10 +64,11 @@ Report = Callable[[str, str, str], None]
 
 
 def levelled(weights: Mapping[str, float], effective: int) -> dict[str, float]:
-    """Return the weights, normalised; drawn towards equal ones as far as sites demand it.
+    """Return the weights, normalised and drawn towards equal ones as far as sites demand it.
 
     Sites refuse weights that count as fewer than ``effective`` equal sites (1 / sum of squares): their sum
-    would be nearly one update. So (1 - a) w + a / n takes the place of w, with the smallest a that is enough.
+    would be nearly one update. So (1 - a) w + a / n takes the place of w, with the smallest a that is
+    enough.
 
     Args:
         weights: by site, not negative, in any unit, with a sum above 0.
@@ -82,7 +84,10 @@ def levelled(weights: Mapping[str, float], effective: int) -> dict[str, float]:
 
 
 class UselessSum(RunError):  # noqa: N818 (it came off, and tells nothing)
-    """A sum was unmasked and must not be used; the sites unmask no second one of this round."""
+    """Report that a sum was unmasked and must not be used.
+
+    The sites unmask no second one of this round.
+    """
 
     def __init__(self, round: int, reason: str) -> None:
         super().__init__(
@@ -92,12 +97,12 @@ class UselessSum(RunError):  # noqa: N818 (it came off, and tells nothing)
 
 
 class SessionFailed(RunError):  # noqa: N818 (it failed, and may be tried again)
-    """This attempt gave no sum; nothing of it can be used."""
+    """Report that this attempt gave no sum, and nothing of it can be used."""
 
 
 @dataclass(frozen=True)
 class MaskedMean:
-    """What one session gives."""
+    """Hold the result of one session."""
 
     update: ModelUpdate
     """The weighted mean of the sites' models, as if one site had sent it."""
@@ -122,6 +127,7 @@ def check_keys(advert: KeyAdvert, certificate: str) -> None:
     """
     if len({advert.seal_key, advert.mask_key, advert.commitment}) != 3:
         raise SecureAggregationRefused("one key for two purposes")
+    # A point of small order shows only when it is used, so the server uses it once with a key of its own.
     for key in (advert.seal_key, advert.mask_key):
         keys.pairwise_key(keys.new_secret(), key, "check", b"")
     owner = identity.read_certificate(certificate, datetime.now(UTC))
@@ -131,14 +137,20 @@ def check_keys(advert: KeyAdvert, certificate: str) -> None:
 
 
 def odd_ones(adverts: Mapping[str, KeyAdvert]) -> list[str]:
-    """Return the sites that say another run or configuration than most: others would not share with them."""
+    """Return the sites that state another run or configuration than most sites.
+
+    The others would not share secrets with them.
+    """
     told = {site: (advert.run, advert.settings) for site, advert in adverts.items()}
     common = Counter(told.values()).most_common(1)
     return [site for site, says in told.items() if says != common[0][0]]
 
 
 def twins(adverts: Mapping[str, KeyAdvert]) -> list[str]:
-    """Return the sites that share a key, or an owner's key, with another: no site would go on with both."""
+    """Return the sites that share a key, or an owner's key, with another.
+
+    No site would go on with both.
+    """
     now = datetime.now(UTC)
     held = {
         site: (
@@ -155,16 +167,17 @@ def twins(adverts: Mapping[str, KeyAdvert]) -> list[str]:
 
 @dataclass
 class Session:
-    """One attempt at one round.
+    """Run one attempt at one round.
 
     Args:
-        exchange: how sites are asked.
-        report: where unusable replies are reported.
+        exchange: sends requests to sites and yields their replies.
+        report: called with unusable replies.
         spent: called with every privacy statement; the budget is spent, whatever becomes of the update.
         config: of the secure aggregation.
         round: its number.
         weights: of the sites, in any unit.
         quorum: fewest sites in the sum.
+        name: the session's random text.
     """
 
     exchange: Exchange
@@ -177,10 +190,10 @@ class Session:
     name: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def run(self, sites: Sequence[str], model: RecordDict, trained: Mapping[str, FloatArray]) -> MaskedMean:
-        """All five steps.
+        """Run all five steps of the session and return the mean.
 
         Args:
-            sites: who is asked.
+            sites: the sites that are asked.
             model: the ModelUpdate that the sites train, as it is sent.
             trained: arrays with the names and shapes that a site trains.
 
@@ -198,6 +211,8 @@ class Session:
         start = {name: sent[name] for name in trained}
         weight = total.weight()
         try:
+            # Nobody can see single updates, so these two checks of the sum are all that stops words that
+            # are no update.
             refuse_noise(total.total, weight, len(plan.adverts))
             mean = mean_of(total.total, start, self.config.clip_range, weight, len(plan.adverts))
         except RunError as error:
@@ -212,7 +227,7 @@ class Session:
         offer = to_records(SessionOffer(session=self.name, round=self.round))
         adverts = {}
         for site, advert in self._replies(KEYS, dict.fromkeys(sites, offer), KeyAdvert):
-            # Its own may be of another authority than the other sites trust; what lies here is not.
+            # The site's own may be of an authority that the other sites do not trust; the folder's is not.
             certificate = self._certificate(site) or advert.certificate
             if not certificate:
                 self.report(site, KEYS, "it sent no certificate, and there is none for it here")
@@ -284,6 +299,7 @@ class Session:
                     statement = from_records(content, PrivacyStatement)
                     update = from_records(content, MaskedUpdate)
                 check_statement(statement, site, self.round)
+                # Before the vector is checked: the site's budget is spent even if the vector is of no use.
                 self.spent(statement)
                 with reading("unusable reply"):
                     self._check(site, update.sender, update)
@@ -296,7 +312,10 @@ class Session:
         return metrics
 
     def _agree_on_survivors(self, total: MaskedSum) -> UnmaskRequest:
-        """Have the survivors sign whose vectors are in the sum; each will see that others signed the same."""
+        """Have the survivors sign the list of sites whose vectors are in the sum.
+
+        Each will see that others signed the same list.
+        """
         if short := total.short_of(total.survivors):
             raise SessionFailed(f"too few sites are left to unmask what {', '.join(short)} sent")
         told = SurvivorList(session=self.name, round=self.round, survivors=tuple(sorted(total.survivors)))
@@ -319,6 +338,7 @@ class Session:
             total.unmask(answers)
         except RunError as error:
             raise SessionFailed(str(error)) from error
+        # Only after unmasking, since a wrong share that was worked around is no reason to stop.
         for holder, owner in total.wrong_shares(answers):
             self.report(
                 holder, UNMASK, f"a wrong share of a secret of {owner}, given to it or by it; not used"
@@ -327,10 +347,11 @@ class Session:
     def _repeatable(
         self, kind: str, request: SurvivorList, record: type[T], enough: Callable[[dict[str, T]], bool]
     ) -> dict[str, T]:
-        """Ask the survivors; where too few answer ask the others again, for a lost answer is the same one."""
+        """Ask the survivors, and where too few answer ask the missing ones again."""
         replies: dict[str, T] = {}
         content = to_records(request)
         for _ in range(_ATTEMPTS):
+            # Asking again is safe: a site repeats its answer to the same list and gives no other.
             missing = [site for site in request.survivors if site not in replies]
             if missing and not enough(replies):
                 replies |= dict(self._replies(kind, dict.fromkeys(missing, content), record))
@@ -359,8 +380,9 @@ class Session:
             raise SessionFailed(f"{sites} site(s) {did}, {self.quorum} are needed")
 
     def _certificate(self, site: str) -> str:
-        """The certificate of a site whose kit has none, from the server's folder; read anew, for a site that
-        joins late gets its certificate while the run goes on."""
+        """Return the certificate of a site whose kit has none, from the server's folder."""
+        # Read anew each time, for a site that joins late gets its certificate while the run goes on. The
+        # name comes from a site, so it must not lead out of the folder.
         path = Path(self.config.certificates) / f"{site}.crt"
         if not self.config.certificates or not _FILE_NAME.fullmatch(site) or not path.is_file():
             return ""

@@ -1,8 +1,9 @@
-"""What each site stated last of its privacy budget, so that a ledger that was rolled back is noticed.
+"""Keep each site's last privacy statement, so that a ledger that was rolled back is noticed.
 
-What was spent stays spent: the events of a site's statements may only grow. Statements are kept for the run,
-and in a folder for all runs of a consortium where there is one. The site itself has a second anchor for its
-ledger (client/ledger_anchor.py); this is the witness that does not lie at the site.
+What was spent stays spent: the events of a site's statements may only grow. Statements are kept for the
+run, and in a folder for all runs of a consortium where there is one. The site itself has an anchor for its
+ledger (client/ledger_anchor.py); the statements kept here are a second record that does not lie at the
+site.
 """
 
 import fcntl
@@ -30,7 +31,7 @@ _Site = tuple[str, str]
 
 
 def rolled_back(newest: PrivacyStatement) -> str:
-    """Say what is wrong with a statement that leaves out what ``newest`` states, and what to do about it."""
+    """Return the fault of a statement that leaves out what ``newest`` states, and the remedy."""
     told = f" --head {newest.ledger_head}" if newest.ledger_head else ""
     return (
         "its privacy statement leaves out what it stated before: its ledger was replaced or rolled back. At "
@@ -39,7 +40,7 @@ def rolled_back(newest: PrivacyStatement) -> str:
 
 
 class Memory(BaseModel):
-    """What is kept of one site."""
+    """Hold what is kept of one site."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,11 +49,12 @@ class Memory(BaseModel):
     """Digests of the newest statements that were taken, in their order."""
 
 
+# Any node can give any name. What is kept of a name counts only against the node that gave it, or one node
+# could shut another site out by stating much in its name.
 class StatementBook:
-    """The statements of all sites.
+    """Keep the statements of all sites.
 
-    Anybody can give any name, so what is kept of a name counts only against the node that said it: a site is
-    known by its name and its node's key together.
+    A site is known by its name and its node's key together.
 
     Args:
         folder: where they outlive a run, one file a site; None keeps them for this run alone.
@@ -84,10 +86,10 @@ class StatementBook:
                     self._read(file)
 
     def asking(self, sites: Mapping[str, str]) -> None:
-        """Remember what sites have stated, before they are asked: their answers cannot leave it out.
+        """Remember the statements of sites before they are asked, because their answers must cover them.
 
-        Without it they are held to what they have stated when their answers are read, which is more where
-        another run has read an answer since.
+        Without this call, sites are held to what they have stated when their answers are read, which is
+        more where another run has read an answer since.
 
         Args:
             sites: the fingerprint of its node's key, by site.
@@ -101,14 +103,11 @@ class StatementBook:
                 self._asked[site] = kept.last if kept else None
 
     def take(self, statement: PrivacyStatement, key: str = "") -> PrivacyStatement | None:
-        """Take a statement in, if it leaves out nothing that its site stated before it was asked.
-
-        A site that is in two runs at once answers one after the other, and the answers may be read in
-        another order. The older is then part of the newer; of two ledgers that went different ways each has
-        what the other has not.
+        """Accept a statement that leaves out nothing that its site stated before it was asked.
 
         A statement that claims no bound (of a run without privacy) hides nothing and is not kept. An answer
-        that comes a second time, after a crash or a lost reply, is known by its events and its ledger's head.
+        that comes a second time, after a crash or a lost reply, is known by its events and its ledger's
+        head.
 
         Args:
             statement: from a site.
@@ -125,16 +124,23 @@ class StatementBook:
             return None
         site = (statement.site, key)
         with self._alone():
+            # The folder may be new, or put back from a copy, and hold less than this run does, so both
+            # count.
             own, kept = self._own.get(site), self._kept(site)
             before = [memory for memory in (kept, own) if memory is not None]
             asked = self._asked.get(site, kept.last if kept else None)
             digest = self._digest(statement)
             declares = [m.last for m in before if statement.losses > m.last.losses]
+            # A site in two runs at once answers one after the other, and the answers may be read in another
+            # order. The older one is then part of the newer; of two ledgers that went different ways each
+            # has what the other lacks.
             newer = [m.last for m in before if not _covers(statement, m.last)]
             held = [last for last in (asked, own.last if own else None) if last is not None]
             missing = [last for last in held if not _covers(statement, last)]
+            # Neither covers the other: these are two histories of one ledger.
             missing += [last for last in newer if not _covers(last, statement)]
             if missing:
+                # The very same answer, sent again after a crash or a lost reply, is no roll-back.
                 if any(digest in memory.taken for memory in before):
                     return None
                 self._left_out[site] = missing[0]
@@ -151,16 +157,17 @@ class StatementBook:
         return declares[0] if declares else None
 
     def last(self, site: str, key: str = "") -> PrivacyStatement | None:
-        """Return what a site stated last in this run, or in the checkpoint that it goes on from."""
+        """Return the last statement of a site in this run, or in the checkpoint that it goes on from."""
         memory = self._own.get((site, key))
         return memory.last if memory else None
 
     def _digest(self, statement: PrivacyStatement) -> str:
+        # The round is left out of the digest: the same answer may come again in another round of its run.
         told = statement.model_dump_json(include={"site", "events", "ledger_head", "losses"})
         return hashlib.sha256(f"{self._run} {told}".encode()).hexdigest()[:32]
 
     def _kept(self, site: _Site) -> Memory | None:
-        """What the folder holds of a site. It may be new, or put back, and hold less than this run does."""
+        """Return what the folder holds of a site, or None."""
         file = self._file(site)
         return self._read(file) if file is not None and file.exists() else None
 
@@ -196,6 +203,7 @@ class StatementBook:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            # The lock is on the folder and not on a file of it, because every write replaces the file.
             lock = os.open(self._folder, os.O_RDONLY)
         except OSError as error:
             raise RunError(f"the folder {self._folder} cannot be used: {error.strerror or error}") from error
@@ -207,20 +215,21 @@ class StatementBook:
 
 
 def _covers(new: PrivacyStatement, old: PrivacyStatement) -> bool:
-    """Whether the new statement admits at least what the old one did.
-
-    A site that declares a loss and does not know what it lost states an event without noise: that bounds
-    nothing, so it admits everything.
-    """
+    """Return True if the new statement admits at least what the old one did."""
     declares = new.losses - old.losses
     now = _counted(new)
+    # A site that declares a loss and does not know what it lost states an event without noise. That bounds
+    # nothing, so it admits everything.
     if declares > 0 and any(kind[0] == "poisson_gaussian" and kind[2] == 0 for kind in now):
         return True
     return declares >= 0 and _counted(old) <= now
 
 
 def _counted(statement: PrivacyStatement) -> Counter[tuple[Any, ...]]:
-    """How much of each event: steps of a Gaussian of one sampling rate and noise, releases of one scale."""
+    """Count each event of a statement.
+
+    Steps of Gaussian events are counted by sampling rate and noise, releases by scale.
+    """
     counts: Counter[tuple[Any, ...]] = Counter()
     for data in statement.events:
         event = event_from_dict(data)

@@ -1,6 +1,7 @@
-"""How much each site counts in the mean: by its bags, or by how its labels complement the others'.
+"""Compute each site's weight in the mean, by its bags or by FedPALS.
 
-Pure functions; they see the released counts only.
+FedPALS weighs sites so that their labels complement each other. The functions are pure and see the released
+counts only.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ def label_marginal_weights(
     sizes: NDArray[np.float64],
     regularisation: float,
 ) -> NDArray[np.float64]:
-    """Weights on the simplex that bring the mixture of label marginals close to a target.
+    """Return weights on the simplex that bring the mixture of label marginals close to a target.
 
     Minimises ``||target - marginals^T w||^2 + regularisation * sum_i w_i^2 / n_i * n`` over the simplex
     (FedPALS, arXiv 2411.03799, eq. 4, with n_i relative to their sum n so that the regularisation has no
@@ -37,6 +38,8 @@ def label_marginal_weights(
         Shape (sites,), non-negative, summing to 1.
     """
     share = sizes / sizes.sum()
+    # The three blocks of the least squares are the alignment, the regularisation, and one heavy row that
+    # makes the weights sum to 1.
     rows = [
         marginals.T,
         np.diag(np.sqrt(regularisation / share)),
@@ -48,7 +51,10 @@ def label_marginal_weights(
 
 
 def training_bags(bags: int, held_back: float) -> int:
-    """How many of a site's ``bags`` are left to train on when it holds a share back (``BagStore.split``)."""
+    """Return the bags that a site trains on when it holds a share of ``bags`` back.
+
+    The rule is that of ``BagStore.split``.
+    """
     if held_back <= 0 or bags < 2:
         return bags
     return bags - min(max(1, round(held_back * bags)), bags - 1)
@@ -57,7 +63,7 @@ def training_bags(bags: int, held_back: float) -> int:
 def fedpals_weights(
     releases: Mapping[str, ProportionRelease], target: str, regularisation: float
 ) -> dict[str, float]:
-    """Label-marginal aware weights from the sites' releases.
+    """Return label-marginal aware weights from the sites' releases.
 
     Args:
         releases: by site name.
