@@ -81,7 +81,8 @@ def work(run: Path) -> None:
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     trained = time.monotonic()
     test = LabelledImages.open(Path(order.test), config.model.image_size)
-    assert test is not None  # the folder was made with test images
+    # The folder was made with test images.
+    assert test is not None
     device = choose_device(config.train.device)
     # The stored model is the one selected on held-back bags, so the test images have no part in the choice.
     levels = score(load_model(run)[0], test, device)

@@ -132,6 +132,7 @@ def _of_entry(
         bag_size = 1
     division = _division(scenario.data, setting, bag_size, seed)
     passes = context.passes or entry.passes or grid.passes or scenario.passes
+    # A pooled or local-only model is trained at one site, whatever the division.
     sites = division.sites if setting is Setting.FEDERATED else 1
     chosen = {**scenario.run, **grid.set, **entry.set}
     if chosen.get(WEIGHTS):
@@ -181,6 +182,7 @@ def _of_entry(
 
 
 def _division(data: Data, setting: Setting, bag_size: int, seed: int) -> Division:
+    # A bag of one image cannot keep a group together, so only sites keep the groups of single images.
     pooled, single = setting is Setting.POOLED, bag_size == 1
     return Division(
         bags="random" if single else data.bags,

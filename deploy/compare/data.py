@@ -98,7 +98,8 @@ class DataFolders:
             for cell in cells
             for site in site_folders(self.sites_dir(cell))
         ):
-            site = site.resolve()  # a site and its link are one folder
+            # A site and the link to it are one folder, which is decoded once.
+            site = site.resolve()
             store = BagStore.open(site, size, progress=progress(f"decoding: {site.parent.name}"))
             self._bag_sizes[site] = store.bag_sizes
         for size in dict.fromkeys(cell.config.model.image_size for cell in cells):
@@ -216,7 +217,8 @@ class LinkedImages(FileImages):
         path = self.paths[index]
         try:
             os.link(path, stem.with_suffix(path.suffix))
-        except OSError:  # a file system without hard links
+        # Not every file system has hard links.
+        except OSError:
             shutil.copyfile(path, stem.with_suffix(path.suffix))
         return path.suffix
 

@@ -92,6 +92,7 @@ def compare(
             failed = board.failed
         table = tabulate(scenario, planned, out)
         if table["rows"]:
+            # Imported here, because matplotlib takes a second to load and may not be needed.
             from deploy.compare.plots import draw_plots
 
             draw_plots(summarise(table["rows"]), scenario.title, out / PLOTS)

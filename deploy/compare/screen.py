@@ -157,7 +157,8 @@ def print_table(content: Mapping[str, Any], out: Path) -> None:
         names = list(dict.fromkeys(name for line in chosen for name in line.levels))
         shown = table(f"{content['title'] or 'comparison'}: {setting}, accuracy", *accuracy_header(names))
         shown.box, shown.padding, shown.show_edge = SIMPLE_HEAD, (0, 0, 0, 1), False
-        shown.columns[0].overflow = "fold"  # a narrow terminal cuts names, never figures
+        # A narrow terminal wraps names and never cuts figures.
+        shown.columns[0].overflow = "fold"
         for line in chosen:
             shown.add_row(*accuracy_cells(line, names))
         screen.print(shown)

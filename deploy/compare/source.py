@@ -157,6 +157,7 @@ def _digest(table: SourceTable, train: Indices, test: Indices, group_column: str
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
+        # The zero byte keeps neighbouring values apart.
         digest.update(json.dumps(value, sort_keys=True).encode() + b"\0")
 
     add(

@@ -135,6 +135,7 @@ def last_feature_map(outputs: Sequence[Tensor]) -> Tensor | None:
     """
     maps: list[Tensor] = []
     for output in outputs:
+        # A sequence of tokens: the maps before it, such as the patches of a ViT, no longer count.
         if output.ndim == 3:
             maps.clear()
         elif output.ndim == 4 and output.requires_grad and _side(output) > 1:

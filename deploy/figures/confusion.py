@@ -67,6 +67,7 @@ def _draw_matrix(axes: Axes, tree: Hierarchy, level: int, counts: NDArray[np.int
     axes.spines[:].set_visible(True)
     number = len(order)
     if number <= MOST_NUMBERED:
+        # Smaller shares would be printed as 0.00.
         for row, column in np.argwhere(np.nan_to_num(shares) >= 0.005):
             share = shares[row, column]
             colour = "white" if share > 0.55 else "black"

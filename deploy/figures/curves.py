@@ -28,6 +28,7 @@ def draw_curves(runs: Sequence[FinishedRun]) -> Figure:
 
 
 def _draw_loss(axes: Axes, runs: Sequence[FinishedRun]) -> None:
+    # Methods minimise different losses, whose values cannot be compared.
     axes.set_title("Training loss" if len(runs) == 1 else "Training loss (of each method's own kind)")
     axes.set_ylabel("loss (nats)")
     handles: list[Line2D] = []
@@ -72,6 +73,7 @@ def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, 
     several, shown = len(runs) > 1, False
     handles: list[Line2D] = []
     for number, run in enumerate(runs):
+        # Sites may withhold these figures, and a curve needs them at every level.
         events = [event for event in run.of("bags") if all(key in level for level in event["levels"])]
         rounds = [event["round"] for event in events]
         shown = shown or bool(rounds)

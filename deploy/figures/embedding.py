@@ -95,6 +95,7 @@ def embed(model: LHFGLP, sample: TestSample, seed: int) -> Embedding:
     reduced = PCA(components, random_state=seed).fit_transform(together)
     # t-SNE requires a perplexity, its effective number of neighbours, below the number of points.
     perplexity = min(30.0, (len(together) - 1) / 3)
+    # Initialised from the principal components and with a fixed seed, so that a figure can be drawn again.
     tsne = TSNE(perplexity=perplexity, init="pca", max_iter=ITERATIONS, random_state=seed)
     plane = tsne.fit_transform(reduced).astype(np.float64)
     return Embedding(plane[: len(features)], plane[len(features) :], bags)

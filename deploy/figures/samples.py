@@ -32,7 +32,8 @@ class TestSample:
         sites: shape (N,) index of the site that each image is from.
     """
 
-    __test__ = False  # pytest: no test class
+    # pytest would take a class of this name for tests.
+    __test__ = False
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -100,6 +101,7 @@ def read_sample(run: FinishedRun, folders: list[Path], image_size: int, most: in
     total = sum(sizes)
     chosen = np.arange(total)
     if total > most:
+        # Chosen by number alone, so that every image size gets the same images.
         chosen = np.sort(np.random.default_rng(run.config.seed).permutation(total)[:most])
     images, labels, sites = [], [], []
     for start, size, (number, found) in zip(np.cumsum([0, *sizes]), sizes, opened, strict=False):

@@ -76,6 +76,7 @@ def save(figure: Figure, path: Path) -> Path:
     """
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
+    # Renamed into place at the end, so that nobody finds half a file under the figure's name.
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

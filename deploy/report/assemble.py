@@ -96,6 +96,7 @@ def assemble(found: Collected, accountants: Accountants) -> tuple[dict[str, Site
 def worst_of(sites: Iterable[Site]) -> Worst | None:
     """Return the figures of the site that spent most, or None unless every site is bounded."""
     every = list(sites)
+    # One site without a bound takes the guarantee from the federation, whatever the others spent.
     if not every or any(site.status is not Status.BOUNDED for site in every):
         return None
     site = max(every, key=lambda site: (site.epsilon or 0.0, site.delta or 0.0))
@@ -104,6 +105,7 @@ def worst_of(sites: Iterable[Site]) -> Worst | None:
 
 def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
     """Return rounds of training, counted over the ledger's life, with the events before the next round."""
+    # Where statements hold an epsilon for every round, the plot takes those and nothing is computed again.
     if item.book is None or _told_by_statements(item):
         return {}
     events = [charge.event for charge in charges(item.book)]
@@ -143,6 +145,7 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
         rounds = _rounds_shown(item, extent.points)
         question = Question(
             events=merge(charge.event for charge in spent),
+            # What is reserved counts as spent, so a crash wastes budget and never hides spending.
             confirmed=merge(charge.event for charge in spent if charge.confirmed),
             delta=item.book.cap.delta,
             next_round=_last_round(spent),
@@ -203,6 +206,7 @@ def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
         return []
     where = f"the statement of round {statement.round}"
     reasons = []
+    # Epsilons can be compared at one delta only.
     compared = item.book is None or item.book.cap.delta == statement.delta
     compared = compared and not _too_many(merge(statement.events))
     if compared and not math.isclose(statement.epsilon, answer.stated, rel_tol=TOLERANCE, abs_tol=1e-9):
@@ -227,6 +231,7 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
     cap = book.cap.epsilon if book else _stated_cap(item.statement)
     training = training_of(spent) if book else _stated_training(item)
     epsilon = bounded.epsilon if bounded else None
+    # Without rounds of a ledger the plot shows what the site stated round by round.
     if bounded and not bounded.prefixes:
         spending = [Spending(round=r, epsilon=e) for r, e in sorted(item.stated.items())]
     else:
@@ -279,6 +284,7 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
 
 
 def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
+    # Checked first: no other record of a site is believed while its ledger cannot be trusted.
     if item.ledger is not None and (item.book is None or item.problems):
         return Status.UNKNOWN, "Its ledger was changed, or is not the one that its statements speak of."
     if item.statement is not None and item.statement.epsilon is None:
@@ -317,6 +323,7 @@ def _generators(item: Evidence) -> tuple[Generator, ...]:
 
 
 def _kind_of(generators: Sequence[Generator]) -> GeneratorKind:
+    # One seeded generator is enough, because whoever knows the seed can subtract its noise.
     if Generator.SEEDED in generators:
         return GeneratorKind.INSECURE
     if not all(generator.secure for generator in generators):

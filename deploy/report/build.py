@@ -29,6 +29,7 @@ def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) ->
     with Accountants(expected_sites(sources)) as accountants:
         found = collect(sources)
         sites, problems = assemble(found, accountants)
+    # Of several runs no single name, number of rounds or audit holds for the whole report.
     run = found.runs[0] if len(found.runs) == 1 else None
     worst = worst_of(sites.values())
     # The audit's bound is for add/remove and so lies below the replace-one epsilon of a correct guarantee.

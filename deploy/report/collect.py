@@ -194,6 +194,7 @@ def _read_run(path: Path, found: Collected) -> None:
     state, finished = _state(path)
     events = _events(path / "metrics.jsonl")
     try:
+        # The statements come from sites, so their form is checked before any figure is taken from them.
         statements = {site: Statement.model_validate(s) for site, s in state["statements"].items()}
         releases = {site: _release(release) for site, release in state["releases"].items()}
         found.left_out += [LeftOut.model_validate(item) for item in state["left_out"]]
@@ -279,6 +280,7 @@ def _central(data: Mapping[str, Any] | None) -> CentralNoise | None:
     """Return what ``server.central_dp`` stated, if the server added noise."""
     if data is None:
         return None
+    # The report's JSON allows no infinite number, so "no bound" is None there.
     epsilons = {key: value if math.isfinite(value) else None for key, value in data["epsilon"].items()}
     figures = {key: value for key, value in data.items() if key != "epsilon"}
     return CentralNoise(**figures, replace_one=epsilons["replace-one"], add_remove=epsilons["add-remove"])

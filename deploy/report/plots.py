@@ -21,6 +21,7 @@ def spending_plot(points: Points, cap: float | None, confirmed: float | None) ->
     """
     highest = max([epsilon for _, epsilon in points] + ([cap] if cap is not None else []))
     last_round, last = points[-1]
+    # At least one round wide, and with some height, so that a plot of no spending has a scale.
     x = _Axis(0, max(last_round, 1), LEFT, WIDTH - RIGHT)
     y = _Axis(0, highest * 1.08 or 1, HEIGHT - BOTTOM, TOP)
     parts = _frame(x, y, "round", "epsilon", _ticks(x, whole=True), _ticks(y))

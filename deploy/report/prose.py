@@ -68,6 +68,7 @@ def headline(told: Told) -> str:
         return f"No figure can be given: the records of {listed([s.name for s in unknown])} do not hold up."
     if worst is None:
         return "No privacy guarantee: there is no site to report on."
+    # Without a known cap it is unknown whether a site kept within its budget.
     within = all(site.cap is not None and (site.epsilon or 0.0) <= site.cap for site in told.sites)
     count = len(told.sites)
     who = worst.site if count == 1 else "Both sites" if count == 2 else f"All {count} sites"

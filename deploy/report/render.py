@@ -78,6 +78,7 @@ def _value(data: Any, *keys: str | int, absent: str = "not recorded") -> Markup:
         return Markup('<span class="absent" data-field="{}" data-value="null">{}</span>').format(
             field_path(*keys), absent
         )
+    # repr is the shortest text that reads back as exactly the same number.
     exact = repr(data) if isinstance(data, float) else str(data)
     return Markup('<span data-field="{}" data-value="{}">{}</span>').format(
         field_path(*keys), exact, visible_lines(shown(data, str(keys[-1])))
@@ -114,6 +115,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # Makes any name a valid id of an element. Character codes keep different names apart.
     environment.filters["anchor"] = lambda name: "".join(
         c if c.isascii() and c.isalnum() else f"-{ord(c):x}-" for c in str(name)
     )

@@ -27,6 +27,7 @@ class Charge:
 
 def charges(book: "Book") -> list[Charge]:
     """Return every charge in the order of the rows, with the events of ``book.events``."""
+    # A row may charge several events, which book.events lists one by one.
     rows = [entry for entry in book.entries for _ in range(_events_of(entry))]
     return [
         Charge(
@@ -87,6 +88,7 @@ def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
             figures=len(group),
             looks=len({c.row for c in group}),
             unconfirmed_looks=len({c.row for c in group if not c.confirmed}),
+            # A figure is charged as twice what it costs, which saves the accountant another kind of event.
             epsilon_alone=len(group) * 2 / scale,
         )
         for (run, version, scale), group in groups.items()

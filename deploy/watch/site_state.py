@@ -75,6 +75,7 @@ def cause_of_code(code: int) -> str:
     """Return the cause, one of CAUSES, for an error code that was sent."""
     if code in set(SiteError):
         return site_cause(SiteError(code))
+    # Codes below those of SiteError are Flower's own, for a message or an app that was lost.
     return LOST if code < min(SiteError) else OTHER
 
 

@@ -44,6 +44,7 @@ CAUSES = (
 """Every cause for which something of a site is not used: a closed set, so that no text of a site becomes a
 label of a metric."""
 
+# Events hold the reason as text only, so the cause is found again by the texts that the server writes.
 _BY_TEXT = {
     **{text: site_cause(code) for code, text in SITE_ERRORS.items()},
     **dict.fromkeys(FLOWER_ERRORS.values(), LOST),
@@ -210,6 +211,7 @@ class RunState:
                 return state
 
     def _enrolled(self, event: Event) -> Self:
+        # A resumed run enrols anew. A known site that is absent then takes no part, and keeps its history.
         names = {str(name) for name in event.get("sites", ())}
         sites = {
             name: replace(
@@ -222,6 +224,7 @@ class RunState:
             round=int(event.get("round", 0)),
             rounds=int(event.get("rounds", self.rounds)),
             sites=sites,
+            # A run that goes on is no longer failed or stopped, whatever ended it before.
             failure="",
             stopped_early="",
         )

@@ -98,6 +98,7 @@ def _site_cells(site: Site) -> tuple[RenderableType, ...]:
         str(site.last_update or ""),
         _figure(site.bags, "d"),
         _figure(site.loss, ".3f"),
+        # A site that has sent updates and states no epsilon has trained without a bound.
         _figure(site.epsilon, ".3f") or ("not private" if site.updates else ""),
         _figure(site.epsilon_left, ".3f"),
     )

@@ -214,6 +214,7 @@ def _mirror(events: JsonLinesFile, mirrors: Sequence[Mirror], *, follow: bool) -
             for event in news.lines:
                 state = state.after(event)
                 text = json.dumps(event, sort_keys=True)
+                # The state takes every event, and the mirrors each event once.
                 values = {} if text in mirrored else figures_of(event, state)
                 mirrored.add(text)
                 for mirror in mirrors if values else ():
