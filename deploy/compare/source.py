@@ -43,7 +43,7 @@ def open_data(data: Data, folder: Path, path: Path | None = None) -> OpenedData:
     Args:
         data: the scenario's table.
         folder: where its relative paths start.
-        path: stands in for ``data.path``; other files are looked for in the same place beside it.
+        path: stands in for ``data.path``; other files are expected at the same place relative to it.
 
     Raises:
         UserError: what the source raises; no split and no test-share; a group on both sides of the split.

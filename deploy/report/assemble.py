@@ -192,7 +192,7 @@ def _usual_round(events: Events, run: RunEvidence | None) -> Events:
     """Return the events of one more round, where only merged events are known.
 
     The round has as many steps as the run's rounds. The result is empty where the run evaluates on held-back
-    bags, because the cost of one evaluation cannot be told from merged events.
+    bags, because the cost of one evaluation cannot be read from merged events.
     """
     steps = run.settings.steps_per_round if run and run.settings.metrics_scale is None else None
     training = [event for event in events if isinstance(event, PoissonGaussian)]

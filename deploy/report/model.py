@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Part(BaseModel):
-    """Provide the base of the report's parts, which are frozen, without unknown fields and finite."""
+    """Provide the frozen base of the report's parts, without unknown fields and infinite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

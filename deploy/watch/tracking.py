@@ -178,7 +178,7 @@ def track(run: Path, tensorboard: Path | None, mlflow: str | None, *, follow: bo
         follow: wait for the end of a run that goes on.
 
     Returns:
-        The state of the run at the last look.
+        The state of the run when it was last read.
 
     Raises:
         UserError: no run, nowhere to mirror to, a store that cannot be used, or the extra is missing.
