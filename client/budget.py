@@ -55,6 +55,8 @@ class Budget:
         Raises:
             BudgetRefused: the site's cap does not allow it.
         """
+        # Before the plan is made: the search for its noise takes seconds, and a server can ask as often
+        # as it likes.
         self.ledger.refuse_used_up(self.run_id, round)
         return self.ledger.reserve(
             self.plan.round_event(), self.run_id, round, generator=self.plan.randomness.description

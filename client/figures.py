@@ -50,6 +50,8 @@ def check_metrics(facts: "Facts", metrics: Mapping[str, Metric]) -> None:
         EgressError: a metric is missing, too many, or not of its type, length or range.
     """
     expected = _expected(facts)
+    # All or, at an evaluation, none: a site may hold no bags back and have no test images. Anything in
+    # between would be a choice that could tell something.
     if metrics.keys() != expected.keys() and (metrics or not facts.kind.startswith("evaluate.")):
         raise EgressError("a metric that the site's policy does not allow, or one too few")
     for name, value in metrics.items():
@@ -70,6 +72,8 @@ def _expected(facts: "Facts") -> dict[str, Check]:
         }
     elif facts.kind == "evaluate.bags":
         levels = len(facts.store.hierarchy.levels)
+        # Noise is unbounded, but FARTHEST_NOISE scales never occur in practice. Without a bound, a
+        # handler could send any number as a noised sum.
         farthest = GRID * (facts.held_back + FARTHEST_NOISE * facts.config.dp.metrics_scale)
         known = {
             "bags-kl": _floats(levels, math.inf),
@@ -121,4 +125,5 @@ def _cells(size: int, smallest: int) -> Check:
 
 
 def _suppressed(value: int | float, smallest: int) -> bool:
+    # A site that suppresses nothing has no use for the mark of a suppressed count.
     return value == SUPPRESSED and smallest > 1

@@ -1,8 +1,8 @@
 """Keep decoded images on disk, memory-mapped, so that each is decoded once per data version.
 
 Shared by the bag store and by the labelled test images; knows neither bags nor labels. A cache is one
-folder ``KIND-SIZE-VERSION`` holding ``images.npy`` (N, S, S, 3) uint8 and ``cache.json``. It is built in
-a temporary folder and renamed into place, so that a reader never meets half a cache and two processes
+folder ``KIND-SIZE-FORMAT.VERSION`` holding ``images.npy`` (N, S, S, 3) uint8 and ``cache.json``. It is built
+in a temporary folder and renamed into place, so that a reader never meets half a cache and two processes
 that build at once end with one.
 """
 

@@ -94,7 +94,7 @@ def record(message: Message, context: Context, call_next: Handler) -> Message:
 def journal_path(context: Context) -> Path | None:
     """Return the path of this node's journal, or None at a simulated site.
 
-    It lies in the site's kit, or in its own folder if there is no kit.
+    It lies in the site's kit, or in the site folder if there is no kit.
     """
     if kit := context.node_config.get(KIT):
         return Path(str(kit)) / LOGS / JOURNAL_FILE

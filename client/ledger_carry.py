@@ -68,6 +68,8 @@ class CarryFile:
             about, compositions = composition.unpack(content)
         except (OSError, UserError, ValueError, KeyError, zipfile.BadZipFile):
             return  # there is none, or none that this site's code writes: everything is composed again
+        # The head is read from this ledger: the file of another ledger, or of rows that were rolled back,
+        # does not match.
         if about != _about(book, about["rows"], hash_of(about["rows"])):
             return
         for carried in compositions:

@@ -47,7 +47,7 @@ def verify(
         path: the file.
         head: the ledger head of a privacy statement that this site once sent, as the server holds it.
         site: whose ledger it should be.
-        anchor: the site's second anchor, if it is to be compared.
+        anchor: the ledger's anchor, if it is to be compared.
 
     Returns:
         Everything that is wrong, in the order of the rows; empty when the file can be believed.

@@ -31,15 +31,15 @@ def accept_loss(
 ) -> bool:
     """Record that the site's owner accepts the loss of ledger rows, and charge what is known of them.
 
-    What the anchor says was spent is charged on. Where a witness names rows that no anchor that can be read
-    covers, an event without noise is charged too: nobody knows what was spent, so the whole budget counts as
-    spent.
+    Spending that the anchor records and the ledger does not is charged. Where a witness names rows that no
+    readable anchor covers, an event without noise is charged too: nobody knows what was spent, so the whole
+    budget counts as spent.
 
     Args:
         path: the ledger; a missing one is made anew.
         site: the site's name.
         data_version: of the site's data as it is now; taken as accepted in a new ledger.
-        anchor: where the second anchor lies.
+        anchor: the ledger's anchor.
         seen: other witnesses of the chain, such as the site's journal.
         head: the ledger head that the coordinator holds of this site, 64 hexadecimal digits.
 

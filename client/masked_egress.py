@@ -87,7 +87,7 @@ def check_keys(context: Context, config: RunConfig, site: SiteConfig, reply: Key
     """Refuse keys with another certificate than the kit's, or the digest of another configuration.
 
     Raises:
-        EgressError: as above; either field could carry what it likes otherwise.
+        EgressError: one of them differs; a field that is not checked could carry anything.
     """
     from client.secure_aggregation import find_kit, own_certificate, settings_digest
 

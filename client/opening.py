@@ -69,6 +69,7 @@ def with_own_split(store: BagStore, folder: Path, terms: Terms, *, private: bool
     _, held_back = divided.split(terms.held_back, 0)
     if private or len(held_back) >= terms.minimum_held_back_bags:
         return divided
+    # Too few for a figure that may leave, so they are better trained on.
     return replace(store, own_split=OwnSplit(0.0, key))
 
 

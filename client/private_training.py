@@ -119,6 +119,7 @@ class BagDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
 
     def pre_step(self, closure: object = None) -> bool:
         """Prepare a step in Opacus's order, without its hooks' per-sample gradients."""
+        # Opacus's own begins with per-sample gradients, which one backward pass per bag does not make.
         self.add_noise()
         self.scale_grad()
         if self.step_hook:
@@ -205,8 +206,8 @@ def train_round_privately(
     # The ledger was charged for the plan's steps: one more would be spending that nobody counted.
     if optimiser.steps != plan.steps_per_round:
         raise RunError(f"{optimiser.steps} private steps taken, but {plan.steps_per_round} accounted for")
-    # Torch counts every change of a tensor in ``_version``. A buffer that training wrote holds something
-    # of private images, and the whole model leaves the site.
+    # Torch counts every change of a tensor in ``_version``: a buffer that training wrote holds something
+    # of private images.
     if buffers != {name: buffer._version for name, buffer in model.named_buffers()}:
         raise RunError("training changed a buffer of the model, which no noise covers; use another backbone")
     if optimiser.discarded:

@@ -80,7 +80,7 @@ def read_listing(site_dir: Path, config: SiteConfig) -> tuple[Hierarchy, Listing
     """Parse manifest.csv, bags.csv and the hierarchy of a site.
 
     Raises:
-        DataError: a file is missing, not UTF-8, lacks a column, or the hierarchy is no tree.
+        DataError: a file is missing, not text, lacks a column, or the hierarchy is no tree.
     """
     fatal: list[BadRow] = []
     ragged: list[BadRow] = []

@@ -41,7 +41,7 @@ def open_source(
     depth: int | None = None,
     fold_case: bool = False,
 ) -> "SourceTable":
-    """Open a source.
+    """Open a source of labelled images as one table.
 
     Args:
         kind: one of SourceKind but COUNTS, which has no label to make a table of.

@@ -25,7 +25,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """Summarise what a build wrote.
+    """Summarise all site folders of a build.
 
     ``max_bags_per_group`` is 1 where every group lies in one bag, and None where no groups were given.
     """
@@ -51,7 +51,7 @@ def make_report(
     tested: Indices,
     quarantined: int,
 ) -> BuildReport:
-    """Summarise what was written.
+    """Summarise the site folders that were written.
 
     Args:
         source: the table that was divided.

@@ -43,7 +43,7 @@ def table_source(
     depth: int | None = None,
     fold_case: bool = False,
 ) -> SourceTable:
-    """Read a label table.
+    """Read a label table and find the images that it lists.
 
     The image column is the first of IMAGE_COLUMNS that the table has; a name may lack its suffix and
     the file may lie in any folder below ``images``. Leaves come from ``label_column``, else from the
