@@ -1,4 +1,4 @@
-"""What starts fedbags: it works with the packages beside it, whatever else is called by their names.
+"""Load the packages of fedbags from their own folder, whatever other modules have their names.
 
 ``common``, ``client`` and ``server`` are names that users give to modules of their own. Such a module in the
 working directory or on PYTHONPATH would come first, so ours are taken by their place.
@@ -22,5 +22,6 @@ def _take(name: str) -> None:
     spec.loader.exec_module(module)
 
 
+# The last is this package, which is being imported already.
 for _name in OWN[:-1]:
     _take(_name)

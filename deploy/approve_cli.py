@@ -1,4 +1,4 @@
-"""``fedbags site approve``: look at what an app would change at this site, then let it run here, or not."""
+"""Show what an app would change at a site, and let it run there or not, for ``fedbags site approve``."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,10 @@ def approve_command(
         bool, typer.Option("--json", help="Print one JSON object; approves only with --yes.")
     ] = False,
 ) -> None:
-    """Show what an app would change at this site, and approve it: the site runs no other app.
+    """Show what an app would change at this site, and approve it.
 
-    Nothing of the app is run by this. A running site takes the approval over at its next task.
+    The site runs no other app than the one that it approved. Nothing of the app is run by this. A running
+    site takes the approval over at its next task.
 
     Example: fedbags site approve KIT KIT/state/refused.fab
     """
@@ -30,6 +31,8 @@ def approve_command(
     site = SiteKit.load(kit)
     new = app_changes.read_app(app)
     kept = site.app.read_bytes() if site.app.is_file() else b""
+    # The kit's copy is compared with only if it has the approved hash. A copy that was exchanged would let a
+    # hostile app look unchanged.
     known = admission.app_hash(kept) == site.app_hash
     old = app_changes.read_bundle(kept, str(site.app)) if known else None
     changes = app_changes.compare(old, new)
@@ -44,6 +47,7 @@ def approve_command(
             say(line)
         for line in app_changes.unified_diff(old, new) if diff else []:
             say(line)
+    # With --json nobody is asked, so that only --yes approves.
     approve = yes or (not (json_ or same) and typer.confirm("Let this app run on this site's data?"))
     if approve:
         admission.pin(site, new.content)

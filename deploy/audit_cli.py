@@ -1,4 +1,7 @@
-"""`fedbags audit`: attack the private training on one's own data. Thin: reads options, writes, prints."""
+"""Attack the private training on one's own data, for ``fedbags audit``.
+
+Reads options, writes audit.json and prints. ``deploy.audit`` does the work.
+"""
 
 import json
 from pathlib import Path
@@ -40,7 +43,7 @@ def audit_command(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
-    """Attack private training on your own data: is epsilon as small as claimed, and which labels leak?
+    """Attack private training on your own data, to test the claimed epsilon and see which labels leak.
 
     \b
     1. Canaries. Bags with the loudest gradients there can be are put among the site's, each by the toss of
@@ -52,8 +55,8 @@ def audit_command(
        trained without and with privacy on half of the bags. Compare with the prior, which the public
        marginals give away, and with bags that the model never saw.
 
-    It trains on the site's real bags, here, and sends nothing: no ledger is touched and no budget spent.
-    But audit.json is computed from private data without noise. It is the site's own; share it on purpose.
+    It trains on the site's real bags, here, and sends nothing: no ledger is touched and no budget spent. But
+    audit.json is computed from private data without noise. It is the site's own; share it on purpose.
 
     \b
     Examples:
@@ -90,7 +93,7 @@ def audit_command(
 def _settings(
     run: Path | None, sites_dir: Path | None, epsilon: float | None, rounds: int | None
 ) -> tuple["RunConfig", Path]:
-    """The configuration to audit, and where audit.json goes by default."""
+    """Return the configuration to audit, and the default folder of audit.json."""
     from common.config import RunConfig, Scalar
     from deploy.simulate import compose
 
@@ -130,7 +133,7 @@ def _write(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def print_audit(result: dict[str, Any]) -> None:
-    """The verdict in a sentence, and the label attacks as a table."""
+    """Print the verdict in a sentence, and the label attacks as a table."""
     from deploy.tables import console, table
 
     out, claimed = console(), result["reported_epsilon"]
@@ -142,6 +145,7 @@ def print_audit(result: dict[str, Any]) -> None:
         f"claimed: {claimed['add_remove']:.3f} (add/remove), {claimed['replace_one']:.3f} (replace-one)\n"
         f"verdict: {verdict}"
     )
+    # With few canaries even perfect guesses stay below the claim, and then "holds" means nothing.
     if result["largest_possible_bound"] <= claimed["add_remove"]:
         out.print(
             f"This audit could not have failed: even perfect guesses prove only "

@@ -1,4 +1,7 @@
-"""`fedbags bags`: from images and labels to site folders. Thin: reads options, shows progress, prints."""
+"""Turn images and labels into site folders, for ``fedbags bags``.
+
+Reads options, shows progress and prints. ``client.sources`` does the work.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,7 +17,8 @@ from rich.table import Table
 from client.sources.catalogue import SourceKind, open_source
 from common.errors import UserError
 
-if TYPE_CHECKING:  # these import NumPy and torch; the help must not wait for them
+# These import NumPy and torch, for which --help must not wait.
+if TYPE_CHECKING:
     from client.image_cache import Progress as ProgressCallback
     from client.sources.report import BuildReport
 
@@ -99,7 +103,7 @@ def build(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Write site folders of bags: images, counts per bag, and no label of a training image.
+    """Write site folders of bags with images and counts per bag, and no label of a training image.
 
     A hospital with one folder of images per bag, and counts per bag in a table, adds its own site folder:
 
@@ -115,8 +119,7 @@ def build(
             --split-column split --bag-size 16 --sites 5 \\
             --partition dirichlet:0.5 --out SITES
 
-    Then look at a site with `fedbags site check SITES/site-1`, and train with
-    `fedbags simulate --sites-dir SITES`.
+    Then `fedbags site check SITES/site-1` shows a site, and `fedbags simulate --sites-dir SITES` trains.
     """
     if source is SourceKind.COUNTS:
         _refuse_unread(context, source, sorted(context.params.keys() - COUNTS_READS))
@@ -127,7 +130,8 @@ def build(
         _show(_build_counted(*tables, out, name, minimum_bag_size, fold_case, skip_bad), as_json)
         return
     _refuse_unread(context, source, ("counts", "name"))
-    from client.sources.build import build_sites  # imports torch: not for --help
+    # Imports torch, for which --help must not wait.
+    from client.sources.build import build_sites
 
     table = open_source(
         source,
@@ -191,7 +195,12 @@ def _build_counted(
 
 
 def _refuse_unread(context: typer.Context, source: SourceKind, options: Iterable[str]) -> None:
-    """Raise a UserError if any of these options, which the source does not read, was given."""
+    """Refuse options that were given and that the source does not read.
+
+    Raises:
+        UserError: names the options.
+    """
+    # Defaults are not refused: every option has one, and only what the user wrote was meant.
     given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)

@@ -1,6 +1,7 @@
-"""The ``fedbags`` command. Each command reads its options and calls one function; nothing is computed here.
+"""Define the ``fedbags`` command.
 
-Heavy libraries are imported inside the commands, so that ``--help`` answers at once.
+Each command reads its options and calls one function; nothing is computed here. Heavy libraries are imported
+inside the commands, so that ``--help`` answers at once.
 """
 
 import json
@@ -97,7 +98,7 @@ RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/de
 
 
 class Engine(StrEnum):
-    """Who carries the messages of a simulation."""
+    """Name the engines that carry the messages of a simulation."""
 
     LOCAL = "local"
     FLOWER = "flower"
@@ -134,10 +135,10 @@ def simulate(
     figures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
     json_: Json = False,
 ) -> None:
-    """Simulate hospitals on this machine: the same server and client apps as in a deployment.
+    """Simulate hospitals on this machine with the same server and client apps as in a deployment.
 
-    Without --sites-dir, draws synthetic hospitals. With it, picks the image size from the images.
-    Stopped? The same command with --resume goes on from the last finished round.
+    Without --sites-dir, draws synthetic hospitals. With it, picks the image size from the images. Stopped?
+    The same command with --resume goes on from the last finished round.
 
     Example: fedbags simulate --sites-dir SITES --rounds 30 --set train.learning-rate=0.001 --out runs/first
     """
@@ -145,6 +146,7 @@ def simulate(
 
     options = {
         "federation.sites": sites,
+        # Absolute, since Flower's processes have another working directory.
         "sites-dir": str(sites_dir.resolve()) if sites_dir else None,
         "rounds": rounds,
         "train.local-epochs": local_epochs,
@@ -153,6 +155,7 @@ def simulate(
         "seed": seed,
         "skip-bad": skip_bad or None,
     }
+    # Only options that were given: a default here would win over the configuration file and the presets.
     given = {key: value for key, value in options.items() if value is not None}
     summary = simulation.simulate(
         given | simulation.parse_dp(dp),
@@ -194,7 +197,7 @@ def site_check(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
     json_: Json = False,
 ) -> None:
-    """Check a site's data, and show exactly what would leave the building."""
+    """Check a site's data, and show exactly what would leave the site."""
     from deploy.site_check import check_site, print_check
 
     result = check_site(site, image_size, skip_bad=skip_bad)
@@ -223,7 +226,7 @@ def runs_show(run: RunArgument, json_: Json = False) -> None:
 
 @runs_app.command("compare")
 def runs_compare(first: RunArgument, second: RunArgument, json_: Json = False) -> None:
-    """Set two finished runs side by side: other settings, figures per level, epsilon and time.
+    """Compare two finished runs by their settings, figures per level, epsilon and time.
 
     Example: fedbags runs compare runs/first runs/private
     """
@@ -247,12 +250,13 @@ def predict(
     top_codes: Annotated[int, typer.Option(help="How many, with --codes.", min=1)] = 3,
     json_: Json = False,
 ) -> None:
-    """Classify images with a run's model: the best class of each level, and the best path.
+    """Classify images with a run's model into the best class of each level and the best path.
 
     Folders are searched at any depth. Images are read as for training; nothing is written without --csv.
 
     Example: fedbags predict runs/first IMAGES --csv predictions.csv --skip-bad
     """
+    # Before the imports below, which bring torch along: a missing model is named at once.
     prerequisites.require_model(run, csv)
     interrupt.at("before a prediction was written: give the same command again")
     from deploy.predict import predict_images, print_predictions, write_csv
@@ -294,13 +298,17 @@ def figures(
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on standard output, nothing else."""
+    """Print one JSON value on standard output, and nothing else."""
     typer.echo(json.dumps(value, indent=2))
 
 
 def main() -> None:
-    """Run the command; exit 0 done, 1 the run failed, 2 the user's mistake, 130 Ctrl-C."""
+    """Run the command and exit with its status.
+
+    The status is 0 for done, 1 for a run that failed, 2 for a mistake of the user, and 130 for Ctrl-C.
+    """
     with interrupt.told():
+        # Before any command, because the processes that it starts inherit this environment.
         os.environ.update(loopback.without_proxy(os.environ))
         try:
             app()
@@ -311,6 +319,7 @@ def main() -> None:
             say(f"the run failed: {error}", err=True)
             sys.exit(1)
         except ModuleNotFoundError as error:
+            # A missing module of an extra is the user's to install. Any other is a fault to be seen in full.
             if not (advice := prerequisites.missing_extra(error.name)):
                 raise
             say(f"error: {advice}", err=True)

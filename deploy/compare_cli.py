@@ -1,4 +1,7 @@
-"""`fedbags compare`: methods side by side. Thin: reads options, prints tables and failures."""
+"""Compare methods side by side, for ``fedbags compare``.
+
+Reads options and prints tables and failures. ``deploy.compare`` does the work.
+"""
 
 import json
 from pathlib import Path
@@ -26,11 +29,12 @@ def compare_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their states only.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
-    """Compare methods: every method, bag size, seed and setting of a scenario is a run; one table of all.
+    """Compare methods by running every method, bag size, seed and setting of a scenario.
 
-    Stopped? The same command goes on: finished runs stay, others continue from their checkpoint. After a
-    change of the scenario only the runs that it concerns run again. Writes table.json, table.csv, table.md
-    and plots/ into --out. Exit status 1: some runs failed; the table has the others.
+    All runs stand in one table. Stopped? The same command goes on: finished runs stay, others continue from
+    their checkpoint. After a change of the scenario only the runs that it concerns run again. Writes
+    table.json, table.csv, table.md and plots/ into --out. Exit status 1: some runs failed; the table has the
+    others.
 
     \b
     Examples:
@@ -62,6 +66,7 @@ def _say_end(outcome: "Outcome") -> None:
         screen.print(f"\nfailed: {name}", style="bold red")
         screen.print(text, soft_wrap=True)
     if outcome.stopped:
+        # Raised again after the table was printed, so that the command ends as after any other Ctrl-C.
         raise KeyboardInterrupt
     if outcome.failed:
         screen.print(f"\n{len(outcome.failed)} cell(s) failed; the same command tries them again")

@@ -1,4 +1,8 @@
-"""``fedbags server``, ``fedbags site up|status|down``, ``fedbags run``: options in, tables out."""
+"""Start, show and end the programs of a consortium, and run a training in it.
+
+These are ``fedbags server``, ``fedbags site up|status|down`` and ``fedbags run``. They read options and print
+tables. ``deploy.consortium`` does the work.
+"""
 
 import json
 import logging
@@ -35,10 +39,10 @@ def server_up(
     wait: Annotated[float, typer.Option(help="Seconds to wait until everything is ready.")] = SERVER_WAIT,
     checked: Checked = False,
 ) -> None:
-    """Start nginx, the SuperLink and its SuperExec, and keep them running; sites with a key are registered.
+    """Start nginx, the SuperLink and its SuperExec, and keep them running.
 
-    Sites reach nginx on the kit's port, and there the Fleet API only. What ended is started again. A key that
-    `fedbags provision` adds or revokes later is taken up while it runs.
+    Sites with a key are registered. Sites reach nginx on the kit's port, and there the Fleet API only. What
+    ended is started again. A key that `fedbags provision` adds or revokes later is taken up while it runs.
 
     Example: fedbags server up KITS/coordinator
     """
@@ -58,7 +62,10 @@ def server_up(
 
 @server_app.command("status")
 def server_status(kit: Coordinator, json_: Json = False) -> None:
-    """Show the coordinator's programs, and which sites are connected; exit 1 if something is not ready."""
+    """Show the coordinator's programs, and which sites are connected.
+
+    Exit status 1 if something is not ready.
+    """
     from common.errors import RunError
     from deploy.consortium.control import control
     from deploy.consortium.kit import CoordinatorKit
@@ -76,7 +83,10 @@ def server_status(kit: Coordinator, json_: Json = False) -> None:
 
 @server_app.command("down")
 def server_down(kit: Coordinator) -> None:
-    """End the coordinator's programs. A run under way ends too; `fedbags run --resume` goes on with it."""
+    """End the coordinator's programs.
+
+    A run under way ends too; `fedbags run --resume` goes on with it.
+    """
     from deploy.consortium.kit import CoordinatorKit
 
     _stop(CoordinatorKit.load(kit))
@@ -107,6 +117,7 @@ def site_up(
             from deploy.site_check import say_beyond_default
 
             say(say_beyond_default(metrics), err=True)
+        # No error: the coordinator may come up later, and the SuperNode tries again by itself.
         if problem:
             say(f"{problem}; trying on", err=True)
     if foreground:
@@ -117,7 +128,10 @@ def site_up(
 
 
 def site_status(kit: Site, json_: Json = False) -> None:
-    """Show this site's programs and whether it is connected; exit 1 if not."""
+    """Show this site's programs and whether it is connected.
+
+    Exit status 1 if it is not.
+    """
     from deploy.consortium.kit import SiteKit
 
     loaded = SiteKit.load(kit)
@@ -125,7 +139,10 @@ def site_status(kit: Site, json_: Json = False) -> None:
 
 
 def site_down(kit: Site) -> None:
-    """Disconnect this site. Privacy that a run has reserved stays spent in the ledger."""
+    """Disconnect this site.
+
+    Privacy that a run has reserved stays spent in the ledger.
+    """
     from deploy.consortium.kit import SiteKit
 
     _stop(SiteKit.load(kit))
@@ -148,10 +165,11 @@ def run_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json_: Json = False,
 ) -> None:
-    """Train with the connected sites: the app that they approved, followed round by round.
+    """Train with the connected sites, and show the rounds as they are done.
 
-    Waits for as many sites as have a key (--set federation.sites=N for fewer). The exit status is the run's:
-    0 completed, 1 failed or stopped. Ctrl-C asks whether to stop the run.
+    The sites run the app that they approved. Waits for as many sites as have a key (--set federation.sites=N
+    for fewer). The exit status is the run's: 0 completed, 1 failed or stopped. Ctrl-C asks whether to stop
+    the run.
 
     \b
     Examples:
@@ -170,6 +188,7 @@ def run_command(
         config_file=config,
         out=out,
         resume=resume,
+        # Without a terminal nobody can answer, and an interruption stops the run.
         ask=sys.stdin.isatty(),
         quiet=json_,
     )
@@ -195,6 +214,7 @@ def _refuse_running(kit: "Kit") -> None:
 def _start(role: str, kit: "Kit", wait: float) -> None:
     from deploy.consortium import daemon
 
+    # --checked: this process has made the checks, whose errors the user sees on the terminal.
     arguments = [role, "up", str(kit.folder), "--foreground", "--checked"]
     if daemon.start(arguments, kit.state, kit.logs, wait):
         say(f"{role} of {kit.consortium} is up; logs in {kit.logs}")
@@ -255,5 +275,6 @@ def _print(found: dict[str, Any], title: str) -> None:
 
 
 def _log_to_standard_error() -> None:
+    # In UTC, as the times of `status`.
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")

@@ -1,9 +1,9 @@
-"""Run the apps through Flower's own simulation runtime: a private SuperLink, one run, and nothing left.
+"""Run the apps through Flower's own simulation runtime.
 
-What ``flwr run`` needs is set up for the user: a connection in a Flower home of its own (the user's is not
-touched), switches that keep it from installing packages or calling home, a neutral working directory
-(Flower's workers import from theirs before the app), and the true status of the run, which the exit
-status of ``flwr run`` does not tell.
+It gets a private SuperLink for one run, and nothing is left of it afterwards. What ``flwr run`` needs is set
+up for the user: a connection in a Flower home of its own (the user's is not touched), switches that keep it
+from installing packages or calling home, a neutral working directory (Flower's workers import from theirs
+before the app), and the true status of the run, which the exit status of ``flwr run`` does not tell.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def run_flower(config: RunConfig, apps: Mapping[str, str] = APPS) -> None:
 
 
 def write_app(folder: Path, apps: Mapping[str, str]) -> None:
-    """A Flower app that names the installed packages: what ``flwr run`` packs and sends."""
+    """Write a Flower app that names the installed packages, for ``flwr run`` to pack and send."""
     folder.mkdir(parents=True)
     app = {
         "project": {
@@ -97,12 +97,14 @@ def packages_first(work: Path) -> str:
     folder = work / "packages"
     folder.mkdir()
     for name in OWN:
+        # Links to our packages alone: their own folder may hold many other packages, which would come first
+        # as well.
         (folder / name).symlink_to(PACKAGES / name)
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
 def write_connection(home: Path, port: int) -> None:
-    """Flower's config.toml with one connection, to our SuperLink."""
+    """Write Flower's config.toml with one connection, to our SuperLink."""
     home.mkdir(parents=True)
     connection = {"superlink": {CONNECTION: {"address": f"127.0.0.1:{port}", "insecure": True}}}
     (home / "config.toml").write_text(tomli_w.dumps(connection), encoding="utf-8")
@@ -110,7 +112,10 @@ def write_connection(home: Path, port: int) -> None:
 
 @contextmanager
 def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Path]:
-    """A SuperLink in simulation mode, ended with all its children on leaving; yields its log file."""
+    """Run a SuperLink in simulation mode and yield its log file.
+
+    It is ended with all its children on leaving.
+    """
     log_file = work / "superlink.log"
     command = [
         program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess",
@@ -119,6 +124,7 @@ def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Pa
     process: subprocess.Popen[bytes] | None = None
     try:
         with log_file.open("wb") as log:
+            # In a session of its own it does not get the terminal's Ctrl-C, and is ended in order below.
             process = subprocess.Popen(
                 command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
             )
@@ -129,10 +135,15 @@ def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Pa
 
 
 def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
-    """Wait until the SuperLink answers, or raise RunError with its log."""
+    """Wait until the SuperLink answers.
+
+    Raises:
+        RunError: it ended or did not answer in time; carries its log.
+    """
     end = time.monotonic() + START_DEADLINE
     while time.monotonic() < end and process.poll() is None:
         try:
+            # trust_env=False, because a proxy of the environment would be asked for 127.0.0.1.
             if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0, trust_env=False).is_success:
                 return
         except httpx.HTTPError:
@@ -141,10 +152,10 @@ def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path)
 
 
 def end_group(process: subprocess.Popen[bytes] | None, work: Path) -> None:
-    """End the SuperLink and everything that came of it.
+    """End the SuperLink and everything that it started.
 
-    Flower detaches its helpers and Ray its workers, so they are known by what they inherited: a Flower
-    home inside ``work``.
+    Flower detaches its helpers and Ray its workers, so they are known by what they inherited: a Flower home
+    inside ``work``.
     """
     if process is not None:
         process.terminate()
@@ -152,6 +163,7 @@ def end_group(process: subprocess.Popen[bytes] | None, work: Path) -> None:
             process.wait(10.0)
     for sign, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         end = time.monotonic() + patience
+        # Listed anew for each signal, as a process that ends may have started others.
         for pid in descendants(work):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sign)
@@ -162,17 +174,21 @@ def end_group(process: subprocess.Popen[bytes] | None, work: Path) -> None:
 
 
 def descendants(work: Path) -> list[int]:
-    """Processes whose environment names ``work`` (Linux; elsewhere none are found)."""
+    """Return the ids of the processes whose environment names ``work``.
+
+    Only Linux tells; elsewhere none are found.
+    """
     found = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it ended, or is another user's
+        # A process that cannot be read has ended, or is another user's.
+        with contextlib.suppress(OSError):
             if f"FLWR_HOME={work}/".encode() in environment.read_bytes():
                 found.append(int(environment.parent.name))
     return found
 
 
 def submit(work: Path, sites: int, environment: dict[str, str]) -> str:
-    """``flwr run``; returns the run id."""
+    """Submit the run with ``flwr run`` and return its id."""
     result = flwr(
         "run", str(work / "app" / "fedbags"), CONNECTION, "--format", "json",
         "--run-config", str(work / "run.toml"),
@@ -183,7 +199,11 @@ def submit(work: Path, sites: int, environment: dict[str, str]) -> str:
 
 
 def wait_for_end(run_id: str, work: Path, environment: dict[str, str], log_file: Path) -> None:
-    """Poll until the run has finished; anything but ``finished:completed`` is a RunError."""
+    """Poll until the run has finished.
+
+    Raises:
+        RunError: it finished otherwise than as ``finished:completed``.
+    """
     while True:
         listed = flwr(
             "ls", CONNECTION, "--run-id", run_id, "--format", "json", cwd=work, environment=environment
@@ -192,15 +212,21 @@ def wait_for_end(run_id: str, work: Path, environment: dict[str, str], log_file:
         if status.startswith("finished"):
             break
         time.sleep(POLL)
+    # The status is asked for, because `flwr run` exits with 0 even when the run failed.
     if status != "finished:completed":
         raise RunError(f"Flower reports the run as {status}; the end of its log:\n{tail(log_file)}")
 
 
 def flwr(*arguments: str, cwd: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """One ``flwr`` command that prints JSON."""
+    """Run one ``flwr`` command that prints JSON, and return what it prints.
+
+    Raises:
+        RunError: the command failed; carries its output.
+    """
     result = subprocess.run(
         [program("flwr"), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
+    # Other lines may stand before the JSON.
     start = result.stdout.find("{")
     if result.returncode or start < 0:
         raise RunError(f"`flwr {arguments[0]}` failed:\n{result.stdout}{result.stderr}")
@@ -211,7 +237,11 @@ def flwr(*arguments: str, cwd: Path, environment: dict[str, str]) -> dict[str, A
 
 
 def program(name: str) -> str:
-    """A program of this environment, whether or not it is activated."""
+    """Return the path of a program of this environment, whether or not the environment is activated.
+
+    Raises:
+        RunError: it is not installed.
+    """
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         raise RunError(f"the program {name} is not installed beside {sys.executable}")
@@ -219,12 +249,12 @@ def program(name: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """Return a port of the loopback on which nobody listens just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def tail(path: Path, lines: int = 30) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

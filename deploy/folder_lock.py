@@ -1,6 +1,7 @@
-"""One process at a time in a folder: a lock that a killed process leaves to the next one.
+"""Lock a folder, so that one process at a time works in it.
 
-The kernel holds it (flock), so there is nothing stale to remove; the file tells only who holds it.
+The kernel holds the lock (flock), so a killed process leaves it to the next one and nothing stale has to be
+removed. The file only names its holder.
 """
 
 import fcntl
@@ -19,7 +20,10 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path, what: str, patience: float = 0.0) -> Iterator[None]:
-    """Hold a folder, which is made if missing; if it stays empty, it is removed again with its parents.
+    """Hold a folder while the body of a ``with`` statement runs.
+
+    The folder is made if missing. If it stays empty, it is removed again, with those of its parents that were
+    made.
 
     Args:
         folder: to hold.
@@ -43,14 +47,17 @@ def locked(folder: Path, what: str, patience: float = 0.0) -> Iterator[None]:
         try:
             yield
         finally:
+            # Removed while it is locked. A process that opened it meanwhile finds in _hold that it is gone.
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # something is in it, and stays
+            # A folder with something in it cannot be removed, and stays.
+            with suppress(OSError):
                 for place in made:
                     place.rmdir()
 
 
 def _hold(path: Path, what: str, until: float) -> TextIO:
     while True:
+        # Opened without truncating it: the file still names the process that holds the lock.
         stream = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""Ctrl-C: one line that says where the command stopped and how to go on, at whatever moment it comes.
+"""End a command on Ctrl-C with one line that says where it stopped and how to go on.
 
-The first SIGINT raises KeyboardInterrupt, so that what is open is closed on the way out; later ones change
-nothing. Whatever a library makes of the exception, the command ends with the line and with status 130.
-Knows nothing of what the command does: that says where it is with ``at``.
+This holds at whatever moment Ctrl-C comes. The first SIGINT raises KeyboardInterrupt, so that what is open is
+closed on the way out; later ones change nothing. Whatever a library makes of the exception, the command ends
+with the line and with status 130. Knows nothing of what the command does: that says where it is with ``at``.
 """
 
 import signal
@@ -21,25 +21,27 @@ Place = Callable[[], str]
 
 
 class _State:
-    """Of this process: whether it was interrupted, and what to say."""
+    """Hold whether this process was interrupted, and what to print then."""
 
     happened = False
     place: Place = staticmethod(lambda: "before it was done: give the same command again")
 
 
 def at(place: str | Place) -> None:
-    """Say where the command is and how to go on, in the words that follow ``stopped``."""
+    """Set where the command is and how to go on, in the words that follow ``stopped``."""
     _State.place = (lambda: place) if isinstance(place, str) else place
 
 
 def happened() -> bool:
-    """Whether Ctrl-C has come."""
+    """Return whether Ctrl-C has come."""
     return _State.happened
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Run a command; after Ctrl-C print the one line and exit with STATUS. Nested uses count once.
+    """Run a command, and after Ctrl-C print the one line and exit with STATUS.
+
+    Nested uses count once.
 
     Raises:
         SystemExit: Ctrl-C came; or what the command raises.
@@ -60,6 +62,7 @@ def told() -> Iterator[None]:
         if status != STATUS and (ended_well or not _State.happened):
             raise
         sys.stderr.write(f"stopped {_State.place()}\n")
+        # Another Ctrl-C must not break into the end of the process.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(STATUS)
     finally:
@@ -70,7 +73,10 @@ def told() -> Iterator[None]:
 
 @contextmanager
 def held_off() -> Iterator[None]:
-    """Start processes that never see the terminal's Ctrl-C: they inherit that SIGINT is blocked."""
+    """Block SIGINT while processes are started, so that they never get the terminal's Ctrl-C.
+
+    A process inherits which signals are blocked when it is started.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -94,5 +100,6 @@ def _again(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
         return
     _State.happened = False
+    # By an alarm, since raising here would be swallowed again. _interrupt must take it for the first Ctrl-C.
     signal.signal(signal.SIGALRM, _interrupt)
     signal.setitimer(signal.ITIMER_REAL, AGAIN)

@@ -1,4 +1,7 @@
-"""`fedbags ledger`: look into a site's privacy ledger, check it, hand it on. Thin: reads and prints."""
+"""Show, check and export a site's privacy ledger, for ``fedbags ledger``.
+
+Reads options and prints. The ledger itself is ``client``'s.
+"""
 
 import json
 import math
@@ -26,7 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 
 @app.command()
 def show(file: File) -> None:
-    """Show what was spent and what is left, and every row.
+    """Show what was spent, what is left, and every row of the ledger.
 
     Example: fedbags ledger show runs/demo/sites/site-1/ledger.sqlite
     """
@@ -69,10 +72,10 @@ def verify(
     kit: Kit = None,
     json_: Json = False,
 ) -> None:
-    """Check that no row was edited, deleted, reordered or rolled back; exit 1 if one was.
+    """Check that no row was edited, deleted, reordered or rolled back.
 
-    An older copy put back shows against the site's second anchor (in the kit, or beside the ledger), or
-    with --head, whose hash is in the site's privacy statements.
+    Exit status 1 if one was. An older copy put back shows against the site's second anchor (in the kit, or
+    beside the ledger), or with --head, whose hash is in the site's privacy statements.
 
     Example: fedbags ledger verify ledger.sqlite --head 3f5a...
     """
@@ -83,6 +86,7 @@ def verify(
 
     anchor = anchor_file(file, kit)
     problems = check(file, head=_head(head), site=site, anchor=anchor)
+    # A ledger that does not hold up may not be readable at all.
     losses = 0 if problems else Book.read(file).losses
     if json_:
         found = [{"row": problem.row, "reason": problem.reason} for problem in problems]
@@ -109,11 +113,11 @@ def accept_version(
     kit: Kit = None,
     json_: Json = False,
 ) -> None:
-    """Accept the folder's data as a new version of the same site's data; training is refused until then.
+    """Accept the folder's data as a new version of the same site's data.
 
-    What was spent on other versions keeps counting: budgets compose over versions, because the same
-    patients may be in both. Only the site's owner can say that it is the same site, so this is done by
-    hand, at the site, and recorded in the ledger.
+    Training is refused until then. What was spent on other versions keeps counting: budgets compose over
+    versions, because the same patients may be in both. Only the site's owner can say that it is the same
+    site, so this is done by hand, at the site, and recorded in the ledger.
 
     Example: fedbags ledger accept-version SITES/site-1
     """
@@ -155,11 +159,11 @@ def accept_loss(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Accept that the ledger, or its newest rows, are lost; private training is refused until then.
+    """Accept that the ledger, or its newest rows, are lost.
 
-    Put back a copy of the ledger instead, if there is one that is newer or as new. What the second anchor
-    says was spent is charged on; where no anchor says it, the whole budget counts as spent. The loss is a
-    row of the ledger for ever, and every statement and report shows it.
+    Private training is refused until then. Put back a copy of the ledger instead, if there is one that is
+    newer or as new. What the second anchor says was spent is charged on; where no anchor says it, the whole
+    budget counts as spent. The loss is a row of the ledger for ever, and every statement and report shows it.
 
     Where ledger, anchor and journal all come from one old backup, nothing at the site tells of the loss: give
     the head that the coordinator names in its refusal.
@@ -178,6 +182,8 @@ def accept_loss(
     version = data_version(site_folder, config, read_listing(site_folder, config)[1])
     file = ledger or site_folder / "ledger.sqlite"
     journal = kit / LOGS / JOURNAL_FILE if kit else file.with_name(JOURNAL_FILE)
+    # Each line of the journal repeats the ledger's rows and hash, so it may name rows of which ledger and
+    # anchor, put back from one backup, know nothing.
     seen = newest_mark(journal)
     accepted = accept_loss_of(file, config.name, version, anchor_file(file, kit), seen, _head(head))
     if not accepted:
@@ -193,6 +199,8 @@ def accept_loss(
         return
     book = Book.read(file)
     spent = book.spent()
+    # Where nobody knows what was spent, an event without noise is charged, whose epsilon is infinite. JSON
+    # has no such number.
     bounded = math.isfinite(spent)
     if json_:
         result = {"accepted": True, "losses": book.losses, "spent": spent if bounded else None}
@@ -209,7 +217,7 @@ def accept_loss(
 
 @app.command()
 def export(file: File, json_: Json = False) -> None:
-    """Print cap, events and spending, enough to recompute the epsilons with another accountant.
+    """Print cap, events and spending, from which another accountant can recompute the epsilons.
 
     Noise multipliers are relative to the clip norm, a release's scale to the images its unit can move.
 
@@ -236,6 +244,7 @@ def _head(text: str | None) -> str | None:
     """
     if text is not None and (len(text) != 64 or set(text.lower()) - set("0123456789abcdef")):
         raise UserError("--head takes the 64 hexadecimal digits of a ledger head")
+    # Heads are compared as texts, and the ledger writes them in lower case.
     return text and text.lower()
 
 

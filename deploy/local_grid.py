@@ -1,9 +1,10 @@
-"""Flower's Grid without Flower's processes: the very same ClientApp, driven on this machine.
+"""Drive Flower's ClientApps on this machine without Flower's processes.
 
-Each simulated site is a node with its own Context; a message to it is serialised, handled (in a worker
-process, or in this one when there are no workers) and its reply serialised back, so that sites and server
-share no memory. The state of a Context is kept from message to message, as a SuperNode does, apart from the
-server. This is the one place that touches Flower's private task identity.
+This is Flower's Grid over the very same ClientApp as in a deployment. Each simulated site is a node with its
+own Context; a message to it is serialised, handled (in a worker process, or in this one when there are no
+workers) and its reply serialised back, so that sites and server share no memory. The state of a Context is
+kept from message to message, as a SuperNode does, apart from the server. This is the one place that touches
+Flower's private task identity.
 """
 
 import os
@@ -47,7 +48,7 @@ CLIENT_APP_DIED = 8
 
 @dataclass(frozen=True)
 class Node:
-    """What a simulated node knows of itself."""
+    """Describe a simulated node with its configuration and its state."""
 
     node_id: int
     node_config: dict[str, Scalar]
@@ -57,7 +58,10 @@ class Node:
 
 
 class InlineExecutor(Executor):
-    """Runs a task when its result is asked for, in this process: no start-up, nothing piles up."""
+    """Run a task in this process when its result is asked for.
+
+    Nothing has to be started, and finished results do not pile up.
+    """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Defer the call to the first ``result()``."""
@@ -74,7 +78,7 @@ class _Lazy(Future[Any]):
 
 
 class LocalGrid(Grid):
-    """A Grid whose nodes live on this machine.
+    """Exchange messages with nodes that live on this machine.
 
     Args:
         number_of_sites: nodes; node ``i`` has ``partition-id`` i.
@@ -118,7 +122,9 @@ class LocalGrid(Grid):
         self.close(at_once=kind is not None)
 
     def close(self, *, at_once: bool = False) -> None:
-        """End the workers, after what they are at or in the middle of it."""
+        """End the workers after their present work, or with ``at_once`` in the middle of it."""
+        # The executor by itself would wait until every running message is handled, which may be a whole
+        # training.
         if at_once:
             for process in active_children():
                 process.terminate()
@@ -126,16 +132,16 @@ class LocalGrid(Grid):
         self._lifeline.close()
 
     def server_context(self, run_config: dict[str, Scalar]) -> Context:
-        """The Context for the ServerApp."""
+        """Return the Context for the ServerApp."""
         return Context(RUN_ID, SERVER_NODE, {}, RecordDict(), run_config)
 
     def set_run(self, run: Run) -> None:
-        """Flower's runtime calls this; here the run is fixed."""
+        """Set the run, as Flower's runtime does."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """A nameless run."""
+        """Return the run, which has no name here unless one was set."""
         return self._run
 
     def create_message(
@@ -146,19 +152,23 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Deprecated in Flower; kept because the interface asks for it."""
+        """Create a message.
+
+        Deprecated in Flower; kept because the interface asks for it.
+        """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All sites are there from the start."""
+        """Return the ids of all sites, which are there from the start."""
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages; work on the first ones starts at once."""
+        """Queue messages, start work on the first ones at once, and return their ids."""
         ids = []
         for message in messages:
             self._sent += 1
             message_id = f"message-{self._sent}"
+            # A private field: Flower's own grids set it, too, when they take a message in.
             message.metadata.__dict__["_message_id"] = message_id
             self._waiting.append(Task(message_id, message, self._nodes[message.metadata.dst_node_id]))
             ids.append(message_id)
@@ -166,14 +176,17 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there, each given out once; waits a moment for those that are not."""
+        """Return the replies that are there, each of them once.
+
+        A reply that is not there yet is waited for, up to PATIENCE seconds.
+        """
         replies = (self._result(message_id) for message_id in message_ids)
         return [reply for reply in replies if reply is not None]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push, then pull everything."""
+        """Push messages, then pull their replies."""
         return self.pull_messages(self.push_messages(messages))
 
     def _start_work(self) -> None:
@@ -186,7 +199,8 @@ class LocalGrid(Grid):
     def _submit(self, task: "Task") -> None:
         payload = message_to_proto(task.message).SerializeToString()
         node = self._nodes[task.node.node_id]
-        with held_off():  # the first call starts the workers: Ctrl-C is the server's to deal with
+        # The first call starts the workers, which must not get the terminal's Ctrl-C: the server ends them.
+        with held_off():
             task.future = self._executor.submit(handle, payload, node, self._client_app)
 
     def _result(self, message_id: str) -> Message | None:
@@ -231,7 +245,10 @@ class LocalGrid(Grid):
         )
 
     def _start_early(self, message_id: str) -> "Task | None":
-        """Start a message that was asked for ahead of its turn; None when there is no such message."""
+        """Start a message that was asked for ahead of its turn.
+
+        Returns None when there is no such message.
+        """
         for task in self._waiting:
             if task.message_id == message_id:
                 self._waiting.remove(task)
@@ -243,7 +260,7 @@ class LocalGrid(Grid):
 
 @dataclass
 class Task:
-    """One message on its way through a worker."""
+    """Hold one message on its way through a worker."""
 
     message_id: str
     message: Message
@@ -253,7 +270,10 @@ class Task:
 
 
 def handle(payload: bytes, node: Node, client_app: str) -> tuple[bytes, bytes]:
-    """Handle one serialised message as the node (runs in a worker); its reply and its state afterwards."""
+    """Handle one serialised message as the node, and return its reply and its state afterwards.
+
+    This runs in a worker.
+    """
     message = message_from_proto(MessageProto.FromString(payload))
     state = recorddict_from_proto(RecordDictProto.FromString(node.state))
     context = Context(RUN_ID, node.node_id, dict(node.node_config), state, dict(node.run_config))
@@ -264,9 +284,11 @@ def handle(payload: bytes, node: Node, client_app: str) -> tuple[bytes, bytes]:
 
 
 def start_worker(client_app: str, lifeline: Connection) -> None:
-    """Prepare a worker process; it ends when the other end of ``lifeline`` does, whatever it is doing."""
+    """Prepare a worker process, which ends when the other end of ``lifeline`` does."""
 
     def watch() -> None:
+        # Also a server that was killed closes its end of the pipe. No exception would end the main thread,
+        # which may be in the middle of training.
         lifeline.poll(None)
         os._exit(1)
 
@@ -275,7 +297,7 @@ def start_worker(client_app: str, lifeline: Connection) -> None:
 
 
 def load_app(client_app: str) -> ClientApp:
-    """The ClientApp named ``module:attribute``; imported once per process."""
+    """Return the ClientApp named ``module:attribute``, imported once per process."""
     module, _, attribute = client_app.partition(":")
     app: ClientApp = getattr(import_module(module), attribute)
     return app
@@ -283,4 +305,5 @@ def load_app(client_app: str) -> ClientApp:
 
 def become_server() -> None:
     """Let this process create messages as Flower's server does."""
+    # Flower's processes set these private fields at their start, and a message reads its sender from them.
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE

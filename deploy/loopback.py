@@ -1,4 +1,4 @@
-"""Connections of this machine to itself go through no proxy, whatever the shell has set for the internet.
+"""Keep the connections of this machine to itself from going through a proxy.
 
 A hospital's shell has ``http_proxy`` or ``ALL_PROXY``, often without ``no_proxy``. httpx, gRPC and Flower
 read these variables, and would ask the proxy for 127.0.0.1.

@@ -1,6 +1,7 @@
-"""The pictures that a user names for ``fedbags predict``: files, folders and DICOM, read as for training.
+"""Find and read the pictures that a user names for ``fedbags predict``.
 
-Knows no model. Folders are searched as ``bags build`` searches them, and what is left out is said.
+They may be files, folders and DICOM files, and are read as for training. Knows no model. Folders are searched
+as ``bags build`` searches them, and what is left out is listed.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ PREAMBLE, MAGIC = 128, b"DICM"
 
 @dataclass(frozen=True)
 class Pictures:
-    """What was found under the paths that were named.
+    """Hold what was found under the paths that were named.
 
     Attributes:
         files: each once, in the order of the paths, those of a folder sorted.
@@ -67,7 +68,7 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Read one picture, a DICOM file as ``bags build`` reads it, anything else as a site's images are read.
+    """Read one picture as a site's images are read, or a DICOM file as ``bags build`` reads it.
 
     Raises:
         ValueError: see client.decoding.open_image and client.sources.dicom.to_8_bits.
@@ -77,7 +78,8 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM: it says so itself, or has an ending that only DICOM files have."""
+    """Return whether a file is DICOM by its content, or by an ending that only DICOM files have."""
+    # The usual images are many and need not be opened for this.
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return False
     try:

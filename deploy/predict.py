@@ -1,4 +1,7 @@
-"""Use a run's model on image files: ``fedbags predict``. Knows nothing of sites, bags or training."""
+"""Classify image files with a run's model, for ``fedbags predict``.
+
+Knows nothing of sites, bags or training.
+"""
 
 import csv
 import io
@@ -27,7 +30,7 @@ from server.run_folder import write_text
 
 @dataclass(frozen=True)
 class Predictions:
-    """Rows for the images that could be read, in order, and those that could not.
+    """Hold a row for each image that could be read, in order, and the images that could not.
 
     A row is::
 
@@ -38,7 +41,7 @@ class Predictions:
          "codes": [{"level", "atoms": [{"atom", "class", "value"}]}]}
 
     ``atom`` counts from 0 within its level, ``class`` is the class that owns it, ``value`` is its coefficient
-    in units of the feature's length. Only atoms that are switched on are told, so there may be fewer than
+    in units of the feature's length. Only atoms that are switched on are listed, so there may be fewer than
     were asked for; ``codes`` is empty where none were, and for a model without dictionary.
     """
 
@@ -60,7 +63,7 @@ def predict_images(
     Args:
         run: a folder with model.safetensors and model.json.
         paths: image files of any size and mode, DICOM files, and folders of these.
-        codes: dictionary atoms to tell per level, those with the largest absolute code.
+        codes: dictionary atoms to list per level, those with the largest absolute code.
         skip_bad: leave out images that cannot be read; they are listed in ``skipped``.
         progress: called with (images done, images in all).
 
@@ -72,6 +75,7 @@ def predict_images(
     model, card = load_model(run)
     rows: list[dict[str, Any]] = []
     bad = list(pictures.bad)
+    # In chunks, so that the memory for decoded images does not grow with their number.
     for start in range(0, len(pictures.files), CHUNK):
         files = pictures.files[start : start + CHUNK]
         results = list(decode_all(files, card.preprocessing.image_size, read=open_picture))
@@ -105,7 +109,7 @@ def predict_images(
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write predictions, one image a line, whole or not at all.
+    """Write predictions to a CSV file, one image a line, complete or not at all.
 
     Columns: image; for each level its best class and that class's probability; for each level the class on
     the best path; the product of the path's probabilities.
@@ -164,7 +168,7 @@ def _code_text(atom: Mapping[str, Any]) -> str:
 def _classify(
     model: LHFGLP, files: Sequence[Path], pixels: NDArray[np.uint8], codes_told: int
 ) -> list[dict[str, Any]]:
-    """Rows for decoded images, ``pixels`` of shape (N, S, S, 3)."""
+    """Return the rows of decoded images, with ``pixels`` of shape (N, S, S, 3)."""
     tree = model.hierarchy
     output = model(to_tensor(pixels))
     probabilities = [level.exp() for level in log_probabilities(output)]
@@ -183,6 +187,7 @@ def _classify(
             product *= float(own[path[level]])
         rows.append(
             {
+                # A file's name need not be UTF-8, and JSON and CSV have to be.
                 "image": os.fsencode(file).decode("utf-8", "backslashreplace"),
                 "levels": levels,
                 "path": [tree.classes[level][node] for level, node in enumerate(path)],
@@ -197,8 +202,9 @@ def _classify(
 
 
 def _strongest(code: Tensor, tree: Hierarchy, level: int, number: int) -> list[dict[str, Any]]:
-    """The atoms of one code, shape (K_l,), that are largest in absolute value and not zero."""
+    """Return the atoms of one code, shape (K_l,), that are largest in absolute value and not zero."""
     per_class = len(code) // tree.sizes[level]
+    # Stable, so that atoms of equal codes always come in the same order.
     order = code.abs().argsort(descending=True, stable=True)[:number].tolist()
     return [
         {"atom": atom, "class": tree.classes[level][atom // per_class], "value": float(code[atom])}

@@ -1,4 +1,4 @@
-"""What a run needs of this machine before anything heavy is loaded: the extras, and the device.
+"""Check the extras and the device that a run needs, before anything heavy is loaded.
 
 Each check takes milliseconds, raises one UserError that names the remedy, and starts nothing.
 """
@@ -47,7 +47,7 @@ def require_extra(extra: str) -> None:
 
 
 def missing_extra(module: str | None) -> str:
-    """Say how to install a module that is not there; empty if it is none of the extras'."""
+    """Return how to install a module that is missing, or an empty text if it belongs to no extra."""
     root = (module or "").partition(".")[0]
     for extra, (purpose, modules) in EXTRAS.items():
         if root in modules:
@@ -56,12 +56,15 @@ def missing_extra(module: str | None) -> str:
 
 
 def require_cuda() -> None:
-    """Check that PyTorch has a GPU to work on; where there is no device at all, without loading PyTorch.
+    """Check that PyTorch has a GPU to work on.
+
+    Where there is no device at all (Linux), this is found without loading PyTorch.
 
     Raises:
         UserError: there is none, or this PyTorch cannot use it.
     """
     remedy = "Leave train.device out (auto takes a GPU where there is one), or set train.device=cpu."
+    # Loading PyTorch takes seconds, and where no driver has made a device file it need not be asked.
     if sys.platform.startswith("linux") and not any(
         next(Path("/dev").glob(pattern), None) for pattern in ACCELERATORS
     ):
@@ -76,7 +79,7 @@ def require_cuda() -> None:
 
 
 def require_model(run: Path, table: Path | None = None) -> None:
-    """Check that a folder holds a model, and that the table to write can be written, as far as is seen.
+    """Check that a folder holds a model, and that the table to write has a folder to be written into.
 
     Raises:
         UserError: there is no model, or no folder for the table.

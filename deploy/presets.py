@@ -1,4 +1,4 @@
-"""What ``--sites-dir`` and ``--dp`` set beside themselves, and why: defaults that suit such a run.
+"""List the settings that ``--sites-dir`` and ``--dp`` bring with them, each with its reason.
 
 A key that the user gives wins, and a run that starts from a configuration file takes nothing from here.
 """
@@ -11,7 +11,7 @@ Scalar = str | int | float | bool
 
 
 class Preset(StrEnum):
-    """The option of ``fedbags simulate`` that brings the settings."""
+    """Name the options of ``fedbags simulate`` that bring settings with them."""
 
     DP = "dp"
     SITES_DIR = "sites-dir"
@@ -53,8 +53,9 @@ def values(preset: Preset) -> dict[str, Scalar]:
 
 
 def preset_rows(preset: Preset) -> list[dict[str, Any]]:
-    """Return every setting of a preset: ``{key, default, preset, why}``."""
-    from common.config import RunConfig  # brings pydantic along, which the help need not wait for
+    """Return every setting of a preset as rows of ``{key, default, preset, why}``."""
+    # Brings pydantic along, for which --help need not wait.
+    from common.config import RunConfig
 
     usual = RunConfig().to_flat()
     return [

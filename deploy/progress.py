@@ -1,4 +1,7 @@
-"""Progress bars on standard error, for work of this process and for a run that writes metrics.jsonl."""
+"""Show progress bars on standard error, for work of this process and for the rounds of a run.
+
+The rounds are read from the run's metrics.jsonl.
+"""
 
 import json
 import threading
@@ -23,7 +26,7 @@ INTERVAL = 0.3
 
 
 def bars() -> Progress:
-    """Bars with counts and times."""
+    """Return a display of bars with counts and times."""
     return Progress(
         text_column("{task.description}"),
         BarColumn(),
@@ -38,7 +41,10 @@ def bars() -> Progress:
 
 @contextmanager
 def counted(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is moved by calling the given function with (done, all); shown on first use."""
+    """Show a bar that is moved by calling the yielded function with (done, all).
+
+    The bar appears on the first call.
+    """
     with bars() as progress:
         task: Any = None
 
@@ -53,7 +59,7 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @dataclass
 class Answers:
-    """Which sites have answered in the round that is under way."""
+    """Keep track of the sites that have answered in the round that is under way."""
 
     sites: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
@@ -79,12 +85,18 @@ class Answers:
                 self.silent.discard(event["site"])
 
     def done(self, rounds: int) -> float:
-        """How many of the rounds are done; of the one under way the share of sites that have answered."""
+        """Return the number of rounds done.
+
+        Of the round under way, the share of sites that have answered counts.
+        """
         share = 1 - len(self.silent) / len(self.sites) if self.sites else 0.0
         return min(self.round + share, rounds)
 
     def without(self) -> str:
-        """Name the sites that are still at work in the round; none before the first answer."""
+        """Return the names of the sites that are still at work in the round, as text for the bar.
+
+        Empty before the first answer.
+        """
         if not self.silent or self.silent == self.sites:
             return ""
         some = sorted(self.silent)[:3]
@@ -92,7 +104,7 @@ class Answers:
 
 
 def skipped(event: Mapping[str, Any]) -> str:
-    """Say of a round-skipped event which round was skipped, and for which sites."""
+    """Describe a round-skipped event by its round and its sites."""
     return (
         f"round {event['round']} skipped, the model stays as it was: {', '.join(event['sites'])} had done "
         "their part of this round's sum already"
@@ -100,7 +112,7 @@ def skipped(event: Mapping[str, Any]) -> str:
 
 
 class Follower:
-    """Shows the rounds of a run while it goes on, by reading the events that the server writes.
+    """Show the rounds of a run while it goes on, by reading the events that the server writes.
 
     Works alike for a server in this process, in another one, or elsewhere on a shared disk.
     """
@@ -127,6 +139,7 @@ class Follower:
             sites = progress.add_task("sites", total=None)
             answers = Answers()
             while True:
+                # Asked before the events are read, so that those written last are shown as well.
                 ending = self._stop.is_set()
                 for event in self._new_events():
                     answers.note(event)
@@ -167,6 +180,7 @@ class Follower:
         with self._metrics.open("rb") as stream:
             stream.seek(self._position)
             for line in stream:
+                # The server may be in the middle of writing this line. It is read the next time.
                 if not line.endswith(b"\n"):
                     return
                 self._position += len(line)

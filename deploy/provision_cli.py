@@ -1,6 +1,7 @@
-"""``fedbags provision`` and ``fedbags site keygen``: the options of each command, and what it prints.
+"""Define ``fedbags provision`` and ``fedbags site keygen``.
 
-Nothing is decided here: ``consortium.provision`` and ``consortium.membership`` do the work.
+Here are the options of each command, and what it prints. Nothing is decided here: ``consortium.provision``
+and ``consortium.membership`` do the work.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ BUILD = "build"
 
 
 class _BuildByDefault(typer.core.TyperGroup):
-    """``fedbags provision consortium.toml`` is ``fedbags provision build consortium.toml``."""
+    """Take ``fedbags provision consortium.toml`` for ``fedbags provision build consortium.toml``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -60,7 +61,9 @@ def build(
     ] = False,
     password_file: PasswordFile = None,
 ) -> None:
-    """Make the kits, or add what is missing to those that are there. Keys are never overwritten.
+    """Make the kits, or add what is missing to those that are there.
+
+    Keys are never overwritten.
 
     Example: fedbags provision consortium.toml --out KITS
     """
@@ -79,12 +82,14 @@ def add_key(
     days: Days = 398,
     password_file: PasswordFile = None,
 ) -> None:
-    """Let a site in: put its public key into the coordinator's kit and certify it."""
+    """Let a site in by putting its public key into the coordinator's kit and certifying it."""
     from deploy.consortium import keys, membership
     from deploy.consortium.kits import Kits
 
     opened = Kits.open(kits, _password(password_file))
     _print(membership.add_key(opened, site, public_key, days), kits)
+    # Printed here and by `site keygen`, to be compared by telephone: a key that was exchanged on the way
+    # shows.
     _print_fingerprint(site, keys.fingerprint(keys.read_public_key(public_key)))
 
 
@@ -96,7 +101,10 @@ def add_site(
     metrics_port: Annotated[int, typer.Option(help="Of /metrics there; 0: none.", min=0, max=65535)] = 9095,
     password_file: PasswordFile = None,
 ) -> None:
-    """Add a site and make its kit; its key comes later with `add-key`."""
+    """Add a site and make its kit.
+
+    Its key comes later with `add-key`.
+    """
     from pydantic import ValidationError
 
     from common.errors import ConfigError
@@ -129,7 +137,10 @@ def renew(
 
 @app.command()
 def revoke(kits: KitsArgument, site: SiteArgument, password_file: PasswordFile = None) -> None:
-    """Take a site out. A running coordinator refuses it once its files are gone from nodes/ of its kit."""
+    """Take a site out of the consortium.
+
+    A running coordinator refuses it once its files are gone from nodes/ of its kit.
+    """
     from deploy.consortium import membership
     from deploy.consortium.kits import Kits
 
@@ -139,10 +150,14 @@ def revoke(kits: KitsArgument, site: SiteArgument, password_file: PasswordFile =
 
 @app.command("update-app")
 def update_app(kits: KitsArgument, password_file: PasswordFile = None) -> None:
-    """Bundle the app of this fedbags in place of the one before; every site has to approve it."""
+    """Bundle the app of this fedbags in place of the one before.
+
+    Every site has to approve it.
+    """
     from deploy.consortium import membership
     from deploy.consortium.kits import Kits
 
+    # The app of the kits is not checked (with_app=False), because it is about to be replaced.
     changes = membership.update_app(Kits.open(kits, _password(password_file), with_app=False))
     _print(changes, kits)
     say("send coordinator/app/fedbags.fab to every site: `fedbags site approve` shows them what changed")
@@ -151,7 +166,10 @@ def update_app(kits: KitsArgument, password_file: PasswordFile = None) -> None:
 def keygen(
     kit: Annotated[Path, typer.Argument(metavar="KIT", help="This site's kit.")],
 ) -> None:
-    """Make this site's key pair. Only node.pub leaves the machine; an existing key is never overwritten."""
+    """Make this site's key pair.
+
+    Only node.pub leaves the machine; an existing key is never overwritten.
+    """
     from deploy.consortium import keys, membership
     from deploy.consortium.kit import SiteKit
 

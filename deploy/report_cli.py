@@ -1,4 +1,7 @@
-"""``fedbags report``: from ledgers and run folders to report.json, one page, and a PDF if wanted."""
+"""Write the privacy-budget report of ledgers and run folders, for ``fedbags report``.
+
+The report is report.json, one page of HTML, and a PDF if wanted.
+"""
 
 import json
 import os
@@ -32,7 +35,7 @@ def report_command(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
-    """Write the privacy-budget report: what was spent, for what unit, and whether the records hold up.
+    """Write the privacy-budget report of what was spent, for what unit, and whether the records hold up.
 
     From a RUN it covers the federation as the server knows it: the sites' last statements, checked against
     their ledgers where these lie under the run (simulations), or are named beside it. From a site's own
@@ -89,6 +92,7 @@ def report(sources: Sequence[Path], out: Path, pdf: bool = False) -> dict[str, A
     from deploy.report.model import json_schema
     from deploy.report.render import render
 
+    # Looked for first, because computing the report of many sites and rounds takes time.
     browser = find_browser() if pdf else None
     if pdf and browser is None:
         raise UserError(
@@ -112,12 +116,15 @@ def report(sources: Sequence[Path], out: Path, pdf: bool = False) -> dict[str, A
 
 
 def find_browser() -> str | None:
-    """A Chromium on the PATH."""
+    """Return the path of a Chromium on the PATH, or None."""
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
 def _write(out: Path, texts: dict[str, str], browser: str | None) -> bool:
-    """Write all files beside their place first, then put them there: a reader never meets half a report."""
+    """Write all files of the report aside first, and then put them in place.
+
+    A reader never meets half a report.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as name:
@@ -126,6 +133,7 @@ def _write(out: Path, texts: dict[str, str], browser: str | None) -> bool:
                 with (scratch / file).open("w", encoding="utf-8") as stream:
                     stream.write(text)
                     stream.flush()
+                    # On the disk before the file gets its name, so that a power cut leaves no empty report.
                     os.fsync(stream.fileno())
             if browser is not None:
                 _print(browser, scratch)
@@ -140,9 +148,14 @@ def _write(out: Path, texts: dict[str, str], browser: str | None) -> bool:
 
 
 def _print(browser: str, folder: Path) -> None:
-    """Print the page in ``folder`` to a PDF beside it."""
+    """Print the page in ``folder`` to a PDF in the same folder.
+
+    Raises:
+        RunError: the browser did not print it.
+    """
     with tempfile.TemporaryDirectory(prefix="fedbags-chromium-") as profile:
         command = [
+            # Without update checks and other traffic, and with a profile of its own instead of the user's.
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             f"--user-data-dir={profile}", "--no-pdf-header-footer", f"--print-to-pdf={folder / PDF}",

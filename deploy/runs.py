@@ -1,4 +1,4 @@
-"""Read run folders: a list of them, or the figures of one."""
+"""Read run folders, and print a list of them or the figures of one or two."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,10 @@ FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "ma
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """Every run below ``folder``: name, state, rounds done, and leaf accuracy where it is known.
+    """Return a row for every run below ``folder``.
 
-    Where sites suppressed small counts it is not, and ``leaf_accuracy_bounds`` says between what it lies.
+    A row has name, state, rounds done, and leaf accuracy where it is known. Where sites suppressed small
+    counts it is not, and ``leaf_accuracy_bounds`` says between what it lies.
 
     Raises:
         UserError: the folder does not exist.
@@ -45,6 +46,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 "leaf_accuracy_bounds": bounds_of(leaf),
             }
         else:
+            # Only the last event counts: a run that was resumed has others after its failure.
             failed = bool(events) and events[-1]["event"] == "failed"
             row |= {"state": "failed" if failed else "unfinished"}
         rows.append(row)
@@ -52,7 +54,10 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Print the list; a run's name is never cut, since other commands take it."""
+    """Print the list of runs.
+
+    A run's name is never cut, since other commands take it.
+    """
     runs = table(f"runs in {folder}", "run", "state", "method", "sites", "rounds", "seconds", "leaf acc.")
     runs.box, runs.padding, runs.show_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
     for column in runs.columns:
@@ -74,7 +79,7 @@ def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """The content of a run's summary.json.
+    """Return the content of a run's summary.json.
 
     Raises:
         UserError: no run, or one that has not finished.
@@ -92,12 +97,12 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:
-    """Return two runs side by side; every list has the first run's value and the second's.
+    """Return two runs side by side.
 
     ``{runs, differences: [{key, values}], levels: [{level, accuracy, balanced_accuracy, macro_f1,
-    accuracy_bounds}], epsilon, rounds, seconds}``; epsilon is the largest of the sites', None where a run was
-    not private, and a figure that one run does not have is None there. Bounds stand in for the figures of
-    a level of which sites suppressed small counts.
+    accuracy_bounds}], epsilon, rounds, seconds}``; every list has the first run's value and the second's.
+    Epsilon is the largest of the sites', None where a run was not private, and a figure that one run does not
+    have is None there. Bounds stand in for the figures of a level of which sites suppressed small counts.
 
     Raises:
         UserError: one is no run, or has not finished.
@@ -110,6 +115,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         "differences": [
             {"key": key, "values": [one[key], other[key]]}
             for key in one
+            # Any two runs differ in these two, whatever their settings.
             if one[key] != other[key] and key not in ("run-dir", "resume")
         ],
         "levels": [
@@ -127,7 +133,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
 
 
 def print_comparison(result: dict[str, Any]) -> None:
-    """Print what compare_runs found."""
+    """Print the result of compare_runs."""
     out, (first, second) = console(), result["runs"]
     out.print(f"A: {first}", soft_wrap=True)
     out.print(f"B: {second}", soft_wrap=True)
@@ -159,7 +165,7 @@ def _largest_epsilon(summary: dict[str, Any]) -> float | None:
 
 
 def trivial_accuracies(run: Path) -> list[float]:
-    """Return what always naming the most frequent class would get on a run's test images, per level.
+    """Return the accuracy per level of always naming the most frequent class of a run's test images.
 
     Empty where the sites kept their confusion counts.
     """
@@ -172,7 +178,7 @@ def trivial_accuracies(run: Path) -> list[float]:
 
 
 def say_baseline(summary: dict[str, Any], run: Path) -> None:
-    """Print beside the accuracies what they are to be compared with, and why the demo's are low."""
+    """Print what the accuracies are to be compared with, and why the demo's are low."""
     out, trivial = console(), trivial_accuracies(run)
     if len(trivial) == len(summary["levels"]) and trivial:
         named = zip(summary["levels"], trivial, strict=True)
@@ -188,7 +194,10 @@ def say_baseline(summary: dict[str, Any], run: Path) -> None:
 
 
 def print_summary(summary: dict[str, Any], run: Path | None = None) -> None:
-    """Print figures per level, per site, on held-back bags, and what was left out; ``run`` is its folder."""
+    """Print figures per level, per site, on held-back bags, and what was left out.
+
+    With ``run``, the folder of the run, the accuracies of the most frequent class are printed as well.
+    """
     out = console()
     if summary.get("stopped_early"):
         out.print(

@@ -1,4 +1,4 @@
-"""Lines for the terminal, in a module that loads no rich: the one way by which plain text is printed."""
+"""Print plain text on the terminal without loading rich."""
 
 import typer
 
@@ -6,5 +6,9 @@ from common.plain import visible_lines
 
 
 def say(text: object, *, err: bool = False) -> None:
-    """Print a text, its control characters shown, on standard output, or on standard error with ``err``."""
+    """Print a text with its control characters shown.
+
+    It goes to standard output, or with ``err`` to standard error.
+    """
+    # Names and reasons in a text come from other sites, and could drive the terminal.
     typer.echo(visible_lines(str(text)), err=err)

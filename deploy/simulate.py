@@ -1,4 +1,7 @@
-"""``fedbags simulate``: compose the configuration, prepare the sites, run one engine, show the outcome."""
+"""Run a simulation from its options to its summary, for ``fedbags simulate``.
+
+Composes the configuration, prepares the sites, runs one engine and shows the outcome.
+"""
 
 import logging
 import os
@@ -67,6 +70,7 @@ def simulate(
     if resume and out is None:
         raise UserError("--resume needs the run folder: give it with --out")
     if resume and config_file is None and out is not None and (out / "config.toml").exists():
+        # A run goes on with the settings that it began with.
         config_file = out / "config.toml"
     config = compose(options, settings, config_file)
     prerequisites.check(config)
@@ -78,13 +82,15 @@ def simulate(
     )
     if not config_file:
         say_presets(config, options, settings)
+    # A function, because how far the run has come is read only when Ctrl-C comes.
     interrupt.at(lambda: whereabouts(folder, config.rounds, again))
     with locked(folder.path, "a run", LOCK_SECONDS):
         folder.check(config)
         try:
             summary = run_prepared(config, folder, engine, workers)
         except BaseException:
-            if not folder.config.exists():  # the run never began: what was drawn for it goes
+            # The run never began, so the sites that were drawn for it go as well.
+            if not folder.config.exists():
                 shutil.rmtree(folder.path / "sites", ignore_errors=True)
             raise
         if figures:
@@ -96,10 +102,15 @@ def simulate(
 
 
 def run_prepared(config: RunConfig, folder: "RunFolder", engine: str, workers: int | None) -> dict[str, Any]:
-    """Draw or check the sites, run the engine, and return the summary; errors as in simulate."""
+    """Draw or check the sites, run the engine, and return the summary.
+
+    Raises:
+        FedbagsError: as ``simulate``.
+    """
     # Imported here: they bring torch along, which the checks of the options do not need.
     from client.locate import site_folders
 
+    # Before the sites are drawn and read, which takes longer.
     check_model(config)
     sites_dir = Path(config.sites_dir) if config.sites_dir else synthetic_sites(config, folder)
     sites = site_folders(sites_dir)
@@ -145,7 +156,7 @@ def draw(config: RunConfig, folder: "RunFolder") -> None:
 
 
 def whereabouts(folder: "RunFolder", rounds: int, again: str) -> str:
-    """Say how far a run has come, and the command that goes on with it."""
+    """Describe how far a run has come, with the command that goes on with it."""
     from server.run_folder import read_events
 
     if folder.summary.exists():
@@ -159,15 +170,19 @@ def whereabouts(folder: "RunFolder", rounds: int, again: str) -> str:
 
 
 def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file: Path | None) -> RunConfig:
-    """Defaults or the file; without a file what suits the sites and ``--dp``; then options and ``--set``."""
+    """Compose the configuration of a run from the file or the defaults, presets, options and settings.
+
+    Each wins over those before it. Presets, which suit the sites and ``--dp``, count only without a file.
+    """
     base = RunConfig.from_toml(config_file) if config_file else RunConfig()
     given = {**options, **dict(parse_setting(text) for text in settings)}
-    base.with_changes(given)  # a wrong key is told before any image is looked at
+    # Called for its errors: a wrong key is named before any image is opened.
+    base.with_changes(given)
     return base.with_changes({**presets_of(given, config_file), **given})
 
 
 def presets_of(given: Mapping[str, Scalar], config_file: Path | None) -> dict[str, Scalar]:
-    """Return what suits the sites and ``--dp`` of a run that starts from no file, by key."""
+    """Return the preset settings, by key, of a run that starts from no file."""
     suited: dict[str, Scalar] = {}
     if not config_file:
         if sites_dir := given.get("sites-dir"):
@@ -179,7 +194,7 @@ def presets_of(given: Mapping[str, Scalar], config_file: Path | None) -> dict[st
 
 
 def say_presets(config: RunConfig, options: Mapping[str, Scalar], settings: Sequence[str]) -> None:
-    """Say on standard error which settings a run has because of ``--dp`` and ``--sites-dir``."""
+    """Print on standard error which settings a run has because of ``--dp`` and ``--sites-dir``."""
     given = {**options, **dict(parse_setting(text) for text in settings)}
     flat, usual = config.to_flat(), RunConfig().to_flat()
     for preset, option in ((Preset.SITES_DIR, "sites-dir"), (Preset.DP, "dp.epsilon")):
@@ -192,7 +207,7 @@ def say_presets(config: RunConfig, options: Mapping[str, Scalar], settings: Sequ
 
 
 def parse_dp(text: str | None) -> dict[str, Scalar]:
-    """``epsilon=8[,delta=1e-4]`` as configuration keys; empty for None.
+    """Return ``epsilon=8[,delta=1e-4]`` as configuration keys, or none for None.
 
     Raises:
         UserError: another key, or no epsilon above 0.
@@ -210,7 +225,7 @@ def parse_dp(text: str | None) -> dict[str, Scalar]:
 
 
 def usual_image_size(sites_dir: Path) -> int:
-    """The shorter side of the sites' images (the median of a few), at most 224 pixels."""
+    """Return the median shorter side of some of the sites' images, at least 8 and at most 224 pixels."""
     from client.locate import site_folders
 
     sides = []
@@ -220,14 +235,15 @@ def usual_image_size(sites_dir: Path) -> int:
                 with Image.open(path) as image:
                     sides.append(min(image.size))
             except OSError:
-                continue  # the full check of every image follows, with its row
+                # The full check of every image follows, and names the row of a bad one.
+                continue
     if not sides:
         return int(RunConfig().model.image_size)
     return max(8, min(sorted(sides)[len(sides) // 2], LARGEST_SIZE))
 
 
 def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
-    """Check and decode every site's images before anything starts; returns the images in use.
+    """Check and decode every site's images before anything starts, and return the number in use.
 
     Raises:
         DataError: the bad rows of a site (here they may be shown: site and user are the same).
@@ -253,7 +269,7 @@ def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
 
 
 def check_model(config: RunConfig) -> None:
-    """Build the model once, so that an unknown backbone or unusable weights stop nothing half-way.
+    """Build the model once, so that an unknown backbone or unusable weights are found before the run.
 
     Raises:
         UserError: see build_model.
@@ -264,10 +280,15 @@ def check_model(config: RunConfig) -> None:
 
 
 def check_plan(config: RunConfig, store: "BagStore") -> None:
-    """Make a site's privacy plan once before the run: a faulty setting is the user's mistake, told here."""
+    """Make a site's privacy plan once before the run, so that a faulty setting is found at once.
+
+    Raises:
+        UserError: the settings make no plan for this site.
+    """
     from client.budget import make_plan
     from common.privacy.randomness import InsecureSeededRandomness
 
+    # No noise is drawn from this source: the plan is printed and dropped, and each site makes its own.
     plan = make_plan(config, store, InsecureSeededRandomness(config.seed, store.name))
     say(
         f"{store.name}: {plan.number_of_bags} bags, sample rate {plan.sample_rate:.3f}, noise multiplier "
@@ -292,17 +313,18 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
 
     # Flower's strategies report each aggregation, of our one mean reply: noise between progress bars.
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    logging.getLogger("fedbags").propagate = False  # the run folder's log.jsonl has it
+    # The log.jsonl of the run folder has these lines.
+    logging.getLogger("fedbags").propagate = False
     flat = config.to_flat()
     with LocalGrid(config.federation.sites, flat, workers) as grid:
         app(grid, grid.server_context(flat))
 
 
 def default_workers(sites: int) -> int:
-    """As many processes as cores, but not more than sites."""
+    """Return as many processes as cores, but not more than sites."""
     return max(1, min(os.cpu_count() or 1, sites))
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal, on standard error."""
+    """Print one line for the person at the terminal, on standard error."""
     console(stderr=True).print(text)

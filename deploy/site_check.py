@@ -1,4 +1,4 @@
-"""``fedbags site check``: what a site holds, and exactly what would leave the building.
+"""Show what a site holds and exactly what would leave it, for ``fedbags site check``.
 
 A site with a budget in its site.toml takes part in private runs only, so its table shows those; one without
 takes part in the others only.
@@ -31,6 +31,7 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
     release = release_proportions(store, "not-sent")
     policy = store.config.policy
     private = policy.budget.epsilon is not None
+    # With a budget only noised counts leave, so the exact ones are not what would be sent.
     total = release.total() if not private else None
     metrics = sorted(metrics_that_leave(store, site, private=private))
     return {
@@ -89,13 +90,16 @@ def metrics_that_leave(store: BagStore, site: Path, *, private: bool) -> set[str
 
 
 def beyond_default(policy: SitePolicy, metrics: Iterable[str]) -> list[str]:
-    """Return which of these metrics the default policy would withhold: they tell more of the label counts."""
+    """Return those of the metrics that the default policy would withhold.
+
+    They tell more of the label counts.
+    """
     safe = policy.safe_metrics()
     return [name for name in metrics if name in KNOWN_METRICS and name not in safe]
 
 
 def say_beyond_default(names: Sequence[str]) -> str:
-    """Say that a site's own list lets metrics leave that the default withholds."""
+    """Return a warning about the metrics that a site's own list lets leave and the default withholds."""
     return (
         f"site.toml lets metrics leave that tell more than its label counts do: {', '.join(names)}. "
         "Take `metrics` out of it for the defaults (docs/data.md)."
@@ -103,7 +107,7 @@ def say_beyond_default(names: Sequence[str]) -> str:
 
 
 def describe_update(policy: SitePolicy) -> str:
-    """How a model update is protected when it leaves, as far as the site itself sees to it."""
+    """Describe how a model update is protected when it leaves, as far as the site itself sees to it."""
     budget = policy.budget
     noise = (
         f"noised per bag, charged to the ledger: at most epsilon {budget.epsilon:g} for ever"
@@ -114,7 +118,7 @@ def describe_update(policy: SitePolicy) -> str:
 
 
 def print_check(result: dict[str, Any]) -> None:
-    """The result as two tables."""
+    """Print the result as tables."""
     bags, images, leaves = result["bags"], result["images"], result["leaves"]
     here = table(f"site {result['site']}: what is here", "what", "figure")
     here.add_row("bags in use", f"{bags['used']} of {bags['listed']}")

@@ -1,4 +1,4 @@
-"""``fedbags site init``: a hospital's site.toml by questions or by options, and what would then leave."""
+"""Write a hospital's site.toml and show what would then leave, for ``fedbags site init``."""
 
 import json
 import sys
@@ -10,7 +10,8 @@ import typer
 from common.errors import UserError
 from deploy.say import say
 
-if TYPE_CHECKING:  # reads the tables of configurations, which the help must not wait for
+# Reads the tables of configurations, for which --help must not wait.
+if TYPE_CHECKING:
     from client.site import SiteConfig
 
 RELEASES = ("none", "total", "per-bag")
@@ -44,7 +45,9 @@ def init(
     image_size: Annotated[int, typer.Option(help="For the check: side of the input, pixels.", min=8)] = 48,
     json_: Annotated[bool, typer.Option("--json", help="Ask nothing; print the check as JSON.")] = False,
 ) -> None:
-    """Write a hospital's site.toml: by questions on a terminal, else by options. Then show what would leave.
+    """Write a hospital's site.toml, then show what would leave.
+
+    The values are asked for on a terminal, or come from the options.
 
     Example: fedbags site init SITES/hospital-1 --release-proportions total --epsilon 8 --delta 1e-4
     """
@@ -100,23 +103,26 @@ def init(
 
 
 def on_terminal() -> bool:
-    """Whether somebody is there to answer."""
+    """Return whether somebody is there to answer."""
+    # The questions are printed on standard error, so that standard output holds results only.
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "SiteConfig":
-    """Return the site's configuration: what is given, else what was there, else the defaults.
+    """Return the site's configuration from the given values, else the old file, else the defaults.
 
     Args:
         base: the old site.toml, nested; empty if there was none.
-        given: dotted keys; None where nothing was said.
+        given: dotted keys; None where no value was given.
         folder: the folder's name, which is the site's name unless one is given.
 
     Raises:
         ConfigError: a key is unknown or its value out of range; every one is named.
+        UserError: a key names a table inside something that is none.
     """
     from client.site import SITE_FILE, SiteConfig
 
+    # A deep copy, because the nested tables are changed below.
     data: dict[str, Any] = json.loads(json.dumps(base)) or {"name": folder}
     for dotted, value in given.items():
         if value is None:
@@ -132,7 +138,7 @@ def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "SiteCo
 
 
 def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:
-    """Ask for what was not given; the answer that stands in brackets is what is there or usual."""
+    """Ask for what was not given, offering the old or usual value in brackets."""
     policy = base.get("policy", {})
     budget = policy.get("budget", {})
     required = policy.get("secure-aggregation", {}).get("required", True)
@@ -156,7 +162,8 @@ def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:
         epsilon = typer.prompt(question, default=budget.get("epsilon") or 0.0, type=float, err=True)
         given["policy.budget.epsilon"] = epsilon or None
         if not epsilon:
-            policy.pop("budget", None)  # what is not given is kept, and this answer says that none is wanted
+            # A value that is not given is kept, and this answer asks for no budget.
+            policy.pop("budget", None)
     if given["policy.budget.epsilon"] is not None:
         ask("policy.budget.delta", "Delta of the budget", budget.get("delta") or 1e-4, type=float)
     if given["policy.secure-aggregation.required"] is None:

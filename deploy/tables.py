@@ -1,4 +1,4 @@
-"""Tables for the terminal: one console, one look, and texts shown as they are."""
+"""Print tables and texts on the terminal exactly as they are."""
 
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
@@ -17,9 +17,10 @@ from common.plain import visible_lines
 
 
 class PlainConsole(Console):
-    """A console that takes nothing in a text for a command: no markup, no emoji code, no control character.
+    """Print texts on the terminal without taking anything in them for a command.
 
-    Names of sites, classes, files and runs, and the reasons that sites give, were chosen by somebody else.
+    No markup, emoji code or control character has an effect. Names of sites, classes, files and runs, and the
+    reasons that sites give, were chosen by somebody else.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -27,13 +28,18 @@ class PlainConsole(Console):
         return super().render_str(visible_lines(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield the segments of anything, those that were made without render_str included."""
+        """Yield the segments of a renderable with their control characters shown.
+
+        This includes texts that were made without render_str.
+        """
         for text, style, control in super().render(renderable, options):
+            # Control segments are rich's own, such as the movements of a live table.
             yield Segment(text if control else visible_lines(text), style, control)
 
 
 def console(*, stderr: bool = False) -> Console:
     """Return the console that every command prints to."""
+    # Without rich's own reading of a text: a class called [/x] is a name and no markup.
     return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
@@ -43,7 +49,7 @@ def text_column(template: str) -> TextColumn:
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table; every column but the first holds figures."""
+    """Return an empty table, in which every column but the first holds figures."""
     result = Table(title=title, title_justify="left", header_style="bold")
     for number, name in enumerate(columns):
         result.add_column(name, justify="left" if number == 0 else "right")
@@ -51,7 +57,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def config_rows() -> list[dict[str, Any]]:
-    """Every configuration key: ``{key, default, bounds, meaning}``."""
+    """Return a row ``{key, default, bounds, meaning}`` for every configuration key."""
     return list(_rows(RunConfig(), ""))
 
 
@@ -85,7 +91,7 @@ def print_config(rows: list[dict[str, Any]]) -> None:
 
 
 def print_preset(rows: list[dict[str, Any]], option: str) -> None:
-    """Print what an option sets beside itself."""
+    """Print the settings that an option brings with it."""
     keys = _key_table(f"what --{option} also sets, unless you do", "default", option, "why")
     for row in rows:
         keys.add_row(row["key"], str(row["default"]), str(row["preset"]), row["why"])
@@ -93,7 +99,7 @@ def print_preset(rows: list[dict[str, Any]], option: str) -> None:
 
 
 def _key_table(title: str, *columns: str) -> Table:
-    """An empty table of keys, which are never wrapped: they are there to be copied."""
+    """Return an empty table of keys, which are never wrapped, so that they can be copied."""
     result = Table(
         title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )

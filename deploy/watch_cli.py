@@ -1,4 +1,8 @@
-"""`fedbags status`, `metrics` and `track`: look at a run or a site while it works. Thin: reads and prints."""
+"""Show, serve or mirror the figures of a run or a site while it works.
+
+These are ``fedbags status``, ``metrics`` and ``track``. They read options and print. ``deploy.watch`` does
+the work.
+"""
 
 import json
 import threading
@@ -24,9 +28,10 @@ def status(
     once: Annotated[bool, typer.Option("--once", help="Print the table and end.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and end.")] = False,
 ) -> None:
-    """Show a run, or a site, as a live table: sites in and out, rounds, seconds, bytes, privacy budgets.
+    """Show a run, or a site, as a live table.
 
-    Ends by itself when the run has ended; Ctrl-C ends it before.
+    The table has sites in and out, rounds, seconds, bytes and privacy budgets. Ends by itself when the run
+    has ended; Ctrl-C ends it before.
 
     Example: fedbags status runs/demo
     """
@@ -54,6 +59,7 @@ def status(
     if once or ended:
         console().print(shown)
         return
+    # Ctrl-C is the usual way to leave the live table, so it ends the command without an error.
     with Live(shown, console=console(), auto_refresh=False) as live:
         try:
             while not ended:
@@ -77,7 +83,8 @@ def metrics(
     from deploy.watch.source import source
 
     watched = source(path)
-    watched.look()  # loads what the first scrape would wait for
+    # Loads what the first scrape would wait for.
+    watched.look()
     server, close = serve(watched, port, address)
     say(f"serving http://{address}:{server.server_port}/metrics", err=True)
     try:
@@ -92,9 +99,9 @@ def track(
     mlflow: Annotated[str | None, typer.Option(help="MLflow tracking URL, or sqlite:///FILE.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Mirror what there is and end.")] = False,
 ) -> None:
-    """Mirror a run's figures into TensorBoard and MLflow: follows a running run, imports a finished one.
+    """Mirror a run's figures into TensorBoard and MLflow.
 
-    Needs the extra: pip install 'fedbags[tracking]'.
+    Follows a running run, and imports a finished one. Needs the extra: pip install 'fedbags[tracking]'.
 
     Example: fedbags track runs/demo --tensorboard tb --mlflow http://127.0.0.1:5000
     """
