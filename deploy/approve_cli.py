@@ -32,7 +32,7 @@ def approve_command(
     new = app_changes.read_app(app)
     kept = site.app.read_bytes() if site.app.is_file() else b""
     # The kit's copy is compared with only if it has the approved hash. A copy that was exchanged would let a
-    # hostile app look unchanged.
+    # hostile app seem unchanged.
     known = admission.app_hash(kept) == site.app_hash
     old = app_changes.read_bundle(kept, str(site.app)) if known else None
     changes = app_changes.compare(old, new)

@@ -97,8 +97,7 @@ def packages_first(work: Path) -> str:
     folder = work / "packages"
     folder.mkdir()
     for name in OWN:
-        # Links to our packages alone: their own folder may hold many other packages, which would come first
-        # as well.
+        # Links to our packages alone: others in the same folder (site-packages, say) must not come first.
         (folder / name).symlink_to(PACKAGES / name)
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
 

@@ -123,8 +123,7 @@ class LocalGrid(Grid):
 
     def close(self, *, at_once: bool = False) -> None:
         """End the workers after their present work, or with ``at_once`` in the middle of it."""
-        # The executor by itself would wait until every running message is handled, which may be a whole
-        # training.
+        # The executor by itself would wait until every message under way is handled, and training takes long.
         if at_once:
             for process in active_children():
                 process.terminate()

@@ -88,8 +88,7 @@ def add_key(
 
     opened = Kits.open(kits, _password(password_file))
     _print(membership.add_key(opened, site, public_key, days), kits)
-    # Printed here and by `site keygen`, to be compared by telephone: a key that was exchanged on the way
-    # shows.
+    # Printed here and by `site keygen`, to compare by telephone: so an exchanged key is noticed.
     _print_fingerprint(site, keys.fingerprint(keys.read_public_key(public_key)))
 
 

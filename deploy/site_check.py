@@ -79,6 +79,7 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
 
 def metrics_that_leave(store: BagStore, site: Path, *, private: bool) -> set[str]:
     """Return the metrics that the site, as a real one, may send in a run with every default."""
+    # A simulated site sends everything, and the question here is what a real one would send.
     terms = store.config.policy.terms(simulated=False)
     config = RunConfig().with_changes({"dp.epsilon": 1.0} if private else {})
     training, held_back = with_own_split(store, site, terms, private=private).split(

@@ -130,8 +130,7 @@ def read_bundle(content: bytes, name: str) -> App:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            # A small archive can unpack to gigabytes, so the sizes are summed before anything is
-            # decompressed.
+            # A small archive can unpack to gigabytes, so sizes are summed before decompressing.
             if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
                 raise UserError(f"{name} unpacks to more than {MAX_UNPACKED // 2**20} MiB: not an app")
             names = [entry.filename for entry in entries]

@@ -83,8 +83,7 @@ class Authority:
         if folder.exists():
             raise UserError(f"{folder} exists: an authority is never overwritten")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Built under another name and renamed at the end, so that no failure leaves an authority with half of
-        # its files.
+        # Built under another name and renamed at the end, so that a failure leaves no half of an authority.
         work = Path(tempfile.mkdtemp(prefix=".authority-", dir=folder.parent))
         try:
             key = make_private_key(work / KEY_FILE, KeyForm.PKCS8, password)

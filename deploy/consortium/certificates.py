@@ -146,6 +146,7 @@ def certificate_builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - CLOCK_TOLERANCE)
+        # A certificate that outlasts its authority's would look valid while every check of it fails.
         .not_valid_after(min(ends, latest) if latest else ends)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)

@@ -100,10 +100,12 @@ class Control:
         from flwr.proto.control_pb2 import StartRunRequest
         from flwr.supercore.fab import Fab
 
+        # Not `flwr run`, which would bundle a folder anew: sites run only the bytes whose hash they approved.
         fab = Fab(hashlib.sha256(app).hexdigest(), app, {})
         request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(config)))
         with self._errors("the run cannot be started"):
             answer = self._client.StartRun(request)
+        # A refused run is an answer without an id and no error of the connection.
         if not answer.HasField("run_id"):
             raise RunError(f"the run cannot be started: {answer.note or 'the SuperLink gave no reason'}")
         return int(answer.run_id)

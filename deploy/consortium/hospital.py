@@ -62,8 +62,7 @@ def check_data(kit: SiteKit) -> list[str]:
             done.stderr.strip().removeprefix("error: ") or f"`fedbags site check {kit.data}` failed"
         )
     found = json.loads(done.stdout)
-    # The server knows a site by the name in its data's site.toml, so another site's data would answer in that
-    # site's name.
+    # The server knows a site by the name in its site.toml: other data would answer in another's name.
     if (name := found["site"]) != kit.site:
         raise UserError(
             f"{kit.data / SITE_FILE} has name = {name!r}, but this kit is site {kit.site!r}'s: write that "

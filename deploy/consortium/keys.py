@@ -67,14 +67,12 @@ def write_secret(path: Path, content: bytes) -> None:
         UserError: there is a file already.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    # Created with mode 0600 instead of changed to it later: at no moment can others read it, whatever the
-    # umask.
+    # Created with mode 0600, not changed to it later: others can never read it, whatever the umask.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
-        # A link fails where there is a file already. A rename would replace the old key, which nothing
-        # restores.
+        # A link fails where there is a file. A rename would replace the old key, which nothing restores.
         os.link(temporary, path)
     except FileExistsError:
         raise UserError(
@@ -146,8 +144,7 @@ def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
         path, "the public key", "It is the file node.pub that the site's `fedbags site keygen` wrote."
     )
     content = path.read_bytes()
-    # A site that sent node.key by mistake must hear that this key is lost, and not only that it cannot be
-    # read.
+    # A site that sent node.key by mistake must be told that others may have this key now.
     if b"PRIVATE KEY" in content:
         raise UserError(
             f"{path} holds a private key. Only node.pub may leave a site: delete this file, and let the site "

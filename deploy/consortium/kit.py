@@ -50,8 +50,7 @@ class Kit(Section):
         path = folder / KIT_FILE
         require_file(path, "the kit", "Give the folder that `fedbags provision` wrote for this machine.")
         data = read_toml(path)
-        # Before the model checks the keys: a kit of another version may have other keys, and would only be
-        # called faulty.
+        # Checked first: a kit of another version may have other keys, and would only be called faulty.
         _check_version(data.get("kit-version"), path)
         expected = cls.model_fields["role"].default
         if data.get("role") != expected:

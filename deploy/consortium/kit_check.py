@@ -115,8 +115,7 @@ def check_node(kit: CoordinatorKit, site: str, authority: Certificate, *, holdin
 
 
 def _check(certificate: Certificate, authority: Certificate, what: str, holding: bool) -> None:
-    # At its own last moment every certificate holds, so that an expired one passes here and a foreign one
-    # does not.
+    # Checked at its own last moment, an expired certificate passes here and a foreign one does not.
     check_certificate(certificate, authority, what, now=None if holding else certificate.not_valid_after_utc)
 
 

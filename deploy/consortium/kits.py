@@ -77,6 +77,7 @@ class Kits:
             if kit.node_certificate(site).exists():
                 check_node(kit, site, authority, holding=False)
         site_kits = [SiteKit.load(path.parent) for path in sorted(self.folder.glob(f"sites/*/{KIT_FILE}"))]
+        # A kit of another authority is recognised by its CA certificate, since consortiums may have one name.
         own = (self.authority.folder / CERTIFICATE_FILE).read_bytes()
         for other in (kit, *site_kits):
             if other.consortium != kit.consortium:
@@ -149,8 +150,7 @@ class Kits:
         if path.exists() and certificate.exists():
             return
         issued = self.authority.issue_site(site, key, days)
-        # The key comes last, because a running coordinator registers the site as soon as the key is in
-        # nodes/.
+        # The key comes last: a running coordinator registers the site as soon as it is in nodes/.
         write_certificate(certificate, issued)
         write_public_key(path, key, site)
         self.changes.written += [path, certificate]

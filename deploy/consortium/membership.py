@@ -59,8 +59,7 @@ def revoke(kits: Kits, site: str) -> Changes:
         UserError: unknown site.
     """
     kits.require_site(site)
-    # Recorded before the files go: from then on this key is never certified again, even if the command stops
-    # here.
+    # Recorded before the files go: the key is never certified again, even if the command stops here.
     kits.authority.revoke(site)
     for path in (kits.coordinator.node_public_key(site), kits.coordinator.node_certificate(site)):
         path.unlink(missing_ok=True)
@@ -104,8 +103,7 @@ def update_app(kits: Kits) -> Changes:
     """
     content = build_bundle()
     kit = kits.coordinator.model_copy(update={"app_hash": app_hash(content)})
-    # If the command stops between the two writes, check_bundle names the mismatch and this same command mends
-    # it.
+    # If it stops between the two writes, check_bundle names the mismatch and a second try mends it.
     write_bytes(kit.app, content)
     kit.save()
     kits.changes.written += [kit.app, kit.folder / KIT_FILE]

@@ -102,8 +102,7 @@ def reach_server(kit: SiteKit) -> str:
     context = ssl.create_default_context(cafile=str(kit.ca_certificate))
     connection = http.client.HTTPSConnection(kit.server, kit.port, timeout=10.0, context=context)
     try:
-        # nginx refuses this path with 403, which is answer enough: it comes over checked TLS and carries a
-        # date.
+        # nginx refuses this path with 403, which is enough: it comes over checked TLS and has a date.
         connection.request("GET", "/")
         answer = connection.getresponse()
     except ssl.SSLCertVerificationError as error:

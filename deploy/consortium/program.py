@@ -63,6 +63,7 @@ def answers(host: str, port: int) -> Probe:
     """Return a probe that finds a program ready when a TCP port answers."""
 
     def probe(_: str) -> bool:
+        # A short timeout: the supervisor asks one program after the other, and waits for each answer.
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=0.5):
             return True
         return False

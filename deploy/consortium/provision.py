@@ -117,6 +117,7 @@ def _open(
     if (folder / KIT_FILE).exists():
         found = CoordinatorKit.load(folder)
         Kits(out, authority, found).require_whole()
+        # Sites were given the old address in their kits, so a change of it has to be meant.
         if found.server != wanted.server and not update:
             raise UserError(
                 f"{folder / KIT_FILE} was made from other settings: {_differences(found, wanted)}. Give "

@@ -55,8 +55,7 @@ def lock(folder: Path) -> Iterator[bool]:
     """Hold the lock of a state folder, and yield False if a supervisor holds it already."""
     with (folder / LOCK_FILE).open("a") as stream:
         try:
-            # The kernel drops this lock when its holder dies, so that a killed supervisor leaves nothing to
-            # remove.
+            # The kernel drops the lock when its holder dies: a killed supervisor leaves none behind.
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
@@ -98,8 +97,7 @@ class Supervisor:
                 raise UserError(
                     f"already running, see {self._folder / STATE_FILE}; stop it with `down` first"
                 )
-            # What a killed supervisor left still holds the ports and files that the programs are about to
-            # need.
+            # What a killed supervisor left still holds ports and files that the programs need.
             if (before := read_state(self._folder)) is not None and (left := before.living()):
                 log.warning("ending %d process(es) that an earlier supervisor left behind", len(left))
                 end(before.living, GRACE)

@@ -81,8 +81,7 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
         except BaseException:
             temporary.unlink()
             raise
-    # The temporary file begins with mode 0600 and gets its mode before its name: others can never read a
-    # secret under either name.
+    # The file begins with mode 0600 and gets its mode before its name: others never read a secret.
     temporary.chmod(mode)
     temporary.replace(path)
 
