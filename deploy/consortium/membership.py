@@ -1,7 +1,7 @@
 """Change the sites, keys, certificates and the app of a running consortium.
 
-A running coordinator takes up keys that come or go in its nodes/ by itself. Every other change takes effect when
-its kit is brought up again. Nothing here talks to a process.
+A running coordinator takes up keys that come or go in its nodes/ by itself. Every other change takes effect
+when its kit is brought up again. Nothing here talks to a process.
 """
 
 from collections.abc import Iterable
