@@ -22,11 +22,11 @@ def main() -> None:
     assert spec.loader is not None
     sys.modules["deploy"] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    from deploy import interrupt
+    from deploy.simulation import interrupt
 
     try:
         with interrupt.told():
-            from deploy.cli import main as command
+            from deploy.cli.main import main as command
 
             command()
     finally:

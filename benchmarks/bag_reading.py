@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from client.bags import BagStore, to_tensor
-from client.image_cache import decode_all
-from client.sources.build import build_sites
-from client.sources.source_table import FileImages, SourceTable
+from client.data.bags import BagStore, to_tensor
+from client.data.image_cache import decode_all
 from common.hierarchy import Hierarchy
+from deploy.datasets.build import build_sites
+from deploy.datasets.files import FileImages, SourceTable
 
 REPEATS = 5
 

@@ -19,17 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.bags import BagStore
-from client.csv_tables import write_csv
+from client.data.bags import BagStore
+from client.data.labelled import LabelledImages
+from client.data.site_files import read_listing
+from client.data.tables import write_csv
 from client.evaluation import read_predictions
-from client.labelled import LabelledImages
 from client.locate import site_folders
 from client.site import SiteConfig
-from client.site_files import read_listing
-from client.sources.counted_build import build_counted_site
-from client.sources.counts import read_counted_bags
-from common.model_file import load_model
-from deploy.simulate import simulate
+from common.model.model_file import load_model
+from deploy.datasets.counts import build_counted_site, read_counted_bags
+from deploy.simulation.simulate import simulate
 
 
 def take_apart(site: Path, folder: Path) -> None:

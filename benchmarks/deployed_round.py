@@ -39,7 +39,6 @@ import tomli_w
 from deployed_apps import CLOCK_FILE
 from flwr.cli.build import build_fab_from_files
 
-from client.sources.synthetic import write_synthetic_sites
 from common.config import RunConfig, Scalar
 from common.errors import UserError
 from deploy.consortium.bundle import build_bundle, unpack_bundle
@@ -48,7 +47,8 @@ from deploy.consortium.daemon import COMMAND
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.preflight import nginx_program
 from deploy.consortium.submit import COMPLETED, changes, wait_for_end
-from deploy.flower_engine import free_port
+from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.simulation.flower_engine import free_port
 from server.run_folder import read_events
 
 APPS = Path(__file__).with_name("deployed_apps.py")

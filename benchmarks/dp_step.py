@@ -42,11 +42,11 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from client.private_training import BagDPOptimizer
-from common.build import build_model
 from common.config_tables import LossConfig, ModelConfig
 from common.hierarchy import Hierarchy
-from common.losses import hierarchical_proportion_loss, level_weights
-from common.methods import Method
+from common.model.build import build_model
+from common.model.losses import hierarchical_proportion_loss, level_weights
+from common.model.methods import Method
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import SecureRandomness
 

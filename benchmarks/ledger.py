@@ -24,9 +24,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from client.ledger import Ledger
-from client.ledger_carry import CarryFile
-from client.ledger_file import Kind
+from client.ledger.check import CarryFile
+from client.ledger.file import Kind
+from client.ledger.ledger import Ledger
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, PoissonGaussian
 
@@ -37,7 +37,7 @@ NEW_PROCESS = f"""
 import json, sys, time
 from pathlib import Path
 import dp_accounting.pld.privacy_loss_distribution
-from client.ledger import Ledger
+from client.ledger.ledger import Ledger
 from common.privacy.events import PoissonGaussian
 times = [time.perf_counter()]
 ledger = Ledger.open(Path(sys.argv[1]), "site-1", "version", 1e3, {DELTA})

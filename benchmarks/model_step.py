@@ -22,11 +22,11 @@ from collections.abc import Callable
 
 import torch
 
-from common.build import build_model
 from common.config_tables import LossConfig, ModelConfig
 from common.hierarchy import Hierarchy
-from common.losses import hierarchical_proportion_loss, level_weights
-from common.methods import Method
+from common.model.build import build_model
+from common.model.losses import hierarchical_proportion_loss, level_weights
+from common.model.methods import Method
 
 BAG = 16
 TREES = {"27 leaves": (3, 9, 27), "200 leaves": (13, 38, 200)}

@@ -26,7 +26,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from deploy.presets import Preset, values
+from deploy.simulation.presets import Preset, values
 from server.run_folder import read_events
 
 RATES = (0.003, 0.01, 0.03)
@@ -46,7 +46,7 @@ def simulate(sites: Path, out: Path, options: list[str]) -> dict[str, Any]:
     """
     summary = out / "summary.json"
     if not summary.exists():
-        command = [sys.executable, "-c", "from deploy.cli import main; main()", "simulate"]
+        command = [sys.executable, "-c", "from deploy.cli.main import main; main()", "simulate"]
         resume = ["--resume"] if (out / "config.toml").exists() else []
         arguments = ["--sites-dir", str(sites), "--out", str(out), "--json", *resume, *options]
         subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)

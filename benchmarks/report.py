@@ -3,7 +3,7 @@
     python benchmarks/report.py --json
 
 No two sites share an epsilon, which is the worst case, because every figure has to be computed. The time is
-that of `deploy.report_cli.report` in a fresh process, from the first import of the accountants to the last
+that of `deploy.cli.report.report` in a fresh process, from the first import of the accountants to the last
 file. On a busy machine use the processor seconds.
 """
 
@@ -16,8 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from client.ledger_book import Book
-from client.ledger_file import Kind, append, create, read_entries, writing
+from client.ledger.book import Book
+from client.ledger.file import (
+    Kind,
+    append,
+    create,
+    read_entries,
+    writing,
+)
 from common.privacy.events import PoissonGaussian
 
 SITES, ROUNDS, STEPS, DELTA = 50, 200, 4, 1e-4
@@ -25,7 +31,7 @@ EXPECTED_BAGS = 32
 TIMED = """
 import json, os, sys, time
 from pathlib import Path
-from deploy.report_cli import report
+from deploy.cli.report import report
 
 if __name__ == "__main__":  # the report's worker processes read this file too
     started = time.perf_counter()

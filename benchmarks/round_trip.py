@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks_apps import ROUNDS_FILE, server_app
 
 from common.config import RunConfig
-from deploy.flower_engine import run_flower
-from deploy.local_grid import LocalGrid
+from deploy.simulation.flower_engine import run_flower
+from deploy.simulation.local_grid import LocalGrid
 
 APPS = {"serverapp": "benchmarks_apps:server_app", "clientapp": "benchmarks_apps:client_app"}
 

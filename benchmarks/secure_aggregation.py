@@ -26,12 +26,12 @@ from pathlib import Path
 from flwr.app import Message
 
 import client.app
-from client.sources.synthetic import write_synthetic_sites
 from client.training import TrainingResult
 from common.config import RunConfig, Scalar
 from common.messages import size
-from common.model_file import trainable_arrays
-from deploy.local_grid import LocalGrid
+from common.model.model_file import trainable_arrays
+from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.simulation.local_grid import LocalGrid
 from server.app import begin
 from server.rounds import Rounds
 from server.run_folder import RunFolder

@@ -19,7 +19,7 @@ from flwr.app import Message, RecordDict
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, from_records, to_records
-from deploy.local_grid import LocalGrid
+from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 
 TREE = Hierarchy.from_rows(["kind", "leaf"], [["a", "a1"], ["a", "a2"], ["b", "b1"], ["b", "b2"]])

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from client.bags import BagStore
+from client.data.bags import BagStore
+from client.data.labelled import LabelledImages
 from client.evaluation import evaluate_bags, evaluate_labelled
-from client.labelled import LabelledImages
 from client.locate import site_folders
-from client.sources.synthetic import write_synthetic_sites
 from client.training import train_round
-from common.build import build_model
 from common.config import RunConfig
-from deploy.local_grid import LocalGrid
+from common.model.build import build_model
+from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 
 

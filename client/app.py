@@ -3,7 +3,7 @@
 from flwr.app import Context, Message
 
 from client import egress, journal
-from client.bags import BagStore
+from client.data.bags import BagStore
 from client.disclosure import bags_of_a_round, may_leave
 from client.door import SiteApp
 from client.evaluation import evaluate_bags, evaluate_labelled, sum_distances
@@ -16,9 +16,9 @@ from client.site import ReleaseProportions
 from client.training import TrainingResult, train_round
 from common.config import RunConfig
 from common.errors import ConfigError, SecureAggregationRefused
-from common.lhfglp import LHFGLP
 from common.messages import Metric, ModelUpdate, PrivacyStatement, from_records, to_records
-from common.model_file import trainable_arrays
+from common.model.lhfglp import LHFGLP
+from common.model.model_file import trainable_arrays
 from common.secure_aggregation.records import (
     MaskedUpdate,
     MaskRequest,
@@ -205,7 +205,7 @@ def look_privately(
 def evaluate_on_test(message: Message, context: Context) -> Message:
     """Compare the model's predictions with the labels of the site's test images, if it has any."""
     # Imported here so that training never loads the module that opens instance labels.
-    from client.labelled import LabelledImages
+    from client.data.labelled import LabelledImages
 
     config, store = open_site(context)
     request = from_records(message.content, ModelUpdate)

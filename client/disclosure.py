@@ -13,7 +13,8 @@ number of bags, and counts on labelled test images, which are never trained on."
 
 NOISED = frozenset({"noised-bags-tv", "held-back-bags"})
 """What may leave a private run of a look at the held-back bags, where ``private-metrics`` is "noise": sums
-with noise that the ledger has paid for (common/privacy/looks.py), and the number of bags, which is public."""
+with noise that the ledger has paid for (common/privacy/proportions.py), and the number of bags, which is
+public."""
 
 OF_TRAINING = frozenset({"num-bags", "num-images", "loss"})
 IN_REPLY = {

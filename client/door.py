@@ -12,10 +12,9 @@ from enum import Flag, auto
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.refusal import BudgetRefused
 from client.site import SiteConfig, Terms
 from common.config import RunConfig
-from common.errors import ConfigError
+from common.errors import BudgetRefused, ConfigError
 from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, Record
 from common.secure_aggregation.records import (
     KeyAdvert,

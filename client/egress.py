@@ -16,19 +16,19 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 
-from client.bags import BagStore
+from client.data.bags import BagStore
 from client.disclosure import may_leave
 from client.door import QUESTIONS, Handler, Question, admit
 from client.figures import check_metrics
-from client.ledger_view import Charges
+from client.ledger.view import Charges
 from client.locate import find_site
 from client.masked_egress import check_keys, rebuild_masked
 from client.opening import open_site, terms_of, trained_shapes
-from client.refusal import BudgetRefused
 from client.release import name_version, release_proportions
 from client.site import ReleaseProportions, SiteConfig, Terms
 from common.config import RunConfig
 from common.errors import (
+    BudgetRefused,
     ConfigError,
     DataError,
     EgressError,

@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.bags import BagStore, to_tensor
-from client.batch import chunks, make_batch
+from client.data.bags import BagStore, to_tensor
+from client.data.batch import chunks, make_batch
 from client.training import choose_device
 from common.config import RunConfig
-from common.lhfglp import LHFGLP, consistent_prediction, log_probabilities
-from common.losses import proportion_kl, proportion_l1
 from common.messages import Metric
-from common.privacy.looks import to_grid
+from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
+from common.model.losses import proportion_kl, proportion_l1
+from common.privacy.proportions import to_grid
 
 if TYPE_CHECKING:  # training must not even load the module that opens instance labels
-    from client.labelled import LabelledImages
+    from client.data.labelled import LabelledImages
 
 IMAGES_AT_ONCE = 256
 
@@ -45,7 +45,7 @@ def evaluate_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> dict[str
 def sum_distances(model: LHFGLP, store: BagStore, config: RunConfig) -> NDArray[np.int64]:
     """Return per level the sum of the held-back bags' total-variation distances, shape (levels,).
 
-    EXACT, in steps of ``common.privacy.looks.GRID``: must not leave the site without noise.
+    EXACT, in steps of ``common.privacy.proportions.GRID``: must not leave the site without noise.
     """
     _, distances = _compare_bags(model, store, config)
     # Half of L1 is the total-variation distance. Each bag's is rounded on its own, so that one bag moves

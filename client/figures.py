@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import EgressError
 from common.messages import SMALLEST_CELL, SUPPRESSED, Metric
-from common.privacy.looks import GRID
+from common.privacy.proportions import GRID
 
 if TYPE_CHECKING:
     from client.egress import Facts

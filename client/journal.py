@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import Context, Message
 
 from client.door import QUESTIONS, Handler
-from client.ledger_file import LEDGER_FILE, LedgerError, Mark
+from client.ledger.file import LEDGER_FILE, LedgerError, Mark
 from client.locate import DATA_PATH
 from common.logs import JsonLines
 from common.messages import size
@@ -134,7 +134,7 @@ def _ledger_mark(context: Context) -> dict[str, Any]:
         if not ledger.exists():
             return {}
         # Imported here: a site without a budget loads no accountants.
-        from client.ledger_anchor import anchor_of_node
+        from client.ledger.anchor import anchor_of_node
 
         anchor = anchor_of_node(ledger, context.node_config).read()
     except (OSError, LedgerError) as error:

@@ -70,7 +70,7 @@ def site_folders(sites_dir: Path) -> list[Path]:
 
 def synthetic_sites(config: RunConfig) -> list[Path]:
     """Return the folders of a configuration's synthetic hospitals, drawn once and kept."""
-    from client.sources.synthetic import write_synthetic_sites
+    from deploy.datasets.synthetic import write_synthetic_sites
 
     sites, size, seed = config.federation.sites, config.model.image_size, config.seed
     root = Path.home() / SYNTHETIC_CACHE

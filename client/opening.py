@@ -11,18 +11,17 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 
-from client.bags import QUARANTINE_FILE, BagStore, OwnSplit
+from client.data.bags import QUARANTINE_FILE, BagStore, OwnSplit
 from client.locate import find_site, is_simulated
+from client.seeds import derive
 from client.site import SITE_FILE, SiteConfig, Terms
-from client.site_secret import derive
-from common.build import rebuild_model
 from common.config import RunConfig
 from common.config_tables import ModelConfig
 from common.hierarchy import Hierarchy
-from common.lhfglp import LHFGLP
 from common.messages import FloatArray
-from common.model_file import load_arrays
-from common.trainable import trainable_parameters
+from common.model.build import rebuild_model, trainable_parameters
+from common.model.lhfglp import LHFGLP
+from common.model.model_file import load_arrays
 
 HELD_BACK_BAGS = "held-back bags"
 """What the key of a site's own split is derived for."""

@@ -21,8 +21,8 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from client.bags import BagStore
-from client.batch import make_batch
+from client.data.bags import BagStore
+from client.data.batch import make_batch
 from client.objectives import Objective, build_objective
 from client.seeds import TrainingSeeds
 from client.training import (
@@ -32,11 +32,10 @@ from client.training import (
     make_setting,
 )
 from common.config import RunConfig
-from common.config_tables import Strategy
+from common.config_tables import Strategy, run_progress
 from common.errors import ConfigError, RunError
-from common.lhfglp import LHFGLP
+from common.model.lhfglp import LHFGLP
 from common.privacy.plan import PrivacyPlan
-from common.schedule import run_progress
 
 log = logging.getLogger("fedbags.client")
 
@@ -157,7 +156,7 @@ def train_round_privately(
 
     Args:
         model: holds the server's arrays on entry and the site's on return; what ``requires_grad`` is
-            trained (see ``common.trainable``).
+            trained (see ``common.model.build``).
         store: the site's bags; the held-back ones are not touched.
         config: the run.
         round: 1-based.

@@ -7,9 +7,9 @@ to the site's ledger; otherwise they are exact, and the record states it.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client.bags import BagStore
+from client.data.bags import BagStore
+from client.seeds import derive
 from client.site import ReleaseProportions
-from client.site_secret import derive
 from common.messages import ProportionRelease
 
 if TYPE_CHECKING:  # the accountants are loaded in private runs only

@@ -21,7 +21,12 @@ from client.locate import KIT, find_site, is_simulated
 from client.site import SiteConfig
 from client.throwaway import CA_FILE, CERTIFICATE_FILE, KEY_FILE, throwaway_kit
 from common.config import RunConfig
-from common.errors import ConfigError, RoundTaken, SecureAggregationRefused, require_file
+from common.errors import (
+    ConfigError,
+    RoundTaken,
+    SecureAggregationRefused,
+    require_file,
+)
 from common.identity import load_node_key
 from common.messages import FloatArray, ModelUpdate, remember, remembered
 from common.secure_aggregation import member

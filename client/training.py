@@ -12,15 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from client.bags import BagStore
-from client.batch import chunks, make_batch
+from client.data.bags import BagStore
+from client.data.batch import chunks, make_batch
 from client.objectives import Setting, build_objective
 from client.seeds import TrainingSeeds
 from common.config import RunConfig
-from common.config_tables import Strategy
+from common.config_tables import Strategy, cosine_decay, run_progress
 from common.errors import RunError
-from common.lhfglp import LHFGLP
-from common.schedule import cosine_decay, run_progress
+from common.model.lhfglp import LHFGLP
 
 
 @dataclass(frozen=True)

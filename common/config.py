@@ -30,7 +30,7 @@ from common.config_tables import (
     TrainConfig,
 )
 from common.errors import ConfigError, require_file
-from common.methods import Method
+from common.model.methods import Method
 
 Scalar = str | int | float | bool
 

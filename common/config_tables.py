@@ -1,14 +1,17 @@
 """Define the tables of a run's configuration with the bounds and meaning of every key.
 
 What holds between tables, and the forms in which a configuration travels, is in ``common.config``.
+
+Compute the progress of a run and the decay of its learning rate from round numbers.
 """
 
+import math
 from enum import StrEnum
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.methods import Method
+from common.model.methods import Method
 
 
 def _kebab(name: str) -> str:
@@ -291,3 +294,23 @@ class EvaluationConfig(Section):
     def looks(self, rounds: int) -> int:
         """Return the number of evaluations on held-back bags in a run of ``rounds``."""
         return -(-rounds // self.every)
+
+
+FLOOR = 0.05
+"""Share of its start that a learning rate ends at."""
+
+
+def run_progress(round: int, rounds: int) -> float:
+    """Return the share of the run that is done when ``round`` (1-based) starts.
+
+    It is 0 in the first round and 1 in the last.
+    """
+    return (round - 1) / max(rounds - 1, 1)
+
+
+def cosine_decay(progress: float) -> float:
+    """Return the factor of the learning rate at ``progress`` in [0, 1].
+
+    It falls from 1 to ``FLOOR`` along half a cosine (Loshchilov & Hutter 2017, eq. 5).
+    """
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))

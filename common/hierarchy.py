@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from common.delimited import TableError, read_rows
 from common.errors import BadRow, DataError
+from common.text import TableError, read_rows
 
 if TYPE_CHECKING:  # the tree is read where no model is
     from torch import Tensor

@@ -27,7 +27,6 @@ from pydantic import (
 from common.config_tables import Transport
 from common.errors import DataError, RunError
 from common.hierarchy import Hierarchy
-from common.plain import one_line
 from common.privacy.events import event_from_dict
 from common.record import Record as Record
 from common.record import Round, SiteName, check_json
@@ -44,6 +43,7 @@ from common.secure_aggregation.records import (
     UnmaskShares,
     Words,
 )
+from common.text import one_line
 
 FloatArray = NDArray[np.float32]
 T = TypeVar("T", bound="Record")

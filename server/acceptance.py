@@ -30,7 +30,7 @@ from common.messages import (
     check_only,
     from_records,
 )
-from common.plain import one_line
+from common.text import one_line
 
 log = logging.getLogger("fedbags.server")
 

@@ -4,10 +4,20 @@ Mean-type strategies (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedPALS) see o
 weighted mean is accumulated in float64 and Flower's strategy receives it as a single reply, so its server
 optimiser is Flower's own and memory does not grow with the number of sites. Median, trimmed mean and Krum
 compare updates with one another and hold them all.
+
+State the guarantee of noise added by the server, for the summary and the report.
+
+The mechanism itself is Flower's DifferentialPrivacyServerSideFixedClipping (McMahan et al. 2018). This
+module only states, in numbers and words, what it guarantees and what it does not.
+
+Compute each site's weight in the mean, by its bags or by FedPALS.
+
+FedPALS weighs sites so that their labels complement each other. The functions are pure and see the released
+counts only.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -15,10 +25,12 @@ from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
-from common.config_tables import CentralDPConfig, FederationConfig, Strategy
-from common.messages import FloatArray, ModelUpdate
-from common.schedule import cosine_decay, run_progress
+from common.config import RunConfig
+from common.config_tables import CentralDPConfig, FederationConfig, Strategy, cosine_decay, run_progress
+from common.errors import RunError
+from common.messages import FloatArray, ModelUpdate, ProportionRelease
 
 _WEIGHT = "weight"
 # Flower's strategies have no way to save or restore their state, so these attributes are read and set by
@@ -201,3 +213,120 @@ def _reply(arrays: Arrays, weight: float) -> Message:
         created_at=0.0, ttl=1.0, message_type="train",
     )  # fmt: skip
     return make_message(metadata, content)
+
+
+LIMITS = (
+    "The server sees every update without noise and is trusted; only what comes after it is protected.",
+    "The unit is the whole site: the guarantee is that no one can tell whether a site took part with other "
+    "data, which a handful of sites can hardly reach.",
+    "The noise comes from NumPy's generator, which is not a cryptographic one.",
+    "Metrics, label counts and the number of bags are not covered.",
+)
+
+
+def central_statement(config: RunConfig, rounds: int) -> dict[str, Any] | None:
+    """Return the epsilon of the server's noise over all rounds, with its unit and limits.
+
+    The result is None when the noise is off.
+    """
+    central = config.central_dp
+    if not central.noise_multiplier:
+        return None
+    from common.privacy.accounting import spent
+    from common.privacy.events import Adjacency, PoissonGaussian
+
+    # Every site is in every round (no amplification), weights are equal and the quorum is all sites, so one
+    # site moves the clipped sum by at most the clip norm (add/remove), or twice that (replace-one).
+    event = PoissonGaussian(sample_rate=1.0, noise_multiplier=central.noise_multiplier, steps=rounds)
+    return {
+        "unit": "site",
+        "trust": "the server is trusted",
+        "noise_multiplier": central.noise_multiplier,
+        "clip_norm": central.clip_norm,
+        "rounds": rounds,
+        "delta": config.dp.delta,
+        "epsilon": {
+            Adjacency.REPLACE_ONE.value: spent([event], config.dp.delta, Adjacency.REPLACE_ONE),
+            Adjacency.ADD_REMOVE.value: spent([event], config.dp.delta, Adjacency.ADD_REMOVE),
+        },
+        "accountant": "dp-accounting PLD",
+        "limits": list(LIMITS),
+    }
+
+
+_SUM_TO_ONE = 1e3
+
+
+def label_marginal_weights(
+    marginals: NDArray[np.float64],
+    target: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    regularisation: float,
+) -> NDArray[np.float64]:
+    """Return weights on the simplex that bring the mixture of label marginals close to a target.
+
+    Minimises ``||target - marginals^T w||^2 + regularisation * sum_i w_i^2 / n_i * n`` over the simplex
+    (FedPALS, arXiv 2411.03799, eq. 4, with n_i relative to their sum n so that the regularisation has no
+    unit): 0 aligns as well as the sites allow, large values give weights by size, as FedAvg does.
+
+    Args:
+        marginals: shape (sites, C), each row a distribution over the leaves.
+        target: shape (C,), a distribution.
+        sizes: shape (sites,), positive.
+        regularisation: >= 0.
+
+    Returns:
+        Shape (sites,), non-negative, summing to 1.
+    """
+    share = sizes / sizes.sum()
+    # The three blocks of the least squares are the alignment, the regularisation, and one heavy row that
+    # makes the weights sum to 1.
+    rows = [
+        marginals.T,
+        np.diag(np.sqrt(regularisation / share)),
+        np.full((1, len(share)), _SUM_TO_ONE),
+    ]
+    right = np.concatenate([target, np.zeros(len(share)), [_SUM_TO_ONE]])
+    weights, _ = nnls(np.concatenate(rows), right)
+    return np.asarray(weights / weights.sum())
+
+
+def training_bags(bags: int, held_back: float) -> int:
+    """Return the bags that a site trains on when it holds a share of ``bags`` back.
+
+    The rule is that of ``BagStore.split``.
+    """
+    if held_back <= 0 or bags < 2:
+        return bags
+    return bags - min(max(1, round(held_back * bags)), bags - 1)
+
+
+def fedpals_weights(
+    releases: Mapping[str, ProportionRelease], target: str, regularisation: float
+) -> dict[str, float]:
+    """Return label-marginal aware weights from the sites' releases.
+
+    Args:
+        releases: by site name.
+        target: ``uniform`` over the leaves, or ``pooled``: the marginal over all sites.
+        regularisation: see label_marginal_weights.
+
+    Raises:
+        RunError: a site's policy releases no counts.
+    """
+    totals = {}
+    for site, release in releases.items():
+        total = release.total()
+        if total is None:
+            raise RunError(
+                f"strategy fedpals needs label counts, but site {site!r} releases none by policy; "
+                "use another strategy or ask the site for 'release-proportions = \"total\"'"
+            )
+        totals[site] = np.clip(total, 0, None) + 1e-9  # noised counts can be negative
+    counts = np.stack(list(totals.values()))
+    marginals = counts / counts.sum(axis=1, keepdims=True)
+    pooled = counts.sum(axis=0) / counts.sum()
+    goal = np.full(counts.shape[1], 1 / counts.shape[1]) if target == "uniform" else pooled
+    sizes = np.array([release.bags for release in releases.values()], dtype=np.float64)
+    weights = label_marginal_weights(marginals, goal, sizes, regularisation)
+    return dict(zip(totals, weights.tolist(), strict=True))

@@ -9,14 +9,13 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.build import build_model
 from common.config import RunConfig
 from common.errors import RunError, UserError
-from common.model_file import ModelCard, load_arrays, save_model
-from common.trainable import trainable_parameters
+from common.model.build import build_model, trainable_parameters
+from common.model.model_file import ModelCard, load_arrays, save_model
 from server import checkpoint
+from server.aggregation import central_statement
 from server.attendance import Attendance, Turn
-from server.central_dp import central_statement
 from server.checkpoint import ServerState
 from server.evaluation import (
     Confusion,
@@ -27,9 +26,8 @@ from server.evaluation import (
     shown,
     smallest_cell,
 )
-from server.provenance import code_version
 from server.rounds import Rounds
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, code_version
 
 log = logging.getLogger("fedbags.server")
 

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from common.errors import RunError
 from common.messages import PrivacyStatement, ProportionRelease
-from common.plain import one_line
+from common.text import one_line
 
 log = logging.getLogger("fedbags.server")
 

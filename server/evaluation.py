@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from common.hierarchy import Hierarchy
 from common.messages import SMALLEST_CELL, SUPPRESSED, MessageError, ModelUpdate
-from common.privacy.looks import GRID
+from common.privacy.proportions import GRID
 from server.acceptance import LARGEST_FIGURE
 
 Confusion = list[NDArray[np.int64]]

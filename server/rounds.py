@@ -16,7 +16,6 @@ from flwr.serverapp import Grid
 
 from common.config import RunConfig
 from common.config_tables import Strategy
-from common.lhfglp import LHFGLP
 from common.messages import (
     FloatArray,
     MessageError,
@@ -26,10 +25,18 @@ from common.messages import (
     from_records,
     to_records,
 )
-from common.model_file import all_arrays, load_arrays, trainable_arrays
+from common.model.lhfglp import LHFGLP
+from common.model.model_file import all_arrays, load_arrays, trainable_arrays
 from server import checkpoint
 from server.acceptance import fault_of, is_replay, read_update, usable_loss
-from server.aggregation import Aggregator, Arrays, ServerOptimiser, StreamingMean
+from server.aggregation import (
+    Aggregator,
+    Arrays,
+    ServerOptimiser,
+    StreamingMean,
+    fedpals_weights,
+    training_bags,
+)
 from server.attendance import Attendance, QuorumMissed, Turn
 from server.checkpoint import DeclaredLoss, ServerState
 from server.enrolment import ATTEMPTS, is_answer
@@ -38,7 +45,6 @@ from server.exchange import ask
 from server.run_folder import RunFolder
 from server.secure_aggregation import Session, SessionFailed, UselessSum
 from server.statements import StatementBook
-from server.weights import fedpals_weights, training_bags
 
 log = logging.getLogger("fedbags.server")
 

@@ -9,16 +9,22 @@ model.safetensors   the selected model, with model.json beside it
 summary.json        the figures of the finished run
 confusion.json      pooled test confusion counts per level, for the pictures
 log.jsonl           what the server logged
+
+Identify the code that runs by the package's version and, in a git checkout, its commit.
+
+This module knows nothing of runs.
 """
 
 import errno
 import json
 import logging
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,3 +210,42 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         for line in stream:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+GIT_SECONDS = 10
+
+
+def code_version() -> dict[str, str | None]:
+    """Return ``{"version", "commit"}`` of the code that is running.
+
+    Each is None where it cannot be known. A checkout with changes that are not committed gives its
+    commit followed by ``-dirty``: nobody else has that code.
+    """
+    try:
+        package: str | None = version("fedbags")
+    except PackageNotFoundError:
+        package = None
+    return {"version": package, "commit": git_commit(ROOT)}
+
+
+def git_commit(root: Path) -> str | None:
+    """Return the commit of the checkout whose top folder is ``root``, or None.
+
+    It is None without a checkout or without git. Code that is installed below some other project's checkout
+    has no commit of its own.
+    """
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top) != root:
+        return None
+    return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return git's output, or None where git fails, is missing or takes too long."""
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

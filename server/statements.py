@@ -2,7 +2,7 @@
 
 What was spent stays spent: the events of a site's statements may only grow. Statements are kept for the
 run, and in a folder for all runs of a consortium where there is one. The site itself has an anchor for its
-ledger (client/ledger_anchor.py); the statements kept here are a second record that does not lie at the
+ledger (client/ledger/anchor.py); the statements kept here are a second record that does not lie at the
 site.
 """
 

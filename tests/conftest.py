@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.sources.synthetic import write_synthetic_sites
 from common.config import RunConfig
+from deploy.datasets.synthetic import write_synthetic_sites
 
 SIZE = 16
 """Side of the test images, pixels."""

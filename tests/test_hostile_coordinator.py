@@ -20,13 +20,11 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import message_to_proto
 
 from client.app import app
-from client.ledger_book import Book
-from client.ledger_file import Kind
+from client.data.site_files import data_version, read_listing
+from client.ledger.book import Book
+from client.ledger.file import Kind
 from client.site import SiteConfig
-from client.site_files import data_version, read_listing
-from client.sources.synthetic import write_synthetic_sites
 from client.throwaway import throwaway_kit
-from common.build import build_model
 from common.config import RunConfig, Scalar
 from common.hierarchy import Hierarchy
 from common.messages import (
@@ -39,7 +37,8 @@ from common.messages import (
     from_records,
     to_records,
 )
-from common.model_file import all_arrays
+from common.model.build import build_model
+from common.model.model_file import all_arrays
 from common.secure_aggregation.records import (
     KeyAdvert,
     MaskedUpdate,
@@ -52,7 +51,8 @@ from common.secure_aggregation.records import (
     UnmaskRequest,
     UnmaskShares,
 )
-from deploy.local_grid import become_server
+from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.simulation.local_grid import become_server
 
 SIZE = 16
 CAPS = {"hospital-1": 2.0, "hospital-2": 1.0}

@@ -12,7 +12,7 @@ from client.objectives.mixbag import MixedBags
 from client.objectives.rot import TransportedLabels
 from client.objectives.supervised import LeafLabels, LevelLabels
 from client.objectives.vat import VirtualAdversarial
-from common.methods import Method
+from common.model.methods import Method
 
 OBJECTIVES: Mapping[Method, Callable[[Setting], Objective]] = {
     Method.LHFGLP: HierarchicalProportions,

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from client.batch import Batch
+from client.data.batch import Batch
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
-from common.lhfglp import LHFGLP
+from common.model.lhfglp import LHFGLP
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ over bags, whatever their sizes; each term depends on one bag.
 
 from torch import Tensor
 
-from client.batch import Batch
+from client.data.batch import Batch
 from client.objectives.base import Setting
-from common.lhfglp import LHFGLP
-from common.losses import level_weights, proportion_kl
+from common.model.lhfglp import LHFGLP
+from common.model.losses import level_weights, proportion_kl
 
 
 class LeafProportions:

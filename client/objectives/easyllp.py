@@ -16,10 +16,10 @@ own training bags.
 import torch.nn.functional as F
 from torch import Tensor
 
-from client.batch import Batch
+from client.data.batch import Batch
 from client.objectives.base import Setting
-from common.lhfglp import LHFGLP
-from common.losses import bag_means
+from common.model.lhfglp import LHFGLP
+from common.model.losses import bag_means
 
 
 class DebiasedLoss:

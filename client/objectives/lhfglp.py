@@ -4,8 +4,8 @@
         +  alpha * reconstruction  +  beta * ||z||_1,  averaged over bags
 
 The first and the last two terms come from the public description of LHFGLP (Chang et al. 2025, arXiv
-2505.23031), whose exact equations are not public; ``common.losses`` names the source of each. The second is
-ours. Matching does not tell which image of a bag is which; the refined labels Q do: the model's own leaf
+2505.23031), whose exact equations are not public; ``common.model.losses`` names the source of each. The
+second is ours. Matching does not tell which image of a bag is which; the refined labels Q do: the model's own leaf
 probabilities, sharpened and scaled until they add up to the bag's counts (``transport``), and summed up the
 tree. They are constants in the gradient, so this alternates between labels and parameters as expectation
 maximisation does.
@@ -16,11 +16,11 @@ Every term depends on one bag, which is what bag-level privacy needs.
 import torch
 from torch import Tensor
 
-from client.batch import Batch
+from client.data.batch import Batch
 from client.objectives.base import Setting
 from client.objectives.transport import pseudo_labels
-from common.lhfglp import LHFGLP, log_probabilities
-from common.losses import hierarchical_proportion_loss, level_weights, refined_label_loss
+from common.model.lhfglp import LHFGLP, log_probabilities
+from common.model.losses import hierarchical_proportion_loss, level_weights, refined_label_loss
 
 
 class HierarchicalProportions:

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.batch import Batch
+from client.data.batch import Batch
 from client.objectives.base import Setting
-from common.lhfglp import LHFGLP
-from common.losses import SMALLEST_PREDICTED, bag_means
+from common.model.lhfglp import LHFGLP
+from common.model.losses import SMALLEST_PREDICTED, bag_means
 
 TRIES = 10
 """Random partitions of which the best-conditioned is taken."""

@@ -22,10 +22,10 @@ import statistics
 import torch
 from torch import Tensor
 
-from client.batch import Batch
+from client.data.batch import Batch
 from client.objectives.base import Setting
-from common.lhfglp import LHFGLP
-from common.losses import SMALLEST_PREDICTED, bag_mean_probabilities
+from common.model.lhfglp import LHFGLP
+from common.model.losses import SMALLEST_PREDICTED, bag_mean_probabilities
 
 SHARE = 0.5
 """Chance of a bag to be replaced by a mixture."""

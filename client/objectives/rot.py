@@ -17,11 +17,11 @@ cross-entropy takes the place of Liu et al.'s symmetric one, and there is no mix
 import torch.nn.functional as F
 from torch import Tensor
 
-from client.batch import Batch
+from client.data.batch import Batch
 from client.objectives.base import Setting
 from client.objectives.transport import pseudo_labels
-from common.lhfglp import LHFGLP
-from common.losses import bag_means, proportion_kl
+from common.model.lhfglp import LHFGLP
+from common.model.losses import bag_means, proportion_kl
 
 
 class TransportedLabels:

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from client.batch import Batch
+from client.data.batch import Batch
 from client.objectives.base import Setting
-from common.lhfglp import LHFGLP
-from common.losses import proportion_kl
+from common.model.lhfglp import LHFGLP
+from common.model.losses import proportion_kl
 
 XI = 0.1
 """Norm of the change at which the power iteration measures the curvature."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.privacy.accounting import calibrate, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
-from common.privacy.looks import noised
+from common.privacy.proportions import noised
 from common.privacy.randomness import Purpose, Randomness
 
 if TYPE_CHECKING:

@@ -12,20 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from client.bags import BagStore
 from client.budget import make_plan
+from client.data.bags import BagStore
 from client.private_training import train_round_privately
 from client.training import train_round
-from common.build import build_model
 from common.config import RunConfig
 from common.errors import UserError
-from common.lhfglp import LHFGLP
+from common.model.build import build_model, trainable_parameters
+from common.model.lhfglp import LHFGLP
 from common.privacy.accounting import spent
-from common.privacy.audit_bound import best_bound, canaries_needed, lower_bound
 from common.privacy.events import Adjacency, Unit
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
-from common.trainable import trainable_parameters
+from deploy.audit.bound import best_bound, canaries_needed, lower_bound
 from deploy.audit.canaries import CanaryStore, count_right, score_canaries
 from deploy.audit.label_inference import attack_model, attack_proportions
 

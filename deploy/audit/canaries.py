@@ -17,15 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from client.bags import Bag, BagStore, to_tensor
+from client.data.bags import Bag, BagStore, to_tensor
 from client.private_training import train_round_privately
 from client.training import choose_device
-from common.build import build_model
 from common.config import RunConfig
 from common.errors import RunError, UserError
-from common.lhfglp import LHFGLP, LHFGLPOutput
+from common.model.build import build_model, trainable_parameters
+from common.model.lhfglp import LHFGLP, LHFGLPOutput
 from common.privacy.plan import PrivacyPlan
-from common.trainable import trainable_parameters
 
 CANARY_SIZE = 8
 """Images of a canary bag: clipping image by image lets as many times the clip norm through, and shows."""

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.bags import BagStore
-from client.batch import chunks, make_batch
+from client.data.bags import BagStore
+from client.data.batch import chunks, make_batch
 from client.training import choose_device
 from common.config import RunConfig
-from common.lhfglp import LHFGLP
-from common.losses import bag_mean_probabilities
+from common.model.lhfglp import LHFGLP
+from common.model.losses import bag_mean_probabilities
 from common.privacy.proportions import Granularity, release_counts
 from common.privacy.randomness import Randomness
 

@@ -65,11 +65,11 @@ def work(run: Path) -> None:
     # Imported here: other modules import Order from this one, and need neither torch nor Flower.
     import torch
 
-    from client.labelled import LabelledImages
+    from client.data.labelled import LabelledImages
     from client.training import choose_device
-    from common.model_file import load_model
+    from common.model.model_file import load_model
     from deploy.compare.scoring import score
-    from deploy.simulate import run_engine
+    from deploy.simulation.simulate import run_engine
 
     folder = RunFolder(run)
     config = RunConfig.from_flat(order.config).with_changes({"resume": folder.config.exists()})

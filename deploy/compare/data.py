@@ -22,19 +22,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from client.bags import BagStore
-from client.csv_tables import write_csv
-from client.image_cache import Progress
-from client.labelled import LabelledImages
+from client.data.bags import BagStore
+from client.data.image_cache import Progress
+from client.data.labelled import LabelledImages
+from client.data.site_files import TEST_FILE
+from client.data.tables import write_csv
 from client.locate import site_folders
 from client.site import SiteConfig
-from client.site_files import TEST_FILE
-from client.sources.build import write_sites
-from client.sources.division import column
-from client.sources.source_table import FileImages, SourceTable, image_fault
 from common.errors import BadRow, UserError
 from deploy.compare.cells import Cell, Division
 from deploy.compare.source import SPLIT_SEED, OpenedData, refused
+from deploy.datasets.build import write_sites
+from deploy.datasets.files import FileImages, SourceTable, image_fault
+from deploy.datasets.partition import column
 
 SMALLEST_BAG = 4
 """Images: the policy of the site folders, where bags are larger than that."""

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import Scalar, parse_setting
 from common.errors import ConfigError
-from deploy import interrupt, prerequisites
 from deploy.compare.cell import Order
 from deploy.compare.cells import Cell, Context, expand
-from deploy.compare.plan import Planned, State, plan
-from deploy.compare.queue import run_all
+from deploy.compare.plan import Planned, State, plan, run_all
 from deploy.compare.scenario import Scenario, check_settings
 from deploy.compare.screen import Board, preparing, say_plan
 from deploy.compare.table import Row, read_rows, summarise, write_table
-from deploy.folder_lock import locked
+from deploy.simulation import interrupt, prerequisites
+from deploy.simulation.folder_lock import locked
 
 if TYPE_CHECKING:  # brings torch along, which a faulty scenario need not wait for
     from deploy.compare.data import DataFolders
@@ -186,7 +185,7 @@ def prepare(todo: Sequence[Planned], folders: "DataFolders", replaced: Path) -> 
     Raises:
         UserError: a model that cannot be built, or data that cannot be divided so.
     """
-    from deploy.simulate import check_model
+    from deploy.simulation.simulate import check_model
 
     # Every model is built once before the data are written, so that a faulty setting ends the command early.
     for config in {one.cell.config.model: one.cell.config for one in todo}.values():

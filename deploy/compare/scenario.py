@@ -12,11 +12,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from client.sources.catalogue import SourceKind
 from common.config import RunConfig, Scalar, flatten
 from common.config_tables import Section
 from common.errors import ConfigError, require_file
-from common.methods import Method
+from common.model.methods import Method
+from deploy.datasets.catalogue import SourceKind
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]

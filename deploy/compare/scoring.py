@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from client.data.labelled import LabelledImages
 from client.evaluation import confusion_counts, read_predictions
-from client.labelled import LabelledImages
 from common.hierarchy import Hierarchy
-from common.lhfglp import LHFGLP
+from common.model.lhfglp import LHFGLP
 from deploy.compare.table import FIGURES
 from server.evaluation import Confusion, level_figures
 

@@ -10,13 +10,13 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
+from deploy.cli.progress import bars
+from deploy.cli.tables import console, table, text_column
 from deploy.compare.cell import LOG
 from deploy.compare.cells import Cell
 from deploy.compare.plan import Planned, State, told
 from deploy.compare.scenario import Setting
 from deploy.compare.table import accuracy_cells, accuracy_header, read_rows, summarise
-from deploy.progress import bars
-from deploy.tables import console, table, text_column
 
 LOG_LINES = 12
 LINES_TOLD = 5

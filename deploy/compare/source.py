@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client.sources.build import read_split
-from client.sources.catalogue import SourceKind, open_source
-from client.sources.division import column
-from client.sources.partition import Indices, units_of
-from client.sources.source_table import ArrayImages, SourceTable
 from common.errors import BadRow, DataError, UserError
 from deploy.compare.scenario import Data
+from deploy.datasets.build import read_split
+from deploy.datasets.catalogue import SourceKind, open_source
+from deploy.datasets.files import ArrayImages, SourceTable
+from deploy.datasets.partition import Indices, column, units_of
 
 SPLIT_SEED = 0
 """The test images and a limit are the same for every cell, whatever its seed."""

@@ -18,7 +18,7 @@ from deploy.consortium.supervisor import SupervisorState, lock, read_state
 
 LOG_FILE = "supervisor.log"
 POLL, END_DEADLINE = 0.2, 40.0
-COMMAND = (sys.executable, "-P", "-c", "from deploy.cli import main; main()")
+COMMAND = (sys.executable, "-P", "-c", "from deploy.cli.main import main; main()")
 """The fedbags command of this installation, whatever the PATH and the working directory."""
 
 

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.errors import UserError, require_file
+from deploy.cli.say import say
 from deploy.consortium import gate
 from deploy.consortium.kit import SiteKit
-from deploy.say import say
 
 if TYPE_CHECKING:
     from flwr.supercore.constant import TaskType

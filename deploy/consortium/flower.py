@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploy.consortium.kit import CoordinatorKit, Kit
 from deploy.consortium.program import Ending, Remedy
-from deploy.loopback import without_proxy
+from deploy.simulation.loopback import without_proxy
 
 SUPERNODE_CONNECTION = 305
 NODE_ID_TEXT = "SuperNode ID:"

@@ -19,13 +19,13 @@ import typer
 
 from common.config import RunConfig, Scalar, flatten
 from common.errors import RunError, UserError
+from deploy.cli.progress import Follower
+from deploy.cli.tables import console
 from deploy.consortium.control import Control, RunStatus, control
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.kit_check import check_bundle
-from deploy.progress import Follower
-from deploy.runs import print_summary, read_summary
-from deploy.simulate import compose, say_presets
-from deploy.tables import console
+from deploy.runs.runs import print_summary, read_summary
+from deploy.simulation.simulate import compose, say_presets
 
 POLL, OUTAGE = 0.5, 300.0
 COMPLETED, STOPPED = "completed", "stopped"

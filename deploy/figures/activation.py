@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from client.bags import to_tensor
+from client.data.bags import to_tensor
 from common.hierarchy import Hierarchy
-from common.lhfglp import LHFGLP, consistent_prediction, log_probabilities
+from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.samples import TestSample
 from deploy.figures.style import PALETTE, bare, new_figure, wrapped

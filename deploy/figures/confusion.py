@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from common.hierarchy import Hierarchy
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.style import GREY, new_figure, wrapped
-from deploy.suppressed import bounds_of, figure, suppression
+from deploy.runs.runs import bounds_of, figure, suppression
 
 MOST_NUMBERED = 12
 """Classes up to which every cell tells its share in figures."""

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from common.errors import UserError
 from common.hierarchy import Hierarchy
+from deploy.cli.tables import console, text_column
 from deploy.figures.activation import activate, choose_images, draw_activation
 from deploy.figures.confusion import draw_confusion
 from deploy.figures.curves import draw_curves
@@ -17,7 +18,6 @@ from deploy.figures.embedding import MOST_IMAGES, draw_embedding, embed
 from deploy.figures.finished_run import FinishedRun, labels, open_runs
 from deploy.figures.samples import NoTestImages, TestSample, find_sites, read_sample
 from deploy.figures.style import house_style, save
-from deploy.tables import console, text_column
 
 FOLDER, SIDE_BY_SIDE = "figures", "side-by-side"
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from client.bags import to_tensor
+from client.data.bags import to_tensor
 from common.hierarchy import Hierarchy
-from common.lhfglp import LHFGLP
+from common.model.lhfglp import LHFGLP
 from deploy.figures.confusion import tree_order
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.samples import TestSample

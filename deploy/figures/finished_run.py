@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from common.config import RunConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
-from common.lhfglp import LHFGLP
-from common.methods import Method
-from common.model_file import load_model
+from common.model.lhfglp import LHFGLP
+from common.model.methods import Method
+from common.model.model_file import load_model
 from server.run_folder import RunFolder, read_events
 
 METHOD_TITLES = {

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from client.labelled import LabelledImages
+from client.data.labelled import LabelledImages
 from client.locate import site_folders, synthetic_sites
 from client.site import SiteConfig
-from client.sources.synthetic import lesion_hierarchy
 from common.errors import UserError
+from deploy.datasets.synthetic import lesion_hierarchy
 from deploy.figures.finished_run import FinishedRun
 
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
 from common.privacy.randomness import Generator
-from deploy.report.accounts import ACCOUNTANT, Accountants, Answer, Events, Question
+from deploy.report.accounts import (
+    ACCOUNTANT,
+    Accountants,
+    Answer,
+    Events,
+    Question,
+)
 from deploy.report.collect import Collected, Evidence, RunEvidence, Statement, check_ledgers
 from deploy.report.model import (
     CurvePoint,
@@ -26,7 +32,7 @@ from deploy.report.model import (
     WhatIf,
     Worst,
 )
-from deploy.report.rows import (
+from deploy.report.prose import (
     Charge,
     charges,
     events_up_to,

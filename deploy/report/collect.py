@@ -1,6 +1,6 @@
 """Read and check what ledgers and run folders hold, without interpreting it.
 
-A ledger is believed as far as ``client.ledger_check`` finds it intact. A run folder only repeats what its
+A ledger is believed as far as ``client.ledger.check`` finds it intact. A run folder only repeats what its
 sites stated, so a statement is compared with the site's ledger wherever that is at hand. The module knows no
 accountant and no page.
 """
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from client.ledger_file import LedgerError, reading
+from client.ledger.file import LedgerError, reading
 from common.errors import RunError, UserError
 from common.privacy.events import Event
 from deploy.report.model import Audit, CentralNoise, LeftOut, Loss, Problem, Settings
 
 if TYPE_CHECKING:  # loads torch, which a report from statements alone does not need
-    from client.ledger_book import Book
+    from client.ledger.book import Book
 
 LEDGER = "ledger.sqlite"
 
@@ -142,7 +142,7 @@ def check_ledgers(found: Collected) -> None:
     for evidence in found.sites.values():
         if evidence.ledger is None:
             continue
-        from client.ledger_check import verify
+        from client.ledger.check import verify
 
         # The stated head must be a row of the ledger: a ledger that was rolled back, or replaced, is
         # consistent in itself and lacks that row.
@@ -168,7 +168,7 @@ def _read_named_ledger(path: Path, found: Collected) -> None:
 
 def _read_book(path: Path) -> "Book | None":
     """Return the ledger's content, or None where it is damaged or was tampered with."""
-    from client.ledger_book import Book
+    from client.ledger.book import Book
 
     # A file that is no ledger, or is of another release, is the user's mistake and no sign of tampering.
     # It raises here and is not taken for a damaged ledger.
@@ -277,7 +277,7 @@ def _release(data: Mapping[str, Any]) -> ReleaseStatement:
 
 
 def _central(data: Mapping[str, Any] | None) -> CentralNoise | None:
-    """Return what ``server.central_dp`` stated, if the server added noise."""
+    """Return what ``server.aggregation`` stated, if the server added noise."""
     if data is None:
         return None
     # The report's JSON allows no infinite number, so "no bound" is None there.

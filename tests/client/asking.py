@@ -9,11 +9,11 @@ from flwr.app import Context, Message, RecordDict
 
 from client.app import app
 from client.site import SiteConfig, SitePolicy
-from common.build import build_model
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from common.messages import FloatArray, ModelUpdate, Record, combine, to_records
-from common.model_file import all_arrays
+from common.model.build import build_model
+from common.model.model_file import all_arrays
 from common.secure_aggregation.records import (
     MaskRequest,
     SessionOffer,
@@ -21,7 +21,7 @@ from common.secure_aggregation.records import (
     SurvivorList,
     UnmaskRequest,
 )
-from deploy.local_grid import become_server
+from deploy.simulation.local_grid import become_server
 
 SIZE = 16
 NOW: dict[str, Any] = {"session": "0f" * 16, "round": 1}

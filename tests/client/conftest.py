@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.csv_tables import write_csv
+from client.data.tables import write_csv
 from client.site import SiteConfig
 
 LEAVES = ("red", "green", "blue")

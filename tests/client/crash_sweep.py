@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from client import ledger_book
-from client.ledger import Ledger, LedgerLostError, verify
-from client.ledger_anchor import anchor_file
-from client.ledger_book import Book, untally
-from client.ledger_file import Entry, Kind
+from client.ledger import book
+from client.ledger.anchor import anchor_file
+from client.ledger.book import Book, untally
+from client.ledger.file import Entry, Kind
+from client.ledger.ledger import Ledger, LedgerLostError, verify
 from common.privacy.accounting import spent as epsilon
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict
 from common.privacy.proportions import release_counts
@@ -83,8 +83,8 @@ def count_confirmed_only() -> None:
         else:
             right(self, entry)
 
-    right = ledger_book.Book._take
-    ledger_book.Book._take = forgetful  # type: ignore[method-assign]
+    right = book.Book._take
+    book.Book._take = forgetful  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.augment import JITTER, augment_images
+from client.data.batch import JITTER, augment_images
 from common.config_tables import Augmentation
 
 

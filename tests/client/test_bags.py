@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import client.decoding
-import client.image_cache
-from client.bags import BagStore, to_tensor
-from client.labelled import LabelledImages
+import client.data.decoding
+import client.data.image_cache
+from client.data.bags import BagStore, to_tensor
+from client.data.labelled import LabelledImages
 from common.errors import DataError, UserError
 
 from .conftest import COLOURS, paint
@@ -90,7 +90,7 @@ def test_the_cache_is_reused_and_rebuilt_when_the_data_change(
     first = BagStore.open(site, 8, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(15, 15)]
     with monkeypatch.context() as patch:
-        patch.setattr(client.image_cache, "_decode", None)  # decoding again would now fail
+        patch.setattr(client.data.image_cache, "_decode", None)  # decoding again would now fail
         again = BagStore.open(site, 8, progress=lambda done, total: seen.append((done, total)))
     assert len(seen) == 1
     assert np.array_equal(again[2].images, first[2].images)
@@ -108,17 +108,17 @@ def test_the_cache_is_reused_and_rebuilt_when_the_data_change(
 def test_runs_of_different_sizes_decode_once_each(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (8, 12):
         BagStore.open(site, size)
-    monkeypatch.setattr(client.image_cache, "_decode", None)  # decoding again would now fail
+    monkeypatch.setattr(client.data.image_cache, "_decode", None)  # decoding again would now fail
     for size in (8, 12, 8, 12):
         assert BagStore.open(site, size)[0].images.shape[1] == size
 
 
 def test_a_cache_that_never_stays_is_one_clear_error(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(target: Path) -> object:
-        client.image_cache._remove(target)
+        client.data.image_cache._remove(target)
         raise FileNotFoundError(target)
 
-    monkeypatch.setattr(client.image_cache, "_map", gone)
+    monkeypatch.setattr(client.data.image_cache, "_map", gone)
     with pytest.raises(UserError, match="removed by other runs"):
         BagStore.open(site, 8)
 
@@ -138,14 +138,14 @@ def test_a_cache_that_another_process_removes_meanwhile_is_built_anew(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     BagStore.open(site, 8)
-    whole = client.image_cache._map
+    whole = client.data.image_cache._map
 
     def removed_first(target: Path) -> object:
-        monkeypatch.setattr(client.image_cache, "_map", whole)
-        client.image_cache._remove(target)
+        monkeypatch.setattr(client.data.image_cache, "_map", whole)
+        client.data.image_cache._remove(target)
         return whole(target)
 
-    monkeypatch.setattr(client.image_cache, "_map", removed_first)
+    monkeypatch.setattr(client.data.image_cache, "_map", removed_first)
     assert len(BagStore.open(site, 8)) == 3
     assert len(caches(site)) == 1
 
@@ -160,7 +160,7 @@ def test_the_data_version_covers_the_tables_but_not_the_test_labels(site: Path, 
 
 
 def test_leftovers_of_killed_processes_are_removed_once_stale(site: Path) -> None:
-    for name, age in (("tmp-old", 2 * client.image_cache.STALE_SECONDS), ("tmp-new", 0)):
+    for name, age in (("tmp-old", 2 * client.data.image_cache.STALE_SECONDS), ("tmp-new", 0)):
         folder = site / ".cache" / name
         folder.mkdir(parents=True)
         then = folder.stat().st_mtime - age
@@ -173,14 +173,14 @@ def test_leftovers_of_killed_processes_are_removed_once_stale(site: Path) -> Non
 def test_two_processes_that_build_at_once_end_with_one_cache(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = client.image_cache._decode
+    decode = client.data.image_cache._decode
 
     def other_process_wins(path: Path, size: int, *read: object) -> object:
-        monkeypatch.setattr(client.image_cache, "_decode", decode)
+        monkeypatch.setattr(client.data.image_cache, "_decode", decode)
         BagStore.open(site, 8)
         return decode(path, size, *read)
 
-    monkeypatch.setattr(client.image_cache, "_decode", other_process_wins)
+    monkeypatch.setattr(client.data.image_cache, "_decode", other_process_wins)
     assert len(BagStore.open(site, 8)) == 3
     assert len(caches(site)) == 1
 
@@ -213,7 +213,7 @@ def test_split_depends_on_the_site_and_leaves_a_single_bag_alone() -> None:
 
 def _store_of(bags: int, name: str = "x") -> BagStore:
     """A store without files, for what needs only the number of bags."""
-    from client.bags import StoreSummary
+    from client.data.bags import StoreSummary
     from client.site import SiteConfig
     from common.hierarchy import Hierarchy
 
@@ -254,7 +254,7 @@ def test_an_unreadable_and_a_truncated_image(site: Path) -> None:
 
 
 def test_an_image_of_too_many_pixels(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.decoding, "MAX_PIXELS", 200)
+    monkeypatch.setattr(client.data.decoding, "MAX_PIXELS", 200)
     assert "16 x 16 pixels are more than the 200 pixels that one image may have" in refuse(site)
 
 
@@ -451,8 +451,8 @@ def test_the_bag_store_works_without_any_label_source(site: Path) -> None:
     "module", ["bags", "augment", "batch", "site_files", "image_cache", "decoding", "training"]
 )
 def test_what_training_reads_never_imports_the_labelled_images(module: str) -> None:
-    path = Path(client.image_cache.__file__).with_name(f"{module}.py")
+    path = Path(client.data.image_cache.__file__).with_name(f"{module}.py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert "client.labelled" not in imported
-    assert not any(name and name.startswith("client.sources") for name in imported)
+    assert "client.data.labelled" not in imported
+    assert not any(name and name.startswith("deploy.datasets") for name in imported)

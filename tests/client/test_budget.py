@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
-from client import ledger as ledger_module
-from client.bags import CACHE_FOLDER, BagStore
-from client.budget import Budget, open_budget
-from client.ledger import BudgetRefused, Ledger
-from client.ledger_book import Book
-from client.ledger_file import Kind, append, create, read_entries, writing
-from client.plan_cache import PLAN_FILE, SigmaCache
+from client.budget import PLAN_FILE, Budget, SigmaCache, open_budget
+from client.data.bags import CACHE_FOLDER, BagStore
+from client.ledger import ledger as ledger_module
+from client.ledger.book import Book
+from client.ledger.file import (
+    Kind,
+    append,
+    create,
+    read_entries,
+    writing,
+)
+from client.ledger.ledger import BudgetRefused, Ledger
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from common.config import RunConfig
 from common.errors import UserError
@@ -59,7 +64,7 @@ def test_a_plan_is_searched_for_once_and_not_once_a_message(
         searched.append(args)
         return right(*args, **more)
 
-    monkeypatch.setattr("client.plan_cache.calibrate", counted)
+    monkeypatch.setattr("client.budget.calibrate", counted)
     first = open_site().plan
     assert open_site().plan.noise_multiplier == first.noise_multiplier
     assert len(searched) == 1
@@ -131,7 +136,7 @@ def test_no_number_that_is_no_sigma_is_taken_from_the_file(sigma: str, tmp_path:
 def test_settings_that_would_search_for_minutes_are_refused_at_once(
     changes: dict[str, Any], open_site: OpenSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.plan_cache.calibrate", lambda *_, **__: pytest.fail("searched"))
+    monkeypatch.setattr("client.budget.calibrate", lambda *_, **__: pytest.fail("searched"))
     with pytest.raises(UserError, match="the privacy plan cannot be made"):
         open_site(**changes).reserve(1)
 
@@ -139,7 +144,7 @@ def test_settings_that_would_search_for_minutes_are_refused_at_once(
 def test_a_used_up_cap_refuses_before_any_search(
     open_site: OpenSite, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.plan_cache.calibrate", lambda *_, **__: pytest.fail("searched"))
+    monkeypatch.setattr("client.budget.calibrate", lambda *_, **__: pytest.fail("searched"))
     ledger = open_site().ledger
     bare = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.45, steps=1)
     cap = accounting.spent([bare], 1e-3, accounting.Adjacency.REPLACE_ONE)

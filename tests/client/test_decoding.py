@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import client.decoding
-from client.decoding import MAX_PIXELS, describe, open_image, stretch, to_rgb
-from client.image_cache import decode_all
-from client.sources.build import build_sites
-from client.sources.file_index import IMAGE_SUFFIXES
-from client.sources.source_table import FileImages, SourceTable, image_fault
+import client.data.decoding
+from client.data.decoding import (
+    MAX_PIXELS,
+    describe,
+    open_image,
+    stretch,
+    to_rgb,
+)
+from client.data.image_cache import decode_all
 from common.errors import DataError
 from common.hierarchy import Hierarchy
+from deploy.datasets.build import build_sites
+from deploy.datasets.files import IMAGE_SUFFIXES, FileImages, SourceTable, image_fault
 
 UPRIGHT = np.zeros((8, 12, 3), dtype=np.uint8)
 UPRIGHT[:, :6] = (255, 0, 0)
@@ -120,9 +125,9 @@ def test_one_pixel_limit_and_one_message_for_build_check_and_predict(tmp_path: P
 
 
 def test_the_limit_itself_is_read() -> None:
-    client.decoding.check_pixels(MAX_PIXELS, 1)
+    client.data.decoding.check_pixels(MAX_PIXELS, 1)
     with pytest.raises(ValueError, match="pixels are more"):
-        client.decoding.check_pixels(MAX_PIXELS + 1, 1)
+        client.data.decoding.check_pixels(MAX_PIXELS + 1, 1)
 
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))

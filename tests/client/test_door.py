@@ -11,11 +11,11 @@ from flwr.app import Message, RecordDict
 
 from client import private_training
 from client.app import app
-from client.bags import BagStore
+from client.data.bags import BagStore
 from client.door import QUESTIONS, SiteApp, Touches
 from client.egress import guard
-from client.ledger import Ledger
-from client.refusal import BudgetRefused
+from client.ledger.ledger import Ledger
+from common.errors import BudgetRefused
 from common.messages import (
     SITE_ERRORS,
     ModelUpdate,

@@ -13,15 +13,22 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client import egress, ledger_file
+from client import egress
 from client.app import app
 from client.egress import SiteError
-from client.ledger import CARRY_EVERY, Ledger
-from client.ledger_book import Book
-from client.ledger_file import LEDGER_FILE, Kind
-from client.ledger_view import Charges
+from client.ledger import file
+from client.ledger.book import Book
+from client.ledger.file import LEDGER_FILE, Kind
+from client.ledger.ledger import CARRY_EVERY, Ledger
+from client.ledger.view import Charges
 from common.config import RunConfig
-from common.errors import ConfigError, DataError, EgressError, RunError, UserError
+from common.errors import (
+    ConfigError,
+    DataError,
+    EgressError,
+    RunError,
+    UserError,
+)
 from common.hierarchy import Hierarchy
 from common.messages import (
     SITE_ERRORS,
@@ -463,8 +470,8 @@ def test_the_guard_reads_the_ledger_once_a_reply_and_from_the_newest_row_that_ca
     ledger.confirm(ledger.reserve(event, "r", 2))
     statement = ledger.statement(2)
     read: list[int] = []
-    right = ledger_file.parse_row
-    monkeypatch.setattr(ledger_file, "parse_row", lambda *args: read.append(args[1]) or right(*args))
+    right = file.parse_row
+    monkeypatch.setattr(file, "parse_row", lambda *args: read.append(args[1]) or right(*args))
     charges = Charges(path, "r", rows)
     assert charges.paid_for_training(2, config)
     assert not charges.paid_for_training(1, config)

@@ -11,16 +11,16 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.app import app
-from client.ledger_book import Book
-from client.ledger_file import NO_ROW, canonical, chain_hash
+from client.data.site_files import data_version, read_listing
+from client.ledger.book import Book
+from client.ledger.file import NO_ROW, canonical, chain_hash
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
-from client.site_files import data_version, read_listing
-from common.build import build_model
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from common.messages import ModelUpdate, ProportionRelease, from_records, to_records
-from common.model_file import all_arrays
-from deploy.local_grid import become_server
+from common.model.build import build_model
+from common.model.model_file import all_arrays
+from deploy.simulation.local_grid import become_server
 
 HEX = re.compile(r"[0-9a-f]{12,}")
 TRUE = (2, 2, 2)

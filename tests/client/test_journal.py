@@ -12,12 +12,12 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from client import journal
 from client.app import app
-from client.ledger_anchor import anchor_file
+from client.ledger.anchor import anchor_file
 from client.locate import PARTITION
 from common.config import RunConfig
 from common.messages import ModelUpdate, SiteError, size, to_records
 from deploy.consortium.kit import SiteKit
-from deploy.local_grid import become_server
+from deploy.simulation.local_grid import become_server
 
 REQUEST = to_records(ModelUpdate(sender="server", round=4))
 CANARIES = ("patient-4711", "/secret/path", "melanoma")

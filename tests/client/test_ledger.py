@@ -15,12 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client import ledger as ledger_module
-from client import ledger_file
-from client.ledger import BudgetRefused, DataVersionError, Ledger, LedgerBusyError, LedgerError, verify
-from client.ledger_anchor import anchor_file
-from client.ledger_book import Book
-from client.ledger_file import Kind, canonical, chain_hash
+from client.ledger import file
+from client.ledger import ledger as ledger_module
+from client.ledger.anchor import anchor_file
+from client.ledger.book import Book
+from client.ledger.file import Kind, canonical, chain_hash
+from client.ledger.ledger import (
+    BudgetRefused,
+    DataVersionError,
+    Ledger,
+    LedgerBusyError,
+    LedgerError,
+    verify,
+)
 from common.errors import ConfigError, RunError, UserError
 from common.messages import PrivacyStatement, from_records, to_records
 from common.privacy.accounting import spent
@@ -132,10 +139,10 @@ def test_a_ledger_of_an_earlier_release_is_read_and_goes_on_salted(
         text = canonical(plain)
         own = chain_hash(previous, seq, kind.value, text)
         db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (seq, kind.value, text, previous, own))
-        return ledger_file.Entry(seq, kind.value, json.loads(text), previous, own)
+        return file.Entry(seq, kind.value, json.loads(text), previous, own)
 
     with monkeypatch.context() as earlier:
-        earlier.setattr(ledger_file, "append", unsalted)
+        earlier.setattr(file, "append", unsalted)
         earlier.setattr(ledger_module, "append_row", unsalted)
         # An earlier release opens a version without naming it; here that opening would repeat for ever.
         path = fill(open_ledger(), 2)
@@ -407,7 +414,7 @@ def test_planted_bug_a_chain_that_does_not_cover_the_content(
     open_ledger: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        ledger_file, "chain_hash", lambda previous, seq, kind, body: chain_hash(previous, seq, kind, "")
+        file, "chain_hash", lambda previous, seq, kind, body: chain_hash(previous, seq, kind, "")
     )
     path = fill(open_ledger())
     tamper(path, REDUCE)
@@ -452,9 +459,7 @@ def test_a_full_disk_grants_nothing_and_breaks_nothing(
 ) -> None:
     ledger = open_ledger(cap_epsilon=100.0)
     pages = ledger.path.stat().st_size // 4096
-    monkeypatch.setattr(
-        ledger_file, "PRAGMAS", (*ledger_file.PRAGMAS, f"PRAGMA max_page_count = {pages + 1}")
-    )
+    monkeypatch.setattr(file, "PRAGMAS", (*file.PRAGMAS, f"PRAGMA max_page_count = {pages + 1}"))
     granted = use_up(ledger, LedgerBusyError)
     with pytest.raises(LedgerBusyError, match="full"):
         ledger.reserve(QUIET, "run", granted)
@@ -509,7 +514,7 @@ def test_what_is_committed_is_on_the_disk(open_ledger: Opener, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", fsync)
     path = open_ledger().path
     assert str(path.parent) in synced
-    for connection in (ledger_file.open_file, ledger_file.writing):
+    for connection in (file.open_file, file.writing):
         with connection(path) as db:
             settings = {
                 name: db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")
@@ -529,7 +534,7 @@ def test_two_openers_share_one_budget(open_ledger: Opener) -> None:
 
 def test_processes_that_make_the_ledger_at_once_make_one(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from client.ledger import Ledger\n"
+        "import sys; from pathlib import Path; from client.ledger.ledger import Ledger\n"
         "from common.privacy.events import PoissonGaussian\n"
         "event = PoissonGaussian(sample_rate=0.05, noise_multiplier=2.0, steps=1)\n"
         "ledger = Ledger.open(Path(sys.argv[1]), 'site-1', 'v1', 8.0, 1e-5)\n"

@@ -11,11 +11,17 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from client.journal import JOURNAL_FILE, LOGS, newest_mark
-from client.ledger import BudgetRefused, Ledger, LedgerError, LedgerLostError, verify
-from client.ledger_anchor import Anchor, AnchorFile, anchor_file
-from client.ledger_book import Book
-from client.ledger_file import LedgerBusyError, Mark
-from client.ledger_loss import accept_loss
+from client.ledger.anchor import Anchor, AnchorFile, anchor_file
+from client.ledger.book import Book
+from client.ledger.file import LedgerBusyError, Mark
+from client.ledger.ledger import (
+    BudgetRefused,
+    Ledger,
+    LedgerError,
+    LedgerLostError,
+    verify,
+)
+from client.ledger.loss import accept_loss
 from common.errors import ConfigError
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
@@ -349,7 +355,7 @@ def test_a_fresh_site_has_nothing_to_lose(tmp_path: Path, anchor: AnchorFile) ->
 
 
 def question(site: Path, kit: Path | None) -> tuple[Message, Context]:
-    from deploy.local_grid import become_server
+    from deploy.simulation.local_grid import become_server
 
     become_server()
     node = {"data-path": str(site)} | ({"kit": str(kit)} if kit else {})

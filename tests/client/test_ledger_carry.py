@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from client import ledger as ledger_module
-from client import ledger_book, ledger_carry
-from client.ledger import Ledger, verify
-from client.ledger_carry import SEAL_BYTES, CarryFile
-from client.ledger_file import hash_of, reading
+from client.ledger import book, check
+from client.ledger import ledger as ledger_module
+from client.ledger.check import SEAL_BYTES, CarryFile
+from client.ledger.file import hash_of, reading
+from client.ledger.ledger import Ledger, verify
 from common.errors import UserError
 from common.privacy import accounting, composition
 from common.privacy.composition import amounts_of
@@ -134,7 +134,7 @@ def test_a_file_that_is_not_the_ledgers_own_is_dropped_and_written_anew(
 
 
 def test_a_file_of_another_accountant_is_dropped(ledger_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_carry, "version", lambda _: "0.7.0")
+    monkeypatch.setattr(check, "version", lambda _: "0.7.0")
     opened(ledger_path)
     assert composition._kept == ()
 
@@ -183,7 +183,7 @@ def note(sigma, **options):
     built.append([sigma, options["value_discretization_interval"]])
     return right(sigma, **options)
 pld.from_gaussian_mechanism = note
-from client.ledger import Ledger
+from client.ledger.ledger import Ledger
 from common.privacy.events import PoissonGaussian
 from pathlib import Path
 ledger = Ledger.open(Path(sys.argv[1]), "site-1", "v1", 8.0, {delta})
@@ -245,7 +245,7 @@ def test_only_new_events_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number in (0, 1, 0):
         ledger.reserve(step(number), "run", 1, copies=50)
     sizes: list[int] = []
-    monkeypatch.setattr(ledger_book, "merge", lambda events: sizes.append(len(events)) or merge(events))
+    monkeypatch.setattr(book, "merge", lambda events: sizes.append(len(events)) or merge(events))
     ledger.reserve(step(0), "run", 2)
     ledger.statement(2)
     assert sizes

@@ -15,21 +15,20 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 
 import client.private_training as private
-from client.bags import BagStore
-from client.batch import Batch, make_batch
+from client.data.bags import BagStore
+from client.data.batch import Batch, make_batch
 from client.objectives import build_objective
 from client.private_training import BagDPOptimizer, bag_loss, train_round_privately
 from client.seeds import TrainingSeeds
 from client.training import make_setting, train_round
-from common.build import build_model
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
-from common.lhfglp import LHFGLP
-from common.losses import hierarchical_proportion_loss
-from common.model_file import all_arrays
+from common.model.build import Part, build_model, trainable_parameters
+from common.model.lhfglp import LHFGLP
+from common.model.losses import hierarchical_proportion_loss
+from common.model.model_file import all_arrays
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness, SecureRandomness
-from common.trainable import Part, trainable_parameters
 
 from .conftest import write_hand_made_site
 

@@ -17,7 +17,6 @@ from client.masked_egress import rebuild_masked
 from client.secure_aggregation import STATE, Member
 from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
 from client.throwaway import FOLDER, throwaway_kit
-from common.build import build_model
 from common.config import RunConfig
 from common.errors import EgressError, RunError, SecureAggregationRefused
 from common.hierarchy import Hierarchy
@@ -32,7 +31,8 @@ from common.messages import (
     remembered,
     to_records,
 )
-from common.model_file import all_arrays
+from common.model.build import build_model
+from common.model.model_file import all_arrays
 from common.secure_aggregation import keys
 from common.secure_aggregation.keys import SHARE_BYTES
 from common.secure_aggregation.member import MemberState
@@ -48,7 +48,7 @@ from common.secure_aggregation.records import (
     UnmaskRequest,
     UnmaskShares,
 )
-from deploy.local_grid import become_server
+from deploy.simulation.local_grid import become_server
 from server.app import run_path
 
 from .asking import Node, with_policy

@@ -12,16 +12,15 @@ import torch
 from flwr.app import Context, RecordDict
 
 from client import app as client_app
-from client.bags import BagStore
-from client.seeds import TrainingSeeds, training_seeds
+from client.data.bags import BagStore
+from client.seeds import SECRET_FILE, TrainingSeeds, training_seeds
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
-from client.site_secret import SECRET_FILE
 from client.training import TrainingResult, passes_of_round, train_round
-from common.build import build_model
 from common.config import RunConfig
-from common.lhfglp import LHFGLP
 from common.messages import ModelUpdate
-from common.model_file import all_arrays, trainable_arrays
+from common.model.build import build_model
+from common.model.lhfglp import LHFGLP
+from common.model.model_file import all_arrays, trainable_arrays
 
 
 def node(folder: Path, config: RunConfig, run: int = 1, **simulated: Any) -> Context:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from client.site_secret import SECRET_FILE, derive
+from client.seeds import SECRET_FILE, derive
 from common.errors import UserError
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_small, resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from common.backbones import Backbone, backbone_names, build_backbone
-from common.build import build_model
 from common.config_tables import ModelConfig, Norm
 from common.errors import ConfigError, UserError
 from common.hierarchy import Hierarchy
+from common.model.backbones import Backbone, backbone_names, build_backbone
+from common.model.build import build_model
 
 
 @pytest.mark.parametrize(

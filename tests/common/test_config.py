@@ -7,7 +7,7 @@ import pytest
 
 from common.config import RunConfig, flatten, parse_setting
 from common.errors import ConfigError, UserError
-from common.methods import Method
+from common.model.methods import Method
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from client.csv_tables import CsvTable, read_csv, whole_number
-from common.delimited import TableError, read_rows
+from client.data.tables import CsvTable, read_csv, whole_number
 from common.errors import BadRow, DataError
 from common.hierarchy import Hierarchy
+from common.text import TableError, read_rows
 
 ROWS = [["kind", "leaf"], ["warm", "a, b"], ["cold", "größe"]]
 

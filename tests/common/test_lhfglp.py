@@ -9,17 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from common.build import build_model
 from common.config_tables import ModelConfig
 from common.hierarchy import Hierarchy
-from common.lhfglp import (
+from common.model.build import build_model
+from common.model.lhfglp import (
     LHFGLP,
     DictionaryBlock,
     consistent_prediction,
     log_probabilities,
     soft_threshold,
 )
-from common.methods import Method
+from common.model.methods import Method
 
 Make = Callable[..., LHFGLP]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.config_tables import LossConfig
-from common.lhfglp import LHFGLPOutput
-from common.losses import (
+from common.model.lhfglp import LHFGLPOutput
+from common.model.losses import (
     bag_mean_probabilities,
     hierarchical_proportion_loss,
     level_weights,

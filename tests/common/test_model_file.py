@@ -9,13 +9,20 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import resnet18
 
-from common.build import build_model
 from common.config_tables import ModelConfig, Norm
 from common.errors import UserError
 from common.hierarchy import Hierarchy
-from common.lhfglp import LHFGLP
-from common.methods import Method
-from common.model_file import ModelCard, all_arrays, load_arrays, load_model, save_model, trainable_arrays
+from common.model.build import build_model
+from common.model.lhfglp import LHFGLP
+from common.model.methods import Method
+from common.model.model_file import (
+    ModelCard,
+    all_arrays,
+    load_arrays,
+    load_model,
+    save_model,
+    trainable_arrays,
+)
 
 CONFIG = ModelConfig(image_size=32, atoms_per_class=2)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.plain import one_line, visible, visible_lines
+from common.text import one_line, visible, visible_lines
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.schedule import FLOOR, cosine_decay, run_progress
+from common.config_tables import FLOOR, cosine_decay, run_progress
 
 
 def test_a_run_goes_from_nothing_to_all() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from common.sparsemax import sparsemax
+from common.model.sparsemax import sparsemax
 
 rows = st.lists(st.floats(-50, 50), min_size=1, max_size=9)
 

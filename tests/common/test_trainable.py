@@ -2,12 +2,11 @@
 
 import pytest
 
-from common.build import build_model
 from common.config_tables import ModelConfig
 from common.hierarchy import Hierarchy
-from common.methods import Method
-from common.model_file import trainable_arrays
-from common.trainable import Part, trainable_parameters
+from common.model.build import Part, build_model, trainable_parameters
+from common.model.methods import Method
+from common.model.model_file import trainable_arrays
 
 
 @pytest.mark.parametrize("backbone", ["resnet-small", "resnet18", "convnext_tiny"])

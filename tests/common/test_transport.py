@@ -13,7 +13,7 @@ from common.config import RunConfig
 from common.config_tables import Transport
 from common.errors import RunError
 from common.messages import ModelUpdate, PrivacyStatement, from_records, to_records
-from deploy.local_grid import LocalGrid, become_server
+from deploy.simulation.local_grid import LocalGrid, become_server
 from server.app import app
 
 

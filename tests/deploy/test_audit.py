@@ -12,7 +12,7 @@ import typer
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from client.bags import BagStore
+from client.data.bags import BagStore
 from client.private_training import BagDPOptimizer
 from common.config import RunConfig
 from common.errors import RunError, UserError
@@ -22,7 +22,7 @@ from common.privacy.randomness import InsecureSeededRandomness
 from deploy.audit import audit_site
 from deploy.audit.canaries import CANARY_SIZE, CanaryStore, count_right
 from deploy.audit.label_inference import attack_proportions, hit_rate, most_frequent
-from deploy.audit_cli import audit_command
+from deploy.cli.audit import audit_command
 
 SIZE = 16
 

@@ -11,13 +11,13 @@ import pytest
 from client.site import PrivacyBudget, SecureAggregationPolicy, SiteConfig
 from deploy.consortium.hospital import check_data
 from deploy.consortium.kit import SiteKit
-from deploy.site_check import check_site, print_check
+from deploy.datasets.site_check import check_site, print_check
 
 SMALL = ["--set", "model.image-size=16", "--set", "model.atoms-per-class=2", "--workers", "0", "--no-figures"]
 
 
 def fedbags(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = "from deploy.cli import main; main()"
+    code = "from deploy.cli.main import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=cwd,

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from common.config import RunConfig
 from common.errors import RunError
-from deploy import flower_engine
-from deploy.local_grid import LocalGrid, load_app
+from deploy.simulation import flower_engine
+from deploy.simulation.local_grid import LocalGrid, load_app
 from server.app import app
 
 
@@ -79,7 +79,7 @@ def test_the_generated_flower_app_names_both_components_and_every_key(tmp_path: 
 def test_a_dying_worker_is_blamed_alone(small_config: Callable[..., RunConfig]) -> None:
     code = (
         "from flwr.app import Message, RecordDict\n"
-        "from deploy.local_grid import LocalGrid\n"
+        "from deploy.simulation.local_grid import LocalGrid\n"
         "from server.exchange import ask\n"
         "if __name__ == '__main__':\n"
         "    with LocalGrid(4, {}, workers=2, client_app='dying_app:app') as grid:\n"

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from client.site import SiteConfig
-from common.build import build_model
 from common.config import RunConfig
 from common.config_tables import ModelConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
-from common.methods import Method
-from common.model_file import ModelCard, save_model
+from common.model.build import build_model
+from common.model.methods import Method
+from common.model.model_file import ModelCard, save_model
 from deploy.figures.activation import activate, choose_images, last_feature_map
 from deploy.figures.confusion import draw_confusion, row_shares, tree_order
 from deploy.figures.curves import draw_curves

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from client.bags import BagStore
-from client.ledger import DataVersionError, Ledger, LedgerLostError
-from client.ledger_anchor import anchor_file
-from client.ledger_book import Book
+from client.data.bags import BagStore
+from client.ledger.anchor import anchor_file
+from client.ledger.book import Book
+from client.ledger.ledger import DataVersionError, Ledger, LedgerLostError
 from common.errors import UserError
 from common.privacy.events import PoissonGaussian
-from deploy.ledger_cli import app
+from deploy.cli.ledger import app
 
 EVENT = PoissonGaussian(sample_rate=0.05, noise_multiplier=1.0, steps=10)
 

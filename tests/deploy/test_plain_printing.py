@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-import deploy.audit_cli
-import deploy.bags_cli
-import deploy.consortium_cli
-from deploy import predict, runs, site_check, tables
-from deploy.progress import Follower
-from deploy.say import say
-from deploy.watch.prometheus import WatchCollector
-from deploy.watch.state import fold
-from deploy.watch.table import run_table
+import deploy.cli.audit
+import deploy.cli.bags
+import deploy.cli.consortium
+from deploy.cli import tables
+from deploy.cli.progress import Follower
+from deploy.cli.say import say
+from deploy.datasets import site_check
+from deploy.runs import predict, runs
+from deploy.runs.prometheus import WatchCollector
+from deploy.runs.state import fold
+from deploy.runs.table import run_table
 from server.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -91,12 +93,12 @@ def print_build(name: str) -> None:
     report: Any = SimpleNamespace(
         out=Path("out") / name.replace("/", "|"), used=1, listed=1, sites=[site], notes=[name], quarantined=1
     )
-    deploy.bags_cli._print(report)
+    deploy.cli.bags._print(report)
 
 
 def print_programs(name: str) -> None:
     program = {"name": "superlink", "status": "down", "pid": None, "since": "", "restarts": 0, "reason": name}
-    deploy.consortium_cli._print({"programs": [program], "left_behind": 0, "sites": {name: "away"}}, "server")
+    deploy.cli.consortium._print({"programs": [program], "left_behind": 0, "sites": {name: "away"}}, "server")
 
 
 def print_status(name: str) -> None:
@@ -180,9 +182,9 @@ def test_a_cell_is_as_wide_as_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> 
 def test_nothing_prints_but_by_the_two_ways_that_show_texts_as_they_are() -> None:
     """``tables.console`` and ``say``; JSON is ASCII in any case."""
     allowed = {
-        "Console": {"deploy/tables.py"},
-        "PlainConsole": {"deploy/tables.py"},
-        "TextColumn": {"deploy/tables.py"},
+        "Console": {"deploy/cli/tables.py"},
+        "PlainConsole": {"deploy/cli/tables.py"},
+        "TextColumn": {"deploy/cli/tables.py"},
         "print": set[str](),
         "from_markup": set[str](),
     }
@@ -198,7 +200,7 @@ def test_nothing_prints_but_by_the_two_ways_that_show_texts_as_they_are() -> Non
                     found += 1
                 if isinstance(node.func, ast.Attribute) and node.func.attr in ("echo", "secho"):
                     argument = ast.unparse(node.args[0])
-                    assert place == "deploy/say.py" or argument.startswith("json.dumps("), (
+                    assert place == "deploy/cli/say.py" or argument.startswith("json.dumps("), (
                         f"{place}:{node.lineno}"
                     )
                     found += 1

@@ -13,18 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from client.bags import to_tensor
-from client.image_cache import square, to_rgb
-from client.sources.dicom import to_8_bits
-from common.build import build_model
+from client.data.bags import to_tensor
+from client.data.image_cache import square, to_rgb
 from common.config_tables import ModelConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
-from common.lhfglp import consistent_prediction, log_probabilities
-from common.methods import Method
-from common.model_file import ModelCard, load_model, save_model
-from deploy import pictures
-from deploy.predict import predict_images, print_predictions, write_csv
+from common.model.build import build_model
+from common.model.lhfglp import consistent_prediction, log_probabilities
+from common.model.methods import Method
+from common.model.model_file import ModelCard, load_model, save_model
+from deploy.datasets.dicom import to_8_bits
+from deploy.runs import pictures
+from deploy.runs.predict import predict_images, print_predictions, write_csv
 
 TREE = Hierarchy.from_rows(
     ["top", "middle", "leaf"], [["a", "m", "1"], ["a", "m", "2"], ["a", "n", "3"], ["b", "o", "4"]]

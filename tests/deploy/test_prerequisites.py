@@ -11,8 +11,8 @@ import pytest
 
 from common.config import RunConfig
 from common.errors import UserError
-from deploy import prerequisites
-from deploy.folder_lock import LOCK, locked
+from deploy.simulation import prerequisites
+from deploy.simulation.folder_lock import LOCK, locked
 
 BLOCK = """
 import sys
@@ -21,7 +21,7 @@ class Block:
         if name.partition('.')[0] in {blocked!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Block())
-from deploy.cli import main
+from deploy.cli.main import main
 main()
 """
 
@@ -74,7 +74,7 @@ def test_an_audit_without_the_extra_is_refused(sites_dir: Path, tmp_path: Path) 
 def test_a_module_of_an_extra_that_is_missed_later_is_named_too() -> None:
     code = "import opacus.accountants"
     blocked = BLOCK.format(blocked=("opacus",)).replace(
-        "main()\n", f"import deploy.cli\ndef app():\n    {code}\ndeploy.cli.app = app\nmain()\n"
+        "main()\n", f"import deploy.cli.main\ndef app():\n    {code}\ndeploy.cli.app = app\nmain()\n"
     )
     late = subprocess.run([sys.executable, "-P", "-c", blocked], capture_output=True, text=True, check=False)
     assert_refused(late, "opacus", "pip install 'fedbags[dp]'")
@@ -130,7 +130,7 @@ def test_a_second_run_in_a_folder_is_told_who_holds_it(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from deploy.folder_lock import locked\n"
+        "import sys, time; from pathlib import Path; from deploy.simulation.folder_lock import locked\n"
         "with locked(Path(sys.argv[1]), 'a run'):\n    print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen(

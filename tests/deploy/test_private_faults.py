@@ -9,11 +9,11 @@ import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
-from client.ledger import verify
-from client.ledger_book import Book
+from client.ledger.book import Book
+from client.ledger.ledger import verify
 from client.site import PrivacyBudget, SiteConfig
 from common.config import RunConfig
-from deploy.local_grid import LocalGrid
+from deploy.simulation.local_grid import LocalGrid
 from server import attendance
 from server.app import app
 from server.run_folder import read_events

@@ -11,23 +11,23 @@ from flwr.app import Context, Message, RecordDict
 from safetensors.numpy import load_file
 
 from client import app as client_app
-from client.bags import BagStore
-from client.ledger import Ledger, verify
-from client.ledger_book import Book
+from client.data.bags import BagStore
+from client.ledger.book import Book
+from client.ledger.ledger import Ledger, verify
 from client.site import PrivacyBudget, PrivateMetrics, SiteConfig
-from client.sources.synthetic import write_synthetic_sites
-from common.build import build_model
 from common.config import RunConfig
 from common.errors import RunError
 from common.hierarchy import Hierarchy
 from common.messages import ModelUpdate, SiteError, to_records
-from common.model_file import all_arrays
+from common.model.build import build_model
+from common.model.model_file import all_arrays
 from common.privacy.accounting import opacus_prv, spent
 from common.privacy.events import Adjacency, event_from_dict
-from common.privacy.looks import GRID
-from deploy.local_grid import LocalGrid, become_server
-from deploy.report_cli import report
-from deploy.runs import print_summary
+from common.privacy.proportions import GRID
+from deploy.cli.report import report
+from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.runs.runs import print_summary
+from deploy.simulation.local_grid import LocalGrid, become_server
 from server.app import app
 from server.run_folder import read_events
 

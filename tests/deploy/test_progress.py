@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deploy.progress import Answers, Follower, bars
+from deploy.cli.progress import Answers, Follower, bars
 
 SITES = ["a", "b", "c", "d", "e"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.loopback import HOSTS, without_proxy
+from deploy.simulation.loopback import HOSTS, without_proxy
 
 DEAD = "http://127.0.0.1:9"
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy", "grpc_proxy")
@@ -49,7 +49,7 @@ def test_httpx_and_the_standard_library_take_it_so(monkeypatch: pytest.MonkeyPat
 
 def test_the_command_sets_it_for_itself_and_what_it_starts() -> None:
     code = (
-        "import os, deploy.cli as cli\n"
+        "import os, deploy.cli.main as cli\n"
         "cli.app = lambda: print(os.environ['no_proxy'], os.environ['NO_PROXY'])\n"
         "cli.main()"
     )

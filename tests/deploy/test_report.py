@@ -21,20 +21,20 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import deploy.report.accounts
-from client.ledger import BudgetRefused, Ledger
-from client.ledger_book import Book
+from client.ledger.book import Book
+from client.ledger.ledger import BudgetRefused, Ledger
 from common.config import RunConfig
 from common.errors import UserError
 from common.privacy.accounting import opacus_rdp, spent, without_amplification
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import Generator, InsecureSeededRandomness
+from deploy.cli.report import find_browser, report, report_command
 from deploy.report.accounts import Accountants, Answer, Question
 from deploy.report.model import Report, Worst
 from deploy.report.prose import judgement, listed
 from deploy.report.render import field_path, shown
-from deploy.report_cli import find_browser, report, report_command
-from server.central_dp import central_statement
+from server.aggregation import central_statement
 
 DELTA = 1e-4
 HOSTILE = '<script>alert("x")</script> & co.'

@@ -14,9 +14,10 @@ from client.locate import site_folders
 from client.site import SiteConfig
 from common.config import RunConfig
 from common.errors import UserError
-from deploy.presets import PRESETS, Preset, preset_rows, values
-from deploy.runs import (
+from deploy.cli.tables import config_rows, print_config, print_preset
+from deploy.runs.runs import (
     compare_runs,
+    figure,
     list_runs,
     print_comparison,
     print_runs,
@@ -24,9 +25,13 @@ from deploy.runs import (
     read_summary,
     trivial_accuracies,
 )
-from deploy.simulate import presets_of, run_engine, say_presets
-from deploy.suppressed import figure
-from deploy.tables import config_rows, print_config, print_preset
+from deploy.simulation.presets import (
+    PRESETS,
+    Preset,
+    preset_rows,
+    values,
+)
+from deploy.simulation.simulate import presets_of, run_engine, say_presets
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def test_python_m_fedbags_works_in_the_folder_of_the_module(shadowed: Path) -> N
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_the_module_of_the_command_line_works_there_too(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.py").write_text("raise SystemExit('own module')")
-    for arguments in (["-m", "deploy.cli"], ["-c", "from deploy.cli import main; main()"]):
+    for arguments in (["-m", "deploy.cli.main"], ["-c", "from deploy.cli.main import main; main()"]):
         result = python(*arguments, "--help", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert "Start here" in result.stdout

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import deploy.site_init_cli
-from client.bags import BagStore
+import deploy.cli.site_init
+from client.data.bags import BagStore
 from client.site import PrivacyBudget, ReleaseProportions, SiteConfig
 from common.errors import ConfigError, DataError, UserError
-from deploy.cli import app
+from deploy.cli.main import app
 
 
 def init(*arguments: str | Path, answers: str = "") -> str:
@@ -80,7 +80,7 @@ def test_faulty_policies_write_nothing(site: Path, options: list[str], message: 
 def test_questions_on_a_terminal_ask_for_what_was_not_given(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deploy.site_init_cli, "on_terminal", lambda: True)
+    monkeypatch.setattr(deploy.cli.site_init, "on_terminal", lambda: True)
     init(site, "--minimum-bag-size", "5", answers="south\nper-bag\n3\n0.001\nn\n")
     config = SiteConfig.load(site)
     assert config.name == "south"

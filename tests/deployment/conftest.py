@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from client.sources.synthetic import write_synthetic_sites
 from common.errors import UserError
 from deploy.consortium.daemon import COMMAND
 from deploy.consortium.kit import CoordinatorKit, SiteKit
 from deploy.consortium.preflight import nginx_program
-from deploy.flower_engine import descendants, free_port
+from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.simulation.flower_engine import descendants, free_port
 from server.run_folder import read_events
 
 SITES = ("hospital-1", "hospital-2", "hospital-3")

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import typer.main
 
-from deploy.cli import app
+from deploy.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -25,7 +25,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from common.errors import UserError
 from deploy.consortium.kit import SiteKit
 from deploy.consortium.preflight import reach_server
-from deploy.flower_engine import free_port
+from deploy.simulation.flower_engine import free_port
 from tests.deployment.conftest import Consortium, wait_until, write_data
 
 pytestmark = pytest.mark.slow

@@ -11,10 +11,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from client.ledger_book import Book
+from client.ledger.book import Book
 from deploy.consortium import exporter
 from deploy.consortium.bundle import unpack_bundle
-from deploy.flower_engine import free_port, program
+from deploy.simulation.flower_engine import free_port, program
 from tests.deployment.conftest import SITES, Consortium, Run, wait_until
 
 ROUNDS = 3

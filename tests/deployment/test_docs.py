@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 import pytest
 
-from client.ledger_book import Book
+from client.ledger.book import Book
 from client.site import SiteConfig
-from deploy.flower_engine import descendants, free_port
+from deploy.simulation.flower_engine import descendants, free_port
 from server.run_folder import read_events
 from tests.deployment import documents
 from tests.deployment.conftest import SITES

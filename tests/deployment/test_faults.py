@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger_book import Book
+from client.ledger.book import Book
 from deploy.consortium.processes import lookup
-from deploy.flower_engine import free_port
+from deploy.simulation.flower_engine import free_port
 from tests.deployment.conftest import SITES, Consortium, Run, wait_until
 
 pytestmark = pytest.mark.slow

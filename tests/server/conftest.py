@@ -12,7 +12,7 @@ from flwr.app import Message
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, from_records, to_records
-from deploy.local_grid import LocalGrid
+from deploy.simulation.local_grid import LocalGrid
 from server import attendance, exchange
 from server.app import app
 from server.run_folder import read_events

@@ -8,12 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import RunConfig
-from common.config_tables import CentralDPConfig, FederationConfig, Strategy
+from common.config_tables import FLOOR, CentralDPConfig, FederationConfig, Strategy
 from common.errors import ConfigError
 from common.messages import FloatArray, ModelUpdate
-from common.schedule import FLOOR
-from server.aggregation import Collected, ServerOptimiser, StreamingMean
-from server.central_dp import central_statement
+from server.aggregation import Collected, ServerOptimiser, StreamingMean, central_statement
 
 Arrays = dict[str, FloatArray]
 

@@ -18,7 +18,7 @@ import pytest
 
 from common.config import RunConfig
 from common.errors import RunError
-from deploy.local_grid import LocalGrid
+from deploy.simulation.local_grid import LocalGrid
 from server import app as server_app
 from server import checkpoint, run_folder
 from server.app import app
@@ -231,7 +231,7 @@ SERVER = """
 import sys
 from pathlib import Path
 from common.config import RunConfig
-from deploy.local_grid import LocalGrid
+from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 config = RunConfig.from_toml(Path(sys.argv[1]))
 with LocalGrid(config.federation.sites, config.to_flat()) as grid:

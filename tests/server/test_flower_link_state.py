@@ -12,7 +12,7 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
-from deploy import local_grid
+from deploy.simulation import local_grid
 from server.exchange import FLOWER_ERRORS, ask
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.provenance import ROOT, code_version, git_commit
+from server.run_folder import ROOT, code_version, git_commit
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from safetensors.numpy import load_file
 
-from client.bags import BagStore
+from client.data.bags import BagStore
 from client.site import SecureAggregationPolicy, SiteConfig
 from client.throwaway import CERTIFICATE_FILE, FOLDER, KEY_FILE
 from common import identity
@@ -23,12 +23,12 @@ from common.messages import MaskedUpdate, from_records, to_records
 from common.secure_aggregation import keys, quantisation
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
 from common.secure_aggregation.records import KeyAdvert, UnmaskShares
-from deploy.local_grid import LocalGrid
+from deploy.simulation.local_grid import LocalGrid
 from server import attendance, rounds
+from server.aggregation import training_bags
 from server.app import app
 from server.run_folder import read_events
 from server.secure_aggregation import levelled
-from server.weights import training_bags
 
 Config = Callable[..., RunConfig]
 Bend = Callable[[str, int, Message], Message | None]
@@ -191,7 +191,7 @@ def test_the_weights_are_those_of_the_training_bags(sites_dir: Path) -> None:
 @pytest.fixture
 def five(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Runs of five sites: the threshold is four."""
-    from client.sources.synthetic import write_synthetic_sites
+    from deploy.datasets.synthetic import write_synthetic_sites
 
     folder = tmp_path_factory.mktemp("five") / "sites"
     write_synthetic_sites(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from common.errors import RunError
 from common.messages import MessageError, PrivacyStatement, to_records
-from common.plain import REASON_CHARACTERS
 from common.privacy.events import DiscreteLaplace, PoissonGaussian, merge
+from common.text import REASON_CHARACTERS
 from server.statements import StatementBook
 
 Events = list[PoissonGaussian | DiscreteLaplace]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from common.errors import RunError
 from common.messages import ProportionRelease
-from server.weights import fedpals_weights, label_marginal_weights
+from server.aggregation import fedpals_weights, label_marginal_weights
 
 
 def release(

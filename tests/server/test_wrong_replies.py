@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord
 
 from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, from_records, to_records
-from common.plain import REASON_CHARACTERS
+from common.text import REASON_CHARACTERS
 from server.checkpoint import load_newest
 
 Change = Callable[[Message], None]

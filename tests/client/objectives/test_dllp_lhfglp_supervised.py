@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from client.objectives import build_objective
-from common.losses import level_weights
-from common.methods import Method
+from common.model.losses import level_weights
+from common.model.methods import Method
 
 from .toy import GivenScores, Toy, batch_of, setting_of, toy_model
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from client.objectives import build_objective
 from client.objectives.easyllp import debiased_labels, squared_errors
-from common.methods import Method
+from common.model.methods import Method
 
 from .toy import GivenScores, batch_of, setting_of
 

@@ -10,7 +10,7 @@ import client.private_training as private
 from client.objectives import OBJECTIVES, build_objective
 from common.config import RunConfig
 from common.errors import ConfigError, UserError
-from common.methods import Method
+from common.model.methods import Method
 
 from .toy import Toy, accuracy_after_training, setting_of, toy_model
 
@@ -85,7 +85,7 @@ def test_privacy_is_offered_for_losses_of_one_bag_each_only(method: Method, nois
 
 
 def test_a_method_that_nobody_has_examined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.methods._ONE_BAG_EACH", frozenset())
+    monkeypatch.setattr("common.model.methods._ONE_BAG_EACH", frozenset())
     assert "nobody has shown" in Method.LHFGLP.why_not_private
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from client.objectives import build_objective
 from client.objectives.llpfc import ForwardCorrection, make_groups, transition_matrix
-from common.methods import Method
+from common.model.methods import Method
 
 from .toy import GivenScores, batch_of, setting_of
 

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from client.objectives import build_objective
 from client.objectives.mixbag import interval_divergence, mix, quantile
-from common.methods import Method
+from common.model.methods import Method
 
 from .toy import GivenScores, batch_of, setting_of
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from client.objectives import build_objective
-from common.losses import hierarchical_proportion_loss, level_weights, refined_label_loss
-from common.methods import Method
+from common.model.losses import hierarchical_proportion_loss, level_weights, refined_label_loss
+from common.model.methods import Method
 
 from .toy import GivenScores, accuracy_after_training, batch_of, setting_of
 

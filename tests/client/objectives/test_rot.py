@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from client.objectives import build_objective
-from common.methods import Method
+from common.model.methods import Method
 
 from .toy import GivenScores, batch_of, setting_of
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 import client.objectives
-from client.bags import BagStore
-from client.csv_tables import write_csv
+from client.data.bags import BagStore
+from client.data.tables import write_csv
 from client.site import SiteConfig, SitePolicy
 from client.training import train_round
-from common.build import build_model
 from common.config import RunConfig
 from common.errors import DataError, UserError
-from common.methods import Method
-from common.model_file import all_arrays
+from common.model.build import build_model
+from common.model.methods import Method
+from common.model.model_file import all_arrays
 
 BOUNDS = [method for method in Method if method.sees_labels]
 
@@ -92,4 +92,4 @@ def test_no_objective_can_reach_instance_labels() -> None:
                 module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
                 imported |= {module + name.name for name in node.names}
         assert imported  # of names as "client.batch.Batch"
-        assert not {name for name in imported if name.startswith(("client.labelled", "client.sources"))}
+        assert not {name for name in imported if name.startswith(("client.data.labelled", "deploy.datasets"))}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from client.objectives import build_objective
 from client.objectives.vat import adversarial_change, divergence, ramp
-from common.lhfglp import LHFGLP
-from common.methods import Method
+from common.model.lhfglp import LHFGLP
+from common.model.methods import Method
 
 from .toy import TREE, GivenScores, Toy, batch_of, setting_of, toy_model
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from client.batch import Batch
+from client.data.batch import Batch
 from client.objectives import Setting, build_objective
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
-from common.lhfglp import LHFGLP, LHFGLPOutput
-from common.methods import Method
+from common.model.lhfglp import LHFGLP, LHFGLPOutput
+from common.model.methods import Method
 
 TREE = Hierarchy(("group", "leaf"), (("x", "y"), ("a", "b", "c", "d")), ((), (0, 0, 1, 1)))
 CENTRES = 0.5 * torch.tensor([[1.0, 1, 0], [1, -1, 0], [-1, 1, 0], [-1, -1, 0]])

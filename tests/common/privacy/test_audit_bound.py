@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from common.privacy.audit_bound import best_bound, canaries_needed, lower_bound, p_value
+from deploy.audit.bound import (
+    best_bound,
+    canaries_needed,
+    lower_bound,
+    p_value,
+)
 
 
 @pytest.mark.parametrize(

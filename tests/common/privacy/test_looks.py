@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from common.privacy import looks
+from common.privacy import proportions
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace
-from common.privacy.looks import GRID, noised, to_grid
+from common.privacy.proportions import GRID, noised, to_grid
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
 
 SEEDED = InsecureSeededRandomness(1, "site-1")
@@ -28,7 +28,7 @@ def test_the_noise_is_that_of_the_event(source: Randomness) -> None:
 
 
 def test_planted_bug_noise_for_a_step_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks, "GRID", 1)
+    monkeypatch.setattr(proportions, "GRID", 1)
     with pytest.raises(AssertionError):
         check_noise(noised(MANY, 3.0, SEEDED, 1), 3.0)
 

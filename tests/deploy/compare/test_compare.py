@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from client.locate import site_folders
 from common.errors import ConfigError
-from deploy.cli import app
+from deploy.cli.main import app
 from deploy.compare import run as comparison
 from deploy.compare.cell import LOG, RESULT, work
 from deploy.compare.run import compare, list_cells
-from deploy.folder_lock import LOCK
-from tests.client.sources.layouts import write_aircraft, write_cars, write_cub, write_ham10000
+from deploy.simulation.folder_lock import LOCK
+from tests.deploy.datasets.layouts import write_aircraft, write_cars, write_cub, write_ham10000
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[3]
@@ -271,7 +271,7 @@ def test_killed_after_the_first_cell_the_same_command_finishes(scenario: Write, 
     """Real processes: SIGKILL when the first result is there, then the command again."""
     out = tmp_path / "out"
     command = [
-        sys.executable, "-P", "-c", "from deploy.cli import main; main()",
+        sys.executable, "-P", "-c", "from deploy.cli.main import main; main()",
         "compare", str(scenario(TWO, passes="8")), "--out", str(out), "--jobs", "1", "--json",
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:

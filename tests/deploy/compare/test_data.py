@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.bags import BagStore
-from client.csv_tables import read_csv
-from client.labelled import LabelledImages
+from client.data.bags import BagStore
+from client.data.labelled import LabelledImages
+from client.data.tables import read_csv
 from client.locate import site_folders
 from common.errors import DataError, UserError
 from deploy.compare.cells import Cell, Context, expand
 from deploy.compare.data import DataFolders
 from deploy.compare.scenario import Scenario, Setting
 from deploy.compare.source import open_data
-from tests.client.sources.layouts import draw_image
 from tests.deploy.compare.conftest import LEAVES, SIZE, TEST, TRAIN, write_archive
+from tests.deploy.datasets.layouts import draw_image
 
 Write = Callable[..., Path]
 Prepared = tuple[DataFolders, dict[Setting, Cell], Cell]

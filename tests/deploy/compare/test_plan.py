@@ -9,7 +9,13 @@ import pytest
 
 from deploy.compare.cell import ORDER, RESULT, Order
 from deploy.compare.cells import Cell, Context, expand
-from deploy.compare.plan import State, differences, identity, plan, told
+from deploy.compare.plan import (
+    State,
+    differences,
+    identity,
+    plan,
+    told,
+)
 from deploy.compare.scenario import Scenario
 
 Write = Callable[..., Path]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deploy.compare.cell import LOG, ORDER
-from deploy.compare.queue import run_all
+from deploy.compare.plan import run_all
 from deploy.compare.screen import end_of_log
 
 PATIENCE = 120.0
@@ -88,7 +88,7 @@ def test_ctrl_c_ends_the_cells(tmp_path: Path) -> None:
 def test_cells_do_not_outlive_a_queue_that_is_killed(tmp_path: Path) -> None:
     endless(tmp_path / "cell")
     code = (
-        "import sys; from pathlib import Path; from deploy.compare.queue import run_all; "
+        "import sys; from pathlib import Path; from deploy.compare.plan import run_all; "
         "run_all([Path(sys.argv[1])], 1, lambda running: None, lambda folder, status: None)"
     )
     with subprocess.Popen([sys.executable, "-P", "-c", code, str(tmp_path / "cell")]) as queue:

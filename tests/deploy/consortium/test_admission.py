@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common.errors import ConfigError, UserError
-from deploy.cli import app as fedbags
+from deploy.cli.main import app as fedbags
 from deploy.consortium import admission, app_changes
 from deploy.consortium.kit import SiteKit
 

@@ -25,7 +25,7 @@ from deploy.consortium import preflight, supernode
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.program import answers
 from deploy.consortium.provision import provision
-from deploy.flower_engine import free_port
+from deploy.simulation.flower_engine import free_port
 
 SITES_NEED = {
     "/v1/fleet/activate-node", "/v1/fleet/deactivate-node", "/v1/fleet/send-node-heartbeat",

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from client.site import SiteConfig, SitePolicy
 from common.errors import UserError
-from deploy import cli
+from deploy.cli import main
 from deploy.consortium import membership
 from deploy.consortium.authority import Authority
 from deploy.consortium.bundle import build_bundle, unpack_bundle
@@ -97,7 +97,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """The exit status of the command line."""
     monkeypatch.setattr(sys, "argv", ["fedbags", *map(str, arguments)])
     with pytest.raises(SystemExit) as status:
-        cli.main()
+        main.main()
     return int(status.value.code or 0)
 
 
@@ -474,7 +474,7 @@ def test_an_installed_wheel_makes_the_same_kits(bundle: bytes, tmp_path: Path) -
     with zipfile.ZipFile(tmp_path / made.stdout.strip()) as wheel:
         wheel.extractall(installed)
     (tmp_path / "consortium.toml").write_text(SETTINGS, encoding="utf-8")
-    command = "import deploy; from deploy.cli import main; print(deploy.__file__, flush=True); main()"
+    command = "import deploy; from deploy.cli.main import main; print(deploy.__file__, flush=True); main()"
     result = subprocess.run(
         [sys.executable, "-c", command, "provision", "consortium.toml", "--out", "KITS"],
         cwd=tmp_path,

@@ -8,7 +8,7 @@ from common.errors import UserError
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.provision import provision
 from deploy.consortium.submit import expected_sites
-from deploy.simulate import compose
+from deploy.simulation.simulate import compose
 
 
 def coordinator(folder: Path, keys_here: bool) -> CoordinatorKit:

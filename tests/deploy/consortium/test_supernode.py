@@ -16,7 +16,7 @@ from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
 
 from deploy.consortium import child, supernode
-from deploy.flower_engine import program
+from deploy.simulation.flower_engine import program
 
 OURS = (sys.executable, "-P", "-m", "deploy.consortium.supernode")
 LOOP = f"import time\n\ndef loop():\n    while True:\n        if True:\n{supernode.FLOWERS_LOOP}"

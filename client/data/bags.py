@@ -1,0 +1,263 @@
+"""Read a site folder as bags of images with label counts.
+
+It reads site.toml, manifest.csv, bags.csv and the hierarchy; no instance label is ever opened here.
+Pixels come from the memory-mapped cache, whose rows lie bag after bag, so that a bag is a view.
+"""
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client.data.image_cache import Progress, open_cache
+from client.data.site_files import (
+    MANIFEST_FILE,
+    Fault,
+    Listing,
+    data_version,
+    read_listing,
+)
+from client.data.tables import write_csv
+from client.site import BUILD_ADVICE, SiteConfig
+from common.errors import BadRow, DataError, UserError
+from common.hierarchy import Hierarchy
+
+CACHE_FOLDER = ".cache"
+QUARANTINE_FILE = "quarantine.csv"
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Hold images whose labels are known only as counts.
+
+    Attributes:
+        bag_id: its name in the site's tables; never leaves the site.
+        images: shape (m, S, S, 3) uint8, a read-only view of the cache.
+        counts: shape (C_L,) int64, images per leaf; sums to m.
+    """
+
+    bag_id: str
+    images: NDArray[np.uint8]
+    counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """Count what was read when a site was opened, in images and bags."""
+
+    listed: int
+    used: int
+    converted: int
+    """Not 8-bit RGB: grey, palette, alpha, CMYK or 16 bits."""
+    resized: int
+    """Not square of the asked size."""
+    quarantined: int
+    """Listed but not used: bad, or in a bag that holds a bad row."""
+    bags_listed: int
+    bags_used: int
+
+
+@dataclass(frozen=True)
+class OwnSplit:
+    """Describe a site's own division of its bags, no part of which a server can steer."""
+
+    share: float
+    """Of the bags, held back; in [0, 1)."""
+    key: bytes
+    """Fixes which bags are held back; derived from the site's secret."""
+
+
+@dataclass(frozen=True)
+class BagStore:
+    """Hold the bags of one site in the order of its manifest.
+
+    ``store[i]`` is a Bag.
+    """
+
+    config: SiteConfig
+    hierarchy: Hierarchy
+    data_version: str
+    """See ``client.data.site_files.fingerprint``."""
+    summary: StoreSummary
+    bag_ids: tuple[str, ...]
+    leaf_counts: NDArray[np.int64]
+    """Shape (B, C_L)."""
+    bag_sizes: NDArray[np.int64]
+    """Shape (B,), images."""
+    _starts: NDArray[np.int64]
+    _images: NDArray[np.uint8]
+    own_split: OwnSplit | None = field(default=None, kw_only=True)
+    """None: the run divides the bags, as in a simulation."""
+
+    @classmethod
+    def open(
+        cls,
+        site_dir: Path,
+        image_size: int,
+        *,
+        skip_bad: bool = False,
+        cache_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Read and check a site folder, and decode its images unless that was done before.
+
+        Args:
+            site_dir: the folder, laid out as docs/data.md describes.
+            image_size: S, side of the square images in pixels.
+            skip_bad: leave out what is bad and list it in ``quarantine.csv``. A bag that loses an
+                image is left out completely: its counts include that image's label, which nobody knows,
+                so the counts of the rest are unknown.
+            cache_dir: where cache and quarantine list go; ``site_dir`` (and its ``.cache``) if None.
+            progress: called with (done, all) while decoding.
+
+        Raises:
+            ConfigError: site.toml is faulty.
+            DataError: bad rows (all of them), or no bag is left.
+            UserError: the cache cannot be written.
+        """
+        config = SiteConfig.load(site_dir)
+        hierarchy, listing = read_listing(site_dir, config)
+        faults = list(listing.faults)
+        if not listing.images:
+            _refuse(config, site_dir, faults, "holds no usable image")
+        version = data_version(site_dir, config, listing)
+        cache = open_cache(
+            cache_dir or site_dir / CACHE_FOLDER,
+            "bags",
+            version,
+            [site_dir / row.path for row in listing.images],
+            image_size,
+            progress,
+        )
+        for index, reason in cache.failed.items():
+            image = listing.images[index]
+            row = BadRow(MANIFEST_FILE, image.line, f"{image.path!r}: {reason}")
+            faults.append(Fault(row, image.key))
+        if faults and not skip_bad:
+            _refuse(config, site_dir, faults, f"holds {len(faults)} bad row(s)")
+        good = _good_bags(listing, faults)
+        if not good.size:
+            _refuse(config, site_dir, faults, "holds no usable bag")
+        if skip_bad:
+            write_quarantine(cache_dir or site_dir, [fault.row for fault in faults])
+        sizes = np.diff(listing.offsets)
+        used = int(sizes[good].sum())
+        return cls(
+            config=config,
+            hierarchy=hierarchy,
+            data_version=version,
+            summary=StoreSummary(
+                listed=listing.listed,
+                used=used,
+                converted=cache.converted,
+                resized=cache.resized,
+                quarantined=listing.listed - used,
+                bags_listed=len(listing.bag_ids),
+                bags_used=len(good),
+            ),
+            bag_ids=tuple(listing.bag_ids[bag] for bag in good),
+            leaf_counts=listing.counts[good],
+            bag_sizes=sizes[good],
+            _starts=listing.offsets[:-1][good],
+            _images=cache.images,
+        )
+
+    @property
+    def name(self) -> str:
+        """Return the site's name."""
+        return self.config.name
+
+    def __len__(self) -> int:
+        return len(self.bag_ids)
+
+    def __getitem__(self, index: int) -> Bag:
+        if not 0 <= index < len(self):
+            raise IndexError(f"bag {index} of {len(self)}")
+        start = int(self._starts[index])
+        stop = start + int(self.bag_sizes[index])
+        return Bag(self.bag_ids[index], self._images[start:stop], self.leaf_counts[index])
+
+    def split(self, held_back: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Divide the bags into those to train on and those to hold back for selection.
+
+        Args:
+            held_back: share of the bags in [0, 1). Above 0, and with two bags or more, at least one
+                bag is held back and at least one is kept. A site with a split of its own takes from it
+                only whether bags are held back at all.
+            seed: with the site's name it fixes the division, unless the site has its own.
+
+        Returns:
+            Bag indices to train on, and held-back ones, both ascending.
+        """
+        # Not Python's ``hash``, which differs from process to process.
+        name_seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
+        entropy = [seed, name_seed]
+        if self.own_split is not None:
+            # A server that chose share and seed could have one bag held back at a time and read its
+            # counts off the figures.
+            held_back = self.own_split.share if held_back > 0 else 0.0
+            entropy = [int.from_bytes(self.own_split.key, "big")]
+        order = np.random.default_rng(entropy).permutation(len(self))
+        number = 0
+        if held_back > 0 and len(self) >= 2:
+            number = min(max(1, round(held_back * len(self))), len(self) - 1)
+        return np.sort(order[number:]), np.sort(order[:number])
+
+
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Convert images of shape (m, S, S, 3), uint8, to float32 of shape (m, 3, S, S) in [-1, 1]."""
+    # The copy is what torch may write to: the cache is mapped read-only.
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def write_quarantine(folder: Path, rows: list[BadRow]) -> None:
+    """Write the rows left out to ``folder/quarantine.csv`` in one step, or remove it if there are none.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    target = folder / QUARANTINE_FILE
+    if not rows:
+        target.unlink(missing_ok=True)
+        return
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        temporary = Path(name)
+        write_csv(
+            temporary, ("file", "row", "reason"), [(row.file, row.row or "", row.reason) for row in rows]
+        )
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"the quarantine list {target} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def _good_bags(listing: Listing, faults: list[Fault]) -> NDArray[np.int64]:
+    spoilt = {fault.bag for fault in faults}
+    return np.array(
+        [number for number, bag in enumerate(listing.bag_ids) if bag not in spoilt], dtype=np.int64
+    )
+
+
+def _refuse(config: SiteConfig, site_dir: Path, faults: list[Fault], what: str) -> NoReturn:
+    raise DataError(
+        f"site {config.name!r} {what}: {site_dir}",
+        [fault.row for fault in faults],
+        "Mend these rows, or leave their bags out with --skip-bad."
+        if faults
+        else f"List its images in manifest.csv. {BUILD_ADVICE}",
+    )

@@ -1,0 +1,112 @@
+"""Read the labelled test images of a site (test.csv) for evaluation.
+
+This is the only module that opens instance labels. Training never imports it, and a test checks that.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.data.image_cache import Progress, open_cache
+from client.data.site_files import (
+    TEST_FILE,
+    Fault,
+    collect_images,
+    fingerprint,
+    read_hierarchy,
+)
+from client.data.tables import read_csv, unknown_label
+from client.site import SiteConfig
+from common.errors import BadRow, DataError
+from common.hierarchy import Hierarchy
+
+CACHE_FOLDER = ".cache"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Hold test images with their leaf labels.
+
+    Attributes:
+        hierarchy: the site's label tree.
+        images: shape (N, S, S, 3) uint8, read-only.
+        labels: shape (N,) int64, leaf indices.
+        listed: rows of test.csv, used or not.
+    """
+
+    hierarchy: Hierarchy
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    listed: int
+
+    @classmethod
+    def open(
+        cls,
+        site_dir: Path,
+        image_size: int,
+        *,
+        skip_bad: bool = False,
+        cache_dir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self | None:
+        """Read test.csv and its images, which are cached like those of the bags.
+
+        Args:
+            site_dir: the site folder.
+            image_size: S, side of the square images in pixels.
+            skip_bad: leave bad rows out instead of refusing.
+            cache_dir: where the cache goes; ``site_dir/.cache`` if None.
+            progress: called with (done, all) while decoding.
+
+        Returns:
+            None when the site has no test.csv, or one without rows.
+
+        Raises:
+            ConfigError: site.toml is faulty.
+            DataError: bad rows, all of them.
+            UserError: the cache cannot be written.
+        """
+        config = SiteConfig.load(site_dir)
+        if not (site_dir / TEST_FILE).exists():
+            return None
+        fatal: list[BadRow] = []
+        ragged: list[BadRow] = []
+        table = read_csv(site_dir / TEST_FILE, ("path", "label"), fatal, ragged)
+        hierarchy = read_hierarchy(site_dir, config, fatal)
+        summary = f"the test images of site {config.name!r} cannot be read: {site_dir}"
+        if table is None or hierarchy is None:
+            raise DataError(summary, fatal, "Mend these files, or remove test.csv.")
+        faults = [Fault(row) for row in ragged]
+        known = []
+        for image in collect_images(site_dir, table, "label", faults):
+            if image.key in hierarchy.leaf_index:
+                known.append(image)
+                continue
+            faults.append(Fault(BadRow(TEST_FILE, image.line, unknown_label(image.key, hierarchy))))
+        keep = np.arange(len(known))
+        images = np.zeros((0, image_size, image_size, 3), dtype=np.uint8)
+        if known:
+            cache = open_cache(
+                cache_dir or site_dir / CACHE_FOLDER,
+                "test",
+                fingerprint(site_dir, (TEST_FILE,), known),
+                [site_dir / image.path for image in known],
+                image_size,
+                progress,
+            )
+            for index, reason in cache.failed.items():
+                row = BadRow(TEST_FILE, known[index].line, f"{known[index].path!r}: {reason}")
+                faults.append(Fault(row))
+            if cache.failed:
+                keep = np.setdiff1d(keep, list(cache.failed))
+            images = cache.images[keep] if cache.failed else cache.images
+        if faults and not skip_bad:
+            advice = "Mend these rows, or leave them out with --skip-bad."
+            raise DataError(summary, [fault.row for fault in faults], advice)
+        if not len(keep):
+            return None
+        labels = np.array([hierarchy.leaf_index[known[index].key] for index in keep], dtype=np.int64)
+        return cls(hierarchy, images, labels, len(table))

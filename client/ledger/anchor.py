@@ -1,0 +1,201 @@
+"""Keep a second record of the ledger's length and spending in another file, the anchor.
+
+A ledger that is deleted, or replaced by an older copy, is consistent in itself. The anchor is not in it: it
+lies in the kit's state folder if the site has a kit, else in the ledger's folder, and is written after every
+row. It may be behind the ledger (a crash between the two), never ahead: a ledger whose chain does not hold
+the anchor's head has lost rows. The anchor carries the events, so that a lost file loses no spending.
+"""
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from client.ledger.book import Book, Tally, tally
+from client.ledger.file import LedgerBusyError, LedgerError, Mark
+from client.locate import KIT
+from common.privacy.events import Unit
+
+ANCHOR_SUFFIX = ".anchor.json"
+"""Takes the place of the ledger's own, in the kit's state folder or beside the ledger."""
+STATE = "state"
+"""The kit's folder for what must outlive a restart."""
+
+
+class LedgerLostError(LedgerError):
+    """Report that the ledger is missing, or no longer holds rows that the site once wrote."""
+
+
+class Anchor(BaseModel):
+    """Represent the ledger as it was after its newest row."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    site: str
+    unit: str
+    rows: int = Field(ge=1)
+    head: str = Field(pattern="^[0-9a-f]{64}$")
+    cap_epsilon: float
+    cap_delta: float
+    events: list[tuple[dict[str, Any], int]]
+    """What was spent, scaled to ``unit``, equal events together."""
+    bag_events: list[tuple[dict[str, Any], int]]
+    """The same, scaled to a bag."""
+
+    @classmethod
+    def of(cls, book: Book) -> "Anchor":
+        """Return the anchor of a ledger state with at least one row."""
+        return cls(
+            site=book.site,
+            unit=book.unit.value,
+            rows=book.rows,
+            head=book.head,
+            cap_epsilon=book.cap.epsilon,
+            cap_delta=book.cap.delta,
+            events=tally(book.events_for(book.unit)),
+            bag_events=tally(book.events_for(Unit.BAG)),
+        )
+
+    @property
+    def mark(self) -> Mark:
+        """Return the length of the chain and its newest hash."""
+        return Mark(self.rows, self.head)
+
+
+@dataclass(frozen=True)
+class AnchorFile:
+    """Read and write the anchor of one ledger."""
+
+    path: Path
+
+    def read(self) -> Anchor | None:
+        """Return the anchor, or None if there is none.
+
+        Raises:
+            LedgerLostError: the file is damaged, so that the ledger's last known state is unknown.
+        """
+        try:
+            return Anchor.model_validate_json(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise LedgerLostError(
+                f"the ledger's anchor {self.path} cannot be read ({type(error).__name__})\n{ADVICE}"
+            ) from error
+
+    def advance(self, book: Book) -> None:
+        """Write the ledger's present state to the anchor, unless another process has written more already.
+
+        Raises:
+            LedgerBusyError: it cannot be written; what was to happen must not happen.
+        """
+        try:
+            with self._alone():
+                try:
+                    found = self.read()
+                except LedgerLostError:
+                    # A damaged anchor may be overwritten only after the owner has accepted a loss.
+                    # Otherwise spoiling the anchor would be enough to hide an older ledger.
+                    if not book.losses:
+                        raise
+                    found = None
+                # A shorter chain may replace the anchor's only where the anchor's was declared lost:
+                # after that, the new chain is the ledger.
+                if found is None or found.rows < book.rows or found.head in book.lost:
+                    self._write(Anchor.of(book))
+        except OSError as error:
+            raise LedgerBusyError(f"the ledger's anchor {self.path} cannot be written: {error}") from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.path.parent.mkdir(exist_ok=True)  # the kit's state folder, where it is missing; never the kit
+        # The folder is locked and not the anchor: a rename gives the anchor a new inode, and a lock on
+        # the old one would exclude nobody.
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _write(self, anchor: Anchor) -> None:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(anchor.model_dump_json())
+                stream.flush()
+                # The new file must be complete before it takes the old one's name. The folder is not
+                # synced: an older anchor is still one of this chain.
+                os.fsync(stream.fileno())
+            Path(name).replace(self.path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+ADVICE = (
+    "Put back the newest intact copy of the ledger. If there is none, accept the loss once, at the site: "
+    "`fedbags ledger accept-loss SITE_FOLDER [--kit KIT]`. What the anchor says was spent keeps counting; "
+    "where nothing says it, the whole budget counts as spent. Statements and reports show the loss."
+)
+
+
+def anchor_file(ledger: Path, kit: Path | None = None) -> AnchorFile:
+    """Return the anchor of a ledger, in the kit's state folder if there is a kit, else in the ledger's."""
+    folder = ledger.parent if kit is None else kit / STATE
+    return AnchorFile(folder / ledger.with_suffix(ANCHOR_SUFFIX).name)
+
+
+def anchor_of_node(ledger: Path, node: Mapping[str, Any]) -> AnchorFile:
+    """Return the anchor for a node with this configuration, without touching a file."""
+    return anchor_file(ledger, Path(str(node[KIT])) if node.get(KIT) else None)
+
+
+def lost_marks(marks: Iterable[Mark], book: Book, hash_of: Callable[[int], str | None]) -> list[Mark]:
+    """Return the marks that the chain does not hold and whose loss nobody accepted.
+
+    Args:
+        marks: how long the chain was, and its head then.
+        book: the ledger.
+        hash_of: the hash of a row of the file, None where there is no such row.
+    """
+    return [mark for mark in marks if mark.head not in book.lost and hash_of(mark.rows) != mark.head]
+
+
+def lost_events(anchor: Anchor, book: Book) -> dict[str, Tally]:
+    """Return the ``events`` and ``bag_events`` that the anchor counts as spent and the ledger does not.
+
+    A ledger whose every event the anchor knows too is an older copy of the same chain, so the difference was
+    lost. Any other was written apart from that chain: then all that the anchor knows counts on top.
+    """
+    return {
+        "events": _difference(anchor.events, tally(book.events_for(book.unit))),
+        "bag_events": _difference(anchor.bag_events, tally(book.events_for(Unit.BAG))),
+    }
+
+
+def _difference(anchored: Tally, held: Tally) -> Tally:
+    left: dict[str, int] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for sign, side in ((1, anchored), (-1, held)):
+        for event, number in side:
+            fixed = {name: value for name, value in event.items() if name != "steps"}
+            # Steps are compared as a sum: the same spending may be divided into rows in another way.
+            key = json.dumps(fixed, sort_keys=True)
+            plain[key] = fixed
+            left[key] = left.get(key, 0) + sign * number * int(event.get("steps", 1))
+    if any(number < 0 for number in left.values()):
+        return list(anchored)
+    return [
+        ({**plain[key], "steps": number}, 1)
+        if plain[key]["kind"] == "poisson_gaussian"
+        else (plain[key], number)
+        for key, number in left.items()
+        if number
+    ]

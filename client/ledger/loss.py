@@ -1,0 +1,124 @@
+"""Record an accepted loss of a ledger or of its newest rows, and charge what is known of them.
+
+Only the site's owner can accept a loss, by hand (``fedbags ledger accept-loss``). A server cannot.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from client.ledger.anchor import (
+    Anchor,
+    AnchorFile,
+    LedgerLostError,
+    lost_events,
+    lost_marks,
+)
+from client.ledger.book import Book, Tally
+from client.ledger.file import (
+    Kind,
+    LedgerError,
+    Mark,
+    create,
+    hash_of,
+    holds,
+)
+from client.ledger.ledger import Ledger, new_identifier, now
+from common.privacy.events import PoissonGaussian, Unit
+
+LEAST_CAP = 1e-9
+NO_NOISE = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.0, steps=1)
+"""Stands for spending that nobody knows: no epsilon bounds it."""
+
+
+UNKNOWN_ROWS = 0
+"""Stands for the length of a chain of which only the newest hash is known."""
+
+
+def accept_loss(
+    path: Path,
+    site: str,
+    data_version: str,
+    anchor: AnchorFile,
+    seen: Sequence[Mark] = (),
+    head: str | None = None,
+) -> bool:
+    """Record that the site's owner accepts the loss of ledger rows, and charge what is known of them.
+
+    Spending that the anchor records and the ledger does not is charged. Where a witness names rows that no
+    readable anchor covers, an event without noise is charged too: nobody knows what was spent, so the whole
+    budget counts as spent.
+
+    Args:
+        path: the ledger; a missing one is made anew.
+        site: the site's name.
+        data_version: of the site's data as it is now; taken as accepted in a new ledger.
+        anchor: the ledger's anchor.
+        seen: other witnesses of the chain, such as the site's journal.
+        head: the ledger head that the coordinator holds of this site, 64 hexadecimal digits.
+
+    Returns:
+        False when nothing is lost; nothing is written then.
+
+    Raises:
+        LedgerError: the ledger there is damaged, or another site's, or the anchor is.
+        LedgerBusyError: the file cannot be written.
+    """
+    ledger = Ledger(path, data_version, anchor, seen)
+    unreadable, anchored = False, None
+    try:
+        anchored = anchor.read()
+    except LedgerLostError:
+        # A damaged anchor is a loss like any other: what it recorded is unknown, so the whole budget will
+        # count as spent.
+        unreadable = True
+    if anchored is not None and anchored.site != site:
+        raise LedgerError(f"the anchor {anchor.path} is of site {anchored.site!r}, not of {site!r}")
+    if not path.exists():
+        if anchored is None and not unreadable and not seen and head is None:
+            return False
+        opening = {
+            "site": site,
+            "unit": anchored.unit if anchored else Unit.BAG.value,
+            "data_version": data_version,
+            # Where no cap is known, the smallest: opening with the site's own records that one.
+            "cap_epsilon": anchored.cap_epsilon if anchored else LEAST_CAP,
+            "cap_delta": anchored.cap_delta if anchored else LEAST_CAP,
+        }
+        create(path, {**opening, "identifier": new_identifier(), "time": now()})
+    # Unchecked, because the check would refuse exactly the ledger that is to be mended here.
+    with ledger.transaction(checked=False) as db:
+        book = ledger.book
+        if book.site != site:
+            raise LedgerError(f"the ledger {path} is of site {book.site!r}, not of {site!r}")
+        marks = [*([anchored.mark] if anchored else []), *seen]
+        lost = lost_marks(dict.fromkeys(marks), book, lambda seq: hash_of(db, seq))
+        # The coordinator's head finds a loss even if ledger, anchor and journal were all replaced
+        # together.
+        if head is not None and head not in {mark.head for mark in marks} | book.lost and not holds(db, head):
+            lost.append(Mark(UNKNOWN_ROWS, head))
+        if not lost and not unreadable:
+            return False
+        body = {
+            **_charged(lost, anchored, book),
+            "heads": [mark.head for mark in lost],
+            "rows": [mark.rows for mark in lost],
+        }
+        ledger.append(db, Kind.LOST, body)
+    return True
+
+
+def _charged(lost: Sequence[Mark], anchored: Anchor | None, book: Book) -> dict[str, Tally]:
+    """Return the events that a loss costs.
+
+    They are what the anchor counts as spent and the ledger does not, and an event without a bound if a mark
+    names rows that the anchor does not cover.
+    """
+    reaches = anchored.rows if anchored is not None and anchored.mark in lost else UNKNOWN_ROWS
+    known = (
+        lost_events(anchored, book) if anchored is not None and reaches else {"events": [], "bag_events": []}
+    )
+    # A chain as long as the anchor's, or shorter, is taken for the beginning of the anchor's own, unless the
+    # ledger holds the anchor's: then it is another.
+    if anchored is not None and all(UNKNOWN_ROWS < mark.rows <= reaches for mark in lost):
+        return known
+    return {key: [*told, (NO_NOISE.model_dump(), 1)] for key, told in known.items()}

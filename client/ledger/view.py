@@ -1,0 +1,146 @@
+"""Show the guard which charges a site's ledger recorded while one question was answered.
+
+Reads the file by itself, so that the guard need not believe a handler, and never writes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from flwr.app import Context
+
+from client.data.bags import BagStore
+from client.release import private_release
+from client.site import SiteConfig
+from common.config import RunConfig
+from common.errors import EgressError, require_file
+from common.messages import PrivacyStatement, ProportionRelease
+
+if TYPE_CHECKING:  # the accountants are loaded in private runs only
+    from client.ledger.book import Book, Reservation
+    from client.ledger.file import Entry
+
+
+@dataclass(frozen=True)
+class Charges:
+    """Hold the ledger of a private run and its length before a question was answered."""
+
+    path: Path | None
+    """None in a run without privacy, which has no ledger."""
+    run_name: str
+    rows: int
+
+    @classmethod
+    def before(cls, context: Context, config: RunConfig, site: SiteConfig, folder: Path) -> Self:
+        """Return the view of the ledger as it is before the question is answered."""
+        if not config.dp.epsilon:
+            return cls(None, "", 0)
+        from client.budget import ledger_path, run_name
+        from client.ledger.file import newest_written, reading
+
+        path, rows = ledger_path(context, config, folder, site.policy.budget), 0
+        if path.is_file():
+            with reading(path) as db:
+                rows = newest_written(db)
+        return cls(path, run_name(context, config), rows)
+
+    def paid_for_training(self, round: int, config: RunConfig) -> bool:
+        """Return whether the round's private steps were reserved while this question was answered."""
+        return any(
+            # Exactly this round's event: a cheaper reservation, of fewer steps or for an evaluation, must not
+            # pass for it.
+            found.event.kind == "poisson_gaussian"
+            and found.event.steps == config.dp.steps_per_round
+            and found.copies == 1
+            for found in self._reservations(round)
+        )
+
+    def paid_for_look(self, round: int, config: RunConfig, levels: int) -> bool:
+        """Return whether a noised evaluation of all levels was reserved while this question was answered."""
+        return any(
+            found.event.kind == "discrete_laplace"
+            and found.event.scale == config.dp.metrics_scale
+            and found.copies == levels
+            for found in self._reservations(round)
+        )
+
+    def statement(self, round: int, head: str) -> PrivacyStatement:
+        """Return the privacy statement of the ledger after a round, as of the row that a reply names.
+
+        Other runs may write while this one's question is answered, so it need not be the newest row.
+
+        Args:
+            round: of the question.
+            head: the row's hash.
+
+        Raises:
+            EgressError: there is no such row, or it is older than the question or than what paid for it.
+        """
+        book = self._book(head)
+        paid = [found.row for found in self._reservations(round)]
+        # An older row would let a handler send a statement from before the charge, which understates the
+        # spending.
+        if book.head != head or book.rows < min(paid, default=max(self.rows, 1)):
+            raise EgressError("the privacy statement is of no row that was written for this question")
+        return book.statement(round)
+
+    def release(self, store: BagStore) -> ProportionRelease:
+        """Return the noised release of the data version that the ledger keeps.
+
+        Raises:
+            EgressError: the ledger keeps none.
+        """
+        book = self._book()
+        kept, name = book.releases.get(store.data_version), book.identifiers.get(store.data_version)
+        if kept is None or name is None:
+            raise EgressError("noised counts that the ledger has not paid for")
+        return private_release(store, kept, name)
+
+    def _reservations(self, round: int) -> "list[Reservation]":
+        """Return the reservations for this run and round since the question came, ignoring other runs."""
+        return [found for found in self._reserved if (found.run_id, found.round) == (self.run_name, round)]
+
+    @cached_property
+    def _reserved(self) -> "tuple[Reservation, ...]":
+        from client.ledger.book import Reservation
+        from client.ledger.file import Kind
+
+        return tuple(Reservation.of(entry) for entry in self._since if entry.kind == Kind.RESERVED)
+
+    @cached_property
+    def _since(self) -> "tuple[Entry, ...]":
+        """Return the rows that were written since the question came."""
+        # Older reservations were for older replies. If they counted, one charge could pay for two
+        # updates.
+        return tuple(entry for entry in self._read[1] if entry.seq > self.rows)
+
+    @cached_property
+    def _read(self) -> "tuple[Book, tuple[Entry, ...]]":
+        """Return the newest state carried before the question, and all rows after that one.
+
+        Read once, when the answer is there.
+        """
+        from client.ledger.book import Book
+        from client.ledger.file import read_entries, reading
+
+        if self.path is None:
+            raise EgressError("a run without privacy has no ledger")
+        require_file(self.path, "the privacy ledger", "A site writes it when it first trains with a budget.")
+        with reading(self.path) as db:
+            book = Book.begun(db, self.path, self.rows)
+            return book, tuple(read_entries(db, self.path, book.last))
+
+    def _book(self, head: str | None = None) -> "Book":
+        """Return the state as of the row with this hash, or of the newest row if ``head`` is None.
+
+        Where no row has the hash, the state goes on to the newest row. It goes forward from call to call, so
+        that a caller who wants several states asks for the oldest first.
+        """
+        book, entries = self._read
+        for entry in entries:
+            if book.head == head:
+                break
+            if entry.seq > book.rows:
+                book.add(entry)
+        return book

@@ -1,0 +1,177 @@
+"""Attack the private training on one's own data, for ``fedbags audit``.
+
+Reads options, writes audit.json and prints. ``deploy.audit`` does the work.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.errors import UserError
+from deploy.cli.say import say
+from deploy.simulation import prerequisites
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+
+AUDIT_FILE = "audit.json"
+EPSILON, ROUNDS = 8.0, 8
+
+
+def audit_command(
+    run: Annotated[Path | None, typer.Argument(help="The folder of a private run.")] = None,
+    sites_dir: Annotated[
+        Path | None, typer.Option(help="Folder of site folders [default: the run's].")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Folder name of the site [default: the first].")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help=f"Without RUN: the claim to audit [default: {EPSILON:g}].")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help=f"Rounds to train [default: the run's, else {ROUNDS}].", min=1)
+    ] = None,
+    canaries: Annotated[
+        int | None, typer.Option(help="Canary bags [default: enough to refute the claim, 100-400].", min=4)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Repeat an audit; fresh secure randomness without.", min=0)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for audit.json [default: RUN, else audit].")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+) -> None:
+    """Attack private training on your own data, to test the claimed epsilon and see which labels leak.
+
+    \b
+    1. Canaries. Bags with the loudest gradients there can be are put among the site's, each by the toss of
+       a coin, and the real private training runs once. Whoever guesses the coins right from the models
+       too often refutes the claimed epsilon: `lower bound` (95% sure) must not be above `claimed`. Both are
+       for adding or removing one bag, so the bound lies under the replace-one figure too. A bound under
+       the claim does not prove the claim; it shows that this attack found no bug.
+    2. Labels. Guess the leaf of the images of a bag: from proportions, exact and noised, and from models
+       trained without and with privacy on half of the bags. Compare with the prior, which the public
+       marginals give away, and with bags that the model never saw.
+
+    It trains on the site's real bags, here, and sends nothing: no ledger is touched and no budget spent. But
+    audit.json is computed from private data without noise. It is the site's own; share it on purpose.
+
+    \b
+    Examples:
+      fedbags audit runs/private                           the run's settings, all its rounds
+      fedbags audit --sites-dir SITES --epsilon 4 --json   before any run
+    """
+    config, folder = _settings(run, sites_dir, epsilon, rounds)
+    prerequisites.check(config)
+    from client.data.bags import BagStore
+    from client.locate import site_folders
+    from deploy.audit import audit_site
+    from deploy.cli.progress import counted
+
+    sites = {path.name: path for path in site_folders(Path(config.sites_dir))}
+    name = site or next(iter(sites))
+    if name not in sites:
+        raise UserError(f"no site {name!r} in {config.sites_dir}; there are {', '.join(sites)}")
+    with counted(f"reading {name}") as progress:
+        store = BagStore.open(
+            sites[name], config.model.image_size, skip_bad=config.skip_bad, progress=progress
+        )
+    with counted(f"auditing {name} (rounds)") as progress:
+        result = audit_site(config, store, canaries=canaries, seed=seed, progress=progress)
+    path = _write(out or folder, result)
+    if json_:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        print_audit(result)
+        say(f"written: {path}")
+    if not result["holds"]:
+        raise typer.Exit(1)
+
+
+def _settings(
+    run: Path | None, sites_dir: Path | None, epsilon: float | None, rounds: int | None
+) -> tuple["RunConfig", Path]:
+    """Return the configuration to audit, and the default folder of audit.json."""
+    from common.config import RunConfig, Scalar
+    from deploy.simulation.simulate import compose
+
+    if run is None:
+        if sites_dir is None:
+            raise UserError("nothing to audit: give the folder of a private run, or --sites-dir")
+        options: dict[str, Scalar] = {
+            "sites-dir": str(sites_dir.resolve()),
+            "dp.epsilon": EPSILON if epsilon is None else epsilon,
+            "rounds": rounds or ROUNDS,
+        }
+        return compose(options, (), None), Path("audit")
+    if epsilon is not None:
+        raise UserError("a run is audited for what it claimed; leave --epsilon out, or give no RUN")
+    config = RunConfig.from_toml(run / "config.toml")
+    if not config.dp.epsilon:
+        raise UserError(f"{run} was not private, so it claims nothing: train with --dp epsilon=8")
+    changes: dict[str, Scalar] = {} if sites_dir is None else {"sites-dir": str(sites_dir.resolve())}
+    if rounds is not None:
+        changes["rounds"] = rounds
+    config = config.with_changes(changes)
+    if not config.sites_dir:
+        raise UserError(f"{run} does not say where its sites are: give --sites-dir")
+    return config, run
+
+
+def _write(folder: Path, result: dict[str, Any]) -> Path:
+    from server.run_folder import write_text
+
+    path = folder / AUDIT_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def print_audit(result: dict[str, Any]) -> None:
+    """Print the verdict in a sentence, and the label attacks as a table."""
+    from deploy.cli.tables import console, table
+
+    out, claimed = console(), result["reported_epsilon"]
+    verdict = "holds: not refuted" if result["holds"] else "REFUTED: the training leaks more than claimed"
+    out.print(
+        f"{result['site']}: {result['correct']} of {result['guesses']} guesses right about "
+        f"{result['canaries']} canaries\nlower bound on epsilon: {result['lower_bound']:.3f} "
+        f"({result['confidence']:.0%} sure, add/remove one bag, delta {result['delta']:g})\n"
+        f"claimed: {claimed['add_remove']:.3f} (add/remove), {claimed['replace_one']:.3f} (replace-one)\n"
+        f"verdict: {verdict}"
+    )
+    # With few canaries even perfect guesses stay below the claim, and then "holds" means nothing.
+    if result["largest_possible_bound"] <= claimed["add_remove"]:
+        out.print(
+            f"This audit could not have failed: even perfect guesses prove only "
+            f"{result['largest_possible_bound']:.3f}. Give more --canaries."
+        )
+    inference = result["label_inference"]
+    proportions, models = inference["proportions"], inference["model"]
+    rows = table(
+        f"guessing the {inference['level']} of images", "from", "right", "over the prior", "unseen bags"
+    )
+    rows.add_row("prior (most frequent)", f"{proportions['prior']:.3f}", "", "")
+    for title, key in (
+        ("site counts, noised", "site_noised"),
+        ("counts per bag, exact", "bags_exact"),
+        ("counts per bag, noised", "bags_noised"),
+    ):
+        rows.add_row(
+            title, f"{proportions[key]['accuracy']:.3f}", f"{proportions[key]['advantage']:+.3f}", ""
+        )
+    for title, key in (("model without DP", "without_dp"), ("model with DP", "with_dp")):
+        figures = models[key]
+        rows.add_row(
+            title,
+            f"{figures['trained']:.3f}",
+            f"{figures['advantage']:+.3f}",
+            f"{figures['not_trained']:.3f}",
+        )
+    out.print(rows)
+    out.print(result["note"], style="dim")

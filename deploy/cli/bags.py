@@ -1,0 +1,243 @@
+"""Turn images and labels into site folders, for ``fedbags bags``.
+
+Reads options, shows progress and prints. ``deploy.datasets`` does the work.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from click.core import ParameterSource
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from common.errors import UserError
+from deploy.datasets.catalogue import SourceKind, open_source
+
+# These import NumPy and torch, for which --help must not wait.
+if TYPE_CHECKING:
+    from client.data.image_cache import Progress as ProgressCallback
+    from deploy.datasets.site_writer import BuildReport
+
+COUNTS_READS = frozenset(
+    {"out", "source", "images", "counts", "hierarchy", "bags", "name"}
+    | {"minimum_bag_size", "fold_case", "skip_bad", "as_json"}
+)
+"""The options of ``--source counts``; any other that is given is refused."""
+
+app = typer.Typer(
+    help="Turn images with labels into site folders of bags.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def bags() -> None:
+    """Turn images with labels into site folders of bags."""
+
+
+@app.command()
+def build(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder to make, with one site folder per site.")],
+    source: Annotated[SourceKind, typer.Option(help="What the images come as.")] = SourceKind.TABLE,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images (table, dicom), root of the data set, or .npz (medmnist, archive)."
+        ),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Label table (table, dicom).")] = None,
+    hierarchy: Annotated[
+        Path | None, typer.Option(help="Label tree as CSV, one row per leaf (table, dicom, medmnist).")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of leaf labels; default diagnosis_1..k, or HAM10000's dx.")
+    ] = None,
+    levels: Annotated[
+        int | None, typer.Option(min=1, help="Take the first so many of diagnosis_1..k.")
+    ] = None,
+    split_column: Annotated[
+        str | None, typer.Option(help="Column whose 'test' rows become test.csv.")
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column (patient, lesion) that is never divided over sites.")
+    ] = None,
+    missing_groups: Annotated[
+        str, typer.Option(help="Rows without a group: refuse, or alone: each a group of its own.")
+    ] = "refuse",
+    groups: Annotated[
+        str, typer.Option(help="bags: nor over bags. sites: the bags of a site are filled without regard.")
+    ] = "bags",
+    bag_size: Annotated[int, typer.Option(min=1, help="Images per bag.")] = 16,
+    minimum_bag_size: Annotated[int, typer.Option(min=1, help="Images; no smaller bag is made.")] = 4,
+    sites: Annotated[int | None, typer.Option(min=1, help="Number of sites; 5 unless a column says.")] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(help="iid (default), dirichlet:ALPHA (small ALPHA: uneven mixes) or column:NAME."),
+    ] = None,
+    bags: Annotated[
+        str | None,
+        typer.Option(
+            help="random (default), column:NAME (a bag holds one value), similarity; with counts a table "
+            "image,bag."
+        ),
+    ] = None,
+    counts: Annotated[
+        Path | None, typer.Option(help="Counts per bag and class, long or wide (counts).")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the site to add to OUT (counts).")] = None,
+    fold_case: Annotated[
+        bool, typer.Option("--fold-case", help="Join labels that differ by case or blanks only.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the result.")] = 0,
+    images_per_site: Annotated[int, typer.Option(min=1, help="Synthetic only.")] = 1200,
+    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Synthetic only, pixels.")] = 48,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad rows out; they go to OUT/quarantine.csv.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write site folders of bags with images and counts per bag, and no label of a training image.
+
+    A hospital with one folder of images per bag, and counts per bag in a table, adds its own site folder:
+
+    \b
+        fedbags bags build --source counts --images BAGS --counts counts.csv \\
+            --hierarchy hierarchy.csv --name hospital-1 --out SITES
+
+    Labelled images are divided into sites and bags, here by an ISIC-style table:
+
+    \b
+        fedbags bags build --source table --images PBC/images \\
+            --labels PBC/metadata.csv --hierarchy PBC/hierarchy.csv \\
+            --split-column split --bag-size 16 --sites 5 \\
+            --partition dirichlet:0.5 --out SITES
+
+    Then `fedbags site check SITES/site-1` shows a site, and `fedbags simulate --sites-dir SITES` trains.
+    """
+    if source is SourceKind.COUNTS:
+        _refuse_unread(context, source, sorted(context.params.keys() - COUNTS_READS))
+        if images is None or counts is None or hierarchy is None or name is None:
+            raise UserError("--source counts needs --images, --counts, --hierarchy and --name")
+        table_of_bags = Path(bags) if bags else None
+        tables = (images, counts, hierarchy, table_of_bags)
+        _show(_build_counted(*tables, out, name, minimum_bag_size, fold_case, skip_bad), as_json)
+        return
+    _refuse_unread(context, source, ("counts", "name"))
+    # Imports torch, for which --help must not wait.
+    from deploy.datasets.build import build_sites
+
+    table = open_source(
+        source,
+        images=images,
+        labels=labels,
+        hierarchy=hierarchy,
+        label_column=label_column,
+        sites=sites or 5,
+        seed=seed,
+        images_per_site=images_per_site,
+        image_size=image_size,
+        bag_size=bag_size,
+        depth=levels,
+        fold_case=fold_case,
+    )
+    usual = ("iid", "random")
+    if source is SourceKind.SYNTHETIC:
+        from deploy.datasets.synthetic import SYNTHETIC_BAGS, SYNTHETIC_PARTITION
+
+        usual = (SYNTHETIC_PARTITION, SYNTHETIC_BAGS)
+    with _progress_bar() as progress:
+        report = build_sites(
+            table,
+            out,
+            bag_size=bag_size,
+            sites=sites,
+            partition=partition or usual[0],
+            bags=bags or usual[1],
+            group_column=group_column,
+            groups=groups,
+            split_column=split_column,
+            seed=seed,
+            skip_bad=skip_bad,
+            minimum_bag_size=minimum_bag_size,
+            missing_groups=missing_groups,
+            progress=progress,
+        )
+    _show(report, as_json)
+
+
+def _build_counted(
+    images: Path,
+    counts: Path,
+    hierarchy: Path,
+    bags: Path | None,
+    out: Path,
+    name: str,
+    minimum: int,
+    fold_case: bool,
+    skip_bad: bool,
+) -> "BuildReport":
+    """Build the one site of ``--source counts``."""
+    from deploy.datasets.counts import build_counted_site, read_counted_bags
+
+    found = read_counted_bags(images, counts, hierarchy, bags, minimum_bag_size=minimum, fold_case=fold_case)
+    with _progress_bar() as progress:
+        return build_counted_site(
+            found, out, name, minimum_bag_size=minimum, skip_bad=skip_bad, progress=progress
+        )
+
+
+def _refuse_unread(context: typer.Context, source: SourceKind, options: Iterable[str]) -> None:
+    """Refuse options that were given and that the source does not read.
+
+    Raises:
+        UserError: names the options.
+    """
+    # Defaults are not refused: every option has one, and only what the user wrote was meant.
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        counted = " (--source counts does)" if "--counts" in names else ""
+        raise UserError(f"--source {source} does not read {names}{counted}")
+
+
+def _show(report: "BuildReport", as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print(report)
+
+
+@contextmanager
+def _progress_bar() -> "Iterator[ProgressCallback]":
+    from deploy.cli.tables import console, text_column
+
+    columns = (text_column("checking and writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(report: "BuildReport") -> None:
+    from deploy.cli.tables import console
+
+    table = Table(title=f"{report.out}: {report.used} of {report.listed} images used")
+    table.add_column("site")
+    for name in ("bags", "images", "images per bag", "test images"):
+        table.add_column(name, justify="right")
+    for site in report.sites:
+        sizes = f"{site.bag_size_min} / {site.bag_size_mean:g} / {site.bag_size_max}"
+        table.add_row(site.name, str(site.bags), str(site.images), sizes, str(site.test_images))
+    table.caption = "images per bag: fewest / mean / most"
+    screen = console()
+    screen.print(table)
+    for note in report.notes:
+        screen.print(f"Note: {note}")
+    if report.quarantined:
+        screen.print(f"{report.quarantined} bad row(s) left out: {report.out / 'quarantine.csv'}")

@@ -1,0 +1,280 @@
+"""Start, show and end the programs of a consortium, and run a training in it.
+
+These are ``fedbags server``, ``fedbags site up|status|down`` and ``fedbags run``. They read options and print
+tables. ``deploy.consortium`` does the work.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.errors import RunError
+from deploy.cli.say import say
+
+if TYPE_CHECKING:
+    from deploy.consortium.kit import Kit
+
+Coordinator = Annotated[Path, typer.Argument(metavar="KIT", help="The coordinator's kit: KITS/coordinator.")]
+Site = Annotated[Path, typer.Argument(metavar="KIT", help="The site's kit, as it came from the coordinator.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Foreground = Annotated[
+    bool, typer.Option("--foreground", help="Stay in the foreground, as systemd and compose want it.")
+]
+Checked = Annotated[bool, typer.Option("--checked", hidden=True)]
+SERVER_WAIT, SITE_WAIT = 60.0, 30.0
+
+server_app = typer.Typer(help="Run the coordinator's side of a consortium.", no_args_is_help=True)
+
+
+@server_app.command("up")
+def server_up(
+    kit: Coordinator,
+    foreground: Foreground = False,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until everything is ready.")] = SERVER_WAIT,
+    checked: Checked = False,
+) -> None:
+    """Start nginx, the SuperLink and its SuperExec, and keep them running.
+
+    Sites with a key are registered. Sites reach nginx on the kit's port, and there the Fleet API only. What
+    ended is started again. A key that `fedbags provision` adds or revokes later is taken up while it runs.
+
+    Example: fedbags server up KITS/coordinator
+    """
+    from deploy.consortium import coordinator
+    from deploy.consortium.kit import CoordinatorKit
+
+    loaded = CoordinatorKit.load(kit)
+    if not checked:
+        _refuse_running(loaded)
+        coordinator.check(loaded)
+    if foreground:
+        _log_to_standard_error()
+        coordinator.supervise(loaded)
+    else:
+        _start("server", loaded, wait)
+
+
+@server_app.command("status")
+def server_status(kit: Coordinator, json_: Json = False) -> None:
+    """Show the coordinator's programs, and which sites are connected.
+
+    Exit status 1 if something is not ready.
+    """
+    from common.errors import RunError
+    from deploy.consortium.control import control
+    from deploy.consortium.kit import CoordinatorKit
+
+    loaded = CoordinatorKit.load(kit)
+    found = _describe(loaded)
+    if found["ready"]:
+        try:
+            with control(loaded) as api:
+                found["sites"] = {node.site: node.status for node in api.nodes()}
+        except RunError as error:
+            found |= {"ready": False, "problem": str(error)}
+    _show(found, f"coordinator of {loaded.consortium}", json_)
+
+
+@server_app.command("down")
+def server_down(kit: Coordinator) -> None:
+    """End the coordinator's programs.
+
+    A run under way ends too; `fedbags run --resume` goes on with it.
+    """
+    from deploy.consortium.kit import CoordinatorKit
+
+    _stop(CoordinatorKit.load(kit))
+
+
+def site_up(
+    kit: Site,
+    foreground: Foreground = False,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the coordinator.")] = SITE_WAIT,
+    skip_data: Annotated[bool, typer.Option("--skip-data", help="Do not check the data first.")] = False,
+    checked: Checked = False,
+) -> None:
+    """Connect this site to its consortium, and keep it connected.
+
+    Checks the kit, the data (`fedbags site check`), the coordinator's certificate and the clocks first.
+    Nothing is opened to the network: the site calls the coordinator. Only the approved app is run.
+
+    Example: fedbags site up KIT
+    """
+    from deploy.consortium import hospital
+    from deploy.consortium.kit import SiteKit
+
+    loaded = SiteKit.load(kit)
+    if not checked:
+        _refuse_running(loaded)
+        problem = hospital.check(loaded)
+        if not skip_data and (metrics := hospital.check_data(loaded)):
+            from deploy.datasets.site_check import say_beyond_default
+
+            say(say_beyond_default(metrics), err=True)
+        # No error: the coordinator may come up later, and the SuperNode tries again by itself.
+        if problem:
+            say(f"{problem}; trying on", err=True)
+    if foreground:
+        _log_to_standard_error()
+        hospital.supervise(loaded)
+    else:
+        _start("site", loaded, wait)
+
+
+def site_status(kit: Site, json_: Json = False) -> None:
+    """Show this site's programs and whether it is connected.
+
+    Exit status 1 if it is not.
+    """
+    from deploy.consortium.kit import SiteKit
+
+    loaded = SiteKit.load(kit)
+    _show(_describe(loaded), f"site {loaded.site} of {loaded.consortium}", json_)
+
+
+def site_down(kit: Site) -> None:
+    """Disconnect this site.
+
+    Privacy that a run has reserved stays spent in the ledger.
+    """
+    from deploy.consortium.kit import SiteKit
+
+    _stop(SiteKit.load(kit))
+
+
+def run_command(
+    kit: Coordinator,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: KIT/state/runs/NAME-TIME].")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Federated rounds.", min=1)] = None,
+    dp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="epsilon=E[,delta=D]", help="Train privately: budget of each site, replace-one bag."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train with the connected sites, and show the rounds as they are done.
+
+    The sites run the app that they approved. Waits for as many sites as have a key (--set federation.sites=N
+    for fewer). The exit status is the run's: 0 completed, 1 failed or stopped. Ctrl-C asks whether to stop
+    the run.
+
+    \b
+    Examples:
+      fedbags run KITS/coordinator --dp epsilon=8 --set secure-aggregation.enabled=true --out runs/first
+      fedbags run KITS/coordinator --resume --out runs/first
+    """
+    from deploy.consortium import submit
+    from deploy.consortium.kit import CoordinatorKit
+    from deploy.simulation import simulate
+
+    options = simulate.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
+    summary = submit.run(
+        CoordinatorKit.load(kit),
+        options,
+        settings=set_ or [],
+        config_file=config,
+        out=out,
+        resume=resume,
+        # Without a terminal nobody can answer, and an interruption stops the run.
+        ask=sys.stdin.isatty(),
+        quiet=json_,
+    )
+    if json_:
+        typer.echo(json.dumps(summary, indent=2))
+
+
+def register(app: typer.Typer, site_app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    commands: dict[str, Callable[..., None]] = {"up": site_up, "status": site_status, "down": site_down}
+    for name, command in commands.items():
+        site_app.command(name)(command)
+    app.add_typer(server_app, name="server")
+    app.command("run")(run_command)
+
+
+def _refuse_running(kit: "Kit") -> None:
+    from deploy.consortium.daemon import refuse_running
+
+    refuse_running(kit.state)
+
+
+def _start(role: str, kit: "Kit", wait: float) -> None:
+    from deploy.consortium import daemon
+
+    # --checked: this process has made the checks, whose errors the user sees on the terminal.
+    arguments = [role, "up", str(kit.folder), "--foreground", "--checked"]
+    if daemon.start(arguments, kit.state, kit.logs, wait):
+        say(f"{role} of {kit.consortium} is up; logs in {kit.logs}")
+        return
+    waiting = [program for program in _describe(kit)["programs"] if program["status"] != "ready"]
+    lines = [f"  {program['name']}: {program['status']} {program['reason']}".rstrip() for program in waiting]
+    raise RunError(
+        f"not everything is ready after {wait:g} s. It goes on trying: `fedbags {role} status {kit.folder}`\n"
+        + "\n".join(lines)
+    )
+
+
+def _describe(kit: "Kit") -> dict[str, Any]:
+    from deploy.consortium.daemon import describe
+
+    return describe(kit.state, kit.logs)
+
+
+def _stop(kit: "Kit") -> None:
+    from deploy.consortium.daemon import stop
+
+    ended = stop(kit.state)
+    say(f"ended {ended} process(es)" if ended else "nothing was running")
+
+
+def _show(found: dict[str, Any], title: str, json_: bool) -> None:
+    if json_:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _print(found, title)
+    if not found["ready"]:
+        raise typer.Exit(1)
+
+
+def _print(found: dict[str, Any], title: str) -> None:
+    from deploy.cli.tables import console, table
+
+    out = console()
+    rows = table(title, "program", "status", "pid", "since (UTC)", "restarts")
+    for program in found["programs"]:
+        since = program["since"].replace("T", " ").removesuffix("+00:00")
+        rows.add_row(
+            program["name"], program["status"], str(program["pid"] or ""), since, str(program["restarts"])
+        )
+    out.print(rows if found["programs"] else f"{title}: was never started")
+    for program in found["programs"]:
+        if program["reason"]:
+            out.print(f"{program['name']}: {program['reason']}")
+    if found["left_behind"]:
+        out.print(f"{found['left_behind']} process(es) of a supervisor that was killed; `down` ends them")
+    if "problem" in found:
+        out.print(found["problem"])
+    if "sites" in found:
+        sites = table("sites", "site", "connection")
+        for site, status in sorted(found["sites"].items()):
+            sites.add_row(site, status)
+        out.print(sites)
+
+
+def _log_to_standard_error() -> None:
+    # In UTC, as the times of `status`.
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")

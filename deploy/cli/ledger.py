@@ -1,0 +1,268 @@
+"""Show, check and export a site's privacy ledger, for ``fedbags ledger``.
+
+Reads options and prints. The ledger itself is ``client``'s.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.errors import UserError
+
+app = typer.Typer(
+    help="A site's privacy ledger: what was spent, under which cap, and whether the file can be believed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="A site's ledger.sqlite.")]
+Kit = Annotated[
+    Path | None, typer.Option(help="The site's kit, where its ledger has its second anchor; none: beside it.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+@app.command()
+def show(file: File) -> None:
+    """Show what was spent, what is left, and every row of the ledger.
+
+    Example: fedbags ledger show runs/demo/sites/site-1/ledger.sqlite
+    """
+    from client.ledger.book import Book
+    from common.privacy.events import Adjacency
+    from deploy.cli.tables import console, table
+
+    book = Book.read(file)
+    spent, add_remove, cap = book.spent(), book.spent(Adjacency.ADD_REMOVE), book.cap
+    rows = table(f"ledger of {book.site}", "row", "what", "run", "round", "event", "time (UTC)")
+    for entry in book.entries:
+        body = entry.body
+        unconfirmed = entry.seq in book.open_reservations
+        rows.add_row(
+            str(entry.seq),
+            "reserved, not confirmed" if unconfirmed else entry.kind,
+            str(body.get("run_id", "")),
+            str(body.get("round", "")),
+            _describe(entry.kind, body),
+            str(body.get("time", "")).replace("T", " ").removesuffix("+00:00"),
+        )
+    out = console()
+    out.print(rows)
+    out.print(f"unit: {book.unit.explanation}")
+    out.print(
+        f"spent: epsilon {spent:.4g} of {cap.epsilon:g} (replace-one) at delta {cap.delta:g}; "
+        f"left: {max(cap.epsilon - spent, 0):.4g}; under add/remove: {add_remove:.4g}"
+    )
+    out.print("Upper bounds by dp-accounting's PLD accountant, over all runs and data versions.")
+    out.print(f"head: {book.head}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    file: File,
+    head: Annotated[
+        str | None, typer.Option(help="Ledger head of a statement that the server holds, in hexadecimal.")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Whose ledger it should be.")] = None,
+    kit: Kit = None,
+    json_: Json = False,
+) -> None:
+    """Check that no row was edited, deleted, reordered or rolled back.
+
+    Exit status 1 if one was. An older copy put back shows against the site's second anchor (in the kit, or
+    beside the ledger), or with --head, whose hash is in the site's privacy statements.
+
+    Example: fedbags ledger verify ledger.sqlite --head 3f5a...
+    """
+    from client.ledger.anchor import anchor_file
+    from client.ledger.book import Book
+    from client.ledger.check import verify as check
+    from deploy.cli.tables import console, table
+
+    anchor = anchor_file(file, kit)
+    problems = check(file, head=_head(head), site=site, anchor=anchor)
+    # A ledger that does not hold up may not be readable at all.
+    losses = 0 if problems else Book.read(file).losses
+    if json_:
+        found = [{"row": problem.row, "reason": problem.reason} for problem in problems]
+        typer.echo(json.dumps({"intact": not problems, "losses": losses, "problems": found}, indent=2))
+    elif problems:
+        rows = table(f"{file}: NOT intact", "row", "problem")
+        for problem in problems:
+            rows.add_row("file" if problem.row is None else str(problem.row), problem.reason)
+        console().print(rows)
+    else:
+        against = "" if head or anchor.path.exists() else "; without --head an older copy would not show"
+        told = f"; {losses} loss(es) of rows were accepted by the site's owner" if losses else ""
+        console().print(f"{file}: intact{told}{against}")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command("accept-version")
+def accept_version(
+    site_folder: Annotated[Path, typer.Argument(help="The site's folder, as it is now.")],
+    ledger: Annotated[
+        Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
+    ] = None,
+    kit: Kit = None,
+    json_: Json = False,
+) -> None:
+    """Accept the folder's data as a new version of the same site's data.
+
+    Training is refused until then. What was spent on other versions keeps counting: budgets compose over
+    versions, because the same patients may be in both. Only the site's owner can say that it is the same
+    site, so this is done by hand, at the site, and recorded in the ledger.
+
+    Example: fedbags ledger accept-version SITES/site-1
+    """
+    from client.data.site_files import data_version, read_listing
+    from client.ledger.anchor import anchor_file
+    from client.ledger.book import Book
+    from client.ledger.ledger import Ledger
+    from client.site import SiteConfig
+    from deploy.cli.tables import console
+
+    config = SiteConfig.load(site_folder)
+    version = data_version(site_folder, config, read_listing(site_folder, config)[1])
+    file = ledger or site_folder / "ledger.sqlite"
+    accepted = Ledger.accept_version(file, config.name, version, anchor=anchor_file(file, kit))
+    book = Book.read(file)
+    if json_:
+        result = {"accepted": accepted, "data_version": version, "versions": list(book.versions)}
+        typer.echo(json.dumps(result, indent=2))
+        return
+    out = console()
+    out.print(f"data version {version}", soft_wrap=True)
+    out.print("accepted, and recorded in the ledger" if accepted else "known already; nothing was changed")
+    out.print(
+        f"epsilon {book.spent():.4g} of {book.cap.epsilon:g} is spent at delta {book.cap.delta:g} "
+        f"(replace-one {book.unit.value}, PLD), over {len(book.versions)} data version(s) together"
+    )
+
+
+@app.command("accept-loss")
+def accept_loss(
+    site_folder: Annotated[Path, typer.Argument(help="The site's folder.")],
+    kit: Kit = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="Ledger head that the coordinator holds and this ledger does not, in hexadecimal."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Accept that the ledger, or its newest rows, are lost.
+
+    Private training is refused until then. Put back a copy of the ledger instead, if there is one that is
+    newer or as new. What the second anchor says was spent is charged on; where no anchor says it, the whole
+    budget counts as spent. The loss is a row of the ledger for ever, and every statement and report shows it.
+
+    Where ledger, anchor and journal all come from one old backup, nothing at the site tells of the loss: give
+    the head that the coordinator names in its refusal.
+
+    Example: fedbags ledger accept-loss SITES/site-1 --kit KITS/site-1
+    """
+    from client.data.site_files import data_version, read_listing
+    from client.journal import JOURNAL_FILE, LOGS, newest_mark
+    from client.ledger.anchor import anchor_file
+    from client.ledger.book import Book
+    from client.ledger.loss import accept_loss as accept_loss_of
+    from client.site import SiteConfig
+    from deploy.cli.tables import console
+
+    config = SiteConfig.load(site_folder)
+    version = data_version(site_folder, config, read_listing(site_folder, config)[1])
+    file = ledger or site_folder / "ledger.sqlite"
+    journal = kit / LOGS / JOURNAL_FILE if kit else file.with_name(JOURNAL_FILE)
+    # Each line of the journal repeats the ledger's rows and hash, so it may name rows of which ledger and
+    # anchor, put back from one backup, know nothing.
+    seen = newest_mark(journal)
+    accepted = accept_loss_of(file, config.name, version, anchor_file(file, kit), seen, _head(head))
+    if not accepted:
+        if json_:
+            typer.echo(json.dumps({"accepted": False}, indent=2))
+        else:
+            hint = (
+                ""
+                if head
+                else "; if the coordinator refuses the site, give the head that it names with --head"
+            )
+            console().print(f"nothing is lost; nothing was changed{hint}")
+        return
+    book = Book.read(file)
+    spent = book.spent()
+    # Where nobody knows what was spent, an event without noise is charged, whose epsilon is infinite. JSON
+    # has no such number.
+    bounded = math.isfinite(spent)
+    if json_:
+        result = {"accepted": True, "losses": book.losses, "spent": spent if bounded else None}
+        typer.echo(json.dumps(result, indent=2))
+        return
+    charged = (
+        f"epsilon {spent:.4g} counts as spent at delta {book.cap.delta:g} (replace-one, PLD)"
+        if bounded
+        else "nobody knows what was spent, so the whole budget counts as spent: this site takes no part in "
+        "private runs any more"
+    )
+    console().print(f"the loss is recorded in {file}, {book.losses} in all; {charged}")
+
+
+@app.command()
+def export(file: File, json_: Json = False) -> None:
+    """Print cap, events and spending, from which another accountant can recompute the epsilons.
+
+    Noise multipliers are relative to the clip norm, a release's scale to the images its unit can move.
+
+    Example: fedbags ledger export ledger.sqlite --json
+    """
+    from client.ledger.book import Book
+    from deploy.cli.tables import console, table
+
+    exported = Book.read(file).export()
+    if json_:
+        typer.echo(json.dumps(exported, indent=2))
+        return
+    rows = table(f"ledger of {exported['site']}", "key", "value")
+    for key, value in exported.items():
+        rows.add_row(key, value if isinstance(value, str) else json.dumps(value))
+    console().print(rows)
+
+
+def _head(text: str | None) -> str | None:
+    """Return a ledger head as the ledger writes it.
+
+    Raises:
+        UserError: it is none.
+    """
+    if text is not None and (len(text) != 64 or set(text.lower()) - set("0123456789abcdef")):
+        raise UserError("--head takes the 64 hexadecimal digits of a ledger head")
+    # Heads are compared as texts, and the ledger writes them in lower case.
+    return text and text.lower()
+
+
+def _describe(kind: str, body: Mapping[str, Any]) -> str:
+    if kind == "opened":
+        return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
+    if kind == "accepted":
+        return f"data version {body.get('identifier', '')[:12]}"
+    if kind == "confirmed":
+        return f"row {body['reservation']}"
+    if kind == "lost":
+        return f"{len(body['events'])} kind(s) of event known to be lost, charged on"
+    if kind == "carried":
+        return "what all rows so far come to"
+    if kind == "released":
+        release = body["release"]
+        return f"{release['granularity']} counts, Laplace scale {release['scale']:g} per {release['unit']}"
+    event = body["event"]
+    if event["kind"] == "discrete_laplace":
+        return f"{body.get('copies', 1)} noised figure(s), discrete Laplace, scale {event['scale']:g}"
+    return f"{event['steps']} steps, q {event['sample_rate']:.4g}, sigma {event['noise_multiplier']:.4g}"

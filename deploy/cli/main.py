@@ -1,0 +1,328 @@
+"""Define the ``fedbags`` command.
+
+Each command reads its options and calls one function; nothing is computed here. Heavy libraries are imported
+inside the commands, so that ``--help`` answers at once.
+"""
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from common.errors import FedbagsError, UserError
+from deploy.cli import (
+    approve,
+    audit,
+    bags,
+    compare,
+    consortium,
+    ledger,
+    provision,
+    report,
+    site_init,
+    watch,
+)
+from deploy.cli.say import say
+from deploy.simulation import interrupt, loopback, prerequisites
+from deploy.simulation.presets import Preset, preset_rows
+
+HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
+
+\b
+Start here:
+  fedbags simulate                      five synthetic hospitals, under two minutes
+  fedbags bags build --help             turn a folder of images into hospitals
+  fedbags simulate --sites-dir SITES    train on them
+  fedbags predict RUN IMAGE...          use the trained model
+  fedbags compare SCENARIO --out DIR    methods side by side, to a table
+"""
+
+typer.core.HAS_RICH = False
+"""Plain help: rich would double the time of --help, and typer escapes brackets for it in any case."""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
+runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
+app.add_typer(bags.app, name="bags")
+app.add_typer(ledger.app, name="ledger")
+app.add_typer(provision.app, name="provision")
+app.add_typer(site_app, name="site")
+app.add_typer(runs_app, name="runs")
+
+site_app.command("approve")(approve.approve_command)
+app.command("compare")(compare.compare_command)
+app.command("report")(report.report_command)
+app.command("audit")(audit.audit_command)
+app.command()(watch.status)
+app.command()(watch.metrics)
+app.command()(watch.track)
+site_app.command("keygen")(provision.keygen)
+site_app.command("init")(site_init.init)
+consortium.register(app, site_app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import platform
+        from importlib.metadata import version
+
+        versions = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch"))
+        say(f"fedbags {version('fedbags')} ({versions}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Show versions."),
+    ] = False,
+) -> None:
+    pass
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]
+
+
+class Engine(StrEnum):
+    """Name the engines that carry the messages of a simulation."""
+
+    LOCAL = "local"
+    FLOWER = "flower"
+
+
+@app.command()
+def simulate(
+    sites: Annotated[int | None, typer.Option(help="Synthetic hospitals to draw.", min=1)] = None,
+    sites_dir: Annotated[Path | None, typer.Option(help="Folder of site folders.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Federated rounds.", min=1)] = None,
+    local_epochs: Annotated[int | None, typer.Option(help="Passes per round at a site.", min=1)] = None,
+    method: Annotated[str | None, typer.Option(help="lhfglp, dllp, rot, ...: see docs/methods.md.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="resnet-small, or any torchvision model.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes data, weights and order.", min=0)] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME-TIME].")] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Our own grid, or Flower's simulation runtime.")
+    ] = Engine.LOCAL,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes (local engine) [default: cores].", min=0)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
+    dp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="epsilon=E[,delta=D]", help="Train privately: budget of each site, replace-one bag."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
+    figures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
+    json_: Json = False,
+) -> None:
+    """Simulate hospitals on this machine with the same server and client apps as in a deployment.
+
+    Without --sites-dir, draws synthetic hospitals. With it, picks the image size from the images. Stopped?
+    The same command with --resume goes on from the last finished round.
+
+    Example: fedbags simulate --sites-dir SITES --rounds 30 --set train.learning-rate=0.001 --out runs/first
+    """
+    from deploy.simulation import simulate as simulation
+
+    options = {
+        "federation.sites": sites,
+        # Absolute, since Flower's processes have another working directory.
+        "sites-dir": str(sites_dir.resolve()) if sites_dir else None,
+        "rounds": rounds,
+        "train.local-epochs": local_epochs,
+        "model.method": method,
+        "model.backbone": backbone,
+        "seed": seed,
+        "skip-bad": skip_bad or None,
+    }
+    # Only options that were given: a default here would win over the configuration file and the presets.
+    given = {key: value for key, value in options.items() if value is not None}
+    summary = simulation.simulate(
+        given | simulation.parse_dp(dp),
+        settings=set_ or [],
+        config_file=config,
+        out=out,
+        engine=engine.value,
+        workers=workers,
+        resume=resume,
+        figures=figures,
+        quiet=json_,
+    )
+    if json_:
+        print_json(summary)
+
+
+@app.command("config")
+def show_config(
+    preset: Annotated[
+        Preset | None, typer.Option(help="List what this option of simulate and run also sets, and why.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """List every configuration key with its default, bounds and meaning."""
+    from deploy.cli.tables import config_rows, print_config, print_preset
+
+    if preset:
+        settings = preset_rows(preset)
+        print_json(settings) if json_ else print_preset(settings, preset.value)
+        return
+    rows = config_rows()
+    print_json(rows) if json_ else print_config(rows)
+
+
+@site_app.command("check")
+def site_check(
+    site: Annotated[Path, typer.Argument(help="A site folder (with site.toml).")],
+    image_size: Annotated[int, typer.Option(help="Side of the square input, pixels.", min=8)] = 48,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
+    json_: Json = False,
+) -> None:
+    """Check a site's data, and show exactly what would leave the site."""
+    from deploy.datasets.site_check import check_site, print_check
+
+    result = check_site(site, image_size, skip_bad=skip_bad)
+    print_json(result) if json_ else print_check(result)
+
+
+@runs_app.command("list")
+def runs_list(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), json_: Json = False
+) -> None:
+    """List the runs below a folder."""
+    from deploy.runs.runs import list_runs, print_runs
+
+    rows = list_runs(folder)
+    print_json(rows) if json_ else print_runs(rows, folder)
+
+
+@runs_app.command("show")
+def runs_show(run: RunArgument, json_: Json = False) -> None:
+    """Show a run's figures, per level and per site, and what was left out."""
+    from deploy.runs.runs import print_summary, read_summary
+
+    summary = read_summary(run)
+    print_json(summary) if json_ else print_summary(summary, run)
+
+
+@runs_app.command("compare")
+def runs_compare(first: RunArgument, second: RunArgument, json_: Json = False) -> None:
+    """Compare two finished runs by their settings, figures per level, epsilon and time.
+
+    Example: fedbags runs compare runs/first runs/private
+    """
+    from deploy.runs.runs import compare_runs, print_comparison
+
+    result = compare_runs(first, second)
+    print_json(result) if json_ else print_comparison(result)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Images, DICOM files, folders.")],
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a table, one image a line.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be read; they are listed.")
+    ] = False,
+    codes: Annotated[
+        bool, typer.Option("--codes", help="Tell the strongest dictionary codes per level, too.")
+    ] = False,
+    top_codes: Annotated[int, typer.Option(help="How many, with --codes.", min=1)] = 3,
+    json_: Json = False,
+) -> None:
+    """Classify images with a run's model into the best class of each level and the best path.
+
+    Folders are searched at any depth. Images are read as for training; nothing is written without --csv.
+
+    Example: fedbags predict runs/first IMAGES --csv predictions.csv --skip-bad
+    """
+    # Before the imports below, which bring torch along: a missing model is named at once.
+    prerequisites.require_model(run, csv)
+    interrupt.at("before a prediction was written: give the same command again")
+    from deploy.cli.progress import counted
+    from deploy.runs.predict import predict_images, print_predictions, write_csv
+
+    with counted("predicting") as progress:
+        found = predict_images(run, images, top_codes if codes else 0, skip_bad=skip_bad, progress=progress)
+    for note in found.notes:
+        say(f"note: {note}", err=True)
+    for row in found.skipped:
+        say(f"left out: {row}", err=True)
+    if csv:
+        write_csv(csv, found.rows)
+        say(f"{len(found.rows)} image(s) predicted, {len(found.skipped)} left out: {csv}", err=True)
+    if json_:
+        print_json(found.rows)
+    elif not csv:
+        print_predictions(found.rows)
+
+
+@app.command()
+def figures(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to set side by side.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures [default: RUN/figures].")] = None,
+    json_: Json = False,
+) -> None:
+    """Draw training curves, confusion matrices, a t-SNE of test bags, and activation maps.
+
+    With several runs (plain pipeline, plain LLP, LHFGLP), t-SNE and activation maps stand side by side.
+    """
+    from deploy.figures.draw import draw_figures
+
+    paths = draw_figures(runs, out)
+    if json_:
+        print_json([str(path) for path in paths])
+    else:
+        for path in paths:
+            say(path)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value on standard output, and nothing else."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Run the command and exit with its status.
+
+    The status is 0 for done, 1 for a run that failed, 2 for a mistake of the user, and 130 for Ctrl-C.
+    """
+    with interrupt.told():
+        # Before any command, because the processes that it starts inherit this environment.
+        os.environ.update(loopback.without_proxy(os.environ))
+        try:
+            app()
+        except UserError as error:
+            say(f"error: {error}", err=True)
+            sys.exit(2)
+        except FedbagsError as error:
+            say(f"the run failed: {error}", err=True)
+            sys.exit(1)
+        except ModuleNotFoundError as error:
+            # A missing module of an extra is the user's to install. Any other is a fault to be seen in full.
+            if not (advice := prerequisites.missing_extra(error.name)):
+                raise
+            say(f"error: {advice}", err=True)
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Define ``fedbags provision`` and ``fedbags site keygen``.
+
+Here are the options of each command, and what it prints. Nothing is decided here: ``consortium.provision``
+and ``consortium.membership`` do the work.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+import typer.core
+
+from common.errors import UserError, require_file
+from deploy.cli.say import say
+
+if TYPE_CHECKING:
+    from deploy.consortium.kits import Changes
+
+BUILD = "build"
+
+
+class _BuildByDefault(typer.core.TyperGroup):
+    """Take ``fedbags provision consortium.toml`` for ``fedbags provision build consortium.toml``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [BUILD, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_BuildByDefault,
+    no_args_is_help=True,
+    help="""Make the kits from which the coordinator and the sites of a consortium start.
+
+\b
+  fedbags provision consortium.toml --out KITS    make them, or add what is missing
+  fedbags provision add-key KITS SITE node.pub    let a site in
+""",
+)
+
+KitsArgument = Annotated[Path, typer.Argument(metavar="KITS", help="The folder of kits.")]
+SiteArgument = Annotated[str, typer.Argument(metavar="SITE", help="The site's name.")]
+PasswordFile = Annotated[
+    Path | None,
+    typer.Option(help="File whose first line is the password of the authority's key.", show_default=False),
+]
+Days = Annotated[int, typer.Option(help="How long the certificate holds.", min=1, max=7300)]
+
+
+@app.command(BUILD)
+def build(
+    settings: Annotated[Path, typer.Argument(metavar="CONSORTIUM.TOML", help="The consortium's settings.")],
+    out: Annotated[Path, typer.Option(help="The folder of kits.")],
+    keys_here: Annotated[
+        bool, typer.Option("--keys-here", help="Make the sites' private keys here too: for trials only.")
+    ] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Take over changed settings; keys and app stay.")
+    ] = False,
+    password_file: PasswordFile = None,
+) -> None:
+    """Make the kits, or add what is missing to those that are there.
+
+    Keys are never overwritten.
+
+    Example: fedbags provision consortium.toml --out KITS
+    """
+    from deploy.consortium.provision import provision
+
+    _print(
+        provision(settings, out, password=_password(password_file), keys_here=keys_here, update=update), out
+    )
+
+
+@app.command("add-key")
+def add_key(
+    kits: KitsArgument,
+    site: SiteArgument,
+    public_key: Annotated[Path, typer.Argument(metavar="NODE.PUB", help="What `site keygen` wrote.")],
+    days: Days = 398,
+    password_file: PasswordFile = None,
+) -> None:
+    """Let a site in by putting its public key into the coordinator's kit and certifying it."""
+    from deploy.consortium import keys, membership
+    from deploy.consortium.kits import Kits
+
+    opened = Kits.open(kits, _password(password_file))
+    _print(membership.add_key(opened, site, public_key, days), kits)
+    # Printed here and by `site keygen`, to compare by telephone: so an exchanged key is noticed.
+    _print_fingerprint(site, keys.fingerprint(keys.read_public_key(public_key)))
+
+
+@app.command("add-site")
+def add_site(
+    kits: KitsArgument,
+    site: SiteArgument,
+    runtime_port: Annotated[int, typer.Option(help="Of the SuperNode at the site.", min=1, max=65535)] = 9094,
+    metrics_port: Annotated[int, typer.Option(help="Of /metrics there; 0: none.", min=0, max=65535)] = 9095,
+    password_file: PasswordFile = None,
+) -> None:
+    """Add a site and make its kit.
+
+    Its key comes later with `add-key`.
+    """
+    from pydantic import ValidationError
+
+    from common.errors import ConfigError
+    from deploy.consortium import membership
+    from deploy.consortium.kits import Kits
+    from deploy.consortium.settings import SitePorts
+
+    try:
+        ports = SitePorts(runtime_port=runtime_port, metrics_port=metrics_port)
+    except ValidationError as error:
+        raise ConfigError("--runtime-port and --metrics-port need two different numbers") from error
+    _print(membership.add_site(Kits.open(kits, _password(password_file)), site, ports), kits)
+
+
+@app.command()
+def renew(
+    kits: KitsArgument,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[server|SITE]...", help="Whose [default: everyone's].")
+    ] = None,
+    days: Days = 398,
+    password_file: PasswordFile = None,
+) -> None:
+    """Issue certificates anew, for the same keys."""
+    from deploy.consortium import membership
+    from deploy.consortium.kits import Kits
+
+    _print(membership.renew(Kits.open(kits, _password(password_file)), names or (), days), kits)
+
+
+@app.command()
+def revoke(kits: KitsArgument, site: SiteArgument, password_file: PasswordFile = None) -> None:
+    """Take a site out of the consortium.
+
+    A running coordinator refuses it once its files are gone from nodes/ of its kit.
+    """
+    from deploy.consortium import membership
+    from deploy.consortium.kits import Kits
+
+    _print(membership.revoke(Kits.open(kits, _password(password_file)), site), kits)
+    say(f"{site} is out, as soon as its files are gone from nodes/ in the server's copy of the kit")
+
+
+@app.command("update-app")
+def update_app(kits: KitsArgument, password_file: PasswordFile = None) -> None:
+    """Bundle the app of this fedbags in place of the one before.
+
+    Every site has to approve it.
+    """
+    from deploy.consortium import membership
+    from deploy.consortium.kits import Kits
+
+    # The app of the kits is not checked (with_app=False), because it is about to be replaced.
+    changes = membership.update_app(Kits.open(kits, _password(password_file), with_app=False))
+    _print(changes, kits)
+    say("send coordinator/app/fedbags.fab to every site: `fedbags site approve` shows them what changed")
+
+
+def keygen(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="This site's kit.")],
+) -> None:
+    """Make this site's key pair.
+
+    Only node.pub leaves the machine; an existing key is never overwritten.
+    """
+    from deploy.consortium import keys, membership
+    from deploy.consortium.kit import SiteKit
+
+    opened = SiteKit.load(kit)
+    public_key = membership.make_node_key(opened)
+    say(f"send this file to the coordinator: {public_key}")
+    _print_fingerprint(opened.site, keys.fingerprint(keys.read_public_key(public_key)))
+
+
+def _password(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    require_file(path, "the password file", "Its first line is the password.")
+    first, *_ = path.read_bytes().splitlines() or [b""]
+    if not first:
+        raise UserError(f"{path}: the first line is empty, and it should be the password")
+    return first
+
+
+def _print_fingerprint(site: str, fingerprint: str) -> None:
+    say(f"fingerprint of {site}: {fingerprint}")
+
+
+def _print(changes: "Changes", kits: Path) -> None:
+    root = kits.absolute()
+    for path in changes.written:
+        say(f"wrote {path.absolute().relative_to(root)}")
+    if not changes.written:
+        say("nothing to add")
+    say(f"app: {changes.app_hash}")
+    if changes.waiting:
+        say(f"waiting for node.pub of: {', '.join(changes.waiting)}")

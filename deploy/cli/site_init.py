@@ -1,0 +1,171 @@
+"""Write a hospital's site.toml and show what would then leave, for ``fedbags site init``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.errors import UserError
+from deploy.cli.say import say
+
+# Reads the tables of configurations, for which --help must not wait.
+if TYPE_CHECKING:
+    from client.site import SiteConfig
+
+RELEASES = ("none", "total", "per-bag")
+
+
+def init(
+    site: Annotated[Path, typer.Argument(help="The site's folder; made if missing.")],
+    name: Annotated[str | None, typer.Option(help="Name of the site [default: the folder's].")] = None,
+    hierarchy: Annotated[str | None, typer.Option(help="File of the label tree, in the folder.")] = None,
+    minimum_bag_size: Annotated[int | None, typer.Option(help="Images; smaller bags are refused.")] = None,
+    release_proportions: Annotated[
+        str | None, typer.Option(help="Label counts that leave: none, total or per-bag.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="The most that may ever be spent; private runs only.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="The delta of the budget.")] = None,
+    secure_aggregation: Annotated[
+        bool | None,
+        typer.Option(
+            "--secure-aggregation/--no-secure-aggregation", help="Never send an update in clear, or do."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other key of [policy]; metrics by commas."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Change a site.toml that is there; what is not named is kept.")
+    ] = False,
+    image_size: Annotated[int, typer.Option(help="For the check: side of the input, pixels.", min=8)] = 48,
+    json_: Annotated[bool, typer.Option("--json", help="Ask nothing; print the check as JSON.")] = False,
+) -> None:
+    """Write a hospital's site.toml, then show what would leave.
+
+    The values are asked for on a terminal, or come from the options.
+
+    Example: fedbags site init SITES/hospital-1 --release-proportions total --epsilon 8 --delta 1e-4
+    """
+    from client.data.site_files import BAGS_FILE, MANIFEST_FILE
+    from client.site import SITE_FILE, SiteConfig
+    from common.config import parse_setting
+    from deploy.datasets.site_check import check_site, print_check
+
+    target = site / SITE_FILE
+    if target.exists() and not force:
+        raise UserError(f"{target} exists already; change it with --force")
+    base = SiteConfig.load(site).model_dump(mode="json", by_alias=True) if target.exists() else {}
+    given: dict[str, Any] = {
+        "name": name,
+        "hierarchy": hierarchy,
+        "policy.minimum-bag-size": minimum_bag_size,
+        "policy.release-proportions": release_proportions,
+        "policy.budget.epsilon": epsilon,
+        "policy.budget.delta": delta,
+        "policy.secure-aggregation.required": secure_aggregation,
+    }
+    for key, value in map(parse_setting, set_ or []):
+        listed = isinstance(value, str) and key.split(".")[-1] == "metrics"
+        given[f"policy.{key}"] = str(value).split(",") if listed else value
+    if not json_ and on_terminal():
+        _ask(given, base, site.resolve().name)
+    config = compose(base, given, site.resolve().name)
+    if config.policy.budget.delta is not None and config.policy.budget.epsilon is None:
+        raise UserError("a budget has an epsilon: give --epsilon too")
+    try:
+        site.mkdir(parents=True, exist_ok=True)
+        config.save(site)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
+    missing = [file for file in (MANIFEST_FILE, BAGS_FILE, config.hierarchy) if not (site / file).exists()]
+    if not json_:
+        say(f"wrote {target}")
+    if missing:
+        result = {"site": config.name, "written": str(target), "missing": missing}
+        advice = (
+            f"Still missing: {', '.join(missing)} (docs/data.md); then look at `fedbags site check {site}`."
+        )
+        if json_:
+            typer.echo(json.dumps(result, indent=2))
+        else:
+            say(advice)
+        return
+    checked = check_site(site, image_size)
+    if json_:
+        typer.echo(json.dumps(checked, indent=2))
+    else:
+        print_check(checked)
+
+
+def on_terminal() -> bool:
+    """Return whether somebody is there to answer."""
+    # The questions are printed on standard error, so that standard output holds results only.
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "SiteConfig":
+    """Return the site's configuration from the given values, else the old file, else the defaults.
+
+    Args:
+        base: the old site.toml, nested; empty if there was none.
+        given: dotted keys; None where no value was given.
+        folder: the folder's name, which is the site's name unless one is given.
+
+    Raises:
+        ConfigError: a key is unknown or its value out of range; every one is named.
+        UserError: a key names a table inside something that is none.
+    """
+    from client.site import SITE_FILE, SiteConfig
+
+    # A deep copy, because the nested tables are changed below.
+    data: dict[str, Any] = json.loads(json.dumps(base)) or {"name": folder}
+    for dotted, value in given.items():
+        if value is None:
+            continue
+        *path, last = dotted.split(".")
+        table = data
+        for key in path:
+            table = table.setdefault(key, {})
+            if not isinstance(table, dict):
+                raise UserError(f"{dotted}: {key!r} is no table of site.toml")
+        table[last] = value
+    return SiteConfig.from_table(data, f"the {SITE_FILE} asked for")
+
+
+def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:
+    """Ask for what was not given, offering the old or usual value in brackets."""
+    policy = base.get("policy", {})
+    budget = policy.get("budget", {})
+    required = policy.get("secure-aggregation", {}).get("required", True)
+
+    def ask(key: str, question: str, usual: Any, **options: Any) -> None:
+        if given[key] is None:
+            given[key] = typer.prompt(question, default=usual, err=True, **options)
+
+    import click
+
+    ask("name", "Name of the site, as the coordinator knows it", base.get("name", folder))
+    ask("policy.minimum-bag-size", "Smallest bag, in images", policy.get("minimum-bag-size", 4), type=int)
+    ask(
+        "policy.release-proportions",
+        "Label counts that leave",
+        policy.get("release-proportions", "total"),
+        type=click.Choice(RELEASES),
+    )
+    if given["policy.budget.epsilon"] is None:
+        question = "Privacy budget, epsilon (0: none, and runs without differential privacy are taken)"
+        epsilon = typer.prompt(question, default=budget.get("epsilon") or 0.0, type=float, err=True)
+        given["policy.budget.epsilon"] = epsilon or None
+        if not epsilon:
+            # A value that is not given is kept, and this answer asks for no budget.
+            policy.pop("budget", None)
+    if given["policy.budget.epsilon"] is not None:
+        ask("policy.budget.delta", "Delta of the budget", budget.get("delta") or 1e-4, type=float)
+    if given["policy.secure-aggregation.required"] is None:
+        question = "Send updates only masked, so that the server sees sums of several sites?"
+        given["policy.secure-aggregation.required"] = typer.confirm(question, default=required, err=True)

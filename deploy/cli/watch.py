@@ -1,0 +1,111 @@
+"""Show, serve or mirror the figures of a run or a site while it works.
+
+These are ``fedbags status``, ``metrics`` and ``track``. They read options and print. ``deploy.runs`` does
+the work.
+"""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.cli.say import say
+
+INTERVAL = 1.0
+"""Seconds between two looks of the live table."""
+
+Watched = Annotated[
+    Path,
+    typer.Argument(help="A run folder, a folder of runs (its newest), a kit, or a site's data folder."),
+]
+
+
+def status(
+    path: Watched = Path("runs"),
+    once: Annotated[bool, typer.Option("--once", help="Print the table and end.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and end.")] = False,
+) -> None:
+    """Show a run, or a site, as a live table.
+
+    The table has sites in and out, rounds, seconds, bytes and privacy budgets. Ends by itself when the run
+    has ended; Ctrl-C ends it before.
+
+    Example: fedbags status runs/demo
+    """
+    from rich.console import RenderableType
+    from rich.live import Live
+
+    from deploy.cli.tables import console
+    from deploy.runs.site_state import SiteSource, source
+    from deploy.runs.table import as_json, run_table, site_table
+
+    watched = source(path)
+
+    def look() -> tuple[RenderableType, bool]:
+        if isinstance(watched, SiteSource):
+            return site_table(watched.look(), time.time()), False
+        state = watched.look()
+        return run_table(state, watched.name, time.time()), state.ended
+
+    if json_:
+        state = watched.look()
+        name = "" if isinstance(watched, SiteSource) else watched.name
+        typer.echo(json.dumps(as_json(state, name), indent=2))
+        return
+    shown, ended = look()
+    if once or ended:
+        console().print(shown)
+        return
+    # Ctrl-C is the usual way to leave the live table, so it ends the command without an error.
+    with Live(shown, console=console(), auto_refresh=False) as live:
+        try:
+            while not ended:
+                time.sleep(INTERVAL)
+                shown, ended = look()
+                live.update(shown, refresh=True)
+        except KeyboardInterrupt:
+            return
+
+
+def metrics(
+    path: Watched = Path("runs"),
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 9464,
+    address: Annotated[str, typer.Option(help="Listen here; there is no password.")] = "127.0.0.1",
+) -> None:
+    """Serve Prometheus metrics of a run, or of a site, until ended.
+
+    Example: fedbags metrics KITS/coordinator --port 9464
+    """
+    from deploy.runs.prometheus import serve
+    from deploy.runs.site_state import source
+
+    watched = source(path)
+    # Loads what the first scrape would wait for.
+    watched.look()
+    server, close = serve(watched, port, address)
+    say(f"serving http://{address}:{server.server_port}/metrics", err=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        close()
+
+
+def track(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")],
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's event files.")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="MLflow tracking URL, or sqlite:///FILE.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Mirror what there is and end.")] = False,
+) -> None:
+    """Mirror a run's figures into TensorBoard and MLflow.
+
+    Follows a running run, and imports a finished one. Needs the extra: pip install 'fedbags[tracking]'.
+
+    Example: fedbags track runs/demo --tensorboard tb --mlflow http://127.0.0.1:5000
+    """
+    from deploy.runs.tracking import track as mirror
+
+    state = mirror(run, tensorboard, mlflow, follow=not once)
+    say(f"{run.name}: {state.stage.value}, round {state.round} of {state.rounds}", err=True)

@@ -1,0 +1,217 @@
+"""Read hierarchical archives, one .npz with images, labels at every level, class names and the tree.
+
+Knows nothing of sites or bags. Two layouts, for levels 1..L, coarse to fine::
+
+    x, y1..yL, is_test                                one array of images, and which of them are for tests
+    x_train, y1_train..yL_train, x_test, y1_test..    two arrays of images
+
+and in both ``names1..namesL`` (class names), ``tree_LtoL-1`` .. ``tree_2to1`` (the parent of each class),
+and, where there are any, ``levels`` (names of the levels) and ``group`` or ``track`` (whole numbers: the
+patient, or whatever else several images show; with ``_train`` and ``_test`` in the second layout).
+
+Check the size that an .npz declares in its headers before anything of it is unpacked.
+
+A few kilobytes can declare terabytes, in the zip's directory or in an array's shape.
+"""
+
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import BadRow, UserError, require_file
+from common.hierarchy import Hierarchy
+from deploy.datasets.files import ArrayImages, SourceTable
+
+MAX_MEMBERS = 1000
+"""Files in one archive; data sets have a dozen."""
+
+
+def check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | None = None) -> None:
+    """Refuse an archive that would not fit, or whose arrays are not of the size that they declare.
+
+    A file that is longer than the zip declares is cut off there by ``zipfile`` and fails its checksum, so
+    what is declared is what can come.
+
+    Args:
+        packed: the open archive.
+        room: bytes that there are to unpack to.
+        names: the members that will be unpacked; all if None.
+
+    Raises:
+        ValueError: too many members, more bytes than there is room for, or an array's header that does not
+            fit the bytes behind it. The text names members and sizes.
+    """
+    members = [info for info in packed.infolist() if names is None or info.filename in names]
+    if len(members) > MAX_MEMBERS:
+        raise ValueError(f"{len(members)} members, more than the {MAX_MEMBERS} that are read")
+    needed = sum(info.file_size for info in members)
+    if needed > room:
+        raise ValueError(f"it takes {needed:,} bytes unpacked, and there is room for {room:,}")
+    for info in members:
+        if not info.filename.endswith(".npy"):
+            continue
+        with packed.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(
+                    f"{info.filename} has the version {version} of the .npy format; save it anew"
+                )
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read(stream)
+            # Reading Python objects means unpickling, which runs whatever code the file holds.
+            if dtype.hasobject:
+                raise ValueError(f"{info.filename} holds Python objects, which are not read")
+            declared, held = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
+        # NumPy reserves what the shape declares before it reads, so the shape must not exceed the bytes.
+        if declared != held:
+            raise ValueError(f"{info.filename} declares {dtype} of shape {shape}, and holds {held:,} bytes")
+
+
+SPLIT_COLUMN, GROUP_COLUMN = "split", "group"
+SPLITS = ("train", "test")
+GROUP_ARRAYS = ("group", "track")
+
+
+def archive_source(archive: Path) -> SourceTable:
+    """Read an archive of either layout, holding its images in memory.
+
+    Args:
+        archive: the .npz; images (N, H, W) or (N, H, W, 3) uint8, labels and parents whole numbers.
+
+    Returns:
+        The table with the columns ``split`` and, where the archive has ids, ``group``: an image of a part
+        without ids is a group of its own. Images whose labels are no path of the tree are ``bad`` rows.
+
+    Raises:
+        UserError: no such file, no such archive, or an array that is missing or of another kind.
+        DataError: names and parents are no tree.
+    """
+    require_file(archive, "the archive", "Give the .npz file of the data set.")
+    try:
+        # This says "File is not a zip file"; numpy would speak of pickles.
+        with zipfile.ZipFile(archive) as listed:
+            # Half of the memory, since all images are copied once when the parts are joined.
+            check_arrays(listed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        with np.load(archive, allow_pickle=False) as packed:
+            arrays = _Arrays(archive, dict(packed))
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        ValueError,
+        TypeError,
+        OSError,
+    ) as error:
+        raise UserError(f"{archive} cannot be read as an archive of arrays: {error}") from error
+    tree, paths = arrays.tree()
+    in_one = arrays.has("x")
+    parts = [arrays.part(suffix, paths.shape[1]) for suffix in ([""] if in_one else ["_train", "_test"])]
+    if len({images.shape[1:] for images, _, _ in parts}) > 1:
+        raise UserError(f"{archive}: x_train and x_test hold images of different sizes")
+    images = np.concatenate([images for images, _, _ in parts])
+    labels = np.concatenate([labels for _, labels, _ in parts])
+    if in_one:
+        is_test = arrays.get("is_test", np.bool_, (len(images),))
+    else:
+        is_test = np.repeat([False, True], [len(images) for images, _, _ in parts])
+    inside = (labels[:, -1] >= 0) & (labels[:, -1] < len(paths))
+    good = inside & (labels == paths[np.where(inside, labels[:, -1], 0)]).all(axis=1)
+    kept = np.flatnonzero(good)
+    columns: dict[str, Sequence[str]] = {SPLIT_COLUMN: [SPLITS[int(is_test[index])] for index in kept]}
+    if any(groups is not None for _, _, groups in parts):
+        ids = [
+            name
+            for number, (part, _, groups) in enumerate(parts)
+            for name in groups or [f"image {number}.{index}" for index in range(len(part))]
+        ]
+        columns[GROUP_COLUMN] = [ids[index] for index in kept.tolist()]
+    return SourceTable(
+        file=archive.name,
+        images=ArrayImages(lambda index: images[kept[index]]),
+        labels=labels[kept, -1],
+        hierarchy=tree,
+        lines=[None] * len(kept),
+        columns=columns,
+        split_column=SPLIT_COLUMN,
+        group_column=GROUP_COLUMN if GROUP_COLUMN in columns else None,
+        bad=tuple(
+            BadRow(archive.name, None, f"image {index}: {labels[index].tolist()} is no path of the tree")
+            for index in np.flatnonzero(~good).tolist()
+        ),
+    )
+
+
+class _Arrays:
+    """Give access to the arrays of one file, checking the type and shape of each."""
+
+    def __init__(self, file: Path, arrays: dict[str, NDArray[Any]]) -> None:
+        self._file, self._arrays = file, arrays
+
+    def has(self, name: str) -> bool:
+        return name in self._arrays
+
+    def get(self, name: str, kind: type[Any], shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """Return an array, if it is of this kind of type and, where one is given, of this shape.
+
+        Raises:
+            UserError: it is missing or another kind of array.
+        """
+        if name not in self._arrays:
+            raise UserError(
+                f"{self._file} holds no {name}; it has {', '.join(sorted(self._arrays)) or 'nothing'}.\n"
+                "docs/data.md says which arrays a hierarchical archive has."
+            )
+        array = self._arrays[name]
+        if not np.issubdtype(array.dtype, kind) or shape not in (None, array.shape):
+            raise UserError(
+                f"{self._file}: {name} is {array.dtype} of shape {array.shape}; needed is {kind.__name__}"
+                + (f" of shape {shape}" if shape else "")
+            )
+        return array
+
+    def tree(self) -> tuple[Hierarchy, NDArray[np.int64]]:
+        """Return the tree, and the archive's class numbers of every leaf at every level, shape (C_L, L)."""
+        depth = 1
+        while self.has(f"names{depth + 1}"):
+            depth += 1
+        names = [self.get(f"names{level}", np.str_) for level in range(1, depth + 1)]
+        columns = [np.arange(len(names[-1]))]
+        for level in range(depth, 1, -1):
+            name, above = f"tree_{level}to{level - 1}", len(names[level - 2])
+            parents = self.get(name, np.integer, (len(names[level - 1]),))
+            if parents.min() < 0 or parents.max() >= above:
+                raise UserError(f"{self._file}: {name} names a parent outside 0..{above - 1}")
+            columns.append(parents[columns[-1]].astype(np.int64))
+        paths = np.stack(columns[::-1], axis=1)
+        rows = [[str(names[level][node]) for level, node in enumerate(path)] for path in paths.tolist()]
+        levels = [f"level_{level}" for level in range(1, depth + 1)]
+        if self.has("levels"):
+            levels = self.get("levels", np.str_, (depth,)).tolist()
+        return Hierarchy.from_rows(levels, rows, file=self._file.name), paths
+
+    def part(self, suffix: str, depth: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str] | None]:
+        """Return images, labels of shape (N, L), and group names if there are any, of one part."""
+        images = self.get(f"x{suffix}", np.uint8)
+        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+            raise UserError(
+                f"{self._file}: x{suffix} has shape {images.shape}; needed is (N, H, W) or (N, H, W, 3)"
+            )
+        number = (len(images),)
+        labels = [self.get(f"y{level}{suffix}", np.integer, number) for level in range(1, depth + 1)]
+        groups = None
+        for name in GROUP_ARRAYS:
+            if self.has(f"{name}{suffix}"):
+                ids = self.get(f"{name}{suffix}", np.integer, number)
+                groups = [f"{name} {value}" for value in ids.tolist()]
+        return images, np.stack(labels, axis=1).astype(np.int64), groups

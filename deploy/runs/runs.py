@@ -1,0 +1,282 @@
+"""Read run folders, and print a list of them or the figures of one or two.
+
+Give the figures of a summary's level where sites suppressed small counts of test images.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+import json
+from pathlib import Path
+from rich.box import SIMPLE_HEAD
+from common.config import RunConfig
+from common.errors import UserError
+from deploy.cli.tables import console, table
+from server.run_folder import RunFolder, read_events
+
+def known(level: Mapping[str, Any], key: str) -> float | None:
+    """Return a figure of a level of a summary, or None where suppressed counts leave it open."""
+    return None if "suppressed" in level else level.get(key)
+
+
+def bounds_of(level: Mapping[str, Any], key: str = "accuracy") -> list[float] | None:
+    """Return the two figures between which an accuracy of a level lies, or None where it is known."""
+    found: list[float] | None = level.get("suppressed", {}).get(key)
+    return found
+
+
+def figure(value: float | None, bounds: Sequence[float] | None = None, none: str = "-") -> str:
+    """Return a share as text, such as ``0.645``, or its bounds as text, such as ``0.61-0.68``."""
+    if bounds is not None:
+        low, high = bounds
+        # Rounded outwards, so that the true figure lies between the two that are printed.
+        return f"{math.floor(low * 100) / 100:.2f}-{math.ceil(high * 100) / 100:.2f}"
+    return none if value is None else f"{value:.3f}"
+
+
+def suppression(level: Mapping[str, Any]) -> str:
+    """Return what sites suppressed of a level as text, such as ``14 cells below 5 suppressed``.
+
+    Empty if they suppressed nothing.
+    """
+    found = level.get("suppressed")
+    return f"{found['cells']} cells below {found['below']} suppressed" if found else ""
+
+
+LONGEST_NAME = 36
+"""Characters of a run's name that fit on one line of 80 with the figures; longer ones are folded."""
+FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """Return a row for every run below ``folder``.
+
+    A row has name, state, rounds done, and leaf accuracy where it is known. Where sites suppressed small
+    counts it is not, and ``leaf_accuracy_bounds`` says between what it lies.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}\n`fedbags simulate` makes runs/ here.")
+    rows = []
+    for config in sorted(folder.glob("*/config.toml")):
+        run = RunFolder(config.parent)
+        events = list(read_events(run.metrics))
+        rounds = max((event["round"] for event in events if event["event"] == "round"), default=0)
+        row: dict[str, Any] = {"run": config.parent.name, "rounds": rounds}
+        if run.summary.exists():
+            summary = read_summary(config.parent)
+            leaf = summary["levels"][-1] if summary["levels"] else {}
+            row |= {
+                "state": "stopped early" if summary.get("stopped_early") else "finished",
+                "method": summary["method"],
+                "sites": summary["sites"],
+                "seconds": summary["seconds"],
+                "leaf_accuracy": known(leaf, "accuracy"),
+                "leaf_accuracy_bounds": bounds_of(leaf),
+            }
+        else:
+            # Only the last event counts: a run that was resumed has others after its failure.
+            failed = bool(events) and events[-1]["event"] == "failed"
+            row |= {"state": "failed" if failed else "unfinished"}
+        rows.append(row)
+    return rows
+
+
+def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Print the list of runs.
+
+    A run's name is never cut, since other commands take it.
+    """
+    runs = table(f"runs in {folder}", "run", "state", "method", "sites", "rounds", "seconds", "leaf acc.")
+    runs.box, runs.padding, runs.show_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
+    for column in runs.columns:
+        column.overflow = "fold"
+    runs.columns[0].no_wrap = max((len(row["run"]) for row in rows), default=0) <= LONGEST_NAME
+    for column in (runs.columns[1], *runs.columns[3:]):
+        column.no_wrap = True
+    for row in rows:
+        runs.add_row(
+            row["run"],
+            row["state"],
+            row.get("method", ""),
+            str(row.get("sites", "")),
+            str(row["rounds"]),
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+            figure(row.get("leaf_accuracy"), row.get("leaf_accuracy_bounds"), none=""),
+        )
+    console().print(runs)
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Return the content of a run's summary.json.
+
+    Raises:
+        UserError: no run, or one that has not finished.
+    """
+    path = RunFolder(run).summary
+    if not path.exists():
+        known = (run / "config.toml").exists()
+        raise UserError(
+            f"the run has not finished: {run}\nGo on with it: fedbags simulate --out {run} --resume"
+            if known
+            else f"no run folder: {run}\n`fedbags runs list FOLDER` shows the runs below a folder."
+        )
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
+
+
+def compare_runs(first: Path, second: Path) -> dict[str, Any]:
+    """Return two runs side by side.
+
+    ``{runs, differences: [{key, values}], levels: [{level, accuracy, balanced_accuracy, macro_f1,
+    accuracy_bounds}], epsilon, rounds, seconds}``; every list has the first run's value and the second's.
+    Epsilon is the largest of the sites', None where a run was not private, and a figure that one run does not
+    have is None there. Bounds stand in for the figures of a level of which sites suppressed small counts.
+
+    Raises:
+        UserError: one is no run, or has not finished.
+    """
+    summaries = [read_summary(run) for run in (first, second)]
+    one, other = (RunConfig.from_toml(RunFolder(run).config).to_flat() for run in (first, second))
+    found = [{level["name"]: level for level in summary["levels"]} for summary in summaries]
+    return {
+        "runs": [str(first), str(second)],
+        "differences": [
+            {"key": key, "values": [one[key], other[key]]}
+            for key in one
+            # Any two runs differ in these two, whatever their settings.
+            if one[key] != other[key] and key not in ("run-dir", "resume")
+        ],
+        "levels": [
+            {
+                "level": name,
+                **{key: [known(levels.get(name, {}), key) for levels in found] for key in FIGURES},
+                "accuracy_bounds": [bounds_of(levels.get(name, {})) for levels in found],
+            }
+            for name in dict.fromkeys(name for levels in found for name in levels)
+        ],
+        "epsilon": [_largest_epsilon(summary) for summary in summaries],
+        "rounds": [summary["rounds"] for summary in summaries],
+        "seconds": [summary["seconds"] for summary in summaries],
+    }
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Print the result of compare_runs."""
+    out, (first, second) = console(), result["runs"]
+    out.print(f"A: {first}", soft_wrap=True)
+    out.print(f"B: {second}", soft_wrap=True)
+    figures = table("figures", "", "A", "B")
+    for level in result["levels"]:
+        for key, name in FIGURES.items():
+            bounds = level["accuracy_bounds"] if key == "accuracy" else (None, None)
+            figures.add_row(f"{level['level']}, {name}", *map(figure, level[key], bounds))
+    epsilons = ("not private" if value is None else f"{value:.3f}" for value in result["epsilon"])
+    figures.add_row("largest epsilon of a site", *epsilons)
+    figures.add_row("rounds", *map(str, result["rounds"]))
+    figures.add_row("seconds", *(f"{value:.0f}" for value in result["seconds"]))
+    out.print(figures)
+    if not result["differences"]:
+        out.print("their configurations are the same")
+        return
+    settings = table("settings that differ", "key", "A", "B")
+    settings.columns[0].no_wrap = True
+    for column in settings.columns[1:]:
+        column.overflow = "fold"
+    for row in result["differences"]:
+        settings.add_row(row["key"], *map(str, row["values"]))
+    out.print(settings)
+
+
+def _largest_epsilon(summary: dict[str, Any]) -> float | None:
+    spent = [site["epsilon"] for site in summary["per_site"].values() if site["epsilon"] is not None]
+    return max(spent, default=None)
+
+
+def trivial_accuracies(run: Path) -> list[float]:
+    """Return the accuracy per level of always naming the most frequent class of a run's test images.
+
+    Empty where the sites kept their confusion counts.
+    """
+    path = RunFolder(run).confusion
+    if not path.exists():
+        return []
+    matrices = json.loads(path.read_text(encoding="utf-8"))["argmax"]
+    rows = [[sum(row) for row in matrix] for matrix in matrices]
+    return [max(counts) / sum(counts) for counts in rows if sum(counts)]
+
+
+def say_baseline(summary: dict[str, Any], run: Path) -> None:
+    """Print what the accuracies are to be compared with, and why the demo's are low."""
+    out, trivial = console(), trivial_accuracies(run)
+    if len(trivial) == len(summary["levels"]) and trivial:
+        named = zip(summary["levels"], trivial, strict=True)
+        shares = ", ".join(f"{level['name']} {share:.3f}" for level, share in named)
+        shown = " (of the cells shown)" if any(map(suppression, summary["levels"])) else ""
+        out.print(f"Always naming the most frequent class would get{shown}: {shares}.")
+    sites = RunConfig.from_toml(RunFolder(run).config).sites_dir
+    if sites and Path(sites) == run.resolve() / "sites":
+        out.print(
+            "The drawn hospitals are small and their rounds few, to take two minutes: the figures show that "
+            "it learns, not how well. More --rounds learn more."
+        )
+
+
+def print_summary(summary: dict[str, Any], run: Path | None = None) -> None:
+    """Print figures per level, per site, on held-back bags, and what was left out.
+
+    With ``run``, the folder of the run, the accuracies of the most frequent class are printed as well.
+    """
+    out = console()
+    if summary.get("stopped_early"):
+        out.print(
+            f"stopped early, after round {summary['rounds']}: {summary['stopped_early']}. The model of that "
+            "round is kept.",
+            style="bold yellow",
+        )
+    if summary["levels"]:
+        levels = table(
+            f"{summary['name']}: {summary['method']}, {summary['sites']} sites, {summary['rounds']} rounds "
+            f"(model of round {summary['selected_round']}), {summary['seconds']:.0f} s; pooled test images",
+            "level", "classes", "accuracy", "balanced", "macro-F1", "consistent path", "times chance",
+        )  # fmt: skip
+        for level in summary["levels"]:
+            levels.add_row(
+                level["name"],
+                str(level["classes"]),
+                *(
+                    figure(known(level, key), bounds_of(level, key))
+                    for key in ("accuracy", "balanced_accuracy", "macro_f1", "consistent_accuracy")
+                ),
+                "-".join(
+                    f"{value * level['classes']:.1f}" for value in bounds_of(level) or [level["accuracy"]]
+                ),
+            )
+        out.print(levels)
+        for level in summary["levels"]:
+            if told := suppression(level):
+                out.print(
+                    f"{level['name']}: {told} by sites, so its accuracies lie between the two figures, and "
+                    "the others cannot be told."
+                )
+        if run is not None:
+            say_baseline(summary, run)
+    if summary["bags"]:
+        bags = table("held-back bags of the selected model (label-free)", "level", "KL (nats)", "L1")
+        for level in summary["bags"]:
+            kl = f"{level['kl']:.3f}" if "kl" in level else "withheld (L1 is noised)"
+            bags.add_row(level["level"], kl, f"{level['l1']:.3f}" if "l1" in level else "withheld")
+        out.print(bags)
+    names = [level["name"] for level in summary["levels"]]
+    sites = table("per site", "site", "bags", "release", "epsilon", *(f"{name} acc." for name in names))
+    for site, figures in summary["per_site"].items():
+        accuracies = [figure(known(level, "accuracy"), bounds_of(level)) for level in figures["levels"]]
+        epsilon = "not private" if figures["epsilon"] is None else f"{figures['epsilon']:.2f}"
+        sites.add_row(
+            site, str(figures["bags"]), figures["release"], epsilon, *(accuracies or ["-"] * len(names))
+        )
+    out.print(sites)
+    for item in summary["left_out"]:
+        out.print(f"left out: round {item['round']}, {item['site']}, {item['phase']}: {item['reason']}")

@@ -1,0 +1,221 @@
+"""Compute the state of one site, at the site, from its journal and its ledger.
+
+Nothing of it is sent anywhere. The ledger is read and never written.
+
+Find the run or the site to watch at a path.
+
+A path is a run folder, a folder of run folders (its newest run, determined anew at every call), a
+coordinator's kit (the newest of its runs), a site's kit, or a site's data folder.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+from common.errors import FedbagsError
+from common.messages import SiteError
+from deploy.runs.state import (
+    LOST,
+    OTHER,
+    Phase,
+    site_cause,
+)
+from dataclasses import replace
+from client.journal import JOURNAL_FILE
+from client.ledger.file import LEDGER_FILE
+from client.site import SITE_FILE, SiteConfig
+from common.errors import UserError
+from deploy.consortium.kit import KIT_FILE, SiteKit, read_kit
+from deploy.runs.state import JsonLinesFile
+from deploy.runs.state import RunState, fold
+from server.run_folder import RunFolder
+
+@dataclass(frozen=True)
+class Spending:
+    """Hold the spending that the site's ledger records."""
+
+    epsilon: float
+    """Spent over all runs, for the ledger's unit, replace-one, at ``delta``."""
+    delta: float
+    left: float
+    """What the cap leaves of epsilon."""
+    cap: float
+    unconfirmed: int
+    """Reservations that no finished round followed: they count as spent."""
+    refusals: int
+    """Requests that the cap did not allow, over all runs."""
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """Hold the state of a site after some lines of its journal."""
+
+    site: str = ""
+    run: int = 0
+    """The number of the last run; 0 for none."""
+    round: int = 0
+    """Of the last message that had one."""
+    messages: int = 0
+    phases: Mapping[str, Phase] = field(default_factory=dict)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    """Errors that went out, by cause (``deploy.runs.state.CAUSES``)."""
+    last: float = 0.0
+    """When the last message was answered, seconds since 1970; 0 for never."""
+    spending: Spending | None = None
+    """None where there is no ledger yet, or none that can be read."""
+    ledger_fault: str = ""
+    """Why the ledger cannot be read; empty where it can, or there is none."""
+
+    def after(self, done: Mapping[str, Any]) -> Self:
+        """Return the state after one more line of the journal (``client.journal.Done``)."""
+        phase, code = str(done["phase"]), int(done["code"])
+        refusals = dict(self.refusals)
+        if code:
+            cause = cause_of_code(code)
+            refusals[cause] = refusals.get(cause, 0) + 1
+        return replace(
+            self,
+            run=int(done["run"]),
+            round=int(done["round"]) or (self.round if done["run"] == self.run else 0),
+            messages=self.messages + 1,
+            phases={**self.phases, phase: self.phases.get(phase, Phase()).plus(float(done["seconds"]))},
+            bytes_sent=self.bytes_sent + int(done["bytes_sent"]),
+            bytes_received=self.bytes_received + int(done["bytes_received"]),
+            refusals=refusals,
+            last=float(done["time"]),
+        )
+
+
+def cause_of_code(code: int) -> str:
+    """Return the cause, one of CAUSES, for an error code that was sent."""
+    if code in set(SiteError):
+        return site_cause(SiteError(code))
+    # Codes below those of SiteError are Flower's own, for a message or an app that was lost.
+    return LOST if code < min(SiteError) else OTHER
+
+
+def fold_journal(lines: Iterable[Mapping[str, Any]], start: SiteState) -> SiteState:
+    """Return the state after all of the lines."""
+    state = start
+    for done in lines:
+        state = state.after(done)
+    return state
+
+
+class LedgerReader:
+    """Read a ledger's spending, and compute it again when the file has changed or could not be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp: tuple[int, int] | None = None
+        self._found: tuple[Spending | None, str] = (None, "")
+
+    def read(self) -> tuple[Spending | None, str]:
+        """Return the spending, or None and the reason why it is unknown.
+
+        The reason is empty where there is no ledger.
+        """
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return None, ""
+        # Reading and composing a long ledger takes time, and every call of look() asks for it.
+        stamp = (status.st_mtime_ns, status.st_size)
+        if stamp != self._stamp or self._found[1]:
+            self._found, self._stamp = self._read(), stamp
+        return self._found
+
+    def _read(self) -> tuple[Spending | None, str]:
+        from client.ledger.book import Book
+
+        try:
+            book = Book.read(self.path)
+        # Shown and exported instead of raised, because a ledger that cannot be trusted must be noticed.
+        except FedbagsError as error:
+            return None, str(error)
+        spent, cap = book.spent(), book.cap
+        return Spending(
+            epsilon=spent,
+            delta=cap.delta,
+            left=max(cap.epsilon - spent, 0.0),
+            cap=cap.epsilon,
+            unconfirmed=len(book.open_reservations),
+            refusals=book.refusals,
+        ), ""
+
+
+class RunSource:
+    """Keep the state of a run, brought up to date at every call of look."""
+
+    def __init__(self, path: Path, *, newest: bool = False) -> None:
+        """Watch the run in ``path``, or the newest of the run folders below it."""
+        self._path, self._newest = path, newest
+        self.folder: Path | None = None
+        self._events: JsonLinesFile | None = None
+        self._state = RunState()
+
+    @property
+    def name(self) -> str:
+        """Return the run folder's name, which is empty while there is no run."""
+        return self.folder.name if self.folder else ""
+
+    def look(self) -> RunState:
+        """Return the state now."""
+        folder = newest_run(self._path) if self._newest else self._path
+        # A newer run has begun, so the state of the previous one no longer applies.
+        if folder != self.folder or self._events is None:
+            self.folder = folder
+            self._events = JsonLinesFile(RunFolder(folder).metrics) if folder else None
+            self._state = RunState()
+        if self._events is not None:
+            news = self._events.poll()
+            self._state = fold(news.lines, None if news.restarted else self._state)
+        return self._state
+
+
+class SiteSource:
+    """Keep the state of a site, at the site, brought up to date at every call of look."""
+
+    def __init__(self, site: str, journal: Path, ledger: Path) -> None:
+        self._journal, self._ledger = JsonLinesFile(journal), LedgerReader(ledger)
+        self._empty = SiteState(site=site)
+        self._state = self._empty
+
+    def look(self) -> SiteState:
+        """Return the state now."""
+        news = self._journal.poll()
+        self._state = fold_journal(news.lines, self._empty if news.restarted else self._state)
+        spending, fault = self._ledger.read()
+        return replace(self._state, spending=spending, ledger_fault=fault)
+
+
+def source(path: Path) -> RunSource | SiteSource:
+    """Return the run or the site to watch at ``path``.
+
+    Raises:
+        UserError: nothing that can be watched is there; or a kit that cannot be read.
+    """
+    if (path / KIT_FILE).is_file():
+        kit = read_kit(path)
+        if isinstance(kit, SiteKit):
+            return SiteSource(kit.site, kit.logs / JOURNAL_FILE, kit.data / LEDGER_FILE)
+        return RunSource(kit.runs, newest=True)
+    if RunFolder(path).config.is_file():
+        return RunSource(path)
+    if (path / SITE_FILE).is_file():
+        return SiteSource(SiteConfig.load(path).name, path / JOURNAL_FILE, path / LEDGER_FILE)
+    if newest_run(path) is not None:
+        return RunSource(path, newest=True)
+    raise UserError(
+        f"nothing to watch in {path}\nGive a run folder (such as runs/demo), a folder of them, a kit that "
+        "`fedbags provision` wrote, or a site's data folder."
+    )
+
+
+def newest_run(runs: Path) -> Path | None:
+    """Return the run folder below ``runs`` that was started or resumed last, or None where there is none."""
+    # The configuration is written at the start and at each resumption of a run.
+    started = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/config.toml")]
+    return max(started)[1] if started else None

@@ -1,0 +1,241 @@
+"""Mirror a run's figures into TensorBoard and MLflow, while it goes on or afterwards.
+
+The events of the run are the only source, so an import of a finished run gives the same curves as following
+it. It needs the extra ``tracking``. Paths in the configuration are not mirrored.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.config import RunConfig
+from common.errors import RunError, UserError
+from deploy.runs.state import JsonLinesFile
+from deploy.runs.state import Event, RunState, Stage
+from server.run_folder import RunFolder
+
+INTERVAL = 1.0
+"""Seconds between two looks at a run that goes on."""
+PATHS = frozenset(
+    {"run-dir", "sites-dir", "model.weights", "federation.statements", "secure-aggregation.certificates"}
+)
+"""Keys of the configuration that hold paths of this machine."""
+EXPERIMENT = "fedbags"
+
+
+class Mirror(Protocol):
+    """Receive the figures of a run."""
+
+    def figures(self, round: int, at: float, values: Mapping[str, float]) -> None:
+        """Take figures of a round, from ``at`` (seconds since 1970)."""
+
+    def flush(self) -> None:
+        """Make what was taken visible to readers."""
+
+    def end(self, stage: Stage, at: float) -> None:
+        """Record that the run ended in this stage."""
+
+    def close(self) -> None:
+        """Release everything, whether the run has ended or not."""
+
+
+def figures_of(event: Event, state: RunState) -> dict[str, float]:
+    """Return the figures of an event by name, where ``state`` is the run's state after it."""
+    site = event.get("site")
+    values: dict[str, float | None] = {}
+    match event.get("event"):
+        case "round":
+            values = {
+                "loss": event.get("loss"),
+                "updates": event.get("updates"),
+                "sites/in": state.count(taking_part=True),
+                "sites/out": state.count(taking_part=False),
+            }
+        case "bags":
+            values = {"held-back/score": event.get("score")}
+            for level in event.get("levels", ()):
+                values |= {f"held-back/{level['level']}/{key}": level.get(key) for key in ("kl", "l1")}
+        case "phase":
+            phase = event["phase"]
+            values = {f"{key}/{phase}": event.get(key) for key in ("seconds", "bytes_sent", "bytes_received")}
+        case "update":
+            values = {f"site/{site}/loss": event.get("loss")}
+        case "statement":
+            values = {
+                f"site/{site}/epsilon-spent": event.get("epsilon"),
+                f"site/{site}/epsilon-left": event.get("budget_left"),
+            }
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+class TensorBoard:
+    """Write event files below ``folder``, one folder per run."""
+
+    def __init__(self, folder: Path, run: str, config: Mapping[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise missing_extra("--tensorboard", error) from error
+        try:
+            self._writer: Any = SummaryWriter(folder / run)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        lines = "\n".join(f"    {key} = {value!r}" for key, value in config.items())
+        self._writer.add_text("configuration", lines)
+
+    def figures(self, round: int, at: float, values: Mapping[str, float]) -> None:
+        """Add one point to each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, round, walltime=at)
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        self._writer.flush()
+
+    def end(self, stage: Stage, at: float) -> None:
+        """Record as text the stage that the run ended in."""
+        self._writer.add_text("stage", stage.value, walltime=at)
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class MLflow:
+    """Write a new run on a tracking server, or in a local store (``sqlite:///FILE``, ``file:FOLDER``)."""
+
+    def __init__(self, url: str, run: str, config: Mapping[str, Any], started: float) -> None:
+        # MLflow reports its use to its makers unless told otherwise, asks to be allowed a file store, and
+        # tries for minutes to reach a server that is not there.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        if url.startswith("file:"):
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        try:
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric, Param
+            from mlflow.exceptions import MlflowException
+        except ImportError as error:
+            raise missing_extra("--mlflow", error) from error
+        self._metric, self._failure = Metric, MlflowException
+        try:
+            self._client = MlflowClient(tracking_uri=url)
+            experiment = self._client.get_experiment_by_name(EXPERIMENT)
+            number = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
+            created = self._client.create_run(number, start_time=_milliseconds(started), run_name=run)
+            self._run: str = created.info.run_id
+            params = [Param(key, str(value)) for key, value in config.items()]
+            # MLflow takes at most 100 parameters in one call.
+            for first in range(0, len(params), 100):
+                self._client.log_batch(self._run, params=params[first : first + 100])
+        except MlflowException as error:
+            raise UserError(f"MLflow at {url} cannot be used: {error}") from error
+
+    def figures(self, round: int, at: float, values: Mapping[str, float]) -> None:
+        """Add one point to each curve.
+
+        Raises:
+            RunError: the server does not take it.
+        """
+        metrics = [self._metric(name, value, _milliseconds(at), round) for name, value in values.items()]
+        with self._calling():
+            self._client.log_batch(self._run, metrics=metrics)
+
+    def flush(self) -> None:
+        """Do nothing, because nothing is buffered."""
+
+    def end(self, stage: Stage, at: float) -> None:
+        """Close the run with its true status."""
+        status = "FINISHED" if stage is Stage.FINISHED else "FAILED"
+        with self._calling():
+            self._client.set_terminated(self._run, status, _milliseconds(at))
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        try:
+            yield
+        except self._failure as error:
+            raise RunError(f"MLflow took no more figures: {error}") from error
+
+    def close(self) -> None:
+        """Do nothing, because no connection is held open.
+
+        A run that goes on stays open on the server.
+        """
+
+
+def track(run: Path, tensorboard: Path | None, mlflow: str | None, *, follow: bool = True) -> RunState:
+    """Mirror a run until it has ended, or mirror what there is of it.
+
+    Args:
+        run: the run folder.
+        tensorboard: folder for event files, or None.
+        mlflow: tracking URL, or None.
+        follow: wait for the end of a run that goes on.
+
+    Returns:
+        The state of the run when it was last read.
+
+    Raises:
+        UserError: no run, nowhere to mirror to, a store that cannot be used, or the extra is missing.
+        RunError: a store failed half-way.
+    """
+    folder = RunFolder(run)
+    if tensorboard is None and mlflow is None:
+        raise UserError("say where to: --tensorboard FOLDER, --mlflow URL, or both")
+    if not folder.config.is_file():
+        raise UserError(f"no run folder: {run}\n`fedbags runs list FOLDER` shows the runs below a folder.")
+    flat = RunConfig.from_toml(folder.config).to_flat()
+    config = {key: value for key, value in flat.items() if key not in PATHS}
+    name = run.resolve().name
+    mirrors: list[Mirror] = []
+    if tensorboard is not None:
+        mirrors.append(TensorBoard(tensorboard, name, config))
+    if mlflow is not None:
+        mirrors.append(MLflow(mlflow, name, config, folder.config.stat().st_mtime))
+    return _mirror(JsonLinesFile(folder.metrics), mirrors, follow=follow)
+
+
+def _mirror(events: JsonLinesFile, mirrors: Sequence[Mirror], *, follow: bool) -> RunState:
+    state = RunState()
+    mirrored: set[str] = set()
+    with ExitStack() as at_the_end:
+        for mirror in mirrors:
+            at_the_end.callback(mirror.close)
+        while True:
+            news = events.poll()
+            # The run was resumed. The events that it kept are in the mirrors already, and are skipped below.
+            if news.restarted:
+                state = RunState()
+            for event in news.lines:
+                state = state.after(event)
+                text = json.dumps(event, sort_keys=True)
+                # The state takes every event, and the mirrors each event once.
+                values = {} if text in mirrored else figures_of(event, state)
+                mirrored.add(text)
+                for mirror in mirrors if values else ():
+                    mirror.figures(int(event.get("round", 0)), state.last, values)
+            for mirror in mirrors:
+                mirror.flush()
+            if state.ended:
+                for mirror in mirrors:
+                    mirror.end(state.stage, state.last)
+            if state.ended or not follow:
+                return state
+            time.sleep(INTERVAL)
+
+
+def missing_extra(option: str, error: ImportError) -> UserError:
+    """Return the error to raise where the extra is not installed."""
+    return UserError(
+        f"{option} needs the extra that is not installed ({error.name} is missing):\n"
+        "  pip install 'fedbags[tracking]'"
+    )
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -1,0 +1,259 @@
+"""Run the apps through Flower's own simulation runtime.
+
+It gets a private SuperLink for one run, and nothing is left of it afterwards. What ``flwr run`` needs is set
+up for the user: a connection in a Flower home of its own (the user's is not touched), switches that keep it
+from installing packages or calling home, a neutral working directory (Flower's workers import from theirs
+before the app), and the true status of the run, which the exit status of ``flwr run`` does not tell.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tomli_w
+
+from common.config import RunConfig
+from common.errors import RunError
+from deploy import OWN, PACKAGES
+from deploy.simulation.loopback import without_proxy
+
+CONNECTION = "fedbags"
+START_DEADLINE, POLL = 60.0, 3.0
+SWITCHES = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+APPS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
+
+
+def run_flower(config: RunConfig, apps: Mapping[str, str] = APPS) -> None:
+    """Submit one run to a SuperLink of our own and wait for its end.
+
+    Args:
+        config: complete, with absolute ``run-dir`` and ``sites-dir``.
+        apps: the components, importable in this environment.
+
+    Raises:
+        RunError: Flower could not start, or the run did not complete; carries the end of the log.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedbags-flower-") as folder:
+        work = Path(folder)
+        port = free_port()
+        # Flower starts its other programs by name: those of this environment must be found first.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        here = {"FLWR_HOME": str(work / "home"), "PATH": path, "PYTHONPATH": packages_first(work)}
+        environment = os.environ | SWITCHES | without_proxy(os.environ) | here
+        write_app(work / "app" / "fedbags", apps)
+        write_connection(work / "home", port)
+        (work / "run.toml").write_text(config.to_toml(), encoding="utf-8")
+        with superlink(work, port, environment) as log_file:
+            run_id = submit(work, config.federation.sites, environment)
+            wait_for_end(run_id, work, environment, log_file)
+
+
+def write_app(folder: Path, apps: Mapping[str, str]) -> None:
+    """Write a Flower app that names the installed packages, for ``flwr run`` to pack and send."""
+    folder.mkdir(parents=True)
+    app = {
+        "project": {
+            "name": "fedbags",
+            "version": version("fedbags"),
+            "description": "fedbags",
+            "license": "Apache-2.0",
+            "dependencies": [],
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedbags",
+                    "components": dict(apps),
+                    "config": RunConfig().model_dump(mode="json", by_alias=True),
+                }
+            }
+        },
+    }
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
+
+
+def packages_first(work: Path) -> str:
+    """Return a PYTHONPATH on which our packages come before whatever else has their names."""
+    folder = work / "packages"
+    folder.mkdir()
+    for name in OWN:
+        # Links to our packages alone: others in the same folder (site-packages, say) must not come first.
+        (folder / name).symlink_to(PACKAGES / name)
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+def write_connection(home: Path, port: int) -> None:
+    """Write Flower's config.toml with one connection, to our SuperLink."""
+    home.mkdir(parents=True)
+    connection = {"superlink": {CONNECTION: {"address": f"127.0.0.1:{port}", "insecure": True}}}
+    (home / "config.toml").write_text(tomli_w.dumps(connection), encoding="utf-8")
+
+
+@contextmanager
+def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Path]:
+    """Run a SuperLink in simulation mode and yield its log file.
+
+    It is ended with all its children on leaving.
+    """
+    log_file = work / "superlink.log"
+    command = [
+        program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess",
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with log_file.open("wb") as log:
+            # In a session of its own it does not get the terminal's Ctrl-C, and is ended in order below.
+            process = subprocess.Popen(
+                command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for_health(process, port, log_file)
+        yield log_file
+    finally:
+        end_group(process, work)
+
+
+def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+    """Wait until the SuperLink answers.
+
+    Raises:
+        RunError: it ended or did not answer in time; carries its log.
+    """
+    end = time.monotonic() + START_DEADLINE
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            # trust_env=False, because a proxy of the environment would be asked for 127.0.0.1.
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0, trust_env=False).is_success:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise RunError(f"Flower's SuperLink did not start on port {port}:\n{tail(log_file)}")
+
+
+def end_group(process: subprocess.Popen[bytes] | None, work: Path) -> None:
+    """End the SuperLink and everything that it started.
+
+    Flower detaches its helpers and Ray its workers, so they are known by what they inherited: a Flower home
+    inside ``work``.
+    """
+    if process is not None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10.0)
+    for sign, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        end = time.monotonic() + patience
+        # Listed anew for each signal, as a process that ends may have started others.
+        for pid in descendants(work):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sign)
+        while descendants(work) and time.monotonic() < end:
+            time.sleep(0.1)
+    if process is not None:
+        process.wait()
+
+
+def descendants(work: Path) -> list[int]:
+    """Return the ids of the processes whose environment names ``work``.
+
+    Only Linux tells; elsewhere none are found.
+    """
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        # A process that cannot be read has ended, or is another user's.
+        with contextlib.suppress(OSError):
+            if f"FLWR_HOME={work}/".encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+    return found
+
+
+def submit(work: Path, sites: int, environment: dict[str, str]) -> str:
+    """Submit the run with ``flwr run`` and return its id."""
+    result = flwr(
+        "run", str(work / "app" / "fedbags"), CONNECTION, "--format", "json",
+        "--run-config", str(work / "run.toml"),
+        "--federation-config", f"num-supernodes={sites} client-resources-num-cpus=1",
+        cwd=work, environment=environment,
+    )  # fmt: skip
+    return str(result["run-id"])
+
+
+def wait_for_end(run_id: str, work: Path, environment: dict[str, str], log_file: Path) -> None:
+    """Poll until the run has finished.
+
+    Raises:
+        RunError: it finished otherwise than as ``finished:completed``.
+    """
+    while True:
+        listed = flwr(
+            "ls", CONNECTION, "--run-id", run_id, "--format", "json", cwd=work, environment=environment
+        )
+        status = str(listed["runs"][0]["status"])
+        if status.startswith("finished"):
+            break
+        time.sleep(POLL)
+    # The status is asked for, because `flwr run` exits with 0 even when the run failed.
+    if status != "finished:completed":
+        raise RunError(f"Flower reports the run as {status}; the end of its log:\n{tail(log_file)}")
+
+
+def flwr(*arguments: str, cwd: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Run one ``flwr`` command that prints JSON, and return what it prints.
+
+    Raises:
+        RunError: the command failed; carries its output.
+    """
+    result = subprocess.run(
+        [program("flwr"), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    # Other lines may stand before the JSON.
+    start = result.stdout.find("{")
+    if result.returncode or start < 0:
+        raise RunError(f"`flwr {arguments[0]}` failed:\n{result.stdout}{result.stderr}")
+    answer: dict[str, Any] = json.loads(result.stdout[start:])
+    if not answer.get("success"):
+        raise RunError(f"`flwr {arguments[0]}` failed:\n{result.stdout}{result.stderr}")
+    return answer
+
+
+def program(name: str) -> str:
+    """Return the path of a program of this environment, whether or not the environment is activated.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise RunError(f"the program {name} is not installed beside {sys.executable}")
+    return found
+
+
+def free_port() -> int:
+    """Return a port of the loopback on which nobody listens just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tail(path: Path, lines: int = 30) -> str:
+    """Return the last lines of a log."""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

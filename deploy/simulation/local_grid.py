@@ -1,0 +1,308 @@
+"""Drive Flower's ClientApps on this machine without Flower's processes.
+
+This is Flower's Grid over the very same ClientApp as in a deployment. Each simulated site is a node with its
+own Context; a message to it is serialised, handled (in a worker process, or in this one when there are no
+workers) and its reply serialised back, so that sites and server share no memory. The state of a Context is
+kept from message to message, as a SuperNode does, apart from the server. This is the one place that touches
+Flower's private task identity.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from multiprocessing import Pipe, active_children, get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import (
+    message_from_proto,
+    message_to_proto,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from deploy.simulation.interrupt import held_off
+
+Scalar = bool | int | float | str
+
+CLIENT_APP = "client.app:app"
+RUN_ID, SERVER_NODE = 1, 1
+FIRST_SITE_NODE = 1001
+PATIENCE = 5.0
+"""Seconds that one pull waits for a reply before it says that there is none yet."""
+CLIENT_APP_DIED = 8
+"""Flower's code for a ClientApp whose process died."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """Describe a simulated node with its configuration and its state."""
+
+    node_id: int
+    node_config: dict[str, Scalar]
+    run_config: dict[str, Scalar]
+    state: bytes = b""
+    """What its Context held after its last message, serialised."""
+
+
+class InlineExecutor(Executor):
+    """Run a task in this process when its result is asked for.
+
+    Nothing has to be started, and finished results do not pile up.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Defer the call to the first ``result()``."""
+        return _Lazy(lambda: fn(*args, **kwargs))
+
+
+class _Lazy(Future[Any]):
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self._call = call
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._call()
+
+
+class LocalGrid(Grid):
+    """Exchange messages with nodes that live on this machine.
+
+    Args:
+        number_of_sites: nodes; node ``i`` has ``partition-id`` i.
+        run_config: Flower's flat run configuration, for every node.
+        workers: processes that handle messages; 0 handles them in this process.
+        client_app: ``module:attribute`` of the ClientApp.
+    """
+
+    engine = "local"
+
+    def __init__(
+        self,
+        number_of_sites: int,
+        run_config: dict[str, Scalar],
+        workers: int = 0,
+        client_app: str = CLIENT_APP,
+    ) -> None:
+        self._nodes = {
+            FIRST_SITE_NODE + number: Node(
+                FIRST_SITE_NODE + number,
+                {"partition-id": number, "num-partitions": number_of_sites},
+                run_config,
+            )
+            for number in range(number_of_sites)
+        }
+        self._run = Run.create_empty(RUN_ID)
+        self._client_app = client_app
+        self._workers = workers
+        self._lifeline = Pipe(duplex=False)[1]
+        """Closed, or gone with this process, it ends the workers."""
+        self._executor = self._new_executor()
+        self._waiting: deque[Task] = deque()
+        self._running: dict[str, Task] = {}
+        self._sent = 0
+        become_server()
+
+    def __enter__(self) -> "LocalGrid":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(at_once=kind is not None)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End the workers after their present work, or with ``at_once`` in the middle of it."""
+        # The executor by itself would wait until every message under way is handled, and training takes long.
+        if at_once:
+            for process in active_children():
+                process.terminate()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._lifeline.close()
+
+    def server_context(self, run_config: dict[str, Scalar]) -> Context:
+        """Return the Context for the ServerApp."""
+        return Context(RUN_ID, SERVER_NODE, {}, RecordDict(), run_config)
+
+    def set_run(self, run: Run) -> None:
+        """Set the run, as Flower's runtime does."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Return the run, which has no name here unless one was set."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message.
+
+        Deprecated in Flower; kept because the interface asks for it.
+        """
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all sites, which are there from the start."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages, start work on the first ones at once, and return their ids."""
+        ids = []
+        for message in messages:
+            self._sent += 1
+            message_id = f"message-{self._sent}"
+            # A private field: Flower's own grids set it, too, when they take a message in.
+            message.metadata.__dict__["_message_id"] = message_id
+            self._waiting.append(Task(message_id, message, self._nodes[message.metadata.dst_node_id]))
+            ids.append(message_id)
+        self._start_work()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there, each of them once.
+
+        A reply that is not there yet is waited for, up to PATIENCE seconds.
+        """
+        replies = (self._result(message_id) for message_id in message_ids)
+        return [reply for reply in replies if reply is not None]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push messages, then pull their replies."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _start_work(self) -> None:
+        # Running few messages ahead of the server keeps finished replies from piling up.
+        while self._waiting and len(self._running) < max(1, 2 * self._workers):
+            task = self._waiting.popleft()
+            self._running[task.message_id] = task
+            self._submit(task)
+
+    def _submit(self, task: "Task") -> None:
+        payload = message_to_proto(task.message).SerializeToString()
+        node = self._nodes[task.node.node_id]
+        # The first call starts the workers, which must not get the terminal's Ctrl-C: the server ends them.
+        with held_off():
+            task.future = self._executor.submit(handle, payload, node, self._client_app)
+
+    def _result(self, message_id: str) -> Message | None:
+        task = self._running.get(message_id) or self._start_early(message_id)
+        if task is None:
+            return None
+        while True:
+            try:
+                payload, state = task.future.result(timeout=PATIENCE)
+                number = task.node.node_id
+                self._nodes[number] = replace(self._nodes[number], state=state)
+                reply = message_from_proto(MessageProto.FromString(payload))
+                break
+            except TimeoutError:
+                return None
+            except BrokenProcessPool:
+                # A dead worker takes the messages of the others along: each is tried again by itself,
+                # so that only the one that kills its worker is blamed.
+                self._executor.shutdown(wait=False)
+                self._executor = self._new_executor()
+                if task.retried:
+                    fault = Error(CLIENT_APP_DIED, "the site's worker process died")
+                    reply = Message(fault, reply_to=task.message)
+                    break
+                task.retried = True
+                self._submit(task)
+        del self._running[message_id]
+        self._start_work()
+        return reply
+
+    def _new_executor(self) -> Executor:
+        if not self._workers:
+            return InlineExecutor()
+        # Fresh interpreters: forking a process that runs torch's threads can hang. The initialiser
+        # imports the ClientApp while the server is still setting up.
+        watched, self._lifeline = Pipe(duplex=False)
+        return ProcessPoolExecutor(
+            self._workers,
+            get_context("spawn"),
+            initializer=start_worker,
+            initargs=(self._client_app, watched),
+        )
+
+    def _start_early(self, message_id: str) -> "Task | None":
+        """Start a message that was asked for ahead of its turn.
+
+        Returns None when there is no such message.
+        """
+        for task in self._waiting:
+            if task.message_id == message_id:
+                self._waiting.remove(task)
+                self._running[message_id] = task
+                self._submit(task)
+                return task
+        return None
+
+
+@dataclass
+class Task:
+    """Hold one message on its way through a worker."""
+
+    message_id: str
+    message: Message
+    node: Node
+    retried: bool = False
+    future: Future[tuple[bytes, bytes]] = field(default_factory=Future)
+
+
+def handle(payload: bytes, node: Node, client_app: str) -> tuple[bytes, bytes]:
+    """Handle one serialised message as the node, and return its reply and its state afterwards.
+
+    This runs in a worker.
+    """
+    message = message_from_proto(MessageProto.FromString(payload))
+    state = recorddict_from_proto(RecordDictProto.FromString(node.state))
+    context = Context(RUN_ID, node.node_id, dict(node.node_config), state, dict(node.run_config))
+    reply = load_app(client_app)(message, context)
+    reply.metadata.__dict__["_message_id"] = f"reply-{message.metadata.message_id}"
+    kept = bytes(recorddict_to_proto(context.state).SerializeToString())
+    return bytes(message_to_proto(reply).SerializeToString()), kept
+
+
+def start_worker(client_app: str, lifeline: Connection) -> None:
+    """Prepare a worker process, which ends when the other end of ``lifeline`` does."""
+
+    def watch() -> None:
+        # Also a server that was killed closes its end of the pipe. No exception would end the main thread,
+        # which may be in the middle of training.
+        lifeline.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    load_app(client_app)
+
+
+def load_app(client_app: str) -> ClientApp:
+    """Return the ClientApp named ``module:attribute``, imported once per process."""
+    module, _, attribute = client_app.partition(":")
+    app: ClientApp = getattr(import_module(module), attribute)
+    return app
+
+
+def become_server() -> None:
+    """Let this process create messages as Flower's server does."""
+    # Flower's processes set these private fields at their start, and a message reads its sender from them.
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE

@@ -1,0 +1,330 @@
+"""Run a simulation from its options to its summary, for ``fedbags simulate``.
+
+Composes the configuration, prepares the sites, runs one engine and shows the outcome.
+"""
+
+import logging
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from common.config import RunConfig, Scalar, parse_setting
+from common.errors import UserError
+from common.hierarchy import Hierarchy
+from deploy.cli.progress import Follower, counted
+from deploy.cli.tables import console
+from deploy.runs.runs import print_summary, read_summary
+from deploy.simulation import interrupt, prerequisites
+from deploy.simulation.folder_lock import locked
+from deploy.simulation.presets import PRESETS, Preset, values
+
+if TYPE_CHECKING:
+    from client.data.bags import BagStore
+    from server.run_folder import RunFolder
+
+LARGEST_SIZE = 224
+LOCK_SECONDS = 0.5
+"""How long to wait for a run that was just stopped to let go of its folder."""
+
+
+def simulate(
+    options: Mapping[str, Scalar],
+    *,
+    settings: Sequence[str] = (),
+    config_file: Path | None = None,
+    out: Path | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    resume: bool = False,
+    figures: bool = True,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run one simulation from its options to its summary.
+
+    Args:
+        options: flat configuration keys given as command options; they win over ``config_file``.
+        settings: ``KEY=VALUE`` texts; they win over both.
+        config_file: a config.toml to start from.
+        out: the run folder; ``runs/NAME-TIME`` when None.
+        engine: ``local`` or ``flower``.
+        workers: worker processes of the local engine; as many as cores when None, 0 for none.
+        resume: go on with the run in ``out``.
+        figures: draw the pictures at the end, and write the privacy-budget report of a private run.
+        quiet: no tables on standard output (progress goes to standard error anyway).
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: faulty options or data; nothing was started.
+        RunError: the run failed.
+    """
+    from server.run_folder import RunFolder
+
+    if resume and out is None:
+        raise UserError("--resume needs the run folder: give it with --out")
+    if resume and config_file is None and out is not None and (out / "config.toml").exists():
+        # A run goes on with the settings that it began with.
+        config_file = out / "config.toml"
+    config = compose(options, settings, config_file)
+    prerequisites.check(config)
+    shown = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = config.with_changes({"run-dir": str(shown.resolve()), "resume": resume})
+    folder = RunFolder(shown.resolve())
+    again = f"fedbags simulate --out {shlex.quote(str(shown))} --resume" + (
+        f" --engine {engine}" if engine != "local" else ""
+    )
+    if not config_file:
+        say_presets(config, options, settings)
+    # A function, because how far the run has come is read only when Ctrl-C comes.
+    interrupt.at(lambda: whereabouts(folder, config.rounds, again))
+    with locked(folder.path, "a run", LOCK_SECONDS):
+        folder.check(config)
+        try:
+            summary = run_prepared(config, folder, engine, workers)
+        except BaseException:
+            # The run never began, so the sites that were drawn for it go as well.
+            if not folder.config.exists():
+                shutil.rmtree(folder.path / "sites", ignore_errors=True)
+            raise
+        if figures:
+            draw(config, folder)
+    if not quiet:
+        print_summary(summary, folder.path)
+        console().print(f"run folder: {folder.path}", soft_wrap=True)
+    return summary
+
+
+def run_prepared(config: RunConfig, folder: "RunFolder", engine: str, workers: int | None) -> dict[str, Any]:
+    """Draw or check the sites, run the engine, and return the summary.
+
+    Raises:
+        FedbagsError: as ``simulate``.
+    """
+    # Imported here: they bring torch along, which the checks of the options do not need.
+    from client.locate import site_folders
+
+    # Before the sites are drawn and read, which takes longer.
+    check_model(config)
+    sites_dir = Path(config.sites_dir) if config.sites_dir else synthetic_sites(config, folder)
+    sites = site_folders(sites_dir)
+    config = config.with_changes({"sites-dir": str(sites_dir), "federation.sites": len(sites)})
+    images = prepare_sites(sites, config)
+    say(f"{len(sites)} sites, {images} training images, {config.model.image_size} px, {config.rounds} rounds")
+    with Follower(folder.metrics, config.rounds):
+        run_engine(config, engine, default_workers(len(sites)) if workers is None else workers)
+    return read_summary(folder.path)
+
+
+def synthetic_sites(config: RunConfig, folder: "RunFolder") -> Path:
+    """Draw the synthetic hospitals of a new run, and return their folder.
+
+    Raises:
+        UserError: the folder exists, and not from a run that could be resumed.
+    """
+    from deploy.datasets.synthetic import write_synthetic_sites
+
+    sites_dir = folder.path / "sites"
+    if folder.config.exists() and sites_dir.exists():
+        return sites_dir
+    with counted("drawing synthetic hospitals") as progress:
+        write_synthetic_sites(
+            sites_dir,
+            sites=config.federation.sites,
+            seed=config.seed,
+            image_size=config.model.image_size,
+            progress=progress,
+        )
+    return sites_dir
+
+
+def draw(config: RunConfig, folder: "RunFolder") -> None:
+    """Draw the pictures of a finished run, and write the privacy-budget report of a private one."""
+    from deploy.figures.draw import draw_figures
+
+    draw_figures([folder.path], None)
+    if config.dp.epsilon:
+        from deploy.cli.report import report
+
+        report([folder.path], folder.path / "report")
+
+
+def whereabouts(folder: "RunFolder", rounds: int, again: str) -> str:
+    """Describe how far a run has come, with the command that goes on with it."""
+    from server.run_folder import read_events
+
+    if folder.summary.exists():
+        run = shlex.quote(str(folder.path))
+        return f"after the run was complete: see `fedbags runs show {run}`, `fedbags figures {run}`"
+    if not folder.config.exists():
+        return "before the first round, and nothing was trained: give the same command again"
+    done = max((event["round"] for event in read_events(folder.metrics)), default=0)
+    where = f"in round {done + 1} of {rounds}" if done < rounds else "while the model was tested"
+    return f"{where}: go on with `{again}`"
+
+
+def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file: Path | None) -> RunConfig:
+    """Compose the configuration of a run from the file or the defaults, presets, options and settings.
+
+    Each wins over those before it. Presets, which suit the sites and ``--dp``, count only without a file.
+    """
+    base = RunConfig.from_toml(config_file) if config_file else RunConfig()
+    given = {**options, **dict(parse_setting(text) for text in settings)}
+    # Called for its errors: a wrong key is named before any image is opened.
+    base.with_changes(given)
+    return base.with_changes({**presets_of(given, config_file), **given})
+
+
+def presets_of(given: Mapping[str, Scalar], config_file: Path | None) -> dict[str, Scalar]:
+    """Return the preset settings, by key, of a run that starts from no file."""
+    suited: dict[str, Scalar] = {}
+    if not config_file:
+        if sites_dir := given.get("sites-dir"):
+            suited |= values(Preset.SITES_DIR)
+            suited["model.image-size"] = usual_image_size(Path(str(sites_dir)))
+        if given.get("dp.epsilon"):
+            suited |= values(Preset.DP)
+    return suited
+
+
+def say_presets(config: RunConfig, options: Mapping[str, Scalar], settings: Sequence[str]) -> None:
+    """Print on standard error which settings a run has because of ``--dp`` and ``--sites-dir``."""
+    given = {**options, **dict(parse_setting(text) for text in settings)}
+    flat, usual = config.to_flat(), RunConfig().to_flat()
+    for preset, option in ((Preset.SITES_DIR, "sites-dir"), (Preset.DP, "dp.epsilon")):
+        if not given.get(option):
+            continue
+        taken = [
+            f"{key}={flat[key]}" for key in PRESETS[preset] if key not in given and flat[key] != usual[key]
+        ]
+        say(f"--{preset.value} also sets {', '.join(taken)} (`fedbags config --preset {preset.value}`)")
+
+
+def parse_dp(text: str | None) -> dict[str, Scalar]:
+    """Return ``epsilon=8[,delta=1e-4]`` as configuration keys, or none for None.
+
+    Raises:
+        UserError: another key, or no epsilon above 0.
+    """
+    if text is None:
+        return {}
+    keys = dict(parse_setting(part) for part in text.split(","))
+    epsilon = keys.get("epsilon")
+    unknown = keys.keys() - {"epsilon", "delta"}
+    if unknown or not isinstance(epsilon, int | float) or epsilon <= 0:
+        raise UserError(
+            f"--dp {text}: write epsilon=E or epsilon=E,delta=D with E above 0, such as epsilon=8"
+        )
+    return {f"dp.{key}": value for key, value in keys.items()}
+
+
+def usual_image_size(sites_dir: Path) -> int:
+    """Return the median shorter side of some of the sites' images, at least 8 and at most 224 pixels."""
+    from client.locate import site_folders
+
+    sides = []
+    for site in site_folders(sites_dir):
+        for path in sorted((site / "images").glob("*"))[:20]:
+            try:
+                with Image.open(path) as image:
+                    sides.append(min(image.size))
+            except OSError:
+                # The full check of every image follows, and names the row of a bad one.
+                continue
+    if not sides:
+        return int(RunConfig().model.image_size)
+    return max(8, min(sorted(sides)[len(sides) // 2], LARGEST_SIZE))
+
+
+def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
+    """Check and decode every site's images before anything starts, and return the number in use.
+
+    Raises:
+        DataError: the bad rows of a site (here they may be shown: site and user are the same).
+    """
+    from client.data.bags import BagStore
+    from client.data.labelled import LabelledImages
+
+    used = 0
+    for site in sites:
+        with counted(f"reading {site.name}") as progress:
+            store = BagStore.open(site, config.model.image_size, skip_bad=config.skip_bad, progress=progress)
+            LabelledImages.open(site, config.model.image_size, skip_bad=config.skip_bad, progress=progress)
+        if config.dp.epsilon:
+            check_plan(config, store)
+        summary = store.summary
+        used += summary.used
+        if summary.quarantined or summary.converted:
+            say(
+                f"{site.name}: {summary.used} of {summary.listed} images used, "
+                f"{summary.quarantined} quarantined, {summary.converted} converted to RGB"
+            )
+    return used
+
+
+def check_model(config: RunConfig) -> None:
+    """Build the model once, so that an unknown backbone or unusable weights are found before the run.
+
+    Raises:
+        UserError: see build_model.
+    """
+    from common.model.build import build_model
+
+    build_model(config.model, Hierarchy.from_rows(["leaf"], [["a"], ["b"]]), config.seed)
+
+
+def check_plan(config: RunConfig, store: "BagStore") -> None:
+    """Make a site's privacy plan once before the run, so that a faulty setting is found at once.
+
+    Raises:
+        UserError: the settings make no plan for this site.
+    """
+    from client.budget import make_plan
+    from common.privacy.randomness import InsecureSeededRandomness
+
+    # No noise is drawn from this source: the plan is printed and dropped, and each site makes its own.
+    plan = make_plan(config, store, InsecureSeededRandomness(config.seed, store.name))
+    say(
+        f"{store.name}: {plan.number_of_bags} bags, sample rate {plan.sample_rate:.3f}, noise multiplier "
+        f"{plan.noise_multiplier:.3f} for epsilon {plan.planned_epsilon:.3f} (replace-one bag, delta "
+        f"{plan.delta:g})"
+    )
+
+
+def run_engine(config: RunConfig, engine: str, workers: int) -> None:
+    """Run ServerApp and ClientApps to the end.
+
+    Raises:
+        RunError: the run failed; what the server said.
+    """
+    if engine == "flower":
+        from deploy.simulation.flower_engine import run_flower
+
+        run_flower(config)
+        return
+    from deploy.simulation.local_grid import LocalGrid
+    from server.app import app
+
+    # Flower's strategies report each aggregation, of our one mean reply: noise between progress bars.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    # The log.jsonl of the run folder has these lines.
+    logging.getLogger("fedbags").propagate = False
+    flat = config.to_flat()
+    with LocalGrid(config.federation.sites, flat, workers) as grid:
+        app(grid, grid.server_context(flat))
+
+
+def default_workers(sites: int) -> int:
+    """Return as many processes as cores, but not more than sites."""
+    return max(1, min(os.cpu_count() or 1, sites))
+
+
+def say(text: str) -> None:
+    """Print one line for the person at the terminal, on standard error."""
+    console(stderr=True).print(text)
