@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from client.data.decoding import open_image
+from common.errors import BadRow, UserError
 from deploy.datasets.dicom import DicomImages, is_dicom_name
 from deploy.datasets.files import IMAGE_SUFFIXES, find_images
-from common.errors import BadRow, UserError
 from deploy.simulation.prerequisites import missing_extra
 
 PREAMBLE, MAGIC = 128, b"DICM"

@@ -23,8 +23,8 @@ from common.errors import BadRow, UserError
 from common.hierarchy import Hierarchy
 from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
 from common.model.model_file import load_model
-from deploy.runs.pictures import find_pictures, open_picture
 from deploy.cli.tables import console, table
+from deploy.runs.pictures import find_pictures, open_picture
 from server.run_folder import write_text
 
 

@@ -15,8 +15,7 @@ from prometheus_client.registry import Collector
 
 from common.errors import UserError
 from common.text import visible
-from deploy.runs.site_state import SiteState
-from deploy.runs.site_state import RunSource, SiteSource
+from deploy.runs.site_state import RunSource, SiteSource, SiteState
 from deploy.runs.state import (
     CAUSES,
     Phase,

@@ -3,16 +3,19 @@
 Give the figures of a summary's level where sites suppressed small counts of test images.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
-import json
 from pathlib import Path
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
+
 from common.config import RunConfig
 from common.errors import UserError
 from deploy.cli.tables import console, table
 from server.run_folder import RunFolder, read_events
+
 
 def known(level: Mapping[str, Any], key: str) -> float | None:
     """Return a figure of a level of a summary, or None where suppressed counts leave it open."""

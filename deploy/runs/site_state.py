@@ -12,23 +12,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
-from common.errors import FedbagsError
-from common.messages import SiteError
-from deploy.runs.state import (
-    LOST,
-    OTHER,
-    Phase,
-    site_cause,
-)
-from dataclasses import replace
+
 from client.journal import JOURNAL_FILE
 from client.ledger.file import LEDGER_FILE
 from client.site import SITE_FILE, SiteConfig
-from common.errors import UserError
+from common.errors import FedbagsError, UserError
+from common.messages import SiteError
 from deploy.consortium.kit import KIT_FILE, SiteKit, read_kit
-from deploy.runs.state import JsonLinesFile
-from deploy.runs.state import RunState, fold
+from deploy.runs.state import (
+    LOST,
+    OTHER,
+    JsonLinesFile,
+    Phase,
+    RunState,
+    fold,
+    site_cause,
+)
 from server.run_folder import RunFolder
+
 
 @dataclass(frozen=True)
 class Spending:

@@ -9,17 +9,16 @@ Only new lines are read. A file that was replaced (a resumed run drops the event
 again) is read from its start, and the caller is told so. The module does not interpret the lines.
 """
 
+import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self
+
 from common.messages import SITE_ERRORS, SiteError
 from server.exchange import FLOWER_ERRORS
-import json
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 Event = Mapping[str, Any]
 

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 from common.config import RunConfig
 from common.errors import RunError, UserError
-from deploy.runs.state import JsonLinesFile
-from deploy.runs.state import Event, RunState, Stage
+from deploy.runs.state import Event, JsonLinesFile, RunState, Stage
 from server.run_folder import RunFolder
 
 INTERVAL = 1.0

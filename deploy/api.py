@@ -1,0 +1,238 @@
+"""Offer the jobs of the command line to Python programs.
+
+``import fedbags`` hands these names on, and loads this module only when one of them is used. Everything here
+calls one function of the module that does the work. Mistakes raise UserError, as they end a command.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.config import RunConfig, Scalar
+from common.errors import RunError
+from common.hierarchy import Hierarchy
+from deploy.cli import report as report_files
+from deploy.compare import run as comparison
+from deploy.datasets.counts import build_counted_site, read_counted_bags
+from deploy.datasets.site_check import check_site as describe_site
+from deploy.figures.draw import draw_figures
+from deploy.runs.predict import Classifier
+from deploy.runs.runs import read_summary
+from deploy.simulation import simulate as simulation
+
+PathLike = str | Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """Stand for one finished run, by its folder.
+
+    Attributes:
+        path: the run folder.
+    """
+
+    path: Path
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return read_summary(self.path)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The configuration that repeats the run."""
+        return RunConfig.from_toml(self.path / "config.toml")
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The trained model, read from disk at the first use."""
+        return Classifier.load(self.path)
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        """The label tree of the model."""
+        return self.classifier.model.hierarchy
+
+    def predict(
+        self, images: Sequence[PathLike | Image.Image | NDArray[Any]], *, codes: int = 0
+    ) -> list[dict[str, Any]]:
+        """Classify images in memory, or image files and folders of them.
+
+        Args:
+            images: either paths (images of any format that training reads, DICOM, folders), or pictures of
+                Pillow and arrays of shape (H, W) or (H, W, 3); not both in one call.
+            codes: dictionary atoms to list per level.
+
+        Returns:
+            One dict an image, in order: ``image`` (the path, or the number in ``images``), ``levels`` (the
+            best class of each level with its probability), ``path`` (the best path from root to leaf),
+            ``path_probability_product`` and ``codes``.
+
+        Raises:
+            UserError: the model or an image cannot be read; every bad image is listed.
+        """
+        paths = [Path(image) for image in images if isinstance(image, str | Path)]
+        if paths and len(paths) < len(images):
+            raise TypeError("give paths, or images in memory, in one call")
+        if paths:
+            return self.classifier.predict_files(paths, codes).rows
+        in_memory = [image for image in images if not isinstance(image, str | Path)]
+        return self.classifier.predict_images(in_memory, [str(n) for n in range(len(in_memory))], codes)
+
+    def figures(self, out: PathLike | None = None) -> list[Path]:
+        """Draw every picture that the run has the data for, and return the files.
+
+        Raises:
+            UserError: the run is unfinished or damaged, or a picture cannot be written.
+        """
+        return draw_figures([self.path], None if out is None else Path(out))
+
+
+def load_run(path: PathLike) -> Run:
+    """Open a finished run by its folder.
+
+    Raises:
+        UserError: there is no finished run.
+    """
+    run = Run(Path(path))
+    # Read now, so that a wrong folder is named here and not at the first use.
+    run.summary  # noqa: B018
+    return run
+
+
+def build_site(
+    images: PathLike,
+    counts: PathLike,
+    hierarchy: PathLike,
+    *,
+    name: str,
+    out: PathLike,
+    bags: PathLike | None = None,
+    minimum_bag_size: int = 4,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Make the site folder of one hospital that has counts and no labels.
+
+    Args:
+        images: a folder with one folder of images per bag; any folder if ``bags`` says which is which.
+        counts: a table with columns bag, label, count, or bag and one column per class.
+        hierarchy: the label tree as CSV, one row per leaf.
+        name: of the site, which is also its folder below ``out``.
+        out: folder of site folders; made if missing.
+        bags: a table with columns image, bag.
+        minimum_bag_size: no smaller bag is taken, and the site's policy will refuse them.
+        skip_bad: leave out every bag with a fault, and list the faults in quarantine.csv.
+
+    Returns:
+        The report of the build, as ``fedbags bags build --json`` prints it.
+
+    Raises:
+        DataError: faults in the tables or images, all of them; nothing was written.
+        UserError: the folder exists or cannot be written.
+    """
+    found = read_counted_bags(
+        Path(images),
+        Path(counts),
+        Path(hierarchy),
+        None if bags is None else Path(bags),
+        minimum_bag_size=minimum_bag_size,
+    )
+    report = build_counted_site(found, Path(out), name, minimum_bag_size=minimum_bag_size, skip_bad=skip_bad)
+    return report.to_dict()
+
+
+def check_site(site: PathLike, *, image_size: int = 64) -> dict[str, Any]:
+    """Describe what a site folder holds and exactly what would leave it.
+
+    Args:
+        site: the site folder.
+        image_size: side of the model's input, pixels.
+
+    Raises:
+        DataError: bad rows, all of them.
+    """
+    return describe_site(Path(site), image_size)
+
+
+def simulate(
+    out: PathLike,
+    *,
+    sites: PathLike | None = None,
+    epsilon: float | None = None,
+    settings: Mapping[str, Scalar] | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+    figures: bool = False,
+) -> Run:
+    """Train on simulated sites on this machine, and return the finished run.
+
+    Guard the call with ``if __name__ == "__main__":`` in a script, because worker processes import it anew.
+
+    Args:
+        out: the run folder.
+        sites: a folder of site folders; synthetic hospitals are drawn if None.
+        epsilon: train with bag-level differential privacy (replace-one, per site, over the whole run).
+        settings: keys of the configuration, such as ``{"rounds": 3}``; ``fedbags config`` lists them.
+        workers: worker processes; as many as cores if None, 0 for none.
+        resume: go on with the run in ``out``.
+        figures: draw the pictures at the end, and write the report of a private run.
+
+    Raises:
+        UserError: faulty settings or data; nothing was started.
+        RunError: the run failed.
+    """
+    options = dict(settings or {})
+    if sites is not None:
+        options["sites-dir"] = str(sites)
+    if epsilon is not None:
+        options["dp.epsilon"] = epsilon
+    simulation.simulate(options, out=Path(out), workers=workers, resume=resume, figures=figures, quiet=True)
+    return load_run(out)
+
+
+def predict(
+    run: PathLike, images: Sequence[PathLike | Image.Image | NDArray[Any]], *, codes: int = 0
+) -> list[dict[str, Any]]:
+    """Classify images with the model of a run; see ``Run.predict``."""
+    return load_run(run).predict(images, codes=codes)
+
+
+def compare(scenario: PathLike, out: PathLike, *, only: str = "*", jobs: int | None = None) -> dict[str, Any]:
+    """Train every cell of a comparison that is not done, and return the content of table.json.
+
+    Args:
+        scenario: the TOML file that names methods, bags, seeds and data.
+        out: folder of the comparison; what is done there is kept.
+        only: a pattern (``*`` and ``?``): cells of other names are not trained.
+        jobs: cells at once; as many as cores if None.
+
+    Raises:
+        UserError: a faulty scenario or faulty data.
+        RunError: cells failed; their names and the ends of their logs.
+    """
+    outcome = comparison.compare(Path(scenario), Path(out), only=only, jobs=jobs)
+    if outcome.failed:
+        raise RunError("\n".join(f"{name}: {end}" for name, end in outcome.failed.items()))
+    return outcome.table
+
+
+def report(sources: PathLike | Sequence[PathLike], out: PathLike) -> dict[str, Any]:
+    """Write the privacy-budget report of run folders and ledgers, and return what it found.
+
+    Args:
+        sources: run folders, and ledgers of sites.
+        out: folder for report.html, report.json and report.schema.json.
+
+    Returns:
+        ``{html, json, schema, pdf, status, headline, worst, problems}``.
+
+    Raises:
+        UserError: a source is missing or unreadable, or ``out`` cannot be written.
+    """
+    listed = [sources] if isinstance(sources, str | Path) else sources
+    return report_files.report([Path(source) for source in listed], Path(out))
