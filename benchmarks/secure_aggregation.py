@@ -28,8 +28,8 @@ from flwr.app import Message
 import client.app
 from client.training import TrainingResult
 from common.config import RunConfig, Scalar
-from common.messages import size
 from common.model.model_file import trainable_arrays
+from common.wire import size
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.simulation.local_grid import LocalGrid
 from server.app import begin

@@ -16,9 +16,9 @@ from client.site import ReleaseProportions
 from client.training import TrainingResult, train_round
 from common.config import RunConfig
 from common.errors import ConfigError, SecureAggregationRefused
-from common.messages import Metric, ModelUpdate, PrivacyStatement, from_records, to_records
 from common.model.lhfglp import LHFGLP
 from common.model.model_file import trainable_arrays
+from common.records import Metric, ModelUpdate, PrivacyStatement
 from common.secure_aggregation.records import (
     MaskedUpdate,
     MaskRequest,
@@ -27,6 +27,7 @@ from common.secure_aggregation.records import (
     SurvivorList,
     UnmaskRequest,
 )
+from common.wire import from_records, to_records
 
 # The journal is outermost, so that it records what the guard decided to send. The guard is next to the
 # handlers, so that no reply goes around it.

@@ -35,7 +35,6 @@ from client.locate import is_simulated
 from client.site import PrivacyBudget, PrivateMetrics, ReleaseProportions
 from common.config import RunConfig
 from common.errors import ConfigError
-from common.messages import PrivacyStatement
 from common.privacy.accounting import calibrate
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, merge
 from common.privacy.plan import PrivacyPlan
@@ -46,6 +45,7 @@ from common.privacy.proportions import (
     release_counts,
 )
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
+from common.records import PrivacyStatement
 
 PLAN_FILE = "plan.json"
 

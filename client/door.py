@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from client.site import SiteConfig, Terms
 from common.config import RunConfig
 from common.errors import BudgetRefused, ConfigError
-from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, Record
+from common.records import ModelUpdate, PrivacyStatement, ProportionRelease, Record
 from common.secure_aggregation.records import (
     KeyAdvert,
     MaskedUpdate,

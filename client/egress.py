@@ -39,7 +39,7 @@ from common.errors import (
     SecureAggregationRefused,
     UserError,
 )
-from common.messages import (
+from common.records import (
     SITE_ERRORS,
     MessageError,
     ModelUpdate,
@@ -47,11 +47,9 @@ from common.messages import (
     ProportionRelease,
     Record,
     SiteError,
-    check_only,
-    from_records,
-    to_records,
 )
 from common.secure_aggregation.records import InSession, KeyAdvert, MaskedUpdate
+from common.wire import check_only, from_records, to_records
 
 log = logging.getLogger("fedbags.client")
 

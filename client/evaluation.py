@@ -10,10 +10,10 @@ from client.data.bags import BagStore, to_tensor
 from client.data.batch import chunks, make_batch
 from client.training import choose_device
 from common.config import RunConfig
-from common.messages import Metric
 from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
 from common.model.losses import proportion_kl, proportion_l1
 from common.privacy.proportions import to_grid
+from common.records import Metric
 
 if TYPE_CHECKING:  # training must not even load the module that opens instance labels
     from client.data.labelled import LabelledImages

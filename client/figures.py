@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from common.errors import EgressError
-from common.messages import SMALLEST_CELL, SUPPRESSED, Metric
 from common.privacy.proportions import GRID
+from common.records import SMALLEST_CELL, SUPPRESSED, Metric
 
 if TYPE_CHECKING:
     from client.egress import Facts

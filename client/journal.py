@@ -22,7 +22,7 @@ from client.door import QUESTIONS, Handler
 from client.ledger.file import LEDGER_FILE, LedgerError, Mark
 from client.locate import DATA_PATH
 from common.logs import JsonLines
-from common.messages import size
+from common.wire import size
 
 log = logging.getLogger("fedbags.client")
 

@@ -9,8 +9,7 @@ from flwr.app import Context, RecordDict
 from client.site import SiteConfig
 from common.config import RunConfig
 from common.errors import EgressError
-from common.messages import Record, from_records
-from common.record import SiteName
+from common.records import Record, SiteName
 from common.secure_aggregation.records import (
     InSession,
     KeyAdvert,
@@ -24,6 +23,7 @@ from common.secure_aggregation.records import (
     UnmaskRequest,
     UnmaskShares,
 )
+from common.wire import from_records
 
 SHARE_BYTES = 52
 """As ``common.secure_aggregation.keys``, which a run in clear does not load."""

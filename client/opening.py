@@ -18,10 +18,10 @@ from client.site import SITE_FILE, SiteConfig, Terms
 from common.config import RunConfig
 from common.config_tables import ModelConfig
 from common.hierarchy import Hierarchy
-from common.messages import FloatArray
 from common.model.build import rebuild_model, trainable_parameters
 from common.model.lhfglp import LHFGLP
 from common.model.model_file import load_arrays
+from common.records import FloatArray
 
 HELD_BACK_BAGS = "held-back bags"
 """What the key of a site's own split is derived for."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from client.data.bags import BagStore
 from client.seeds import derive
 from client.site import ReleaseProportions
-from common.messages import ProportionRelease
+from common.records import ProportionRelease
 
 if TYPE_CHECKING:  # the accountants are loaded in private runs only
     from common.privacy.proportions import CountRelease

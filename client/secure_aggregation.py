@@ -28,7 +28,7 @@ from common.errors import (
     require_file,
 )
 from common.identity import load_node_key
-from common.messages import FloatArray, ModelUpdate, remember, remembered
+from common.records import FloatArray, ModelUpdate
 from common.secure_aggregation import member
 from common.secure_aggregation.demands import Limits
 from common.secure_aggregation.member import MemberState
@@ -47,6 +47,7 @@ from common.secure_aggregation.records import (
     Words,
     canonical,
 )
+from common.wire import remember, remembered
 
 log = logging.getLogger("fedbags.client")
 

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 from common.config import flatten
 from common.config_tables import Section
 from common.errors import ConfigError, require_file
-from common.record import SiteName
+from common.records import SiteName
 
 SITE_FILE = "site.toml"
 BUILD_ADVICE = (

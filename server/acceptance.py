@@ -21,16 +21,9 @@ from numpy.typing import NDArray
 from common.config_tables import FederationConfig
 from common.errors import RunError
 from common.hierarchy import Hierarchy
-from common.messages import (
-    FloatArray,
-    MessageError,
-    ModelUpdate,
-    PrivacyStatement,
-    ProportionRelease,
-    check_only,
-    from_records,
-)
+from common.records import FloatArray, MessageError, ModelUpdate, PrivacyStatement, ProportionRelease
 from common.text import one_line
+from common.wire import check_only, from_records
 
 log = logging.getLogger("fedbags.server")
 

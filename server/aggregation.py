@@ -30,7 +30,7 @@ from scipy.optimize import nnls
 from common.config import RunConfig
 from common.config_tables import CentralDPConfig, FederationConfig, Strategy, cosine_decay, run_progress
 from common.errors import RunError
-from common.messages import FloatArray, ModelUpdate, ProportionRelease
+from common.records import FloatArray, ModelUpdate, ProportionRelease
 
 _WEIGHT = "weight"
 # Flower's strategies have no way to save or restore their state, so these attributes are read and set by

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.errors import RunError
-from common.messages import PrivacyStatement, ProportionRelease
+from common.records import PrivacyStatement, ProportionRelease
 from common.text import one_line
 
 log = logging.getLogger("fedbags.server")

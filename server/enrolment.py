@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from common.config_tables import FederationConfig, Strategy
 from common.hierarchy import Hierarchy
-from common.messages import MessageError, ProportionRelease, SiteError
+from common.records import MessageError, ProportionRelease, SiteError
 from server.acceptance import read_release
 from server.exchange import Note, Reply, ask
 

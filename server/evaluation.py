@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from common.hierarchy import Hierarchy
-from common.messages import SMALLEST_CELL, SUPPRESSED, MessageError, ModelUpdate
 from common.privacy.proportions import GRID
+from common.records import SMALLEST_CELL, SUPPRESSED, MessageError, ModelUpdate
 from server.acceptance import LARGEST_FIGURE
 
 Confusion = list[NDArray[np.int64]]

@@ -16,7 +16,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import FedbagsError
-from common.messages import SITE_ERRORS, SiteError, size
+from common.records import SITE_ERRORS, SiteError
+from common.wire import size
 
 log = logging.getLogger("fedbags.server")
 

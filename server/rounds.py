@@ -16,17 +16,10 @@ from flwr.serverapp import Grid
 
 from common.config import RunConfig
 from common.config_tables import Strategy
-from common.messages import (
-    FloatArray,
-    MessageError,
-    ModelUpdate,
-    PrivacyStatement,
-    SiteError,
-    from_records,
-    to_records,
-)
 from common.model.lhfglp import LHFGLP
 from common.model.model_file import all_arrays, load_arrays, trainable_arrays
+from common.records import FloatArray, MessageError, ModelUpdate, PrivacyStatement, SiteError
+from common.wire import from_records, to_records
 from server import checkpoint
 from server.acceptance import fault_of, is_replay, read_update, usable_loss
 from server.aggregation import (

@@ -20,16 +20,7 @@ from flwr.app import RecordDict
 from common import identity
 from common.config_tables import SecureAggregationConfig
 from common.errors import IdentityError, RunError, SecureAggregationRefused
-from common.messages import (
-    FloatArray,
-    MessageError,
-    ModelUpdate,
-    PrivacyStatement,
-    check_only,
-    combine,
-    from_records,
-    to_records,
-)
+from common.records import FloatArray, MessageError, ModelUpdate, PrivacyStatement
 from common.secure_aggregation import keys
 from common.secure_aggregation.cohort import neighbourhoods
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
@@ -48,6 +39,7 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 from common.secure_aggregation.recovery import MaskedSum
+from common.wire import check_only, combine, from_records, to_records
 from server.acceptance import check_statement, reading
 
 KEYS, SHARES, TRAIN_MASKED = "query.keys", "query.shares", "train.masked"

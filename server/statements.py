@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import RunError
-from common.messages import MessageError, PrivacyStatement
 from common.privacy.events import PoissonGaussian, event_from_dict
+from common.records import MessageError, PrivacyStatement
 from server.run_folder import write_text
 
 _REPEATS = 1000

@@ -27,18 +27,9 @@ from client.site import SiteConfig
 from client.throwaway import throwaway_kit
 from common.config import RunConfig, Scalar
 from common.hierarchy import Hierarchy
-from common.messages import (
-    SITE_ERRORS,
-    ModelUpdate,
-    PrivacyStatement,
-    ProportionRelease,
-    Record,
-    combine,
-    from_records,
-    to_records,
-)
 from common.model.build import build_model
 from common.model.model_file import all_arrays
+from common.records import SITE_ERRORS, ModelUpdate, PrivacyStatement, ProportionRelease, Record
 from common.secure_aggregation.records import (
     KeyAdvert,
     MaskedUpdate,
@@ -51,6 +42,7 @@ from common.secure_aggregation.records import (
     UnmaskRequest,
     UnmaskShares,
 )
+from common.wire import combine, from_records, to_records
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.simulation.local_grid import become_server
 

@@ -69,14 +69,14 @@ def test_only_one_module_touches_flowers_task_identity() -> None:
     assert users == {"deploy/simulation/local_grid.py"}
 
 
-def test_only_messages_builds_flower_records_that_travel() -> None:
+def test_only_wire_builds_flower_records_that_travel() -> None:
     users = {
         path.relative_to(ROOT).as_posix()
         for package in ("client", "server", "common")
         for path in (ROOT / package).rglob("*.py")
         if "ConfigRecord" in path.read_text(encoding="utf-8")
     }
-    assert users == {"common/messages.py"}
+    assert users == {"common/wire.py"}
 
 
 def test_log_calls_have_constant_templates() -> None:

@@ -28,11 +28,11 @@ from client.ledger.file import (
     reading,
 )
 from common.errors import require_file
-from common.messages import PrivacyStatement
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict, merge
 from common.privacy.proportions import CountRelease
 from common.privacy.randomness import Generator
+from common.records import PrivacyStatement
 
 
 def copies_of(body: Mapping[str, Any]) -> int:

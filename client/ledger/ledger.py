@@ -46,11 +46,11 @@ from common.errors import (
     RunError,
     require_file,
 )
-from common.messages import PrivacyStatement
 from common.privacy.accounting import fits, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit
 from common.privacy.proportions import CountRelease
 from common.privacy.randomness import Generator
+from common.records import PrivacyStatement
 
 __all__ = [
     "BudgetRefused",

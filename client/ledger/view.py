@@ -15,7 +15,7 @@ from client.release import private_release
 from client.site import SiteConfig
 from common.config import RunConfig
 from common.errors import EgressError, require_file
-from common.messages import PrivacyStatement, ProportionRelease
+from common.records import PrivacyStatement, ProportionRelease
 
 if TYPE_CHECKING:  # the accountants are loaded in private runs only
     from client.ledger.book import Book, Reservation

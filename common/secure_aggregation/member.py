@@ -16,7 +16,7 @@ from pydantic import Field
 
 from common import identity
 from common.errors import SecureAggregationRefused
-from common.record import Record
+from common.records import Record
 from common.secure_aggregation import keys
 from common.secure_aggregation.cohort import neighbourhood, threshold
 from common.secure_aggregation.demands import (

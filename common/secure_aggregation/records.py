@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 
-from common.record import MOST_SITES, Record, SiteName
+from common.records import MOST_SITES, Record, SiteName
 
 SESSION = Field(pattern=r"^[0-9a-f]{32}$", description="128 random bits, in hex")
 Words = NDArray[np.uint32]

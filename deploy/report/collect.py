@@ -29,7 +29,7 @@ LEDGER = "ledger.sqlite"
 
 
 class Statement(BaseModel):
-    """Hold the privacy statement of a site, with the fields of ``common.messages.PrivacyStatement``."""
+    """Hold the privacy statement of a site, with the fields of ``common.records.PrivacyStatement``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -17,7 +17,7 @@ from client.journal import JOURNAL_FILE
 from client.ledger.file import LEDGER_FILE
 from client.site import SITE_FILE, SiteConfig
 from common.errors import FedbagsError, UserError
-from common.messages import SiteError
+from common.records import SiteError
 from deploy.consortium.kit import KIT_FILE, SiteKit, read_kit
 from deploy.runs.state import (
     LOST,

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
-from common.messages import SITE_ERRORS, SiteError
+from common.records import SITE_ERRORS, SiteError
 from server.exchange import FLOWER_ERRORS
 
 Event = Mapping[str, Any]

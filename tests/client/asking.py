@@ -11,9 +11,9 @@ from client.app import app
 from client.site import SiteConfig, SitePolicy
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
-from common.messages import FloatArray, ModelUpdate, Record, combine, to_records
 from common.model.build import build_model
 from common.model.model_file import all_arrays
+from common.records import FloatArray, ModelUpdate, Record
 from common.secure_aggregation.records import (
     MaskRequest,
     SessionOffer,
@@ -21,6 +21,7 @@ from common.secure_aggregation.records import (
     SurvivorList,
     UnmaskRequest,
 )
+from common.wire import combine, to_records
 from deploy.simulation.local_grid import become_server
 
 SIZE = 16

@@ -16,16 +16,8 @@ from client.door import QUESTIONS, SiteApp, Touches
 from client.egress import guard
 from client.ledger.ledger import Ledger
 from common.errors import BudgetRefused
-from common.messages import (
-    SITE_ERRORS,
-    ModelUpdate,
-    PrivacyStatement,
-    ProportionRelease,
-    SiteError,
-    combine,
-    from_records,
-    to_records,
-)
+from common.records import SITE_ERRORS, ModelUpdate, PrivacyStatement, ProportionRelease, SiteError
+from common.wire import combine, from_records, to_records
 
 from .asking import PRIVATE, SIZE, Node, constant_model, with_policy
 

@@ -30,15 +30,9 @@ from common.errors import (
     UserError,
 )
 from common.hierarchy import Hierarchy
-from common.messages import (
-    SITE_ERRORS,
-    ModelUpdate,
-    PrivacyStatement,
-    ProportionRelease,
-    from_records,
-    to_records,
-)
 from common.privacy.events import PoissonGaussian
+from common.records import SITE_ERRORS, ModelUpdate, PrivacyStatement, ProportionRelease
+from common.wire import from_records, to_records
 
 from .asking import PRIVATE, Node, with_policy
 

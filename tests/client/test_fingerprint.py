@@ -17,9 +17,10 @@ from client.ledger.file import NO_ROW, canonical, chain_hash
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
-from common.messages import ModelUpdate, ProportionRelease, from_records, to_records
 from common.model.build import build_model
 from common.model.model_file import all_arrays
+from common.records import ModelUpdate, ProportionRelease
+from common.wire import from_records, to_records
 from deploy.simulation.local_grid import become_server
 
 HEX = re.compile(r"[0-9a-f]{12,}")

@@ -15,7 +15,8 @@ from client.app import app
 from client.ledger.anchor import anchor_file
 from client.locate import PARTITION
 from common.config import RunConfig
-from common.messages import ModelUpdate, SiteError, size, to_records
+from common.records import ModelUpdate, SiteError
+from common.wire import size, to_records
 from deploy.consortium.kit import SiteKit
 from deploy.simulation.local_grid import become_server
 

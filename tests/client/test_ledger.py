@@ -29,11 +29,12 @@ from client.ledger.ledger import (
     verify,
 )
 from common.errors import ConfigError, RunError, UserError
-from common.messages import PrivacyStatement, from_records, to_records
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
 from common.privacy.proportions import CountRelease, Granularity, release_counts
 from common.privacy.randomness import InsecureSeededRandomness
+from common.records import PrivacyStatement
+from common.wire import from_records, to_records
 
 DELTA = 1e-5
 EVENT = PoissonGaussian(sample_rate=0.05, noise_multiplier=1.0, steps=10)

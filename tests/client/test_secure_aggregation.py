@@ -20,19 +20,9 @@ from client.throwaway import FOLDER, throwaway_kit
 from common.config import RunConfig
 from common.errors import EgressError, RunError, SecureAggregationRefused
 from common.hierarchy import Hierarchy
-from common.messages import (
-    ModelUpdate,
-    PrivacyStatement,
-    Record,
-    SiteError,
-    combine,
-    from_records,
-    remember,
-    remembered,
-    to_records,
-)
 from common.model.build import build_model
 from common.model.model_file import all_arrays
+from common.records import ModelUpdate, PrivacyStatement, Record, SiteError
 from common.secure_aggregation import keys
 from common.secure_aggregation.keys import SHARE_BYTES
 from common.secure_aggregation.member import MemberState
@@ -48,6 +38,7 @@ from common.secure_aggregation.records import (
     UnmaskRequest,
     UnmaskShares,
 )
+from common.wire import combine, from_records, remember, remembered, to_records
 from deploy.simulation.local_grid import become_server
 from server.app import run_path
 

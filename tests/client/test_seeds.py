@@ -17,10 +17,10 @@ from client.seeds import SECRET_FILE, TrainingSeeds, training_seeds
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from client.training import TrainingResult, passes_of_round, train_round
 from common.config import RunConfig
-from common.messages import ModelUpdate
 from common.model.build import build_model
 from common.model.lhfglp import LHFGLP
 from common.model.model_file import all_arrays, trainable_arrays
+from common.records import ModelUpdate
 
 
 def node(folder: Path, config: RunConfig, run: int = 1, **simulated: Any) -> Context:

@@ -12,7 +12,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from common.config import RunConfig
 from common.config_tables import Transport
 from common.errors import RunError
-from common.messages import ModelUpdate, PrivacyStatement, from_records, to_records
+from common.records import ModelUpdate, PrivacyStatement
+from common.wire import from_records, to_records
 from deploy.simulation.local_grid import LocalGrid, become_server
 from server.app import app
 

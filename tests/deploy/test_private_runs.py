@@ -18,12 +18,13 @@ from client.site import PrivacyBudget, PrivateMetrics, SiteConfig
 from common.config import RunConfig
 from common.errors import RunError
 from common.hierarchy import Hierarchy
-from common.messages import ModelUpdate, SiteError, to_records
 from common.model.build import build_model
 from common.model.model_file import all_arrays
 from common.privacy.accounting import opacus_prv, spent
 from common.privacy.events import Adjacency, event_from_dict
 from common.privacy.proportions import GRID
+from common.records import ModelUpdate, SiteError
+from common.wire import to_records
 from deploy.cli.report import report
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.runs.runs import print_summary

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from common.config import RunConfig
 from common.errors import RunError, UserError
-from common.messages import ModelUpdate, PrivacyStatement, from_records, to_records
+from common.records import ModelUpdate, PrivacyStatement
+from common.wire import from_records, to_records
 from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 from server.run_folder import read_events

@@ -11,7 +11,8 @@ from flwr.app import Message
 
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
-from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, from_records, to_records
+from common.records import ModelUpdate, PrivacyStatement, ProportionRelease
+from common.wire import from_records, to_records
 from deploy.simulation.local_grid import LocalGrid
 from server import attendance, exchange
 from server.app import app

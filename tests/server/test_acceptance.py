@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.config_tables import FederationConfig
-from common.messages import FloatArray, ModelUpdate
+from common.records import FloatArray, ModelUpdate
 from server.acceptance import fault_of, is_replay
 
 Arrays = dict[str, FloatArray]

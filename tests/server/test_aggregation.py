@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.config import RunConfig
 from common.config_tables import FLOOR, CentralDPConfig, FederationConfig, Strategy
 from common.errors import ConfigError
-from common.messages import FloatArray, ModelUpdate
+from common.records import FloatArray, ModelUpdate
 from server.aggregation import Collected, ServerOptimiser, StreamingMean, central_statement
 
 Arrays = dict[str, FloatArray]

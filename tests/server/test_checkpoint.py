@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from common.errors import RunError
-from common.messages import PrivacyStatement
+from common.records import PrivacyStatement
 from server import checkpoint
 from server.checkpoint import LeftOut, ServerState
 

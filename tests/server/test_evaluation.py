@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from client.figures import suppress
 from common.hierarchy import Hierarchy
-from common.messages import Metric, ModelUpdate
+from common.records import Metric, ModelUpdate
 from server.evaluation import (
     Confusion,
     accuracy_bounds,

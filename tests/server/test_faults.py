@@ -8,7 +8,7 @@ from flwr.app import Error, Message, Metadata
 from flwr.app.message.message import make_message
 
 from common.errors import ConfigError, RunError
-from common.messages import SITE_ERRORS, SiteError
+from common.records import SITE_ERRORS, SiteError
 
 
 def error(request: Message, code: int) -> Message:

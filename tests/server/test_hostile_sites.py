@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 
-from common.messages import ModelUpdate, PrivacyStatement, SiteError, from_records, to_records
-from common.messages import Record as OurRecord
+from common.records import ModelUpdate, PrivacyStatement, SiteError
+from common.records import Record as OurRecord
+from common.wire import from_records, to_records
 
 Change = Callable[[Message], None]
 

@@ -19,10 +19,11 @@ from common import identity
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.identity import load_node_key
-from common.messages import MaskedUpdate, from_records, to_records
+from common.records import MaskedUpdate
 from common.secure_aggregation import keys, quantisation
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
 from common.secure_aggregation.records import KeyAdvert, UnmaskShares
+from common.wire import from_records, to_records
 from deploy.simulation.local_grid import LocalGrid
 from server import attendance, rounds
 from server.aggregation import training_bags

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RunError
-from common.messages import MessageError, PrivacyStatement, to_records
 from common.privacy.events import DiscreteLaplace, PoissonGaussian, merge
+from common.records import MessageError, PrivacyStatement
 from common.text import REASON_CHARACTERS
+from common.wire import to_records
 from server.statements import StatementBook
 
 Events = list[PoissonGaussian | DiscreteLaplace]

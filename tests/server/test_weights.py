@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RunError
-from common.messages import ProportionRelease
+from common.records import ProportionRelease
 from server.aggregation import fedpals_weights, label_marginal_weights
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord
 
-from common.messages import ModelUpdate, PrivacyStatement, ProportionRelease, from_records, to_records
+from common.records import ModelUpdate, PrivacyStatement, ProportionRelease
 from common.text import REASON_CHARACTERS
+from common.wire import from_records, to_records
 from server.checkpoint import load_newest
 
 Change = Callable[[Message], None]

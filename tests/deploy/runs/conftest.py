@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Error, Message
 
 from common.config import RunConfig
-from common.messages import SiteError
+from common.records import SiteError
 from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 

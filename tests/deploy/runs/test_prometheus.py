@@ -18,11 +18,10 @@ from client.ledger.book import Book
 from client.ledger.file import LEDGER_FILE
 from client.site import SiteConfig
 from common.errors import UserError
-from common.messages import SiteError
+from common.records import SiteError
 from deploy.consortium.kit import SiteKit
 from deploy.runs.prometheus import run_metrics, serve, site_metrics
-from deploy.runs.site_state import SiteState
-from deploy.runs.site_state import RunSource, SiteSource, source
+from deploy.runs.site_state import RunSource, SiteSource, SiteState, source
 from deploy.runs.state import CAUSES, Stage, fold
 from server.run_folder import RunFolder
 

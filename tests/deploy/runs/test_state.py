@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from common.messages import SITE_ERRORS
-from deploy.runs.state import JsonLinesFile
+from common.records import SITE_ERRORS
 from deploy.runs.prometheus import run_metrics
 from deploy.runs.site_state import RunSource
 from deploy.runs.state import (
     CAUSES,
+    JsonLinesFile,
     RunState,
     Stage,
     cause_of,

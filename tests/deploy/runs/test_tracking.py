@@ -11,8 +11,7 @@ import pytest
 
 from common.errors import UserError
 from deploy.runs import tracking
-from deploy.runs.state import JsonLinesFile
-from deploy.runs.state import Stage
+from deploy.runs.state import JsonLinesFile, Stage
 from deploy.runs.tracking import figures_of, track
 from server.run_folder import RunFolder, read_events
 

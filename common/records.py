@@ -1,52 +1,36 @@
-"""Define the records that cross the network and translate them into Flower records and back.
+"""Define the records that cross the network, as frozen and strict pydantic models.
 
 A ProportionRelease goes from a site to the server once per data version. A ModelUpdate goes both ways. A
 PrivacyStatement goes from a site to the server with every update. With secure aggregation a MaskedUpdate
 takes the place of a site's ModelUpdate, and the other records of ``common.secure_aggregation.records`` go
-before and after it. Nothing else may travel. This is the only module that builds or reads Flower records.
+before and after it. Nothing else may travel. Records accept no undeclared field. Every text has a pattern
+and a length, every number a range, so that no record can fill a memory or deceive a terminal. This module
+knows nothing of Flower: ``common.wire`` translates.
 """
 
-import io
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    NonNegativeInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from common.config_tables import Transport
-from common.errors import DataError, RunError
+from common.errors import DataError
 from common.hierarchy import Hierarchy
 from common.privacy.events import event_from_dict
-from common.record import Record as Record
-from common.record import Round, SiteName, check_json
-from common.secure_aggregation.records import (
-    KeyAdvert,
-    MaskedUpdate,
-    MaskRequest,
-    SealedShares,
-    SessionOffer,
-    SessionPlan,
-    SurvivorList,
-    SurvivorSignature,
-    UnmaskRequest,
-    UnmaskShares,
-    Words,
-)
 from common.text import one_line
 
+SITE_NAME = r"^[A-Za-z0-9._-]+$"
+SiteName = Annotated[str, Field(min_length=1, max_length=100, pattern=SITE_NAME)]
+"""The name of a site, as in site.toml: nothing that a terminal or a file system could take for more."""
+Round = Annotated[int, Field(ge=0, le=10**9)]
+"""A round's number; 0 is before the first."""
+MOST_SITES = 10_000
+"""Sites that one record can speak of."""
 FloatArray = NDArray[np.float32]
-T = TypeVar("T", bound="Record")
 Metric = int | float | tuple[int, ...] | tuple[float, ...]
 SUPPRESSED = -1
 """Stands for a count of test images that is above 0 and below the site's smallest cell."""
@@ -58,11 +42,53 @@ Event = Annotated[
 ]
 """A DP event of a kind that is accounted for (common/privacy/events.py)."""
 
-_JSON = "json"
-_ARRAYS, _METRICS = "arrays", "metrics"
-_WORDS = "words"
-_TRANSPORTED = frozenset(transport.value for transport in Transport)
-_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+class Record(BaseModel):
+    """Serve as the frozen and strict base of the records.
+
+    Bytes travel as base64 in JSON.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+    )
+
+
+def check_json(text: str, most: int) -> str:
+    """Return a JSON text if it is short enough and no object in it has a key twice.
+
+    Args:
+        text: from another party.
+        most: characters that are read at all.
+
+    Raises:
+        ValueError: it is longer, no JSON, nested too deep, or has a key twice; none of it is in the message.
+    """
+    # The length is checked before parsing, so that a sender cannot make the reader spend memory on it.
+    if len(text) > most:
+        raise ValueError(f"a text of {len(text)} characters, at most {most} are read")
+    try:
+        # A repeated key would mean one thing to this reader and another to a parser that keeps the first
+        # value.
+        json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+    except json.JSONDecodeError:
+        raise ValueError("no JSON") from None
+    return text
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("JSON with a key twice")
+    return found
 
 
 class SiteError(IntEnum):
@@ -110,7 +136,7 @@ came with the code: the text of an exception can carry a path or a patient id.""
 
 
 class MessageError(ValueError):
-    """Report a Flower record that does not meet the contract of this module.
+    """Report a record that does not meet its contract.
 
     The text holds names of records and keys, dtypes and shapes only. Names can come from another party, so
     the text is short and printable whatever they are.
@@ -259,18 +285,6 @@ class ModelUpdate(Record):
         return sum(array.nbytes for array in self.arrays.values()) / 2**20
 
 
-# Flower asks for each array of a record on its own, on every leg of the way. With one for each of a model's
-# 45 arrays and more, a round of a small model consisted mostly of requests.
-class _Envelope(Record):
-    """Hold a ModelUpdate without its numbers, which travel as one array in the order of ``shapes``."""
-
-    sender: SiteName
-    round: Round
-    shapes: dict[ArrayName, Annotated[tuple[NonNegativeInt, ...], Field(max_length=8)]] = Field(
-        max_length=10_000
-    )
-
-
 class PrivacyStatement(Record):
     """State the privacy budget that a site has spent so far, sent with every update."""
 
@@ -299,209 +313,3 @@ def _known_generators(text: str) -> str:
         if len(set(named)) != len(named) or not set(named) <= set(Generator):
             raise ValueError("a generator that is none of the known ones, or one twice")
     return text
-
-
-_RECORD_NAMES: Mapping[type[Record], str] = {
-    ProportionRelease: "release",
-    ModelUpdate: "update",
-    PrivacyStatement: "privacy",
-    SessionOffer: "session-offer",
-    KeyAdvert: "key-advert",
-    SessionPlan: "session-plan",
-    SealedShares: "sealed-shares",
-    MaskRequest: "mask-request",
-    MaskedUpdate: "masked-update",
-    SurvivorList: "survivor-list",
-    SurvivorSignature: "survivor-signature",
-    UnmaskRequest: "unmask-request",
-    UnmaskShares: "unmask-shares",
-}
-_MOST_TEXT: Mapping[type[Record], int] = {
-    ProportionRelease: 2**24,
-    SessionPlan: 2**24,
-    ModelUpdate: 2**22,
-    SealedShares: 2**22,
-    MaskRequest: 2**22,
-    UnmaskRequest: 2**22,
-    SurvivorList: 2**22,
-    UnmaskShares: 2**22,
-}
-_MOST_TEXT_OF_OTHERS = 2**20
-"""Characters of a record's JSON that are read at all: what is longer is refused before it is parsed."""
-
-
-def size(records: RecordDict) -> int:
-    """Return the bytes that the records hold, before the transport's own framing."""
-    return sum(record.count_bytes() for record in records.values())
-
-
-def to_records(*messages: Record, transport: Transport = Transport.FLOAT32) -> RecordDict:
-    """Translate records into one Flower RecordDict, which ``from_records`` reads.
-
-    Args:
-        messages: at most one of each kind.
-        transport: number format of the arrays of a ModelUpdate. ``float16`` rounds them; everything else
-            comes back unchanged.
-
-    Raises:
-        RunError: an array has a value that the transport cannot hold.
-    """
-    records = RecordDict()
-    for message in messages:
-        name = _RECORD_NAMES[type(message)]
-        if isinstance(message, ModelUpdate):
-            # One Flower array holds all of the model's: see _Envelope.
-            packed = {_ARRAYS: Array(_pack(message.arrays, transport))} if message.arrays else {}
-            records[_ARRAYS] = ArrayRecord(packed)
-            records[_METRICS] = MetricRecord(
-                {key: list(v) if isinstance(v, tuple) else v for key, v in message.metrics.items()}
-            )
-            shapes = {key: array.shape for key, array in message.arrays.items()}
-            text = _Envelope(sender=message.sender, round=message.round, shapes=shapes).model_dump_json()
-        else:
-            if isinstance(message, MaskedUpdate):
-                records[_WORDS] = ArrayRecord({_WORDS: Array(message.vector)})
-            text = message.model_dump_json()
-        records[name] = ConfigRecord({_JSON: text})
-    return records
-
-
-def from_records(records: RecordDict, kind: type[T]) -> T:
-    """Read one record of ``kind`` out of a Flower RecordDict.
-
-    Raises:
-        MessageError: the record is missing, or a key, dtype or shape is not one of the contract.
-    """
-    name = _RECORD_NAMES[kind]
-    config = records.config_records.get(name)
-    if config is None or list(config) != [_JSON] or not isinstance(config[_JSON], str):
-        raise MessageError(f"record {name!r} is missing or malformed")
-    try:
-        # The text is bounded and checked before pydantic parses it: it comes from another party.
-        text = check_json(str(config[_JSON]), _MOST_TEXT.get(kind, _MOST_TEXT_OF_OTHERS))
-        if kind is MaskedUpdate:
-            masked = MaskedUpdate.model_validate_json(text)
-            return kind.model_validate({**masked.model_dump(), "vector": _decode_words(records)})
-        if kind is not ModelUpdate:
-            return kind.model_validate_json(text)
-        head = _Envelope.model_validate_json(text)
-        arrays = _unpack(records, head.shapes)
-        metrics = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in records.metric_records[_METRICS].items()
-        }
-        return kind.model_validate(
-            {"sender": head.sender, "round": head.round, "arrays": arrays, "metrics": metrics}
-        )
-    except KeyError as error:
-        raise MessageError(f"record {error} is missing") from None
-    except ValidationError as error:
-        # The faulty input is left out of the text: at a site it could be data.
-        found = error.errors(include_url=False, include_context=False, include_input=False)[:5]
-        faults = ", ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in found)
-        raise MessageError(f"record {name!r}: {faults}") from None
-    except MessageError:
-        raise
-    except ValueError as error:
-        raise MessageError(f"record {name!r}: {error}") from None
-
-
-def combine(*parts: RecordDict) -> RecordDict:
-    """Return one RecordDict with the records of several.
-
-    Arrays are shared, not copied.
-    """
-    return RecordDict({name: record for part in parts for name, record in part.items()})
-
-
-def remember(state: RecordDict, name: str, record: Record) -> None:
-    """Put a record into a node's own state (``Context.state``), which never travels to the server."""
-    state[name] = ConfigRecord({_JSON: record.model_dump_json()})
-
-
-def remembered(state: RecordDict, name: str, kind: type[T]) -> T | None:
-    """Return the record that was last remembered under the name, or None."""
-    config = state.config_records.get(name)
-    return None if config is None else kind.model_validate_json(str(config[_JSON]))
-
-
-def check_only(records: RecordDict, *kinds: type[Record]) -> None:
-    """Raise MessageError unless the RecordDict holds exactly the records of these kinds."""
-    expected = {_RECORD_NAMES[kind] for kind in kinds}
-    if ModelUpdate in kinds:
-        expected |= {_ARRAYS, _METRICS}
-    if MaskedUpdate in kinds:
-        expected.add(_WORDS)
-    if set(records) != expected:
-        raise MessageError(f"records {sorted(expected)} expected, got {sorted(records)}")
-
-
-def _encode(name: str, array: FloatArray, transport: Transport) -> NDArray[Any]:
-    if transport is Transport.FLOAT32:
-        return array
-    # IEEE half precision rather than bfloat16: weights lie far inside its range, and its 11 bits keep the
-    # small change of one round, which the 8 bits of bfloat16 would round away.
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    if np.isinf(half).any() and not np.isinf(array).any():
-        raise RunError(
-            f"array {name!r} has a value beyond {_LARGEST_HALF:g}, the largest that 16 bits hold: "
-            "use federation.transport = 'float32' for this model"
-        )
-    return half
-
-
-def _pack(arrays: Mapping[str, FloatArray], transport: Transport) -> NDArray[Any]:
-    """Return all numbers as one vector, in the transport's dtype."""
-    return np.concatenate([_encode(name, array, transport).ravel() for name, array in arrays.items()])
-
-
-def _unpack(records: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
-    """Return the named arrays in 32 bits as views of one vector, whichever transport they came by."""
-    if not shapes and not records.array_records[_ARRAYS]:
-        return {}
-    array = _only_array(records, _ARRAYS)
-    if array.dtype not in _TRANSPORTED or array.stype != "numpy.ndarray":
-        raise MessageError(f"arrays of dtype {array.dtype}, float32 or float16 expected")
-    values = _values(_ARRAYS, array)
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    if values.shape != (sum(sizes),):
-        raise MessageError(f"{sum(sizes)} numbers are named, but an array of shape {values.shape} came")
-    values = values if values.dtype == np.float32 else values.astype(np.float32)
-    ends = np.cumsum([0, *sizes])
-    return {
-        name: values[start : start + size].reshape(shape)
-        for (name, shape), start, size in zip(shapes.items(), ends[:-1], sizes, strict=True)
-    }
-
-
-def _decode_words(records: RecordDict) -> Words:
-    array = _only_array(records, _WORDS)
-    if array.dtype != "uint32" or array.stype != "numpy.ndarray" or len(array.shape) != 1:
-        raise MessageError(
-            f"masked words of dtype {array.dtype} and shape {array.shape}, (n,) uint32 expected"
-        )
-    return _values(_WORDS, array)
-
-
-def _only_array(records: RecordDict, name: str) -> Array:
-    """Return the one array of the record of this name."""
-    arrays = records.array_records[name]
-    if list(arrays) != [name]:
-        raise MessageError(f"record {name!r} is malformed")
-    return arrays[name]
-
-
-def _values(name: str, array: Array) -> NDArray[Any]:
-    stream = io.BytesIO(array.data)
-    try:
-        # Pickled arrays would run code of the sender.
-        values: NDArray[Any] = np.load(stream, allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
-        raise MessageError(f"array {name!r} cannot be read ({type(error).__name__})") from None
-    # Bytes behind the array would be a way to smuggle data past the site's guard.
-    if stream.read(1):
-        raise MessageError(f"array {name!r} is followed by further bytes")
-    # The header inside the bytes and Flower's own fields must agree, or checks on one would miss the other.
-    if values.dtype != array.dtype or values.shape != tuple(array.shape):
-        raise MessageError(f"array {name!r} is not of the dtype and shape that it says")
-    return values

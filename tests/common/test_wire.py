@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
-from common.messages import (
-    MessageError,
-    ModelUpdate,
-    PrivacyStatement,
-    ProportionRelease,
-    check_only,
-    from_records,
-    to_records,
-)
 from common.privacy.randomness import Generator
+from common.records import MessageError, ModelUpdate, PrivacyStatement, ProportionRelease
+from common.wire import check_only, from_records, to_records
 
 RELEASE = ProportionRelease(
     site="north",
