@@ -5,10 +5,10 @@
 
 The first and the last two terms come from the public description of LHFGLP (Chang et al. 2025, arXiv
 2505.23031), whose exact equations are not public; ``common.model.losses`` names the source of each. The
-second is ours. Matching does not tell which image of a bag is which; the refined labels Q do: the model's own leaf
-probabilities, sharpened and scaled until they add up to the bag's counts (``transport``), and summed up the
-tree. They are constants in the gradient, so this alternates between labels and parameters as expectation
-maximisation does.
+second is ours. Matching does not tell which image of a bag is which; the refined labels Q do: the model's
+own leaf probabilities, sharpened and scaled until they add up to the bag's counts (``transport``), and summed
+up the tree. They are constants in the gradient, so this alternates between labels and parameters as
+expectation maximisation does.
 
 Every term depends on one bag, which is what bag-level privacy needs.
 """
