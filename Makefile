@@ -6,7 +6,7 @@ BIN := .venv/bin
 # One thread per process: repeatable figures, and the workers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-full test-deployment check format bench lock clean
+.PHONY: install demo test test-full test-deployment check format docs bench lock clean
 
 install: .venv/installed
 
@@ -42,6 +42,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ as a site in site/; a broken link is an error.
+docs: install
+	$(BIN)/mkdocs build --quiet
+
 bench: install
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
@@ -50,4 +54,4 @@ lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --no-header --no-annotate --output-file constraints.txt pyproject.toml
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache

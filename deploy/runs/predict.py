@@ -9,20 +9,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.box import SIMPLE_HEAD
 from torch import Tensor
 
 from client.data.bags import to_tensor
+from client.data.decoding import describe, square, to_rgb
 from client.data.image_cache import CHUNK, Progress, decode_all
 from common.errors import BadRow, UserError
 from common.hierarchy import Hierarchy
 from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
-from common.model.model_file import load_model
+from common.model.model_file import ModelCard, load_model
 from deploy.cli.tables import console, table
 from deploy.runs.pictures import find_pictures, open_picture
 from server.run_folder import write_text
@@ -50,6 +52,99 @@ class Predictions:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Classifier:
+    """Classify images with the model of one run, which is read from disk once.
+
+    Attributes:
+        model: the trained model, on the processor.
+        card: how images are brought to its input, and what its classes are.
+    """
+
+    model: LHFGLP
+    card: ModelCard
+
+    @classmethod
+    def load(cls, run: Path) -> Self:
+        """Read the model of a run folder.
+
+        Raises:
+            UserError: there is no complete model in it.
+        """
+        return cls(*load_model(run))
+
+    def predict_images(
+        self, images: Sequence[Image.Image | NDArray[Any]], names: Sequence[str], codes: int = 0
+    ) -> list[dict[str, Any]]:
+        """Classify images that are in memory, brought to the model's input as the training images were.
+
+        Args:
+            images: pictures of Pillow, or arrays that Pillow understands: (H, W) or (H, W, 3) of uint8,
+                (H, W) of any number for deep greyscale.
+            names: what the rows call them, one each.
+            codes: dictionary atoms to list per level.
+
+        Returns:
+            Rows as in Predictions.
+
+        Raises:
+            UserError: an array that is no image.
+        """
+        pixels = [
+            _pixels(image, name, self.card.preprocessing.image_size)
+            for image, name in zip(images, names, strict=True)
+        ]
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(pixels), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            rows += _classify(self.model, names[chunk], np.stack(pixels[chunk]), codes)
+        return rows
+
+    def predict_files(
+        self,
+        paths: Sequence[Path],
+        codes: int = 0,
+        *,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> Predictions:
+        """Classify image files, as ``predict_images`` of this module does."""
+        pictures = find_pictures(paths)
+        rows: list[dict[str, Any]] = []
+        bad = list(pictures.bad)
+        # In chunks, so that the memory for decoded images does not grow with their number.
+        for start in range(0, len(pictures.files), CHUNK):
+            files = pictures.files[start : start + CHUNK]
+            results = list(decode_all(files, self.card.preprocessing.image_size, read=open_picture))
+            read = [
+                (file, result.pixels) for file, result in zip(files, results, strict=True) if not result.fault
+            ]
+            bad += [
+                BadRow(str(file), None, result.fault)
+                for file, result in zip(files, results, strict=True)
+                if result.fault
+            ]
+            # After a fault nothing is returned: what is left is only decoded, to list every bad file.
+            if read and (skip_bad or not bad):
+                names, pixels = zip(*read, strict=True)
+                rows += _classify(self.model, names, np.stack(pixels), codes)
+            if progress is not None:
+                progress(start + len(files), len(pictures.files))
+        if bad and not (skip_bad and rows):
+            of = len(pictures.files) + len(pictures.bad)
+            raise UserError(
+                "\n".join(
+                    [
+                        f"{len(bad)} of {of} image(s) cannot be read:",
+                        *(f"  {row}" for row in bad),
+                        "Nothing was predicted. Give images (PNG, JPEG, TIFF, DICOM, ...)"
+                        + ("." if skip_bad else ", or leave these out with --skip-bad."),
+                    ]
+                )
+            )
+        return Predictions(rows, tuple(bad), pictures.notes)
+
+
 def predict_images(
     run: Path,
     paths: Sequence[Path],
@@ -71,41 +166,7 @@ def predict_images(
         UserError: the model or an image cannot be read; every bad image is listed. With ``skip_bad``: none
             could be read.
     """
-    pictures = find_pictures(paths)
-    model, card = load_model(run)
-    rows: list[dict[str, Any]] = []
-    bad = list(pictures.bad)
-    # In chunks, so that the memory for decoded images does not grow with their number.
-    for start in range(0, len(pictures.files), CHUNK):
-        files = pictures.files[start : start + CHUNK]
-        results = list(decode_all(files, card.preprocessing.image_size, read=open_picture))
-        read = [
-            (file, result.pixels) for file, result in zip(files, results, strict=True) if not result.fault
-        ]
-        bad += [
-            BadRow(str(file), None, result.fault)
-            for file, result in zip(files, results, strict=True)
-            if result.fault
-        ]
-        # After a fault nothing is returned: what is left is only decoded, to list every bad file.
-        if read and (skip_bad or not bad):
-            names, pixels = zip(*read, strict=True)
-            rows += _classify(model, names, np.stack(pixels), codes)
-        if progress is not None:
-            progress(start + len(files), len(pictures.files))
-    if bad and not (skip_bad and rows):
-        of = len(pictures.files) + len(pictures.bad)
-        raise UserError(
-            "\n".join(
-                [
-                    f"{len(bad)} of {of} image(s) cannot be read:",
-                    *(f"  {row}" for row in bad),
-                    "Nothing was predicted. Give images (PNG, JPEG, TIFF, DICOM, ...)"
-                    + ("." if skip_bad else ", or leave these out with --skip-bad."),
-                ]
-            )
-        )
-    return Predictions(rows, tuple(bad), pictures.notes)
+    return Classifier.load(run).predict_files(paths, codes, skip_bad=skip_bad, progress=progress)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -164,9 +225,18 @@ def _code_text(atom: Mapping[str, Any]) -> str:
     return f"{atom['atom']} ({atom['class']}) {atom['value']:+.3f}"
 
 
+def _pixels(image: Image.Image | NDArray[Any], name: str, size: int) -> NDArray[np.uint8]:
+    """Return an image in memory as shape (size, size, 3)."""
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        return square(to_rgb(picture), size)
+    except (TypeError, ValueError, OSError) as error:
+        raise UserError(f"{name}: this is no image ({describe(error)})") from error
+
+
 @torch.no_grad()
 def _classify(
-    model: LHFGLP, files: Sequence[Path], pixels: NDArray[np.uint8], codes_told: int
+    model: LHFGLP, files: Sequence[Path | str], pixels: NDArray[np.uint8], codes_told: int
 ) -> list[dict[str, Any]]:
     """Return the rows of decoded images, with ``pixels`` of shape (N, S, S, 3)."""
     tree = model.hierarchy
