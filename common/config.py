@@ -16,7 +16,6 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from common.config_tables import (
-    CentralDPConfig,
     DPConfig,
     EvaluationConfig,
     FederationConfig,
@@ -33,6 +32,13 @@ from common.errors import ConfigError, require_file
 from common.model.methods import Method
 
 Scalar = str | int | float | bool
+
+_CENTRAL_NOISE = "central-dp.noise-multiplier"
+# Every configuration that 0.1 wrote has both keys, in almost all with noise 0.
+_CENTRAL_DP = (_CENTRAL_NOISE, "central-dp.clip-norm")
+_CENTRAL_DP_IS_GONE = (
+    "noise added by the server is no longer offered; use dp.epsilon, which protects bags at the sites"
+)
 
 
 class RunConfig(Section):
@@ -51,7 +57,6 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     dp: DPConfig = DPConfig()
-    central_dp: CentralDPConfig = CentralDPConfig()
     secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -67,7 +72,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _privacy_is_for_losses_of_one_bag_each(self) -> Self:
         reason = self.model.method.why_not_private
-        if reason and (self.dp.epsilon or self.central_dp.noise_multiplier):
+        if reason and self.dp.epsilon:
             sound = ", ".join(method.value for method in Method if not method.why_not_private)
             raise ValueError(
                 f"model.method = '{self.model.method.value}' is not offered under differential privacy: "
@@ -94,31 +99,11 @@ class RunConfig(Section):
                 f"federation.strategy = '{strategy.value}' compares the sites' updates, and with secure "
                 "aggregation nobody sees them: use a strategy of means, or secure-aggregation.enabled = false"
             )
-        if self.central_dp.noise_multiplier:
-            raise ValueError(
-                "central-dp clips each site's update at the server, and with secure aggregation nobody sees "
-                "it there: use --dp (noise at the sites), or secure-aggregation.enabled = false"
-            )
         if secure.minimum_sites > self.federation.sites:
             raise ValueError(
                 f"secure-aggregation.minimum-sites = {secure.minimum_sites} is above federation.sites = "
                 f"{self.federation.sites}: no round could ever be made"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _central_noise_is_tied_to_its_clip_norm(self) -> Self:
-        if self.central_dp.noise_multiplier:
-            if self.federation.strategy is not Strategy.FEDAVG:
-                raise ValueError(
-                    "central-dp needs federation.strategy = 'fedavg': Flower adds the noise after the "
-                    "strategy's step, and only the plain mean of clipped updates moves by clip-norm / sites"
-                )
-            if self.federation.quorum != self.federation.sites:
-                raise ValueError(
-                    "central-dp needs federation.quorum = federation.sites: the noise is made for the mean "
-                    "of that many updates, and a mean of fewer moves by more"
-                )
         return self
 
     @property
@@ -152,6 +137,10 @@ class RunConfig(Section):
         problems = []
         nested: dict[str, Any] = {}
         for key, value in flat.items():
+            if key in _CENTRAL_DP:
+                if value and key == _CENTRAL_NOISE:
+                    problems.append(f"{key} = {value!r}: {_CENTRAL_DP_IS_GONE}")
+                continue
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

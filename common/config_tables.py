@@ -245,16 +245,6 @@ class DPConfig(Section):
     force_delta: bool = Field(False, description="accept delta >= 1 / bags; the report marks it")
 
 
-class CentralDPConfig(Section):
-    """Hold the settings of the noise that the server adds, whose unit is the site.
-
-    The mechanism is Flower's fixed clipping. See docs/privacy.md.
-    """
-
-    noise_multiplier: float = Field(0.0, ge=0, le=1e4, description="noise / clip norm of the mean; 0: off")
-    clip_norm: float = Field(1.0, gt=0, le=1e6, description="norm that each site's update is clipped to")
-
-
 class SecureAggregationConfig(Section):
     """Hold the settings of SecAgg+, under which the server sees only the sum of the updates.
 

@@ -5,11 +5,6 @@ weighted mean is accumulated in float64 and Flower's strategy receives it as a s
 optimiser is Flower's own and memory does not grow with the number of sites. Median, trimmed mean and Krum
 compare updates with one another and hold them all.
 
-State the guarantee of noise added by the server, for the summary and the report.
-
-The mechanism itself is Flower's DifferentialPrivacyServerSideFixedClipping (McMahan et al. 2018). This
-module only states, in numbers and words, what it guarantees and what it does not.
-
 Compute each site's weight in the mean, by its bags or by FedPALS.
 
 FedPALS weighs sites so that their labels complement each other. The functions are pure and see the released
@@ -17,7 +12,7 @@ counts only.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -27,8 +22,7 @@ from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from common.config import RunConfig
-from common.config_tables import CentralDPConfig, FederationConfig, Strategy, cosine_decay, run_progress
+from common.config_tables import FederationConfig, Strategy, cosine_decay, run_progress
 from common.errors import RunError
 from common.records import FloatArray, ModelUpdate, ProportionRelease
 
@@ -37,8 +31,6 @@ _WEIGHT = "weight"
 # name.
 _STATE = ("current_arrays", "momentum_vector", "m_t", "v_t")
 _ROBUST = {Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM}
-
-_NO_CENTRAL_DP = CentralDPConfig()
 
 Arrays = Mapping[str, FloatArray]
 
@@ -80,16 +72,15 @@ class StreamingMean:
 
 
 class Collected:
-    """Hold every update, for strategies that compare or clip them."""
+    """Hold every update, for strategies that compare them."""
 
-    def __init__(self, equal_weights: bool = False) -> None:
+    def __init__(self) -> None:
         self.count = 0
-        self._equal_weights = equal_weights
         self._replies: list[Message] = []
 
     def add(self, update: ModelUpdate, weight: float) -> None:
         """Keep the update."""
-        self._replies.append(_reply(update.arrays, 1.0 if self._equal_weights else weight))
+        self._replies.append(_reply(update.arrays, weight))
         self.count += 1
 
     def replies(self) -> list[Message]:
@@ -100,22 +91,14 @@ class Collected:
 class ServerOptimiser:
     """Wrap Flower's strategy object so that a checkpoint can hold its state."""
 
-    def __init__(self, config: FederationConfig, central: CentralDPConfig = _NO_CENTRAL_DP) -> None:
+    def __init__(self, config: FederationConfig) -> None:
         self._strategy: flower.Strategy = _flower_strategy(config)
         self._rate, self._decays = config.server_learning_rate, config.server_decay
         self._compares = config.strategy in _ROBUST
-        self._equal_weights = False
-        if central.noise_multiplier:
-            # The wrapper clips each update itself; a site's weight must not exceed another's, or its
-            # clipped update would move the mean by more than the noise is made for.
-            self._strategy = flower.DifferentialPrivacyServerSideFixedClipping(
-                self._strategy, central.noise_multiplier, central.clip_norm, config.sites
-            )
-            self._compares = self._equal_weights = True
 
     def aggregator(self) -> Aggregator:
         """Return a fresh collector for one round."""
-        return Collected(self._equal_weights) if self._compares else StreamingMean()
+        return Collected() if self._compares else StreamingMean()
 
     def step(self, current: Arrays, collected: Aggregator, round: int, rounds: int) -> dict[str, FloatArray]:
         """Return the next model from the current one and the round's updates (at least one).
@@ -135,8 +118,6 @@ class ServerOptimiser:
             case flower.FedAvgM():
                 self._strategy.current_arrays = _record(current)
                 self._strategy.server_learning_rate = rate
-            case flower.DifferentialPrivacyServerSideFixedClipping():
-                self._strategy.current_arrays = _record(current)
             case flower.FedAdam() | flower.FedYogi():
                 self._strategy.current_arrays = dict(current)
                 self._strategy.eta = rate
@@ -213,45 +194,6 @@ def _reply(arrays: Arrays, weight: float) -> Message:
         created_at=0.0, ttl=1.0, message_type="train",
     )  # fmt: skip
     return make_message(metadata, content)
-
-
-LIMITS = (
-    "The server sees every update without noise and is trusted; only what comes after it is protected.",
-    "The unit is the whole site: the guarantee is that no one can tell whether a site took part with other "
-    "data, which a handful of sites can hardly reach.",
-    "The noise comes from NumPy's generator, which is not a cryptographic one.",
-    "Metrics, label counts and the number of bags are not covered.",
-)
-
-
-def central_statement(config: RunConfig, rounds: int) -> dict[str, Any] | None:
-    """Return the epsilon of the server's noise over all rounds, with its unit and limits.
-
-    The result is None when the noise is off.
-    """
-    central = config.central_dp
-    if not central.noise_multiplier:
-        return None
-    from common.privacy.accounting import spent
-    from common.privacy.events import Adjacency, PoissonGaussian
-
-    # Every site is in every round (no amplification), weights are equal and the quorum is all sites, so one
-    # site moves the clipped sum by at most the clip norm (add/remove), or twice that (replace-one).
-    event = PoissonGaussian(sample_rate=1.0, noise_multiplier=central.noise_multiplier, steps=rounds)
-    return {
-        "unit": "site",
-        "trust": "the server is trusted",
-        "noise_multiplier": central.noise_multiplier,
-        "clip_norm": central.clip_norm,
-        "rounds": rounds,
-        "delta": config.dp.delta,
-        "epsilon": {
-            Adjacency.REPLACE_ONE.value: spent([event], config.dp.delta, Adjacency.REPLACE_ONE),
-            Adjacency.ADD_REMOVE.value: spent([event], config.dp.delta, Adjacency.ADD_REMOVE),
-        },
-        "accountant": "dp-accounting PLD",
-        "limits": list(LIMITS),
-    }
 
 
 _SUM_TO_ONE = 1e3

@@ -14,7 +14,6 @@ from common.errors import RunError, UserError
 from common.model.build import build_model, trainable_parameters
 from common.model.model_file import ModelCard, load_arrays, save_model
 from server import checkpoint
-from server.aggregation import central_statement
 from server.attendance import Attendance, Turn
 from server.checkpoint import ServerState
 from server.evaluation import (
@@ -160,7 +159,6 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
                 )
                 for site, r in sorted(rounds.roster.releases.items())
             },
-            "central_dp": central_statement(config, state.round),
             "losses": [loss.model_dump() for loss in state.losses],
             "left_out": [left_out.model_dump() for left_out in state.left_out],
         }

@@ -61,7 +61,7 @@ class Rounds:
         self.attendance, self.roster = attendance, attendance.roster
         self.model = model
         self.state = state
-        self.optimiser = ServerOptimiser(config.federation, config.central_dp)
+        self.optimiser = ServerOptimiser(config.federation)
         self.best: dict[str, FloatArray] = dict(trainable_arrays(model))
         kept = config.federation.statements
         self.statements = StatementBook(

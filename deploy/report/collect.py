@@ -7,7 +7,6 @@ accountant and no page.
 
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client.ledger.file import LedgerError, reading
+from common.config import RunConfig
+from common.config_tables import DPConfig
 from common.errors import RunError, UserError
 from common.privacy.events import Event
-from deploy.report.model import Audit, CentralNoise, LeftOut, Loss, Problem, Settings
+from deploy.report.model import Audit, LeftOut, Loss, Problem, Settings
 
 if TYPE_CHECKING:  # loads torch, which a report from statements alone does not need
     from client.ledger.book import Book
@@ -88,7 +89,6 @@ class RunEvidence:
     config_sha256: str
     stopped_early: str | None
     code: Mapping[str, str | None]
-    central: CentralNoise | None
     audit: Audit | None
 
 
@@ -186,11 +186,7 @@ def _name_of(path: Path, book: "Book | None") -> str:
 
 
 def _read_run(path: Path, found: Collected) -> None:
-    text = (path / "config.toml").read_bytes()
-    try:
-        config = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / 'config.toml'} is not valid TOML: {error}") from error
+    dp = RunConfig.from_toml(path / "config.toml").dp
     state, finished = _state(path)
     events = _events(path / "metrics.jsonl")
     try:
@@ -198,7 +194,6 @@ def _read_run(path: Path, found: Collected) -> None:
         statements = {site: Statement.model_validate(s) for site, s in state["statements"].items()}
         releases = {site: _release(release) for site, release in state["releases"].items()}
         found.left_out += [LeftOut.model_validate(item) for item in state["left_out"]]
-        central = _central(state.get("central_dp"))
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the statements of the run {path} are not of a form that this release reads: {error}"
@@ -226,11 +221,10 @@ def _read_run(path: Path, found: Collected) -> None:
             name=path.resolve().name,
             finished=finished,
             rounds=int(state["rounds"]),
-            settings=_settings(config.get("dp", {})),
-            config_sha256=hashlib.sha256(text).hexdigest(),
+            settings=_settings(dp),
+            config_sha256=hashlib.sha256((path / "config.toml").read_bytes()).hexdigest(),
             stopped_early=state.get("stopped_early") or None,
             code=state.get("code") or {},
-            central=central,
             audit=_audit(path / "audit.json"),
         )
     )
@@ -276,27 +270,20 @@ def _release(data: Mapping[str, Any]) -> ReleaseStatement:
     return ReleaseStatement.model_validate({**kept, "event": data["event"] or None, "data_version": version})
 
 
-def _central(data: Mapping[str, Any] | None) -> CentralNoise | None:
-    """Return what ``server.aggregation`` stated, if the server added noise."""
-    if data is None:
-        return None
-    # The report's JSON allows no infinite number, so "no bound" is None there.
-    epsilons = {key: value if math.isfinite(value) else None for key, value in data["epsilon"].items()}
-    figures = {key: value for key, value in data.items() if key != "epsilon"}
-    return CentralNoise(**figures, replace_one=epsilons["replace-one"], add_remove=epsilons["add-remove"])
-
-
-def _settings(dp: Mapping[str, Any]) -> Settings:
-    epsilon = dp.get("epsilon") or None
+def _settings(dp: DPConfig) -> Settings:
+    if not dp.epsilon:
+        # The other keys meant nothing to a run without privacy.
+        absent = dict.fromkeys(Settings.model_fields)
+        return Settings.model_validate({**absent, "forced_delta": dp.force_delta})
     return Settings(
-        target_epsilon=epsilon,
-        delta=dp.get("delta") if epsilon else None,
-        clip_norm=dp.get("clip-norm") if epsilon else None,
-        expected_bags=dp.get("expected-bags") if epsilon else None,
-        steps_per_round=dp.get("steps-per-round") if epsilon else None,
-        release_scale=dp.get("release-scale") if epsilon else None,
-        metrics_scale=(dp.get("metrics-scale") or None) if epsilon else None,
-        forced_delta=bool(dp.get("force-delta", False)),
+        target_epsilon=dp.epsilon,
+        delta=dp.delta,
+        clip_norm=dp.clip_norm,
+        expected_bags=dp.expected_bags,
+        steps_per_round=dp.steps_per_round,
+        release_scale=dp.release_scale,
+        metrics_scale=dp.metrics_scale or None,
+        forced_delta=dp.force_delta,
     )
 
 

@@ -231,21 +231,6 @@ class Audit(Part):
     details: dict[str, str] = Field(description="whatever else the audit wrote down")
 
 
-class CentralNoise(Part):
-    """Describe noise that the server added, which is another guarantee than the sites', for another unit."""
-
-    unit: str
-    trust: str
-    noise_multiplier: float = Field(description="noise standard deviation / clip norm of a site's update")
-    clip_norm: float
-    rounds: int
-    delta: float
-    replace_one: float | None = Field(description="epsilon; null: no bound")
-    add_remove: float | None = Field(description="epsilon; null: no bound")
-    accountant: str
-    limits: tuple[str, ...]
-
-
 class Worst(Part):
     """Hold the federation's figure, which is that of its worst site and never a mean."""
 
@@ -282,7 +267,7 @@ class Disclosure(Part):
 class Report(Part):
     """Hold the whole content of report.json."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     title: str
     scope: Literal["site", "federation"]
     run: str | None
@@ -301,7 +286,6 @@ class Report(Part):
     settings: Settings | None
     sites: dict[str, Site]
     left_out: tuple[LeftOut, ...]
-    central: CentralNoise | None
     audit: Audit | None
     disclosures: tuple[Disclosure, ...] = Field(min_length=17, max_length=17)
     provenance: Provenance

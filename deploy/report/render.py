@@ -200,7 +200,6 @@ def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) ->
         settings=told.settings,
         sites=sites,
         left_out=tuple(found.left_out),
-        central=run.central if run else None,
         audit=told.audit,
         disclosures=disclosures(told),
         provenance=told.provenance,

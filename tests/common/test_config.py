@@ -35,6 +35,16 @@ def test_every_fault_is_listed_with_its_key_and_a_hint() -> None:
     assert "model.method = 'magic'" in text
 
 
+def test_central_noise_of_an_older_configuration_is_read_only_where_it_is_off(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    table = "\n[central-dp]\nclip-norm = 1.0\nnoise-multiplier = "
+    path.write_text(RunConfig().to_toml() + table + "0.0\n")
+    assert RunConfig.from_toml(path) == RunConfig()
+    path.write_text(RunConfig().to_toml() + table + "1.0\n")
+    with pytest.raises(ConfigError, match="noise added by the server is no longer offered"):
+        RunConfig.from_toml(path)
+
+
 def test_a_file_that_is_missing_or_no_toml_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not found"):
         RunConfig.from_toml(tmp_path / "none.toml")

@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 import typer
 from jsonschema import Draft202012Validator
-from markupsafe import escape
 from PIL import Image
 from typer.testing import CliRunner
 
 import deploy.report.accounts
 from client.ledger.book import Book
 from client.ledger.ledger import BudgetRefused, Ledger
-from common.config import RunConfig
 from common.errors import UserError
 from common.privacy.accounting import opacus_rdp, spent, without_amplification
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
@@ -34,7 +32,6 @@ from deploy.report.accounts import Accountants, Answer, Question
 from deploy.report.model import Report, Worst
 from deploy.report.prose import judgement, listed
 from deploy.report.render import field_path, shown
-from server.aggregation import central_statement
 
 DELTA = 1e-4
 HOSTILE = '<script>alert("x")</script> & co.'
@@ -76,7 +73,6 @@ def write_run(run: Path, ledgers: dict[str, Ledger]) -> Path:
     summary = {
         "rounds": 3,
         "code": {"version": "0.1.0", "commit": COMMIT},
-        "central_dp": None,
         "per_site": {site: {} for site in statements},
         "statements": statements,
         "releases": {site: {**release, "event": event} for site in statements},
@@ -419,24 +415,15 @@ def test_a_ledger_that_mixes_generators_is_as_good_as_the_worst(tmp_path: Path) 
         assert read(tmp_path / "out")[0]["sites"]["north"]["generator"] == kind
 
 
-def test_noise_of_the_server_stands_in_a_section_of_its_own(run: Path, tmp_path: Path) -> None:
-    keys = {"central-dp.noise-multiplier": 2.0, "federation.quorum": 2, "federation.sites": 2}
-    statement = central_statement(RunConfig().with_changes(keys), 3)
-    assert statement is not None
+def test_a_run_with_noise_of_the_server_is_refused(run: Path, tmp_path: Path) -> None:
+    config, table = run / "config.toml", "\n[central-dp]\nclip-norm = 1.0\nnoise-multiplier = "
+    plain = config.read_text()
+    config.write_text(plain + table + "0.0\n")
     report([run], tmp_path / "out")
-    data, page = read(tmp_path / "out")
-    assert data["central"] is None
-    assert "Noise added by the server" not in page
-    edit_summary(run, lambda summary: summary.update(central_dp=json.loads(json.dumps(statement))))
-    report([run], tmp_path / "out")
-    data, page = read(tmp_path / "out")
-    assert data["central"]["replace_one"] == statement["epsilon"]["replace-one"]
-    assert data["central"]["limits"] == statement["limits"]
-    section = page.partition('<section id="central">')[2].partition("</section>")[0]
-    for text in statement["limits"]:
-        assert str(escape(text)) in section
-    shown = {path for path, _, _ in Fields(section).found}
-    assert {f"central.{key}" for key in ("delta", "replace_one", "add_remove", "clip_norm")} <= shown
+    config.write_text(plain + table + "2.0\n")
+    with pytest.raises(UserError, match="noise added by the server is no longer offered"):
+        report([run], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_code_configuration_and_data_of_the_run_are_named(run: Path, tmp_path: Path) -> None:

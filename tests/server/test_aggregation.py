@@ -7,11 +7,9 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import RunConfig
-from common.config_tables import FLOOR, CentralDPConfig, FederationConfig, Strategy
-from common.errors import ConfigError
+from common.config_tables import FLOOR, FederationConfig, Strategy
 from common.records import FloatArray, ModelUpdate
-from server.aggregation import Collected, ServerOptimiser, StreamingMean, central_statement
+from server.aggregation import Collected, ServerOptimiser, StreamingMean
 
 Arrays = dict[str, FloatArray]
 
@@ -124,44 +122,6 @@ def test_memory_of_the_mean_does_not_grow_with_the_number_of_updates() -> None:
     assert isinstance(reply.content, RecordDict)
     assert isinstance(reply.content["arrays"], ArrayRecord)
     assert mean.count == 100
-
-
-def test_central_noise_has_the_size_that_its_clip_norm_asks_for() -> None:
-    sites = 4
-    config = FederationConfig(sites=sites, quorum=sites)
-    optimiser = ServerOptimiser(config, CentralDPConfig(noise_multiplier=2.0, clip_norm=0.5))
-    current = {"w": np.zeros(20_000, np.float32)}
-    collected = optimiser.aggregator()
-    for weight in (1.0, 50.0, 2.0, 3.0):  # weights must not matter
-        loud = {"w": np.full(20_000, 1e3, np.float32)}
-        update = ModelUpdate(sender="n", round=1, arrays=loud, metrics={"num-bags": 1})
-        collected.add(update, weight)
-    result = optimiser.step(current, collected, 1, 1)["w"]
-    assert result.std() == pytest.approx(2.0 * 0.5 / sites, rel=0.05)
-    # Four clipped updates of norm 0.5 in the same direction: their mean has norm 0.5.
-    assert result.mean() * np.sqrt(20_000) == pytest.approx(0.5, abs=4 * 0.25)
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"federation.strategy": "fedadam", "federation.quorum": 5}, "needs federation.strategy"),
-        ({"federation.quorum": 4}, "needs federation.quorum"),
-    ],
-)
-def test_central_noise_that_is_not_tied_to_its_clip_norm_is_refused(changes: dict, fault: str) -> None:
-    with pytest.raises(ConfigError, match=fault):
-        RunConfig().with_changes({"central-dp.noise-multiplier": 1.0, **changes})
-
-
-def test_the_statement_of_central_noise_names_unit_and_limits() -> None:
-    config = RunConfig().with_changes({"central-dp.noise-multiplier": 10.0, "federation.quorum": 5})
-    statement = central_statement(config, rounds=100)
-    assert statement is not None
-    assert statement["unit"] == "site"
-    assert statement["epsilon"]["add-remove"] < statement["epsilon"]["replace-one"]
-    assert any("trusted" in limit for limit in statement["limits"])
-    assert central_statement(RunConfig(), rounds=100) is None
 
 
 @pytest.mark.parametrize("strategy", [Strategy.FEDADAM, Strategy.FEDYOGI, Strategy.FEDAVGM])
