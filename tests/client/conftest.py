@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -56,15 +55,3 @@ def edit(site: Path) -> Callable[[str, str, str], None]:
         (site / file).write_text(text.replace(old, new, 1), encoding="utf-8")
 
     return replace
-
-
-@pytest.fixture
-def noise() -> Callable[[Path, int], None]:
-    """Write a small PNG of random pixels, different for every seed."""
-
-    def write(path: Path, seed: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-
-    return write

@@ -36,7 +36,7 @@ def test_a_commit_of_this_checkout_only_and_changes_are_marked(tmp_path: Path) -
 def test_without_git_there_is_a_version_and_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (ROOT / "server" / "provenance.py").is_file()
+    assert (ROOT / "server" / "run_folder.py").is_file()
     assert code_version()["version"] == version("fedbags")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert code_version() == {"version": version("fedbags"), "commit": None}
