@@ -30,8 +30,8 @@ def load(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def private_run(sites_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> fedbags.Run:
     settings = {
-        "rounds": 1, "model.image-size": 16, "model.atoms-per-class": 2, "federation.sites": 3, "dp.delta": 1e-3,
-        "dp.expected-bags": 3.0, "dp.steps-per-round": 1,
+        "rounds": 1, "model.image-size": 16, "model.atoms-per-class": 2, "federation.sites": 3,
+        "dp.delta": 1e-3, "dp.expected-bags": 3.0, "dp.steps-per-round": 1,
     }  # fmt: skip
     out = tmp_path_factory.mktemp("private") / "run"
     return fedbags.simulate(out, sites=sites_dir, epsilon=8.0, settings=settings, workers=0)
