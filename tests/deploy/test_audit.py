@@ -19,8 +19,8 @@ from common.errors import RunError, UserError
 from common.privacy.events import Adjacency
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness
-from deploy.audit import audit_site
 from deploy.audit.canaries import CANARY_SIZE, CanaryStore, count_right
+from deploy.audit.claim import audit_site
 from deploy.audit.label_inference import attack_proportions, hit_rate, most_frequent
 from deploy.cli.audit import audit_command
 
@@ -84,7 +84,7 @@ def clip_to(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 @pytest.fixture
 def only_canaries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the attacks on labels out, for time."""
-    monkeypatch.setattr("deploy.audit._attack_models", lambda *_: {})
+    monkeypatch.setattr("deploy.audit.claim._attack_models", lambda *_: {})
 
 
 @pytest.mark.usefixtures("only_canaries")
@@ -231,9 +231,9 @@ def test_the_command_writes_what_it_prints(
 def test_a_refuted_claim_fails_the_command(
     command: typer.Typer, sites_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import deploy.audit
+    import deploy.audit.claim
 
-    monkeypatch.setattr(deploy.audit, "count_right", lambda scores, included, guesses: guesses)
+    monkeypatch.setattr(deploy.audit.claim, "count_right", lambda scores, included, guesses: guesses)
     arguments = ["--sites-dir", str(sites_dir), "--epsilon", "0.5", "--out", str(tmp_path / "out"), *QUICK]
     result = CliRunner().invoke(command, [*arguments, "--canaries", "40"])
     assert result.exit_code == 1
