@@ -3,7 +3,7 @@
     python benchmarks/report.py --json
 
 No two sites share an epsilon, which is the worst case, because every figure has to be computed. The time is
-that of `deploy.cli.report.report` in a fresh process, from the first import of the accountants to the last
+that of `deploy.report.files.report` in a fresh process, from the first import of the accountants to the last
 file. On a busy machine use the processor seconds.
 """
 
@@ -31,7 +31,7 @@ EXPECTED_BAGS = 32
 TIMED = """
 import json, os, sys, time
 from pathlib import Path
-from deploy.cli.report import report
+from deploy.report.files import report
 
 if __name__ == "__main__":  # the report's worker processes read this file too
     started = time.perf_counter()

@@ -25,8 +25,8 @@ from common.privacy.events import Adjacency, event_from_dict
 from common.privacy.proportions import GRID
 from common.records import ModelUpdate, SiteError
 from common.wire import to_records
-from deploy.cli.report import report
 from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.report.files import report
 from deploy.runs.runs import print_summary
 from deploy.simulation.local_grid import LocalGrid, become_server
 from server.app import app

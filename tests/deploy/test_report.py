@@ -27,8 +27,9 @@ from common.privacy.accounting import opacus_rdp, spent, without_amplification
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import Generator, InsecureSeededRandomness
-from deploy.cli.report import find_browser, report, report_command
+from deploy.cli.report import report_command
 from deploy.report.accounts import Accountants, Answer, Question
+from deploy.report.files import find_browser, report
 from deploy.report.model import Report, Worst
 from deploy.report.prose import judgement, listed
 from deploy.report.render import field_path, shown
