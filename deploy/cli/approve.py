@@ -7,6 +7,11 @@ from typing import Annotated
 import typer
 
 from deploy.cli.say import say
+from deploy.lazy import lazy_imports
+
+with lazy_imports():
+    from deploy.consortium import admission, app_changes
+    from deploy.consortium import kit as kit_folder
 
 
 def approve_command(
@@ -25,10 +30,7 @@ def approve_command(
 
     Example: fedbags site approve KIT KIT/state/refused.fab
     """
-    from deploy.consortium import admission, app_changes
-    from deploy.consortium.kit import SiteKit
-
-    site = SiteKit.load(kit)
+    site = kit_folder.SiteKit.load(kit)
     new = app_changes.read_app(app)
     kept = site.app.read_bytes() if site.app.is_file() else b""
     # The kit's copy is compared with only if it has the approved hash. A copy that was exchanged would let a

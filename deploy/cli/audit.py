@@ -5,16 +5,24 @@ Reads options, writes audit.json and prints. ``deploy.audit`` does the work.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from common.errors import UserError
 from deploy.cli.say import say
+from deploy.lazy import lazy_imports
 from deploy.simulation import prerequisites
 
-if TYPE_CHECKING:
-    from common.config import RunConfig
+with lazy_imports():
+    from client import locate
+    from client.data import bags
+    from common import config as run_config
+    from deploy.audit import claim
+    from deploy.cli import progress as bars
+    from deploy.cli import tables
+    from deploy.simulation import simulate
+    from server import run_folder
 
 AUDIT_FILE = "audit.json"
 EPSILON, ROUNDS = 8.0, 8
@@ -65,21 +73,17 @@ def audit_command(
     """
     config, folder = _settings(run, sites_dir, epsilon, rounds)
     prerequisites.check(config)
-    from client.data.bags import BagStore
-    from client.locate import site_folders
-    from deploy.audit import audit_site
-    from deploy.cli.progress import counted
 
-    sites = {path.name: path for path in site_folders(Path(config.sites_dir))}
+    sites = {path.name: path for path in locate.site_folders(Path(config.sites_dir))}
     name = site or next(iter(sites))
     if name not in sites:
         raise UserError(f"no site {name!r} in {config.sites_dir}; there are {', '.join(sites)}")
-    with counted(f"reading {name}") as progress:
-        store = BagStore.open(
+    with bars.counted(f"reading {name}") as progress:
+        store = bags.BagStore.open(
             sites[name], config.model.image_size, skip_bad=config.skip_bad, progress=progress
         )
-    with counted(f"auditing {name} (rounds)") as progress:
-        result = audit_site(config, store, canaries=canaries, seed=seed, progress=progress)
+    with bars.counted(f"auditing {name} (rounds)") as progress:
+        result = claim.audit_site(config, store, canaries=canaries, seed=seed, progress=progress)
     path = _write(out or folder, result)
     if json_:
         typer.echo(json.dumps(result, indent=2))
@@ -92,26 +96,25 @@ def audit_command(
 
 def _settings(
     run: Path | None, sites_dir: Path | None, epsilon: float | None, rounds: int | None
-) -> tuple["RunConfig", Path]:
+) -> tuple["run_config.RunConfig", Path]:
     """Return the configuration to audit, and the default folder of audit.json."""
-    from common.config import RunConfig, Scalar
-    from deploy.simulation.simulate import compose
-
     if run is None:
         if sites_dir is None:
             raise UserError("nothing to audit: give the folder of a private run, or --sites-dir")
-        options: dict[str, Scalar] = {
+        options: dict[str, run_config.Scalar] = {
             "sites-dir": str(sites_dir.resolve()),
             "dp.epsilon": EPSILON if epsilon is None else epsilon,
             "rounds": rounds or ROUNDS,
         }
-        return compose(options, (), None), Path("audit")
+        return simulate.compose(options, (), None), Path("audit")
     if epsilon is not None:
         raise UserError("a run is audited for what it claimed; leave --epsilon out, or give no RUN")
-    config = RunConfig.from_toml(run / "config.toml")
+    config = run_config.RunConfig.from_toml(run / "config.toml")
     if not config.dp.epsilon:
         raise UserError(f"{run} was not private, so it claims nothing: train with --dp epsilon=8")
-    changes: dict[str, Scalar] = {} if sites_dir is None else {"sites-dir": str(sites_dir.resolve())}
+    changes: dict[str, run_config.Scalar] = (
+        {} if sites_dir is None else {"sites-dir": str(sites_dir.resolve())}
+    )
     if rounds is not None:
         changes["rounds"] = rounds
     config = config.with_changes(changes)
@@ -121,12 +124,11 @@ def _settings(
 
 
 def _write(folder: Path, result: dict[str, Any]) -> Path:
-    from server.run_folder import write_text
 
     path = folder / AUDIT_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(result, indent=2) + "\n")
+        run_folder.write_text(path, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
@@ -134,9 +136,7 @@ def _write(folder: Path, result: dict[str, Any]) -> Path:
 
 def print_audit(result: dict[str, Any]) -> None:
     """Print the verdict in a sentence, and the label attacks as a table."""
-    from deploy.cli.tables import console, table
-
-    out, claimed = console(), result["reported_epsilon"]
+    out, claimed = tables.console(), result["reported_epsilon"]
     verdict = "holds: not refuted" if result["holds"] else "REFUTED: the training leaks more than claimed"
     out.print(
         f"{result['site']}: {result['correct']} of {result['guesses']} guesses right about "
@@ -153,7 +153,7 @@ def print_audit(result: dict[str, Any]) -> None:
         )
     inference = result["label_inference"]
     proportions, models = inference["proportions"], inference["model"]
-    rows = table(
+    rows = tables.table(
         f"guessing the {inference['level']} of images", "from", "right", "over the prior", "unseen bags"
     )
     rows.add_row("prior (most frequent)", f"{proportions['prior']:.3f}", "", "")

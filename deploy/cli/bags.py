@@ -4,23 +4,23 @@ Reads options, shows progress and prints. ``deploy.datasets`` does the work.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from click.core import ParameterSource
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 
 from common.errors import UserError
 from deploy.datasets.catalogue import SourceKind, open_source
+from deploy.lazy import lazy_imports
 
-# These import NumPy and torch, for which --help must not wait.
-if TYPE_CHECKING:
-    from client.data.image_cache import Progress as ProgressCallback
-    from deploy.datasets.site_writer import BuildReport
+with lazy_imports():
+    from deploy.cli import progress as bars
+    from deploy.cli import tables
+    from deploy.datasets import build as building
+    from deploy.datasets import counts as counted_bags
+    from deploy.datasets import site_writer, synthetic
 
 COUNTS_READS = frozenset(
     {"out", "source", "images", "counts", "hierarchy", "bags", "name"}
@@ -126,12 +126,10 @@ def build(
         if images is None or counts is None or hierarchy is None or name is None:
             raise UserError("--source counts needs --images, --counts, --hierarchy and --name")
         table_of_bags = Path(bags) if bags else None
-        tables = (images, counts, hierarchy, table_of_bags)
-        _show(_build_counted(*tables, out, name, minimum_bag_size, fold_case, skip_bad), as_json)
+        paths = (images, counts, hierarchy, table_of_bags)
+        _show(_build_counted(*paths, out, name, minimum_bag_size, fold_case, skip_bad), as_json)
         return
     _refuse_unread(context, source, ("counts", "name"))
-    # Imports torch, for which --help must not wait.
-    from deploy.datasets.build import build_sites
 
     table = open_source(
         source,
@@ -149,11 +147,9 @@ def build(
     )
     usual = ("iid", "random")
     if source is SourceKind.SYNTHETIC:
-        from deploy.datasets.synthetic import SYNTHETIC_BAGS, SYNTHETIC_PARTITION
-
-        usual = (SYNTHETIC_PARTITION, SYNTHETIC_BAGS)
-    with _progress_bar() as progress:
-        report = build_sites(
+        usual = (synthetic.SYNTHETIC_PARTITION, synthetic.SYNTHETIC_BAGS)
+    with bars.counted("checking and writing", transient=True) as progress:
+        report = building.build_sites(
             table,
             out,
             bag_size=bag_size,
@@ -182,13 +178,13 @@ def _build_counted(
     minimum: int,
     fold_case: bool,
     skip_bad: bool,
-) -> "BuildReport":
+) -> "site_writer.BuildReport":
     """Build the one site of ``--source counts``."""
-    from deploy.datasets.counts import build_counted_site, read_counted_bags
-
-    found = read_counted_bags(images, counts, hierarchy, bags, minimum_bag_size=minimum, fold_case=fold_case)
-    with _progress_bar() as progress:
-        return build_counted_site(
+    found = counted_bags.read_counted_bags(
+        images, counts, hierarchy, bags, minimum_bag_size=minimum, fold_case=fold_case
+    )
+    with bars.counted("checking and writing", transient=True) as progress:
+        return counted_bags.build_counted_site(
             found, out, name, minimum_bag_size=minimum, skip_bad=skip_bad, progress=progress
         )
 
@@ -207,35 +203,22 @@ def _refuse_unread(context: typer.Context, source: SourceKind, options: Iterable
         raise UserError(f"--source {source} does not read {names}{counted}")
 
 
-def _show(report: "BuildReport", as_json: bool) -> None:
+def _show(report: "site_writer.BuildReport", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
         _print(report)
 
 
-@contextmanager
-def _progress_bar() -> "Iterator[ProgressCallback]":
-    from deploy.cli.tables import console, text_column
+def _print(report: "site_writer.BuildReport") -> None:
 
-    columns = (text_column("checking and writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _print(report: "BuildReport") -> None:
-    from deploy.cli.tables import console
-
-    table = Table(title=f"{report.out}: {report.used} of {report.listed} images used")
-    table.add_column("site")
-    for name in ("bags", "images", "images per bag", "test images"):
-        table.add_column(name, justify="right")
+    title = f"{report.out}: {report.used} of {report.listed} images used"
+    table = tables.table(title, "site", "bags", "images", "images per bag", "test images")
     for site in report.sites:
         sizes = f"{site.bag_size_min} / {site.bag_size_mean:g} / {site.bag_size_max}"
         table.add_row(site.name, str(site.bags), str(site.images), sizes, str(site.test_images))
     table.caption = "images per bag: fewest / mean / most"
-    screen = console()
+    screen = tables.console()
     screen.print(table)
     for note in report.notes:
         screen.print(f"Note: {note}")

@@ -5,12 +5,15 @@ Reads options and prints tables and failures. ``deploy.compare`` does the work.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from deploy.compare.run import Outcome
+from deploy.lazy import lazy_imports
+
+with lazy_imports():
+    from deploy.cli import tables
+    from deploy.compare import run, screen
 
 
 def compare_command(
@@ -41,8 +44,6 @@ def compare_command(
       fedbags compare benchmarks/short.toml --out compare/short
       fedbags compare SCENARIO.toml --out compare/mine --dry-run
     """
-    from deploy.compare import run, screen
-
     if dry_run:
         listed = run.list_cells(scenario, out, data=data, settings=set_ or [], passes=passes, only=only)
         if json_:
@@ -58,16 +59,15 @@ def compare_command(
     _say_end(outcome)
 
 
-def _say_end(outcome: "Outcome") -> None:
-    from deploy.cli.tables import console
+def _say_end(outcome: "run.Outcome") -> None:
 
-    screen = console(stderr=True)
+    console = tables.console(stderr=True)
     for name, text in outcome.failed.items():
-        screen.print(f"\nfailed: {name}", style="bold red")
-        screen.print(text, soft_wrap=True)
+        console.print(f"\nfailed: {name}", style="bold red")
+        console.print(text, soft_wrap=True)
     if outcome.stopped:
         # Raised again after the table was printed, so that the command ends as after any other Ctrl-C.
         raise KeyboardInterrupt
     if outcome.failed:
-        screen.print(f"\n{len(outcome.failed)} cell(s) failed; the same command tries them again")
+        console.print(f"\n{len(outcome.failed)} cell(s) failed; the same command tries them again")
         raise typer.Exit(1)

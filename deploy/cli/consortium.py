@@ -10,15 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from common.errors import RunError
 from deploy.cli.say import say
+from deploy.lazy import lazy_imports
 
-if TYPE_CHECKING:
-    from deploy.consortium.kit import Kit
+with lazy_imports():
+    from deploy.cli import tables
+    from deploy.consortium import control, coordinator, daemon, hospital, submit
+    from deploy.consortium import kit as kit_folder
+    from deploy.datasets import site_check
+    from deploy.simulation import simulate
 
 Coordinator = Annotated[Path, typer.Argument(metavar="KIT", help="The coordinator's kit: KITS/coordinator.")]
 Site = Annotated[Path, typer.Argument(metavar="KIT", help="The site's kit, as it came from the coordinator.")]
@@ -46,10 +51,7 @@ def server_up(
 
     Example: fedbags server up KITS/coordinator
     """
-    from deploy.consortium import coordinator
-    from deploy.consortium.kit import CoordinatorKit
-
-    loaded = CoordinatorKit.load(kit)
+    loaded = kit_folder.CoordinatorKit.load(kit)
     if not checked:
         _refuse_running(loaded)
         coordinator.check(loaded)
@@ -66,15 +68,11 @@ def server_status(kit: Coordinator, json_: Json = False) -> None:
 
     Exit status 1 if something is not ready.
     """
-    from common.errors import RunError
-    from deploy.consortium.control import control
-    from deploy.consortium.kit import CoordinatorKit
-
-    loaded = CoordinatorKit.load(kit)
+    loaded = kit_folder.CoordinatorKit.load(kit)
     found = _describe(loaded)
     if found["ready"]:
         try:
-            with control(loaded) as api:
+            with control.control(loaded) as api:
                 found["sites"] = {node.site: node.status for node in api.nodes()}
         except RunError as error:
             found |= {"ready": False, "problem": str(error)}
@@ -87,9 +85,7 @@ def server_down(kit: Coordinator) -> None:
 
     A run under way ends too; `fedbags run --resume` goes on with it.
     """
-    from deploy.consortium.kit import CoordinatorKit
-
-    _stop(CoordinatorKit.load(kit))
+    _stop(kit_folder.CoordinatorKit.load(kit))
 
 
 def site_up(
@@ -106,17 +102,12 @@ def site_up(
 
     Example: fedbags site up KIT
     """
-    from deploy.consortium import hospital
-    from deploy.consortium.kit import SiteKit
-
-    loaded = SiteKit.load(kit)
+    loaded = kit_folder.SiteKit.load(kit)
     if not checked:
         _refuse_running(loaded)
         problem = hospital.check(loaded)
         if not skip_data and (metrics := hospital.check_data(loaded)):
-            from deploy.datasets.site_check import say_beyond_default
-
-            say(say_beyond_default(metrics), err=True)
+            say(site_check.say_beyond_default(metrics), err=True)
         # No error: the coordinator may come up later, and the SuperNode tries again by itself.
         if problem:
             say(f"{problem}; trying on", err=True)
@@ -132,9 +123,7 @@ def site_status(kit: Site, json_: Json = False) -> None:
 
     Exit status 1 if it is not.
     """
-    from deploy.consortium.kit import SiteKit
-
-    loaded = SiteKit.load(kit)
+    loaded = kit_folder.SiteKit.load(kit)
     _show(_describe(loaded), f"site {loaded.site} of {loaded.consortium}", json_)
 
 
@@ -143,9 +132,7 @@ def site_down(kit: Site) -> None:
 
     Privacy that a run has reserved stays spent in the ledger.
     """
-    from deploy.consortium.kit import SiteKit
-
-    _stop(SiteKit.load(kit))
+    _stop(kit_folder.SiteKit.load(kit))
 
 
 def run_command(
@@ -176,13 +163,9 @@ def run_command(
       fedbags run KITS/coordinator --dp epsilon=8 --set secure-aggregation.enabled=true --out runs/first
       fedbags run KITS/coordinator --resume --out runs/first
     """
-    from deploy.consortium import submit
-    from deploy.consortium.kit import CoordinatorKit
-    from deploy.simulation import simulate
-
     options = simulate.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
     summary = submit.run(
-        CoordinatorKit.load(kit),
+        kit_folder.CoordinatorKit.load(kit),
         options,
         settings=set_ or [],
         config_file=config,
@@ -205,14 +188,12 @@ def register(app: typer.Typer, site_app: typer.Typer) -> None:
     app.command("run")(run_command)
 
 
-def _refuse_running(kit: "Kit") -> None:
-    from deploy.consortium.daemon import refuse_running
+def _refuse_running(kit: "kit_folder.Kit") -> None:
 
-    refuse_running(kit.state)
+    daemon.refuse_running(kit.state)
 
 
-def _start(role: str, kit: "Kit", wait: float) -> None:
-    from deploy.consortium import daemon
+def _start(role: str, kit: "kit_folder.Kit", wait: float) -> None:
 
     # --checked: this process has made the checks, whose errors the user sees on the terminal.
     arguments = [role, "up", str(kit.folder), "--foreground", "--checked"]
@@ -227,16 +208,14 @@ def _start(role: str, kit: "Kit", wait: float) -> None:
     )
 
 
-def _describe(kit: "Kit") -> dict[str, Any]:
-    from deploy.consortium.daemon import describe
+def _describe(kit: "kit_folder.Kit") -> dict[str, Any]:
 
-    return describe(kit.state, kit.logs)
+    return daemon.describe(kit.state, kit.logs)
 
 
-def _stop(kit: "Kit") -> None:
-    from deploy.consortium.daemon import stop
+def _stop(kit: "kit_folder.Kit") -> None:
 
-    ended = stop(kit.state)
+    ended = daemon.stop(kit.state)
     say(f"ended {ended} process(es)" if ended else "nothing was running")
 
 
@@ -250,10 +229,9 @@ def _show(found: dict[str, Any], title: str, json_: bool) -> None:
 
 
 def _print(found: dict[str, Any], title: str) -> None:
-    from deploy.cli.tables import console, table
 
-    out = console()
-    rows = table(title, "program", "status", "pid", "since (UTC)", "restarts")
+    out = tables.console()
+    rows = tables.table(title, "program", "status", "pid", "since (UTC)", "restarts")
     for program in found["programs"]:
         since = program["since"].replace("T", " ").removesuffix("+00:00")
         rows.add_row(
@@ -268,7 +246,7 @@ def _print(found: dict[str, Any], title: str) -> None:
     if "problem" in found:
         out.print(found["problem"])
     if "sites" in found:
-        sites = table("sites", "site", "connection")
+        sites = tables.table("sites", "site", "connection")
         for site, status in sorted(found["sites"].items()):
             sites.add_row(site, status)
         out.print(sites)

@@ -12,6 +12,18 @@ from typing import Annotated, Any
 import typer
 
 from common.errors import UserError
+from deploy.lazy import lazy_imports
+
+with lazy_imports():
+    from client import journal as site_journal
+    from client import site as site_file
+    from client.data import site_files
+    from client.ledger import anchor as ledger_anchor
+    from client.ledger import book as ledger_book
+    from client.ledger import check, loss
+    from client.ledger import ledger as site_ledger
+    from common.privacy import events
+    from deploy.cli import tables
 
 app = typer.Typer(
     help="A site's privacy ledger: what was spent, under which cap, and whether the file can be believed.",
@@ -33,13 +45,9 @@ def show(file: File) -> None:
 
     Example: fedbags ledger show runs/demo/sites/site-1/ledger.sqlite
     """
-    from client.ledger.book import Book
-    from common.privacy.events import Adjacency
-    from deploy.cli.tables import console, table
-
-    book = Book.read(file)
-    spent, add_remove, cap = book.spent(), book.spent(Adjacency.ADD_REMOVE), book.cap
-    rows = table(f"ledger of {book.site}", "row", "what", "run", "round", "event", "time (UTC)")
+    book = ledger_book.Book.read(file)
+    spent, add_remove, cap = book.spent(), book.spent(events.Adjacency.ADD_REMOVE), book.cap
+    rows = tables.table(f"ledger of {book.site}", "row", "what", "run", "round", "event", "time (UTC)")
     for entry in book.entries:
         body = entry.body
         unconfirmed = entry.seq in book.open_reservations
@@ -51,7 +59,7 @@ def show(file: File) -> None:
             _describe(entry.kind, body),
             str(body.get("time", "")).replace("T", " ").removesuffix("+00:00"),
         )
-    out = console()
+    out = tables.console()
     out.print(rows)
     out.print(f"unit: {book.unit.explanation}")
     out.print(
@@ -79,27 +87,22 @@ def verify(
 
     Example: fedbags ledger verify ledger.sqlite --head 3f5a...
     """
-    from client.ledger.anchor import anchor_file
-    from client.ledger.book import Book
-    from client.ledger.check import verify as check
-    from deploy.cli.tables import console, table
-
-    anchor = anchor_file(file, kit)
-    problems = check(file, head=_head(head), site=site, anchor=anchor)
+    anchor = ledger_anchor.anchor_file(file, kit)
+    problems = check.verify(file, head=_head(head), site=site, anchor=anchor)
     # A ledger that does not hold up may not be readable at all.
-    losses = 0 if problems else Book.read(file).losses
+    losses = 0 if problems else ledger_book.Book.read(file).losses
     if json_:
         found = [{"row": problem.row, "reason": problem.reason} for problem in problems]
         typer.echo(json.dumps({"intact": not problems, "losses": losses, "problems": found}, indent=2))
     elif problems:
-        rows = table(f"{file}: NOT intact", "row", "problem")
+        rows = tables.table(f"{file}: NOT intact", "row", "problem")
         for problem in problems:
             rows.add_row("file" if problem.row is None else str(problem.row), problem.reason)
-        console().print(rows)
+        tables.console().print(rows)
     else:
         against = "" if head or anchor.path.exists() else "; without --head an older copy would not show"
         told = f"; {losses} loss(es) of rows were accepted by the site's owner" if losses else ""
-        console().print(f"{file}: intact{told}{against}")
+        tables.console().print(f"{file}: intact{told}{against}")
     if problems:
         raise typer.Exit(1)
 
@@ -121,23 +124,18 @@ def accept_version(
 
     Example: fedbags ledger accept-version SITES/site-1
     """
-    from client.data.site_files import data_version, read_listing
-    from client.ledger.anchor import anchor_file
-    from client.ledger.book import Book
-    from client.ledger.ledger import Ledger
-    from client.site import SiteConfig
-    from deploy.cli.tables import console
-
-    config = SiteConfig.load(site_folder)
-    version = data_version(site_folder, config, read_listing(site_folder, config)[1])
+    config = site_file.SiteConfig.load(site_folder)
+    version = site_files.data_version(site_folder, config, site_files.read_listing(site_folder, config)[1])
     file = ledger or site_folder / "ledger.sqlite"
-    accepted = Ledger.accept_version(file, config.name, version, anchor=anchor_file(file, kit))
-    book = Book.read(file)
+    accepted = site_ledger.Ledger.accept_version(
+        file, config.name, version, anchor=ledger_anchor.anchor_file(file, kit)
+    )
+    book = ledger_book.Book.read(file)
     if json_:
         result = {"accepted": accepted, "data_version": version, "versions": list(book.versions)}
         typer.echo(json.dumps(result, indent=2))
         return
-    out = console()
+    out = tables.console()
     out.print(f"data version {version}", soft_wrap=True)
     out.print("accepted, and recorded in the ledger" if accepted else "known already; nothing was changed")
     out.print(
@@ -170,22 +168,20 @@ def accept_loss(
 
     Example: fedbags ledger accept-loss SITES/site-1 --kit KITS/site-1
     """
-    from client.data.site_files import data_version, read_listing
-    from client.journal import JOURNAL_FILE, LOGS, newest_mark
-    from client.ledger.anchor import anchor_file
-    from client.ledger.book import Book
-    from client.ledger.loss import accept_loss as accept_loss_of
-    from client.site import SiteConfig
-    from deploy.cli.tables import console
-
-    config = SiteConfig.load(site_folder)
-    version = data_version(site_folder, config, read_listing(site_folder, config)[1])
+    config = site_file.SiteConfig.load(site_folder)
+    version = site_files.data_version(site_folder, config, site_files.read_listing(site_folder, config)[1])
     file = ledger or site_folder / "ledger.sqlite"
-    journal = kit / LOGS / JOURNAL_FILE if kit else file.with_name(JOURNAL_FILE)
+    journal = (
+        kit / site_journal.LOGS / site_journal.JOURNAL_FILE
+        if kit
+        else file.with_name(site_journal.JOURNAL_FILE)
+    )
     # Each line of the journal repeats the ledger's rows and hash, so it may name rows of which ledger and
     # anchor, put back from one backup, know nothing.
-    seen = newest_mark(journal)
-    accepted = accept_loss_of(file, config.name, version, anchor_file(file, kit), seen, _head(head))
+    seen = site_journal.newest_mark(journal)
+    accepted = loss.accept_loss(
+        file, config.name, version, ledger_anchor.anchor_file(file, kit), seen, _head(head)
+    )
     if not accepted:
         if json_:
             typer.echo(json.dumps({"accepted": False}, indent=2))
@@ -195,9 +191,9 @@ def accept_loss(
                 if head
                 else "; if the coordinator refuses the site, give the head that it names with --head"
             )
-            console().print(f"nothing is lost; nothing was changed{hint}")
+            tables.console().print(f"nothing is lost; nothing was changed{hint}")
         return
-    book = Book.read(file)
+    book = ledger_book.Book.read(file)
     spent = book.spent()
     # Where nobody knows what was spent, an event without noise is charged, whose epsilon is infinite. JSON
     # has no such number.
@@ -212,7 +208,7 @@ def accept_loss(
         else "nobody knows what was spent, so the whole budget counts as spent: this site takes no part in "
         "private runs any more"
     )
-    console().print(f"the loss is recorded in {file}, {book.losses} in all; {charged}")
+    tables.console().print(f"the loss is recorded in {file}, {book.losses} in all; {charged}")
 
 
 @app.command()
@@ -223,17 +219,14 @@ def export(file: File, json_: Json = False) -> None:
 
     Example: fedbags ledger export ledger.sqlite --json
     """
-    from client.ledger.book import Book
-    from deploy.cli.tables import console, table
-
-    exported = Book.read(file).export()
+    exported = ledger_book.Book.read(file).export()
     if json_:
         typer.echo(json.dumps(exported, indent=2))
         return
-    rows = table(f"ledger of {exported['site']}", "key", "value")
+    rows = tables.table(f"ledger of {exported['site']}", "key", "value")
     for key, value in exported.items():
         rows.add_row(key, value if isinstance(value, str) else json.dumps(value))
-    console().print(rows)
+    tables.console().print(rows)
 
 
 def _head(text: str | None) -> str | None:

@@ -28,8 +28,18 @@ from deploy.cli import (
     watch,
 )
 from deploy.cli.say import say
+from deploy.lazy import lazy_imports
 from deploy.simulation import interrupt, loopback, prerequisites
 from deploy.simulation.presets import Preset, preset_rows
+
+with lazy_imports():
+    from deploy.cli import progress as bars
+    from deploy.cli import tables
+    from deploy.datasets import site_check as checking
+    from deploy.figures import draw
+    from deploy.runs import predict as prediction
+    from deploy.runs import runs as finished
+    from deploy.simulation import simulate as simulation
 
 HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
@@ -140,8 +150,6 @@ def simulate(
 
     Example: fedbags simulate --sites-dir SITES --rounds 30 --set train.learning-rate=0.001 --out runs/first
     """
-    from deploy.simulation import simulate as simulation
-
     options = {
         "federation.sites": sites,
         # Absolute, since Flower's processes have another working directory.
@@ -178,14 +186,12 @@ def show_config(
     json_: Json = False,
 ) -> None:
     """List every configuration key with its default, bounds and meaning."""
-    from deploy.cli.tables import config_rows, print_config, print_preset
-
     if preset:
         settings = preset_rows(preset)
-        print_json(settings) if json_ else print_preset(settings, preset.value)
+        print_json(settings) if json_ else tables.print_preset(settings, preset.value)
         return
-    rows = config_rows()
-    print_json(rows) if json_ else print_config(rows)
+    rows = tables.config_rows()
+    print_json(rows) if json_ else tables.print_config(rows)
 
 
 @site_app.command("check")
@@ -196,10 +202,8 @@ def site_check(
     json_: Json = False,
 ) -> None:
     """Check a site's data, and show exactly what would leave the site."""
-    from deploy.datasets.site_check import check_site, print_check
-
-    result = check_site(site, image_size, skip_bad=skip_bad)
-    print_json(result) if json_ else print_check(result)
+    result = checking.check_site(site, image_size, skip_bad=skip_bad)
+    print_json(result) if json_ else checking.print_check(result)
 
 
 @runs_app.command("list")
@@ -207,19 +211,15 @@ def runs_list(
     folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), json_: Json = False
 ) -> None:
     """List the runs below a folder."""
-    from deploy.runs.runs import list_runs, print_runs
-
-    rows = list_runs(folder)
-    print_json(rows) if json_ else print_runs(rows, folder)
+    rows = finished.list_runs(folder)
+    print_json(rows) if json_ else finished.print_runs(rows, folder)
 
 
 @runs_app.command("show")
 def runs_show(run: RunArgument, json_: Json = False) -> None:
     """Show a run's figures, per level and per site, and what was left out."""
-    from deploy.runs.runs import print_summary, read_summary
-
-    summary = read_summary(run)
-    print_json(summary) if json_ else print_summary(summary, run)
+    summary = finished.read_summary(run)
+    print_json(summary) if json_ else finished.print_summary(summary, run)
 
 
 @runs_app.command("compare")
@@ -228,10 +228,8 @@ def runs_compare(first: RunArgument, second: RunArgument, json_: Json = False) -
 
     Example: fedbags runs compare runs/first runs/private
     """
-    from deploy.runs.runs import compare_runs, print_comparison
-
-    result = compare_runs(first, second)
-    print_json(result) if json_ else print_comparison(result)
+    result = finished.compare_runs(first, second)
+    print_json(result) if json_ else finished.print_comparison(result)
 
 
 @app.command()
@@ -254,25 +252,25 @@ def predict(
 
     Example: fedbags predict runs/first IMAGES --csv predictions.csv --skip-bad
     """
-    # Before the imports below, which bring torch along: a missing model is named at once.
+    # Before torch is loaded: a missing model is named at once.
     prerequisites.require_model(run, csv)
     interrupt.at("before a prediction was written: give the same command again")
-    from deploy.cli.progress import counted
-    from deploy.runs.predict import predict_images, print_predictions, write_csv
 
-    with counted("predicting") as progress:
-        found = predict_images(run, images, top_codes if codes else 0, skip_bad=skip_bad, progress=progress)
+    with bars.counted("predicting") as progress:
+        found = prediction.predict_images(
+            run, images, top_codes if codes else 0, skip_bad=skip_bad, progress=progress
+        )
     for note in found.notes:
         say(f"note: {note}", err=True)
     for row in found.skipped:
         say(f"left out: {row}", err=True)
     if csv:
-        write_csv(csv, found.rows)
+        prediction.write_csv(csv, found.rows)
         say(f"{len(found.rows)} image(s) predicted, {len(found.skipped)} left out: {csv}", err=True)
     if json_:
         print_json(found.rows)
     elif not csv:
-        print_predictions(found.rows)
+        prediction.print_predictions(found.rows)
 
 
 @app.command()
@@ -285,9 +283,7 @@ def figures(
 
     With several runs (plain pipeline, plain LLP, LHFGLP), t-SNE and activation maps stand side by side.
     """
-    from deploy.figures.draw import draw_figures
-
-    paths = draw_figures(runs, out)
+    paths = draw.draw_figures(runs, out)
     if json_:
         print_json([str(path) for path in paths])
     else:

@@ -25,8 +25,8 @@ from deploy.cli.tables import console, text_column
 INTERVAL = 0.3
 
 
-def bars() -> Progress:
-    """Return a display of bars with counts and times."""
+def bars(*, transient: bool = False) -> Progress:
+    """Return a display of bars with counts and times, which goes at the end if it is transient."""
     return Progress(
         text_column("{task.description}"),
         BarColumn(),
@@ -34,18 +34,19 @@ def bars() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console(stderr=True),
+        transient=transient,
         # A step may take longer than the half minute that rich looks back: then there was no estimate.
         speed_estimate_period=24 * 3600,
     )
 
 
 @contextmanager
-def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+def counted(what: str, *, transient: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Show a bar that is moved by calling the yielded function with (done, all).
 
-    The bar appears on the first call.
+    The bar appears on the first call, and goes at the end if it is transient.
     """
-    with bars() as progress:
+    with bars(transient=transient) as progress:
         task: Any = None
 
         def move(done: int, total: int) -> None:

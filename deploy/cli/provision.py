@@ -5,17 +5,21 @@ and ``consortium.membership`` do the work.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import click
 import typer
 import typer.core
 
-from common.errors import UserError, require_file
+from common.errors import ConfigError, UserError, require_file
 from deploy.cli.say import say
+from deploy.lazy import lazy_imports
 
-if TYPE_CHECKING:
-    from deploy.consortium.kits import Changes
+with lazy_imports():
+    from deploy.consortium import keys, membership, provision
+    from deploy.consortium import kit as kit_folder
+    from deploy.consortium import kits as kit_folders
+    from deploy.consortium import settings as settings_module
 
 BUILD = "build"
 
@@ -67,10 +71,11 @@ def build(
 
     Example: fedbags provision consortium.toml --out KITS
     """
-    from deploy.consortium.provision import provision
-
     _print(
-        provision(settings, out, password=_password(password_file), keys_here=keys_here, update=update), out
+        provision.provision(
+            settings, out, password=_password(password_file), keys_here=keys_here, update=update
+        ),
+        out,
     )
 
 
@@ -83,10 +88,7 @@ def add_key(
     password_file: PasswordFile = None,
 ) -> None:
     """Let a site in by putting its public key into the coordinator's kit and certifying it."""
-    from deploy.consortium import keys, membership
-    from deploy.consortium.kits import Kits
-
-    opened = Kits.open(kits, _password(password_file))
+    opened = kit_folders.Kits.open(kits, _password(password_file))
     _print(membership.add_key(opened, site, public_key, days), kits)
     # Printed here and by `site keygen`, to compare by telephone: so an exchanged key is noticed.
     _print_fingerprint(site, keys.fingerprint(keys.read_public_key(public_key)))
@@ -106,16 +108,11 @@ def add_site(
     """
     from pydantic import ValidationError
 
-    from common.errors import ConfigError
-    from deploy.consortium import membership
-    from deploy.consortium.kits import Kits
-    from deploy.consortium.settings import SitePorts
-
     try:
-        ports = SitePorts(runtime_port=runtime_port, metrics_port=metrics_port)
+        ports = settings_module.SitePorts(runtime_port=runtime_port, metrics_port=metrics_port)
     except ValidationError as error:
         raise ConfigError("--runtime-port and --metrics-port need two different numbers") from error
-    _print(membership.add_site(Kits.open(kits, _password(password_file)), site, ports), kits)
+    _print(membership.add_site(kit_folders.Kits.open(kits, _password(password_file)), site, ports), kits)
 
 
 @app.command()
@@ -128,10 +125,7 @@ def renew(
     password_file: PasswordFile = None,
 ) -> None:
     """Issue certificates anew, for the same keys."""
-    from deploy.consortium import membership
-    from deploy.consortium.kits import Kits
-
-    _print(membership.renew(Kits.open(kits, _password(password_file)), names or (), days), kits)
+    _print(membership.renew(kit_folders.Kits.open(kits, _password(password_file)), names or (), days), kits)
 
 
 @app.command()
@@ -140,10 +134,7 @@ def revoke(kits: KitsArgument, site: SiteArgument, password_file: PasswordFile =
 
     A running coordinator refuses it once its files are gone from nodes/ of its kit.
     """
-    from deploy.consortium import membership
-    from deploy.consortium.kits import Kits
-
-    _print(membership.revoke(Kits.open(kits, _password(password_file)), site), kits)
+    _print(membership.revoke(kit_folders.Kits.open(kits, _password(password_file)), site), kits)
     say(f"{site} is out, as soon as its files are gone from nodes/ in the server's copy of the kit")
 
 
@@ -153,11 +144,8 @@ def update_app(kits: KitsArgument, password_file: PasswordFile = None) -> None:
 
     Every site has to approve it.
     """
-    from deploy.consortium import membership
-    from deploy.consortium.kits import Kits
-
     # The app of the kits is not checked (with_app=False), because it is about to be replaced.
-    changes = membership.update_app(Kits.open(kits, _password(password_file), with_app=False))
+    changes = membership.update_app(kit_folders.Kits.open(kits, _password(password_file), with_app=False))
     _print(changes, kits)
     say("send coordinator/app/fedbags.fab to every site: `fedbags site approve` shows them what changed")
 
@@ -169,10 +157,7 @@ def keygen(
 
     Only node.pub leaves the machine; an existing key is never overwritten.
     """
-    from deploy.consortium import keys, membership
-    from deploy.consortium.kit import SiteKit
-
-    opened = SiteKit.load(kit)
+    opened = kit_folder.SiteKit.load(kit)
     public_key = membership.make_node_key(opened)
     say(f"send this file to the coordinator: {public_key}")
     _print_fingerprint(opened.site, keys.fingerprint(keys.read_public_key(public_key)))
@@ -192,7 +177,7 @@ def _print_fingerprint(site: str, fingerprint: str) -> None:
     say(f"fingerprint of {site}: {fingerprint}")
 
 
-def _print(changes: "Changes", kits: Path) -> None:
+def _print(changes: "kit_folders.Changes", kits: Path) -> None:
     root = kits.absolute()
     for path in changes.written:
         say(f"wrote {path.absolute().relative_to(root)}")

@@ -3,16 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import click
 import typer
 
 from common.errors import UserError
 from deploy.cli.say import say
+from deploy.lazy import lazy_imports
 
-# Reads the tables of configurations, for which --help must not wait.
-if TYPE_CHECKING:
-    from client.site import SiteConfig
+with lazy_imports():
+    from client import site as site_file
+    from client.data import site_files
+    from common import config as run_config
+    from deploy.datasets import site_check
 
 RELEASES = ("none", "total", "per-bag")
 
@@ -51,15 +55,10 @@ def init(
 
     Example: fedbags site init SITES/hospital-1 --release-proportions total --epsilon 8 --delta 1e-4
     """
-    from client.data.site_files import BAGS_FILE, MANIFEST_FILE
-    from client.site import SITE_FILE, SiteConfig
-    from common.config import parse_setting
-    from deploy.datasets.site_check import check_site, print_check
-
-    target = site / SITE_FILE
+    target = site / site_file.SITE_FILE
     if target.exists() and not force:
         raise UserError(f"{target} exists already; change it with --force")
-    base = SiteConfig.load(site).model_dump(mode="json", by_alias=True) if target.exists() else {}
+    base = site_file.SiteConfig.load(site).model_dump(mode="json", by_alias=True) if target.exists() else {}
     given: dict[str, Any] = {
         "name": name,
         "hierarchy": hierarchy,
@@ -69,7 +68,7 @@ def init(
         "policy.budget.delta": delta,
         "policy.secure-aggregation.required": secure_aggregation,
     }
-    for key, value in map(parse_setting, set_ or []):
+    for key, value in map(run_config.parse_setting, set_ or []):
         listed = isinstance(value, str) and key.split(".")[-1] == "metrics"
         given[f"policy.{key}"] = str(value).split(",") if listed else value
     if not json_ and on_terminal():
@@ -82,7 +81,11 @@ def init(
         config.save(site)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
-    missing = [file for file in (MANIFEST_FILE, BAGS_FILE, config.hierarchy) if not (site / file).exists()]
+    missing = [
+        file
+        for file in (site_files.MANIFEST_FILE, site_files.BAGS_FILE, config.hierarchy)
+        if not (site / file).exists()
+    ]
     if not json_:
         say(f"wrote {target}")
     if missing:
@@ -95,11 +98,11 @@ def init(
         else:
             say(advice)
         return
-    checked = check_site(site, image_size)
+    checked = site_check.check_site(site, image_size)
     if json_:
         typer.echo(json.dumps(checked, indent=2))
     else:
-        print_check(checked)
+        site_check.print_check(checked)
 
 
 def on_terminal() -> bool:
@@ -108,7 +111,7 @@ def on_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "SiteConfig":
+def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "site_file.SiteConfig":
     """Return the site's configuration from the given values, else the old file, else the defaults.
 
     Args:
@@ -120,8 +123,6 @@ def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "SiteCo
         ConfigError: a key is unknown or its value out of range; every one is named.
         UserError: a key names a table inside something that is none.
     """
-    from client.site import SITE_FILE, SiteConfig
-
     # A deep copy, because the nested tables are changed below.
     data: dict[str, Any] = json.loads(json.dumps(base)) or {"name": folder}
     for dotted, value in given.items():
@@ -134,7 +135,7 @@ def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "SiteCo
             if not isinstance(table, dict):
                 raise UserError(f"{dotted}: {key!r} is no table of site.toml")
         table[last] = value
-    return SiteConfig.from_table(data, f"the {SITE_FILE} asked for")
+    return site_file.SiteConfig.from_table(data, f"the {site_file.SITE_FILE} asked for")
 
 
 def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:
@@ -146,8 +147,6 @@ def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:
     def ask(key: str, question: str, usual: Any, **options: Any) -> None:
         if given[key] is None:
             given[key] = typer.prompt(question, default=usual, err=True, **options)
-
-    import click
 
     ask("name", "Name of the site, as the coordinator knows it", base.get("name", folder))
     ask("policy.minimum-bag-size", "Smallest bag, in images", policy.get("minimum-bag-size", 4), type=int)

@@ -13,6 +13,13 @@ from typing import Annotated
 import typer
 
 from deploy.cli.say import say
+from deploy.lazy import lazy_imports
+
+with lazy_imports():
+    from rich import console, live
+
+    from deploy.cli import tables
+    from deploy.runs import prometheus, site_state, table, tracking
 
 INTERVAL = 1.0
 """Seconds between two looks of the live table."""
@@ -35,37 +42,30 @@ def status(
 
     Example: fedbags status runs/demo
     """
-    from rich.console import RenderableType
-    from rich.live import Live
+    watched = site_state.source(path)
 
-    from deploy.cli.tables import console
-    from deploy.runs.site_state import SiteSource, source
-    from deploy.runs.table import as_json, run_table, site_table
-
-    watched = source(path)
-
-    def look() -> tuple[RenderableType, bool]:
-        if isinstance(watched, SiteSource):
-            return site_table(watched.look(), time.time()), False
+    def look() -> tuple["console.RenderableType", bool]:
+        if isinstance(watched, site_state.SiteSource):
+            return table.site_table(watched.look(), time.time()), False
         state = watched.look()
-        return run_table(state, watched.name, time.time()), state.ended
+        return table.run_table(state, watched.name, time.time()), state.ended
 
     if json_:
         state = watched.look()
-        name = "" if isinstance(watched, SiteSource) else watched.name
-        typer.echo(json.dumps(as_json(state, name), indent=2))
+        name = "" if isinstance(watched, site_state.SiteSource) else watched.name
+        typer.echo(json.dumps(table.as_json(state, name), indent=2))
         return
     shown, ended = look()
     if once or ended:
-        console().print(shown)
+        tables.console().print(shown)
         return
     # Ctrl-C is the usual way to leave the live table, so it ends the command without an error.
-    with Live(shown, console=console(), auto_refresh=False) as live:
+    with live.Live(shown, console=tables.console(), auto_refresh=False) as screen:
         try:
             while not ended:
                 time.sleep(INTERVAL)
                 shown, ended = look()
-                live.update(shown, refresh=True)
+                screen.update(shown, refresh=True)
         except KeyboardInterrupt:
             return
 
@@ -79,13 +79,10 @@ def metrics(
 
     Example: fedbags metrics KITS/coordinator --port 9464
     """
-    from deploy.runs.prometheus import serve
-    from deploy.runs.site_state import source
-
-    watched = source(path)
+    watched = site_state.source(path)
     # Loads what the first scrape would wait for.
     watched.look()
-    server, close = serve(watched, port, address)
+    server, close = prometheus.serve(watched, port, address)
     say(f"serving http://{address}:{server.server_port}/metrics", err=True)
     try:
         threading.Event().wait()
@@ -105,7 +102,5 @@ def track(
 
     Example: fedbags track runs/demo --tensorboard tb --mlflow http://127.0.0.1:5000
     """
-    from deploy.runs.tracking import track as mirror
-
-    state = mirror(run, tensorboard, mlflow, follow=not once)
+    state = tracking.track(run, tensorboard, mlflow, follow=not once)
     say(f"{run.name}: {state.stage.value}, round {state.round} of {state.rounds}", err=True)

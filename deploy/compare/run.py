@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.config import Scalar, parse_setting
 from common.errors import ConfigError
@@ -16,11 +16,16 @@ from deploy.compare.plan import Planned, State, plan, run_all
 from deploy.compare.scenario import Scenario, check_settings
 from deploy.compare.screen import Board, preparing, say_plan
 from deploy.compare.table import Row, read_rows, summarise, write_table
+from deploy.lazy import lazy_imports
 from deploy.simulation import interrupt, prerequisites
 from deploy.simulation.folder_lock import locked
 
-if TYPE_CHECKING:  # brings torch along, which a faulty scenario need not wait for
-    from deploy.compare.data import DataFolders
+# They bring torch and matplotlib along, which a faulty scenario need not wait for.
+with lazy_imports():
+    from client import training
+    from deploy.compare import data as data_folders
+    from deploy.compare import plots, source
+    from deploy.simulation import simulate
 
 RUNS, DATA, REPLACED, PLOTS = "runs", "data", "replaced", "plots"
 LOCK_SECONDS = 5.0
@@ -91,10 +96,7 @@ def compare(
             failed = board.failed
         table = tabulate(scenario, planned, out)
         if table["rows"]:
-            # Imported here, because matplotlib takes a second to load and may not be needed.
-            from deploy.compare.plots import draw_plots
-
-            draw_plots(summarise(table["rows"]), scenario.title, out / PLOTS)
+            plots.draw_plots(summarise(table["rows"]), scenario.title, out / PLOTS)
         return Outcome(table, failed, stopped)
 
 
@@ -161,7 +163,7 @@ def of_names(cells: Sequence[Cell], pattern: str) -> list[Cell]:
 
 def look(
     scenario: Scenario, cells: Sequence[Cell], out: Path, folder: Path, data: Path | None
-) -> tuple[list[Planned], "DataFolders"]:
+) -> tuple[list[Planned], "data_folders.DataFolders"]:
     """Return every cell with its state on disk, and the folders of its data.
 
     Args:
@@ -171,25 +173,20 @@ def look(
         folder: where relative paths of the scenario start.
         data: stands in for the scenario's ``data.path``.
     """
-    from deploy.compare.data import DataFolders
-    from deploy.compare.source import open_data
-
-    opened = open_data(scenario.data, folder, data)
-    folders = DataFolders((out / DATA).resolve(), opened, scenario.data.skip_bad)
+    opened = source.open_data(scenario.data, folder, data)
+    folders = data_folders.DataFolders((out / DATA).resolve(), opened, scenario.data.skip_bad)
     return [plan(cell, (out / RUNS).resolve(), opened.digest) for cell in cells], folders
 
 
-def prepare(todo: Sequence[Planned], folders: "DataFolders", replaced: Path) -> None:
+def prepare(todo: Sequence[Planned], folders: "data_folders.DataFolders", replaced: Path) -> None:
     """Create the data folders, move changed runs to ``replaced``, and write every cell's order.
 
     Raises:
         UserError: a model that cannot be built, or data that cannot be divided so.
     """
-    from deploy.simulation.simulate import check_model
-
     # Every model is built once before the data are written, so that a faulty setting ends the command early.
     for config in {one.cell.config.model: one.cell.config for one in todo}.values():
-        check_model(config)
+        simulate.check_model(config)
     with preparing() as progress:
         folders.prepare((one.cell for one in todo), progress)
     for one in todo:
@@ -199,7 +196,7 @@ def prepare(todo: Sequence[Planned], folders: "DataFolders", replaced: Path) -> 
         order(one, folders).save(one.run)
 
 
-def order(one: Planned, folders: "DataFolders") -> Order:
+def order(one: Planned, folders: "data_folders.DataFolders") -> Order:
     """Return the order for the process of this cell."""
     cell = one.cell
     places: dict[str, Scalar] = {"run-dir": str(one.run), "sites-dir": str(folders.sites_dir(cell))}
@@ -231,8 +228,6 @@ def tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[
 
 def default_jobs(todo: Sequence[Planned]) -> int:
     """Return the number of cores, or 1 where the cells share a GPU."""
-    from client.training import choose_device
-
-    if any(choose_device(one.cell.config.train.device).type == "cuda" for one in todo):
+    if any(training.choose_device(one.cell.config.train.device).type == "cuda" for one in todo):
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,12 +2,14 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from deploy.lazy import lazy_imports
 
-if TYPE_CHECKING:  # the command line imports this module to show its help, which must not wait for torch
-    from deploy.datasets.files import SourceTable
+# Each source runs only when it is used: the command line loads this module to show its help, and some sources
+# need slow or optional packages.
+with lazy_imports():
+    from deploy.datasets import archive, dicom, files, fine_grained, medmnist, synthetic, table
 
 
 class SourceKind(StrEnum):
@@ -40,7 +42,7 @@ def open_source(
     bag_size: int = 16,
     depth: int | None = None,
     fold_case: bool = False,
-) -> "SourceTable":
+) -> "files.SourceTable":
     """Open a source of labelled images as one table.
 
     Args:
@@ -82,11 +84,10 @@ def open_source(
     if ignored := [name for name, value in given.items() if value is not None and name not in takes]:
         raise UserError(f"--source {kind} does not read {', '.join(ignored)}")
     if kind is SourceKind.SYNTHETIC:
-        from deploy.datasets.synthetic import synthetic_source
-
         if images is not None:
             raise UserError("--source synthetic draws its images; it does not read --images")
-        return synthetic_source(sites, seed, images_per_site, image_size, images_per_site // 5, bag_size)
+        tests = images_per_site // 5
+        return synthetic.synthetic_source(sites, seed, images_per_site, image_size, tests, bag_size)
     if images is None or (from_table and labels is None):
         raise UserError(f"--source {kind} needs --images" + (" and --labels" if from_table else ""))
     return _open(kind, images, labels, hierarchy, label_column, depth, fold_case)
@@ -100,23 +101,14 @@ def _open(
     label_column: str | None,
     depth: int | None,
     fold_case: bool,
-) -> "SourceTable":
-    # Each source is imported only when it is used: some need slow or optional packages.
+) -> "files.SourceTable":
     if kind is SourceKind.FOLDERS:
-        from deploy.datasets.table import folder_source
-
-        return folder_source(images, fold_case=fold_case)
+        return table.folder_source(images, fold_case=fold_case)
     if kind is SourceKind.MEDMNIST:
-        from deploy.datasets.medmnist import medmnist_source
-
-        return medmnist_source(images, hierarchy)
+        return medmnist.medmnist_source(images, hierarchy)
     if kind is SourceKind.ARCHIVE:
-        from deploy.datasets.archive import archive_source
-
-        return archive_source(images)
+        return archive.archive_source(images)
     if kind in (SourceKind.CUB, SourceKind.AIRCRAFT, SourceKind.CARS):
-        from deploy.datasets import fine_grained
-
         readers = {
             SourceKind.CUB: fine_grained.cub_source,
             SourceKind.AIRCRAFT: fine_grained.aircraft_source,
@@ -125,9 +117,6 @@ def _open(
         return readers[kind](images)
     assert labels is not None
     if kind is SourceKind.DICOM:
-        from deploy.datasets.dicom import dicom_source
+        return dicom.dicom_source(images, labels, hierarchy, label_column, depth=depth, fold_case=fold_case)
 
-        return dicom_source(images, labels, hierarchy, label_column, depth=depth, fold_case=fold_case)
-    from deploy.datasets.table import table_source
-
-    return table_source(images, labels, hierarchy, label_column, depth=depth, fold_case=fold_case)
+    return table.table_source(images, labels, hierarchy, label_column, depth=depth, fold_case=fold_case)

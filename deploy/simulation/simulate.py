@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
@@ -19,14 +19,24 @@ from common.errors import UserError
 from common.hierarchy import Hierarchy
 from deploy.cli.progress import Follower, counted
 from deploy.cli.tables import console
+from deploy.lazy import lazy_imports
 from deploy.runs.runs import print_summary, read_summary
 from deploy.simulation import interrupt, prerequisites
 from deploy.simulation.folder_lock import locked
 from deploy.simulation.presets import PRESETS, Preset, values
 
-if TYPE_CHECKING:
-    from client.data.bags import BagStore
-    from server.run_folder import RunFolder
+# They bring torch along, which the checks of the options do not need.
+with lazy_imports():
+    from client import budget, locate
+    from client.data import bags, labelled
+    from common.model import build
+    from common.privacy import randomness
+    from deploy.datasets import synthetic
+    from deploy.figures import draw as figures_of_runs
+    from deploy.report import files as budget_report
+    from deploy.simulation import flower_engine, local_grid
+    from server import app as server_app
+    from server import run_folder
 
 LARGEST_SIZE = 224
 LOCK_SECONDS = 0.5
@@ -65,8 +75,6 @@ def simulate(
         UserError: faulty options or data; nothing was started.
         RunError: the run failed.
     """
-    from server.run_folder import RunFolder
-
     if resume and out is None:
         raise UserError("--resume needs the run folder: give it with --out")
     if resume and config_file is None and out is not None and (out / "config.toml").exists():
@@ -76,7 +84,7 @@ def simulate(
     prerequisites.check(config)
     shown = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.with_changes({"run-dir": str(shown.resolve()), "resume": resume})
-    folder = RunFolder(shown.resolve())
+    folder = run_folder.RunFolder(shown.resolve())
     again = f"fedbags simulate --out {shlex.quote(str(shown))} --resume" + (
         f" --engine {engine}" if engine != "local" else ""
     )
@@ -101,19 +109,18 @@ def simulate(
     return summary
 
 
-def run_prepared(config: RunConfig, folder: "RunFolder", engine: str, workers: int | None) -> dict[str, Any]:
+def run_prepared(
+    config: RunConfig, folder: "run_folder.RunFolder", engine: str, workers: int | None
+) -> dict[str, Any]:
     """Draw or check the sites, run the engine, and return the summary.
 
     Raises:
         FedbagsError: as ``simulate``.
     """
-    # Imported here: they bring torch along, which the checks of the options do not need.
-    from client.locate import site_folders
-
     # Before the sites are drawn and read, which takes longer.
     check_model(config)
     sites_dir = Path(config.sites_dir) if config.sites_dir else synthetic_sites(config, folder)
-    sites = site_folders(sites_dir)
+    sites = locate.site_folders(sites_dir)
     config = config.with_changes({"sites-dir": str(sites_dir), "federation.sites": len(sites)})
     images = prepare_sites(sites, config)
     say(f"{len(sites)} sites, {images} training images, {config.model.image_size} px, {config.rounds} rounds")
@@ -122,19 +129,17 @@ def run_prepared(config: RunConfig, folder: "RunFolder", engine: str, workers: i
     return read_summary(folder.path)
 
 
-def synthetic_sites(config: RunConfig, folder: "RunFolder") -> Path:
+def synthetic_sites(config: RunConfig, folder: "run_folder.RunFolder") -> Path:
     """Draw the synthetic hospitals of a new run, and return their folder.
 
     Raises:
         UserError: the folder exists, and not from a run that could be resumed.
     """
-    from deploy.datasets.synthetic import write_synthetic_sites
-
     sites_dir = folder.path / "sites"
     if folder.config.exists() and sites_dir.exists():
         return sites_dir
     with counted("drawing synthetic hospitals") as progress:
-        write_synthetic_sites(
+        synthetic.write_synthetic_sites(
             sites_dir,
             sites=config.federation.sites,
             seed=config.seed,
@@ -144,27 +149,21 @@ def synthetic_sites(config: RunConfig, folder: "RunFolder") -> Path:
     return sites_dir
 
 
-def draw(config: RunConfig, folder: "RunFolder") -> None:
+def draw(config: RunConfig, folder: "run_folder.RunFolder") -> None:
     """Draw the pictures of a finished run, and write the privacy-budget report of a private one."""
-    from deploy.figures.draw import draw_figures
-
-    draw_figures([folder.path], None)
+    figures_of_runs.draw_figures([folder.path], None)
     if config.dp.epsilon:
-        from deploy.cli.report import report
-
-        report([folder.path], folder.path / "report")
+        budget_report.report([folder.path], folder.path / "report")
 
 
-def whereabouts(folder: "RunFolder", rounds: int, again: str) -> str:
+def whereabouts(folder: "run_folder.RunFolder", rounds: int, again: str) -> str:
     """Describe how far a run has come, with the command that goes on with it."""
-    from server.run_folder import read_events
-
     if folder.summary.exists():
         run = shlex.quote(str(folder.path))
         return f"after the run was complete: see `fedbags runs show {run}`, `fedbags figures {run}`"
     if not folder.config.exists():
         return "before the first round, and nothing was trained: give the same command again"
-    done = max((event["round"] for event in read_events(folder.metrics)), default=0)
+    done = max((event["round"] for event in run_folder.read_events(folder.metrics)), default=0)
     where = f"in round {done + 1} of {rounds}" if done < rounds else "while the model was tested"
     return f"{where}: go on with `{again}`"
 
@@ -226,10 +225,8 @@ def parse_dp(text: str | None) -> dict[str, Scalar]:
 
 def usual_image_size(sites_dir: Path) -> int:
     """Return the median shorter side of some of the sites' images, at least 8 and at most 224 pixels."""
-    from client.locate import site_folders
-
     sides = []
-    for site in site_folders(sites_dir):
+    for site in locate.site_folders(sites_dir):
         for path in sorted((site / "images").glob("*"))[:20]:
             try:
                 with Image.open(path) as image:
@@ -248,14 +245,12 @@ def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
     Raises:
         DataError: the bad rows of a site (here they may be shown: site and user are the same).
     """
-    from client.data.bags import BagStore
-    from client.data.labelled import LabelledImages
-
     used = 0
     for site in sites:
         with counted(f"reading {site.name}") as progress:
-            store = BagStore.open(site, config.model.image_size, skip_bad=config.skip_bad, progress=progress)
-            LabelledImages.open(site, config.model.image_size, skip_bad=config.skip_bad, progress=progress)
+            size, skip_bad = config.model.image_size, config.skip_bad
+            store = bags.BagStore.open(site, size, skip_bad=skip_bad, progress=progress)
+            labelled.LabelledImages.open(site, size, skip_bad=skip_bad, progress=progress)
         if config.dp.epsilon:
             check_plan(config, store)
         summary = store.summary
@@ -274,22 +269,17 @@ def check_model(config: RunConfig) -> None:
     Raises:
         UserError: see build_model.
     """
-    from common.model.build import build_model
-
-    build_model(config.model, Hierarchy.from_rows(["leaf"], [["a"], ["b"]]), config.seed)
+    build.build_model(config.model, Hierarchy.from_rows(["leaf"], [["a"], ["b"]]), config.seed)
 
 
-def check_plan(config: RunConfig, store: "BagStore") -> None:
+def check_plan(config: RunConfig, store: "bags.BagStore") -> None:
     """Make a site's privacy plan once before the run, so that a faulty setting is found at once.
 
     Raises:
         UserError: the settings make no plan for this site.
     """
-    from client.budget import make_plan
-    from common.privacy.randomness import InsecureSeededRandomness
-
     # No noise is drawn from this source: the plan is printed and dropped, and each site makes its own.
-    plan = make_plan(config, store, InsecureSeededRandomness(config.seed, store.name))
+    plan = budget.make_plan(config, store, randomness.InsecureSeededRandomness(config.seed, store.name))
     say(
         f"{store.name}: {plan.number_of_bags} bags, sample rate {plan.sample_rate:.3f}, noise multiplier "
         f"{plan.noise_multiplier:.3f} for epsilon {plan.planned_epsilon:.3f} (replace-one bag, delta "
@@ -304,20 +294,16 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
         RunError: the run failed; what the server said.
     """
     if engine == "flower":
-        from deploy.simulation.flower_engine import run_flower
-
-        run_flower(config)
+        flower_engine.run_flower(config)
         return
-    from deploy.simulation.local_grid import LocalGrid
-    from server.app import app
 
     # Flower's strategies report each aggregation, of our one mean reply: noise between progress bars.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     # The log.jsonl of the run folder has these lines.
     logging.getLogger("fedbags").propagate = False
     flat = config.to_flat()
-    with LocalGrid(config.federation.sites, flat, workers) as grid:
-        app(grid, grid.server_context(flat))
+    with local_grid.LocalGrid(config.federation.sites, flat, workers) as grid:
+        server_app.app(grid, grid.server_context(flat))
 
 
 def default_workers(sites: int) -> int:
