@@ -16,11 +16,11 @@ from PIL import Image
 from common.config import RunConfig, Scalar
 from common.errors import RunError
 from common.hierarchy import Hierarchy
-from deploy.cli import report as report_files
 from deploy.compare import run as comparison
 from deploy.datasets.counts import build_counted_site, read_counted_bags
 from deploy.datasets.site_check import check_site as describe_site
 from deploy.figures.draw import draw_figures
+from deploy.report import files as report_files
 from deploy.runs.predict import Classifier
 from deploy.runs.runs import read_summary
 from deploy.simulation import simulate as simulation

@@ -55,7 +55,7 @@ def test_the_client_loads_nothing_that_it_does_not_use() -> None:
 
 def test_help_loads_no_torch() -> None:
     loaded = modules_after("import deploy.cli.main")
-    for heavy in ("torch", "flwr", "matplotlib", "sklearn", "numpy", "pandas", "pydantic", "rich.console"):
+    for heavy in ("torch", "flwr", "matplotlib", "sklearn", "numpy", "pandas", "pydantic", "rich.text"):
         assert heavy not in loaded
 
 
