@@ -15,8 +15,6 @@ number, so a changed file can cost budget or be refused by the cap, and hides no
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from client.locate import is_simulated
 from client.site import PrivacyBudget, PrivateMetrics, ReleaseProportions
 from common.config import RunConfig
 from common.errors import ConfigError
+from common.files import write_text
 from common.privacy.accounting import calibrate
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, merge
 from common.privacy.plan import PrivacyPlan
@@ -102,13 +101,7 @@ class SigmaCache:
         # Only time is lost where the folder cannot be written.
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix="tmp-plan-")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                    json.dump({"key": key, "sigma": sigma}, stream)
-                Path(name).replace(self.path)
-            finally:
-                Path(name).unlink(missing_ok=True)
+            write_text(self.path, json.dumps({"key": key, "sigma": sigma}), 0o600, sync="nothing")
 
 
 @dataclass(frozen=True)

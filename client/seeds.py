@@ -13,7 +13,6 @@ nothing but continuity: what was derived from it before cannot be derived again.
 
 import hmac
 import os
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from flwr.app import Context
 from client.locate import find_site, is_simulated
 from common.config import RunConfig
 from common.errors import UserError
+from common.files import create_bytes
 
 SECRET_FILE = "site.secret"
 """The file's name in the folder of a site."""
@@ -53,7 +53,7 @@ def _read(folder: Path) -> bytes:
     path = folder / SECRET_FILE
     try:
         if not path.exists():
-            _create(path)
+            create_bytes(path, os.urandom(SECRET_BYTES))  # or a process that was faster has drawn it
         secret = path.read_bytes()
     except OSError as error:
         raise UserError(
@@ -66,29 +66,6 @@ def _read(folder: Path) -> bytes:
             "Put back the copy of your backup; without one, delete the file and a new one is drawn."
         )
     return secret
-
-
-def _create(path: Path) -> None:
-    """Write a fresh secret in one step, or keep the one of a process that was faster."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # readable by its owner alone
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(os.urandom(SECRET_BYTES))
-            stream.flush()
-            # The content must be on the disk before its name is: a file cut short by a power cut would be
-            # refused as damaged.
-            os.fsync(stream.fileno())
-        try:
-            os.link(name, path)  # unlike a rename, this never replaces a file
-        except FileExistsError:
-            return
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ run configuration: where both set the same thing, the stricter one is the site's
 """
 
 import difflib
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 from common.config import flatten
 from common.config_tables import Section
 from common.errors import ConfigError, require_file
+from common.files import write_text
 from common.records import SiteName
 
 SITE_FILE = "site.toml"
@@ -213,11 +213,7 @@ class SiteConfig(Section):
     def save(self, site_dir: Path) -> None:
         """Write ``site_dir/site.toml`` in one step, so that a reader sees the old file or the new one."""
         text = tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
-        with tempfile.NamedTemporaryFile("w", dir=site_dir, delete=False, encoding="utf-8") as stream:
-            stream.write(text)
-        temporary = Path(stream.name)
-        temporary.chmod(0o644)
-        temporary.replace(site_dir / SITE_FILE)
+        write_text(site_dir / SITE_FILE, text, 0o644)
 
 
 def _faults(error: ValidationError) -> str:

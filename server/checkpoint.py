@@ -8,10 +8,8 @@ A checkpoint is written under a temporary name, synced and renamed, carries its 
 before it is kept: a crash or a full disk while writing costs at most one round.
 """
 
-import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.errors import RunError
+from common.files import replacing
 from common.records import PrivacyStatement, ProportionRelease
 from common.text import one_line
 
@@ -93,19 +92,13 @@ def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimise
     }
     text = state.model_dump_json().encode()
     target = folder / f"round-{state.round:05d}.safetensors"
-    partial = target.with_suffix(".partial")
     try:
         whole = {**arrays, _STATE: np.frombuffer(text, np.uint8)}
-        save_file(whole, partial, metadata={"digest": _digest(arrays, text)})
-        # Contents first, then the name, then the folder that holds the name: in any other order a power cut
-        # could leave the new name without its contents.
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(target)
-        _sync_folder(folder)
+        for left in folder.glob("*.partial"):  # by a server that was killed in the middle of writing one
+            left.unlink()
+        with replacing(target) as (partial,):
+            save_file(whole, partial, metadata={"digest": _digest(arrays, text)})
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise RunError(
             f"the checkpoint of round {state.round} could not be written to {folder}: {error}\n"
             "The one before it is intact: free some space and go on with --resume."
@@ -174,11 +167,3 @@ def _digest(arrays: Arrays, text: bytes) -> str:
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import RunConfig
 from common.errors import RunError, UserError
+from common.files import write_json, write_text
 from common.logs import JsonLines
 
 if TYPE_CHECKING:  # torch and Flower come with these, and whoever watches a run needs neither
@@ -129,7 +130,7 @@ class RunFolder:
             RunError: the disk is full or not writable.
         """
         with written(self.summary):
-            write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+            write_json(self.summary, summary)
 
     def write_confusion(self, argmax: "Confusion", path: "Confusion") -> None:
         """Write confusion.json.
@@ -139,7 +140,7 @@ class RunFolder:
         """
         counts = {"argmax": [m.tolist() for m in argmax], "path": [m.tolist() for m in path]}
         with written(self.confusion):
-            write_text(self.confusion, json.dumps(counts) + "\n")
+            write_json(self.confusion, counts, indent=None)
 
 
 class _Lines(logging.Handler):
@@ -185,21 +186,6 @@ def append_line(path: Path, line: str) -> None:
             # Half a line would be read as a fault of the file when the run is resumed.
             stream.truncate(before)
             raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            # Synced before it takes its name: after a power cut the name must not stand for an empty file.
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,21 +6,19 @@ ledger (client/ledger/anchor.py); the statements kept here are a second record t
 site.
 """
 
-import fcntl
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import RunError
+from common.files import locked, write_text
 from common.privacy.events import PoissonGaussian, event_from_dict
 from common.records import MessageError, PrivacyStatement
-from server.run_folder import write_text
 
 _REPEATS = 1000
 """Statements of a site that are known again when they come once more."""
@@ -201,17 +199,15 @@ class StatementBook:
         if self._folder is None:
             yield
             return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            # The lock is on the folder and not on a file of it, because every write replaces the file.
-            lock = os.open(self._folder, os.O_RDONLY)
-        except OSError as error:
-            raise RunError(f"the folder {self._folder} cannot be used: {error.strerror or error}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with ExitStack() as stack:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self._folder))
+            except OSError as error:
+                raise RunError(
+                    f"the folder {self._folder} cannot be used: {error.strerror or error}"
+                ) from error
             yield
-        finally:
-            os.close(lock)
 
 
 def _covers(new: PrivacyStatement, old: PrivacyStatement) -> bool:

@@ -5,8 +5,6 @@ Pixels come from the memory-mapped cache, whose rows lie bag after bag, so that 
 """
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Self
@@ -27,6 +25,7 @@ from client.data.site_files import (
 from client.data.tables import write_csv
 from client.site import BUILD_ADVICE, SiteConfig
 from common.errors import BadRow, DataError, UserError
+from common.files import replacing
 from common.hierarchy import Hierarchy
 
 CACHE_FOLDER = ".cache"
@@ -228,19 +227,11 @@ def write_quarantine(folder: Path, rows: list[BadRow]) -> None:
     if not rows:
         target.unlink(missing_ok=True)
         return
-    temporary: Path | None = None
+    listed = [(row.file, row.row or "", row.reason) for row in rows]
     try:
-        handle, name = tempfile.mkstemp(dir=folder)
-        os.close(handle)
-        temporary = Path(name)
-        write_csv(
-            temporary, ("file", "row", "reason"), [(row.file, row.row or "", row.reason) for row in rows]
-        )
-        temporary.chmod(0o644)
-        temporary.replace(target)
+        with replacing(target, mode=0o644) as (temporary,):
+            write_csv(temporary, ("file", "row", "reason"), listed)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise UserError(
             f"the quarantine list {target} cannot be written: {error.strerror or error}"
         ) from error

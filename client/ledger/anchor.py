@@ -6,12 +6,8 @@ row. It may be behind the ledger (a crash between the two), never ahead: a ledge
 the anchor's head has lost rows. The anchor carries the events, so that a lost file loses no spending.
 """
 
-import fcntl
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client.ledger.book import Book, Tally, tally
 from client.ledger.file import LedgerBusyError, LedgerError, Mark
 from client.locate import KIT
+from common.files import locked, write_text
 from common.privacy.events import Unit
 
 ANCHOR_SUFFIX = ".anchor.json"
@@ -97,7 +94,8 @@ class AnchorFile:
             LedgerBusyError: it cannot be written; what was to happen must not happen.
         """
         try:
-            with self._alone():
+            self.path.parent.mkdir(exist_ok=True)  # the kit's state folder, if missing; never the kit
+            with locked(self.path.parent):
                 try:
                     found = self.read()
                 except LedgerLostError:
@@ -109,34 +107,10 @@ class AnchorFile:
                 # A shorter chain may replace the anchor's only where the anchor's was declared lost:
                 # after that, the new chain is the ledger.
                 if found is None or found.rows < book.rows or found.head in book.lost:
-                    self._write(Anchor.of(book))
+                    # The folder is not synced: an older anchor is still one of this chain.
+                    write_text(self.path, Anchor.of(book).model_dump_json(), 0o600, sync="content")
         except OSError as error:
             raise LedgerBusyError(f"the ledger's anchor {self.path} cannot be written: {error}") from error
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self.path.parent.mkdir(exist_ok=True)  # the kit's state folder, where it is missing; never the kit
-        # The folder is locked and not the anchor: a rename gives the anchor a new inode, and a lock on
-        # the old one would exclude nobody.
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
-
-    def _write(self, anchor: Anchor) -> None:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(anchor.model_dump_json())
-                stream.flush()
-                # The new file must be complete before it takes the old one's name. The folder is not
-                # synced: an older anchor is still one of this chain.
-                os.fsync(stream.fileno())
-            Path(name).replace(self.path)
-        finally:
-            Path(name).unlink(missing_ok=True)
 
 
 ADVICE = (

@@ -21,9 +21,7 @@ an older file of the same ledger costs time only.
 """
 
 import hmac
-import os
 import sqlite3
-import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,6 +44,7 @@ from client.ledger.file import (
     parse_row,
 )
 from common.errors import UserError, require_file
+from common.files import write_bytes
 from common.privacy import composition
 from common.privacy.accounting import fits
 from common.privacy.composition import Composition, amounts_of
@@ -238,20 +237,11 @@ class CarryFile:
         content = composition.pack(kept, _about(book, book.rows, book.head))
         # The ledger holds what counts: where this file cannot be written, the next process takes longer.
         with suppress(OSError, UserError):
-            self._write(self._seal(content) + content)
+            write_bytes(self.path, self._seal(content) + content, 0o600, sync="nothing")
             self._written = kept
 
     def _seal(self, content: bytes) -> bytes:
         return seeds.derive(self.path.parent, PURPOSE, content)
-
-    def _write(self, content: bytes) -> None:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-            Path(name).replace(self.path)
-        finally:
-            Path(name).unlink(missing_ok=True)
 
 
 def _is_long(book: Book) -> bool:

@@ -5,9 +5,7 @@ arrays travel.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from common.config_tables import ModelConfig
 from common.errors import DataError, UserError, require_file
+from common.files import replacing
 from common.hierarchy import Hierarchy
 from common.model.build import rebuild_model
 from common.model.lhfglp import LHFGLP
@@ -83,22 +82,12 @@ def save_model(directory: Path, model: LHFGLP, card: ModelCard) -> None:
         WEIGHTS_FILE: weights,
         CARD_FILE: (card.model_dump_json(indent=2, by_alias=True) + "\n").encode(),
     }
-    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in contents}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            with temporary[name].open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        # Both files are complete and synced before either takes its name. A crash before this leaves the
-        # old pair, and one between the two renames a pair whose digests differ.
-        for name, path in temporary.items():
-            path.replace(directory / name)
+        with replacing(*(directory / name for name in contents)) as temporary:
+            for path, content in zip(temporary, contents.values(), strict=True):
+                path.write_bytes(content)
     except OSError as error:
-        for path in temporary.values():
-            with suppress(OSError):
-                path.unlink()
         raise UserError(
             f"the model cannot be written to {directory}: {error.strerror}\n"
             "Choose a folder that can be written to, with enough free space."

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from common.errors import UserError
+from common.files import write_json
 from deploy.cli.say import say
 from deploy.lazy import lazy_imports
 from deploy.simulation import prerequisites
@@ -22,7 +23,6 @@ with lazy_imports():
     from deploy.cli import progress as bars
     from deploy.cli import tables
     from deploy.simulation import simulate
-    from server import run_folder
 
 AUDIT_FILE = "audit.json"
 EPSILON, ROUNDS = 8.0, 8
@@ -128,7 +128,7 @@ def _write(folder: Path, result: dict[str, Any]) -> Path:
     path = folder / AUDIT_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_text(path, json.dumps(result, indent=2) + "\n")
+        write_json(path, result)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict
 
 from common.config import RunConfig, Scalar
 from common.errors import FedbagsError
-from server.run_folder import RunFolder, write_text
+from common.files import write_json, write_text
+from server.run_folder import RunFolder
 
 ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
 
@@ -103,7 +104,7 @@ def work(run: Path) -> None:
         "commit": summary["code"]["commit"],
     }
     # Written last and atomically: a folder with a result is taken as done (see plan.py).
-    write_text(run / RESULT, json.dumps(result, indent=2) + "\n")
+    write_json(run / RESULT, result)
 
 
 def peak_memory() -> int:

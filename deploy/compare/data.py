@@ -12,7 +12,6 @@ The module knows nothing of methods or runs.
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from client.data.tables import write_csv
 from client.locate import site_folders
 from client.site import SiteConfig
 from common.errors import BadRow, UserError
+from common.files import new_folder
 from deploy.compare.cells import Cell, Division
 from deploy.compare.source import SPLIT_SEED, OpenedData, refused
 from deploy.datasets.build import write_sites
@@ -230,19 +230,11 @@ def _whole(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk refuses.
     """
-    temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        # mkdtemp makes a folder that its owner alone can read.
-        temporary.chmod(0o755)
-        yield temporary
-        temporary.rename(target)
+        with new_folder(target) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(
             f"{target} cannot be written: {error.strerror or error}\n"
             "Choose a folder that you may write to, with space left, with --out."
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import write_text
 from deploy.compare.cell import RESULT
-from server.run_folder import write_text
 
 FIGURES = ("accuracy", "balanced_accuracy", "macro_f1")
 COSTS = ("proportion_l1", "seconds", "memory_mb")

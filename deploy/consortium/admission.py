@@ -7,10 +7,10 @@ anything of an app is unpacked.
 
 import hashlib
 import hmac
-import tempfile
 from pathlib import Path
 
 from common.errors import RunError
+from common.files import write_bytes
 from deploy.consortium.kit import SiteKit
 
 REFUSED_APP = "refused.fab"
@@ -56,7 +56,8 @@ def keep_refused(content: bytes, state: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    _write(state / REFUSED_APP, content)
+    state.mkdir(parents=True, exist_ok=True)
+    write_bytes(state / REFUSED_APP, content, 0o600)
     return state / REFUSED_APP
 
 
@@ -72,22 +73,8 @@ def pin(kit: SiteKit, content: bytes) -> SiteKit:
         OSError: the kit cannot be written; it pins what it pinned before.
     """
     # The bytes go first. If the second step fails, kit.toml still pins the hash that it pinned before.
-    _write(kit.app, content)
+    kit.app.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(kit.app, content, 0o600)
     pinned = kit.model_copy(update={"app_hash": app_hash(content)}).at(kit.folder)
     pinned.save()
     return pinned
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step, so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A rename replaces the file at once only within one file system, hence the folder of the file itself.
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
-        temporary = Path(stream.name)
-        try:
-            stream.write(content)
-            stream.flush()
-        except OSError:
-            temporary.unlink()
-            raise
-    temporary.replace(path)

@@ -5,9 +5,6 @@ server that relays it need not be trusted. The authority's folder (ca.key, ca.cr
 coordinator, offline if it can. Nothing here knows of kits or of Flower.
 """
 
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from common.errors import UserError, require_file
+from common.files import new_folder, write_json
 from deploy.consortium.certificates import (
     certificate_builder,
     check_certificate,
@@ -33,7 +31,6 @@ from deploy.consortium.certificates import (
     write_certificate,
 )
 from deploy.consortium.keys import KeyForm, fingerprint, make_private_key, read_private_key
-from deploy.consortium.toml_file import write_text
 
 KEY_FILE, CERTIFICATE_FILE, ISSUED_FILE = "ca.key", "ca.crt", "issued.json"
 SERVER = "(server)"
@@ -82,10 +79,8 @@ class Authority:
         """
         if folder.exists():
             raise UserError(f"{folder} exists: an authority is never overwritten")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         # Built under another name and renamed at the end, so that a failure leaves no half of an authority.
-        work = Path(tempfile.mkdtemp(prefix=".authority-", dir=folder.parent))
-        try:
+        with new_folder(folder, 0o700) as work:
             key = make_private_key(work / KEY_FILE, KeyForm.PKCS8, password)
             name = distinguished_name(consortium, f"{consortium} authority")
             certificate = (
@@ -96,11 +91,7 @@ class Authority:
                 .sign(key, hashes.SHA384())
             )
             write_certificate(work / CERTIFICATE_FILE, certificate)
-            write_text(work / ISSUED_FILE, "[]\n")
-            work.rename(folder)
-        except BaseException:
-            shutil.rmtree(work)
-            raise
+            write_json(work / ISSUED_FILE, [], mode=0o644)
         return cls(folder, certificate, key)
 
     @classmethod
@@ -228,4 +219,4 @@ class Authority:
 
     def _save(self, records: Sequence[Issued]) -> None:
         rows = [record.model_dump(mode="json") for record in records]
-        write_text(self.folder / ISSUED_FILE, json.dumps(rows, indent=2) + "\n")
+        write_json(self.folder / ISSUED_FILE, rows, mode=0o644)

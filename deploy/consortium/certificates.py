@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from common.errors import UserError, require_file
-from deploy.consortium.toml_file import write_text
+from common.files import write_bytes
 
 CLOCK_TOLERANCE = timedelta(hours=1)
 """Certificates begin this long before they are issued, so that a slow clock at a site does no harm."""
@@ -35,7 +35,7 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 def write_certificate(path: Path, certificate: x509.Certificate) -> None:
     """Write a certificate as PEM."""
-    write_text(path, certificate.public_bytes(serialization.Encoding.PEM).decode())
+    write_bytes(path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
 def check_certificate(

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from common.errors import UserError, require_file
-from deploy.consortium.toml_file import write_text
+from common.files import write_text
 
 CURVE = ec.SECP384R1
 SECRET_BYTES = 32
@@ -165,7 +165,7 @@ def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
 def write_public_key(path: Path, key: ec.EllipticCurvePublicKey, comment: str) -> None:
     """Write a public key in OpenSSH form, with the site's name as its comment."""
     line = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-    write_text(path, f"{line} {comment}\n")
+    write_text(path, f"{line} {comment}\n", 0o644)
 
 
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from common.config_tables import Section
 from common.errors import UserError, require_file
+from common.files import write_text
 from deploy.consortium.settings import (
     LOOPBACK,
     Hash,
@@ -21,7 +22,7 @@ from deploy.consortium.settings import (
     SitePorts,
     join_address,
 )
-from deploy.consortium.toml_file import commented, read_toml, validated, write_text
+from deploy.consortium.toml_file import commented, read_toml, validated
 
 KIT_FILE = "kit.toml"
 KIT_VERSION = 1
@@ -69,7 +70,7 @@ class Kit(Section):
 
     def save(self) -> None:
         """Write kit.toml into the kit's folder in one step, each key with its meaning above it."""
-        write_text(self.folder / KIT_FILE, self.to_toml())
+        write_text(self.folder / KIT_FILE, self.to_toml(), 0o644)
 
     def to_toml(self) -> str:
         """Return the commented text of kit.toml."""

@@ -12,6 +12,7 @@ from typing import Self
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import UserError
+from common.files import write_bytes
 from deploy.consortium.authority import CERTIFICATE_FILE, Authority
 from deploy.consortium.certificates import write_certificate
 from deploy.consortium.keys import fingerprint, read_private_key, read_public_key, write_public_key
@@ -19,7 +20,6 @@ from deploy.consortium.kit import KIT_FILE, CoordinatorKit, Kit, SiteKit
 from deploy.consortium.kit_check import check_bundle, check_node, check_server
 from deploy.consortium.render import render_kit
 from deploy.consortium.settings import SitePorts
-from deploy.consortium.toml_file import write_bytes
 
 CERTIFICATE_DAYS = 398
 """How long a certificate holds, unless consortium.toml or --days says otherwise."""
@@ -161,7 +161,7 @@ class Kits:
         authority = (self.authority.folder / CERTIFICATE_FILE).read_bytes()
         for path, content in ((kit.ca_certificate, authority), (kit.app, app)):
             if not path.exists():
-                write_bytes(path, content)
+                write_bytes(path, content, 0o644)
                 self.changes.written.append(path)
 
     def complete_site(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import write_bytes
 from deploy.consortium.admission import app_hash
 from deploy.consortium.bundle import build_bundle
 from deploy.consortium.keys import KeyForm, make_private_key, make_secret, read_public_key, write_public_key
@@ -15,7 +16,6 @@ from deploy.consortium.kit import KIT_FILE, SiteKit
 from deploy.consortium.kit_check import check_authority
 from deploy.consortium.kits import CERTIFICATE_DAYS, Changes, Kits
 from deploy.consortium.settings import SitePorts, valid_site
-from deploy.consortium.toml_file import write_bytes
 
 SERVER = "server"
 """The server, among the names that ``renew`` takes."""
@@ -104,7 +104,7 @@ def update_app(kits: Kits) -> Changes:
     content = build_bundle()
     kit = kits.coordinator.model_copy(update={"app_hash": app_hash(content)})
     # If it stops between the two writes, check_bundle names the mismatch and a second try mends it.
-    write_bytes(kit.app, content)
+    write_bytes(kit.app, content, 0o644)
     kit.save()
     kits.changes.written += [kit.app, kit.folder / KIT_FILE]
     return Changes(kit.app_hash, kits.changes.written)

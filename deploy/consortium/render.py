@@ -9,8 +9,8 @@ from pathlib import Path
 import jinja2
 import tomli_w
 
+from common.files import write_text
 from deploy.consortium.kit import CoordinatorKit, Kit, SiteKit
-from deploy.consortium.toml_file import write_text
 
 COORDINATOR_FILES = {
     "nginx.conf": "nginx.conf.j2",
@@ -70,5 +70,6 @@ def write_flower_connection(kit: CoordinatorKit) -> Path:
     connection = {"address": kit.server.superlink_address, "root-certificates": str(kit.ca_certificate)}
     path = kit.flower_home / "config.toml"
     path.parent.mkdir(exist_ok=True)
-    write_text(path, tomli_w.dumps({"superlink": {"default": kit.connection, kit.connection: connection}}))
+    text = tomli_w.dumps({"superlink": {"default": kit.connection, kit.connection: connection}})
+    write_text(path, text, 0o644)
     return path

@@ -18,10 +18,10 @@ from types import FrameType
 from pydantic import BaseModel, ConfigDict
 
 from common.errors import UserError
+from common.files import write_text
 from deploy.consortium.child import GRACE, Child, ProgramState, Status
 from deploy.consortium.processes import MARK, end, lookup, members, require_proc
 from deploy.consortium.program import Program
-from deploy.consortium.toml_file import write_text
 
 log = logging.getLogger("fedbags.supervisor")
 

@@ -5,7 +5,6 @@ of what the keys mean.
 """
 
 import difflib
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,34 +55,6 @@ def commented(section: Section, header: str = "") -> str:
         lines += [f"# {field.description}"] if field.description else []
         lines.append(tomli_w.dumps({key: dumped[key]}).rstrip())
     return "\n".join(lines) + "\n" + "".join(tables)
-
-
-def write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a text in UTF-8 as ``write_bytes`` does."""
-    write_bytes(path, text.encode(), mode)
-
-
-def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file in one step, so that a reader sees the old file or the new one.
-
-    The file never has a wider mode than asked for.
-
-    Args:
-        path: the file; its folder exists.
-        content: the whole content.
-        mode: permissions, 0o600 for what is secret.
-    """
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
-        temporary = Path(stream.name)
-        try:
-            stream.write(content)
-            stream.flush()
-        except BaseException:
-            temporary.unlink()
-            raise
-    # The file begins with mode 0600 and gets its mode before its name: others never read a secret.
-    temporary.chmod(mode)
-    temporary.replace(path)
 
 
 def _faults(error: ValidationError, model: type[BaseModel]) -> list[str]:

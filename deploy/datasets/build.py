@@ -9,8 +9,6 @@ Check images, count progress, and write all or nothing, as every build of site f
 
 import errno
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +24,7 @@ from client.data.bags import write_quarantine
 from client.data.image_cache import CHUNK, Progress
 from client.data.tables import refuse_twins
 from common.errors import BadRow, DataError, UserError
+from common.files import new_folder
 from deploy.datasets.files import TEST_WORDS, TRAIN_WORDS, SourceImages, SourceTable, image_fault
 from deploy.datasets.partition import (
     Indices,
@@ -83,15 +82,9 @@ def whole_or_nothing(target: Path, needed: Callable[[], int]) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or refuses.
     """
-    temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder, since a rename is one step only within a file system; and hidden, so that
-        # nothing takes it for a site.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        temporary.rename(target)
+        with new_folder(target) as temporary:
+            yield temporary
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -99,9 +92,6 @@ def whole_or_nothing(target: Path, needed: Callable[[], int]) -> Iterator[Path]:
                 "another --out."
             ) from error
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def build_sites(

@@ -18,6 +18,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from common.errors import UserError
+from common.files import write_bytes
 from common.hierarchy import Hierarchy
 
 DPI = 130
@@ -76,12 +77,9 @@ def save(figure: Figure, path: Path) -> Path:
     """
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
-    # Renamed into place at the end, so that nobody finds half a file under the figure's name.
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(picture.getvalue())
-        partial.replace(path)
+        write_bytes(path, picture.getvalue())
     except OSError as error:
         raise UserError(
             f"the picture {path} cannot be written: {error.strerror or error}\n"

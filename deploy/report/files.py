@@ -1,7 +1,6 @@
 """Write the privacy-budget report of ledgers and run folders as report.json, one page of HTML, and a PDF."""
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RunError, UserError
+from common.files import replacing
 from deploy.report.model import json_schema
 from deploy.report.render import build, render
 
@@ -71,15 +71,13 @@ def _write(out: Path, texts: dict[str, str], browser: str | None) -> bool:
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as name:
             scratch = Path(name)
             for file, text in texts.items():
-                with (scratch / file).open("w", encoding="utf-8") as stream:
-                    stream.write(text)
-                    stream.flush()
-                    # On the disk before the file gets its name, so that a power cut leaves no empty report.
-                    os.fsync(stream.fileno())
+                (scratch / file).write_text(text, encoding="utf-8")
             if browser is not None:
                 _print(browser, scratch)
-            for path in sorted(scratch.glob("report.*")):
-                path.replace(out / path.name)
+            made = sorted(scratch.glob("report.*"))
+            with replacing(*(out / path.name for path in made)) as temporary:
+                for path, copy in zip(made, temporary, strict=True):
+                    shutil.copyfile(path, copy)
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {out}: {error.strerror or error}\n"

@@ -22,12 +22,12 @@ from client.data.bags import to_tensor
 from client.data.decoding import describe, square, to_rgb
 from client.data.image_cache import CHUNK, Progress, decode_all
 from common.errors import BadRow, UserError
+from common.files import write_text
 from common.hierarchy import Hierarchy
 from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
 from common.model.model_file import ModelCard, load_model
 from deploy.cli.tables import console, table
 from deploy.runs.pictures import find_pictures, open_picture
-from server.run_folder import write_text
 
 
 @dataclass(frozen=True)

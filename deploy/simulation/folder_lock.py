@@ -1,17 +1,17 @@
 """Lock a folder, so that one process at a time works in it.
 
-The kernel holds the lock (flock), so a killed process leaves it to the next one and nothing stale has to be
-removed. The file only names its holder.
+The kernel holds the lock, so a killed process leaves it to the next one and nothing stale has to be removed.
+The file only names its holder.
 """
 
-import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
@@ -35,51 +35,31 @@ def locked(folder: Path, what: str, patience: float = 0.0) -> Iterator[None]:
     """
     path = folder / LOCK
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = _hold(path, what, time.monotonic() + patience)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written: {error.strerror or error}\n"
-            "Choose a folder that you may write to, with space left, with --out."
-        ) from error
-    with stream:
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
         try:
-            yield
-        finally:
-            # Removed while it is locked. A process that opened it meanwhile finds in _hold that it is gone.
-            path.unlink(missing_ok=True)
-            # A folder with something in it cannot be removed, and stays.
-            with suppress(OSError):
-                for place in made:
-                    place.rmdir()
-
-
-def _hold(path: Path, what: str, until: float) -> TextIO:
-    while True:
-        # Opened without truncating it: the file still names the process that holds the lock.
-        stream = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            holder = stream.read().strip()
-            stream.close()
-            if time.monotonic() > until:
-                raise UserError(
-                    f"{what} is at work in {path.parent}: {holder or 'another process'}\n"
-                    "Wait for it, end it, or choose another folder with --out."
-                ) from None
-            time.sleep(0.1)
-            continue
-        except BaseException:
-            stream.close()
-            raise
-        # Whoever held it before may have removed the file between our opening and locking it.
-        if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
-            stream.truncate(0)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path, timeout=patience, poll_interval=0.1))
+            # Removed while it is locked: a process that opened it meanwhile finds that it is gone.
+            stack.callback(path.unlink, missing_ok=True)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
-            stream.flush()
-            return stream
-        stream.close()
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+        except Timeout:
+            holder = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+            raise UserError(
+                f"{what} is at work in {folder}: {holder or 'another process'}\n"
+                "Wait for it, end it, or choose another folder with --out."
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written: {error.strerror or error}\n"
+                "Choose a folder that you may write to, with space left, with --out."
+            ) from error
+        yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove nested folders, the innermost first, up to the first that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

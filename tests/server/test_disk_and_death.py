@@ -101,8 +101,8 @@ def only(name: str, write: Callable[..., Any]) -> Callable[..., Any]:
         (checkpoint, "save_file", None, 0),
         (run_folder, "append_line", "metrics.jsonl", 1),
         (server_app, "save_model", None, 3),
-        (run_folder, "write_text", "summary.json", 3),
-        (run_folder, "write_text", "confusion.json", 3),
+        (run_folder, "write_json", "summary.json", 3),
+        (run_folder, "write_json", "confusion.json", 3),
     ],
 )
 def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_space(

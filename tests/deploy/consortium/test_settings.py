@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigError, UserError
+from common.files import write_text
 from deploy.consortium.kit import KIT_VERSION, CoordinatorKit, SiteKit, read_kit
 from deploy.consortium.settings import (
     ConsortiumSettings,
@@ -18,7 +19,6 @@ from deploy.consortium.settings import (
     valid_name,
     valid_site,
 )
-from deploy.consortium.toml_file import write_text
 
 GOOD = """
 name = "lesions-2026"

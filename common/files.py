@@ -1,0 +1,145 @@
+"""Write files and folders so that a reader, a crash or a power cut meets the old content or the new one.
+
+Nothing here knows what is written. Errors are left as the OSError that they are; whoever calls says what the
+user can do about them.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+Sync = Literal["nothing", "content", "name"]
+"""What must be on the disk when a write returns: nothing, the content, or the content under its name."""
+
+
+@contextmanager
+def replacing(*paths: Path, mode: int | None = None, sync: Sync = "name") -> Iterator[list[Path]]:
+    """Give an empty file for each path, to be written in the block; they take the paths' names at its end.
+
+    The names are taken in the order of the paths, after the content of all is complete. A block that ends in
+    an error leaves every path as it was.
+
+    Args:
+        paths: files; their folders exist.
+        mode: permissions; a file never has wider ones. None: those of any new file of this process.
+        sync: how much must outlive a power cut.
+    """
+    temporary: list[Path] = []
+    try:
+        for path in paths:
+            temporary.append(_beside(path, mode))
+        yield list(temporary)
+        if sync != "nothing":
+            # Contents first, then the names, then the folders that hold the names: in any other order a power
+            # cut could leave a name without its content.
+            for path in temporary:
+                sync_path(path)
+        for new, path in zip(temporary, paths, strict=True):
+            new.replace(path)
+        if sync == "name":
+            for folder in {path.parent for path in paths}:
+                sync_path(folder)
+    except BaseException:
+        for path in temporary:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes, mode: int | None = None, sync: Sync = "name") -> None:
+    """Write a file in one step, as ``replacing`` does."""
+    with replacing(path, mode=mode, sync=sync) as (temporary,):
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str, mode: int | None = None, sync: Sync = "name") -> None:
+    """Write a text in UTF-8 in one step, with its line ends as they are."""
+    write_bytes(path, text.encode(), mode, sync)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2, mode: int | None = None) -> None:
+    """Write a value as JSON in one step, with a line end after it."""
+    write_text(path, json.dumps(value, indent=indent) + "\n", mode)
+
+
+def create_bytes(path: Path, content: bytes) -> None:
+    """Write a file that its owner alone may read, unless it is there already."""
+    temporary = _beside(path, 0o600)
+    try:
+        temporary.write_bytes(content)
+        # The content must be on the disk before its name is, as in ``replacing``.
+        sync_path(temporary)
+        try:
+            os.link(temporary, path)  # unlike a rename, this never replaces a file
+        except FileExistsError:
+            return
+        sync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(target: Path, mode: int = 0o755) -> Iterator[Path]:
+    """Give a temporary folder that becomes ``target`` only when the block ends without an error.
+
+    The parents of ``target`` are made if they are missing, and stay.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is one step only within a file system; hidden, so that nothing takes
+    # it for complete.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        temporary.chmod(mode)
+        yield temporary
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that lock the same folder out of the block, after waiting for them.
+
+    The kernel holds the lock, so a process that was killed leaves it to the next.
+    """
+    # The folder is locked and no file in it: every write gives a file a new inode, and a lock on the old one
+    # would exclude nobody. That is why filelock, which locks a file, would not do.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's content, or the names that a folder holds, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; a file they all can.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def _beside(path: Path, mode: int | None) -> Path:
+    """Make an empty file in the folder of ``path``: a rename is one step only within a file system."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+    # Made narrow and then widened: nobody else may open a secret before it has its mode.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
+    try:
+        if mode is not None:
+            os.fchmod(handle, mode)
+    finally:
+        os.close(handle)
+    return temporary
