@@ -334,7 +334,7 @@ def test_a_full_disk_for_the_anchor_grants_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(AnchorFile, "_write", full)
+    monkeypatch.setattr("client.ledger.anchor.write_text", full)
     with pytest.raises(LedgerBusyError, match="No space left"):
         ledger.reserve(EVENT, "run", 1)
     monkeypatch.undo()

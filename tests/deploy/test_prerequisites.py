@@ -74,7 +74,7 @@ def test_an_audit_without_the_extra_is_refused(sites_dir: Path, tmp_path: Path) 
 def test_a_module_of_an_extra_that_is_missed_later_is_named_too() -> None:
     code = "import opacus.accountants"
     blocked = BLOCK.format(blocked=("opacus",)).replace(
-        "main()\n", f"import deploy.cli.main\ndef app():\n    {code}\ndeploy.cli.app = app\nmain()\n"
+        "main()\n", f"import deploy.cli.main\ndef app():\n    {code}\ndeploy.cli.main.app = app\nmain()\n"
     )
     late = subprocess.run([sys.executable, "-P", "-c", blocked], capture_output=True, text=True, check=False)
     assert_refused(late, "opacus", "pip install 'fedbags[dp]'")
