@@ -331,7 +331,7 @@ def test_a_full_disk_for_the_anchor_grants_nothing(
 ) -> None:
     ledger = reopen()
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("client.ledger.anchor.write_text", full)
