@@ -6,7 +6,7 @@ BIN := .venv/bin
 # One thread per process: repeatable figures, and the workers share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-full test-deployment check format docs bench lock clean
+.PHONY: install demo test test-full test-deployment check format docs bench defaults lock clean
 
 install: .venv/installed
 
@@ -48,6 +48,10 @@ docs: install
 
 bench: install
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# The defaults of the configuration, into the table of pyproject.toml where Flower looks for them.
+defaults: install
+	PYTHONPATH=. $(BIN)/python tests/common/app_table.py
 
 # Exact versions with hashes, for every extra; no registry address is written.
 lock:

@@ -26,12 +26,12 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from deploy.simulation.presets import Preset, values
+from deploy.configuration import preset_values
 from server.run_folder import read_events
 
 RATES = (0.003, 0.01, 0.03)
 NOT_PRIVATE = {
-    **{key: value for key, value in values(Preset.DP).items() if not key.startswith("dp.")},
+    **{key: value for key, value in preset_values("dp").items() if not key.startswith("dp.")},
     "rounds": 40,
     "train.optimiser": "adamw",
     "train.held-back": 0.1,

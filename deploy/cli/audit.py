@@ -19,10 +19,10 @@ with lazy_imports():
     from client import locate
     from client.data import bags
     from common import config as run_config
+    from deploy import configuration
     from deploy.audit import claim
     from deploy.cli import progress as bars
     from deploy.cli import tables
-    from deploy.simulation import simulate
 
 AUDIT_FILE = "audit.json"
 EPSILON, ROUNDS = 8.0, 8
@@ -106,7 +106,7 @@ def _settings(
             "dp.epsilon": EPSILON if epsilon is None else epsilon,
             "rounds": rounds or ROUNDS,
         }
-        return simulate.compose(options, (), None), Path("audit")
+        return configuration.compose(options), Path("audit")
     if epsilon is not None:
         raise UserError("a run is audited for what it claimed; leave --epsilon out, or give no RUN")
     config = run_config.RunConfig.from_toml(run / "config.toml")

@@ -19,11 +19,11 @@ from deploy.cli.say import say
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
+    from deploy import configuration
     from deploy.cli import tables
     from deploy.consortium import control, coordinator, daemon, hospital, submit
     from deploy.consortium import kit as kit_folder
     from deploy.datasets import site_check
-    from deploy.simulation import simulate
 
 Coordinator = Annotated[Path, typer.Argument(metavar="KIT", help="The coordinator's kit: KITS/coordinator.")]
 Site = Annotated[Path, typer.Argument(metavar="KIT", help="The site's kit, as it came from the coordinator.")]
@@ -149,6 +149,9 @@ def run_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Settings of `fedbags config --preset NAME`.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json_: Json = False,
 ) -> None:
@@ -163,12 +166,13 @@ def run_command(
       fedbags run KITS/coordinator --dp epsilon=8 --set secure-aggregation.enabled=true --out runs/first
       fedbags run KITS/coordinator --resume --out runs/first
     """
-    options = simulate.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
+    options = configuration.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
     summary = submit.run(
         kit_folder.CoordinatorKit.load(kit),
         options,
         settings=set_ or [],
         config_file=config,
+        presets=preset or [],
         out=out,
         resume=resume,
         # Without a terminal nobody can answer, and an interruption stops the run.

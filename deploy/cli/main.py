@@ -30,9 +30,9 @@ from deploy.cli import (
 from deploy.cli.say import say
 from deploy.lazy import lazy_imports
 from deploy.simulation import interrupt, loopback, prerequisites
-from deploy.simulation.presets import Preset, preset_rows
 
 with lazy_imports():
+    from deploy import configuration
     from deploy.cli import progress as bars
     from deploy.cli import tables
     from deploy.datasets import site_check as checking
@@ -130,6 +130,9 @@ def simulate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Settings of `fedbags config --preset NAME`.")
+    ] = None,
     dp: Annotated[
         str | None,
         typer.Option(
@@ -164,9 +167,10 @@ def simulate(
     # Only options that were given: a default here would win over the configuration file and the presets.
     given = {key: value for key, value in options.items() if value is not None}
     summary = simulation.simulate(
-        given | simulation.parse_dp(dp),
+        given | configuration.parse_dp(dp),
         settings=set_ or [],
         config_file=config,
+        presets=preset or [],
         out=out,
         engine=engine.value,
         workers=workers,
@@ -181,14 +185,15 @@ def simulate(
 @app.command("config")
 def show_config(
     preset: Annotated[
-        Preset | None, typer.Option(help="List what this option of simulate and run also sets, and why.")
+        str | None,
+        typer.Option(metavar="dp|sites-dir", help="List the settings of a preset with their reasons."),
     ] = None,
     json_: Json = False,
 ) -> None:
     """List every configuration key with its default, bounds and meaning."""
     if preset:
-        settings = preset_rows(preset)
-        print_json(settings) if json_ else tables.print_preset(settings, preset.value)
+        settings = configuration.preset_rows(preset)
+        print_json(settings) if json_ else tables.print_preset(settings, preset)
         return
     rows = tables.config_rows()
     print_json(rows) if json_ else tables.print_config(rows)

@@ -21,11 +21,11 @@ from common.config import RunConfig, Scalar, flatten
 from common.errors import RunError, UserError
 from deploy.cli.progress import Follower
 from deploy.cli.tables import console
+from deploy.configuration import compose, say_presets
 from deploy.consortium.control import Control, RunStatus, control
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.kit_check import check_bundle
 from deploy.runs.runs import print_summary, read_summary
-from deploy.simulation.simulate import compose, say_presets
 
 POLL, OUTAGE = 0.5, 300.0
 COMPLETED, STOPPED = "completed", "stopped"
@@ -37,6 +37,7 @@ def run(
     *,
     settings: Sequence[str] = (),
     config_file: Path | None = None,
+    presets: Sequence[str] = (),
     out: Path | None = None,
     resume: bool = False,
     ask: bool = True,
@@ -49,6 +50,7 @@ def run(
         options: flat configuration keys that were given as command options.
         settings: ``KEY=VALUE`` texts; they win.
         config_file: a config.toml to start from.
+        presets: names of presets, beside those that ``options`` bring along.
         out: the run folder; ``state/runs/NAME-TIME`` of the kit when None.
         resume: go on with the run in ``out``.
         ask: whether Ctrl-C asks before it stops the run (a terminal is there to answer).
@@ -68,9 +70,8 @@ def run(
         raise UserError("--resume needs the run folder: give it with --out")
     if resume and config_file is None and out is not None and (out / "config.toml").exists():
         config_file = out / "config.toml"
-    config = compose(expected_sites(kit, options, config_file), settings, config_file)
-    if not config_file:
-        say_presets(config, options, settings)
+    config = compose(expected_sites(kit, options, config_file), settings, config_file, presets)
+    say_presets(config, options, settings, config_file, presets)
     # Absolute, because the ServerApp has another working directory.
     path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     here: dict[str, Scalar] = {"run-dir": str(path), "resume": resume}

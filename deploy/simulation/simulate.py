@@ -1,6 +1,6 @@
 """Run a simulation from its options to its summary, for ``fedbags simulate``.
 
-Composes the configuration, prepares the sites, runs one engine and shows the outcome.
+Prepares the sites, runs one engine and shows the outcome.
 """
 
 import logging
@@ -12,18 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from common.config import RunConfig, Scalar, parse_setting
+from common.config import RunConfig, Scalar
 from common.errors import UserError
 from common.hierarchy import Hierarchy
 from deploy.cli.progress import Follower, counted
 from deploy.cli.tables import console
+from deploy.configuration import compose, say_presets
 from deploy.lazy import lazy_imports
 from deploy.runs.runs import print_summary, read_summary
 from deploy.simulation import interrupt, prerequisites
 from deploy.simulation.folder_lock import locked
-from deploy.simulation.presets import PRESETS, Preset, values
 
 # They bring torch along, which the checks of the options do not need.
 with lazy_imports():
@@ -38,7 +36,6 @@ with lazy_imports():
     from server import app as server_app
     from server import run_folder
 
-LARGEST_SIZE = 224
 LOCK_SECONDS = 0.5
 """How long to wait for a run that was just stopped to let go of its folder."""
 
@@ -48,6 +45,7 @@ def simulate(
     *,
     settings: Sequence[str] = (),
     config_file: Path | None = None,
+    presets: Sequence[str] = (),
     out: Path | None = None,
     engine: str = "local",
     workers: int | None = None,
@@ -61,6 +59,7 @@ def simulate(
         options: flat configuration keys given as command options; they win over ``config_file``.
         settings: ``KEY=VALUE`` texts; they win over both.
         config_file: a config.toml to start from.
+        presets: names of presets, beside those that ``options`` bring along.
         out: the run folder; ``runs/NAME-TIME`` when None.
         engine: ``local`` or ``flower``.
         workers: worker processes of the local engine; as many as cores when None, 0 for none.
@@ -80,7 +79,7 @@ def simulate(
     if resume and config_file is None and out is not None and (out / "config.toml").exists():
         # A run goes on with the settings that it began with.
         config_file = out / "config.toml"
-    config = compose(options, settings, config_file)
+    config = compose(options, settings, config_file, presets)
     prerequisites.check(config)
     shown = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = config.with_changes({"run-dir": str(shown.resolve()), "resume": resume})
@@ -88,8 +87,7 @@ def simulate(
     again = f"fedbags simulate --out {shlex.quote(str(shown))} --resume" + (
         f" --engine {engine}" if engine != "local" else ""
     )
-    if not config_file:
-        say_presets(config, options, settings)
+    say_presets(config, options, settings, config_file, presets)
     # A function, because how far the run has come is read only when Ctrl-C comes.
     interrupt.at(lambda: whereabouts(folder, config.rounds, again))
     with locked(folder.path, "a run", LOCK_SECONDS):
@@ -166,77 +164,6 @@ def whereabouts(folder: "run_folder.RunFolder", rounds: int, again: str) -> str:
     done = max((event["round"] for event in run_folder.read_events(folder.metrics)), default=0)
     where = f"in round {done + 1} of {rounds}" if done < rounds else "while the model was tested"
     return f"{where}: go on with `{again}`"
-
-
-def compose(options: Mapping[str, Scalar], settings: Sequence[str], config_file: Path | None) -> RunConfig:
-    """Compose the configuration of a run from the file or the defaults, presets, options and settings.
-
-    Each wins over those before it. Presets, which suit the sites and ``--dp``, count only without a file.
-    """
-    base = RunConfig.from_toml(config_file) if config_file else RunConfig()
-    given = {**options, **dict(parse_setting(text) for text in settings)}
-    # Called for its errors: a wrong key is named before any image is opened.
-    base.with_changes(given)
-    return base.with_changes({**presets_of(given, config_file), **given})
-
-
-def presets_of(given: Mapping[str, Scalar], config_file: Path | None) -> dict[str, Scalar]:
-    """Return the preset settings, by key, of a run that starts from no file."""
-    suited: dict[str, Scalar] = {}
-    if not config_file:
-        if sites_dir := given.get("sites-dir"):
-            suited |= values(Preset.SITES_DIR)
-            suited["model.image-size"] = usual_image_size(Path(str(sites_dir)))
-        if given.get("dp.epsilon"):
-            suited |= values(Preset.DP)
-    return suited
-
-
-def say_presets(config: RunConfig, options: Mapping[str, Scalar], settings: Sequence[str]) -> None:
-    """Print on standard error which settings a run has because of ``--dp`` and ``--sites-dir``."""
-    given = {**options, **dict(parse_setting(text) for text in settings)}
-    flat, usual = config.to_flat(), RunConfig().to_flat()
-    for preset, option in ((Preset.SITES_DIR, "sites-dir"), (Preset.DP, "dp.epsilon")):
-        if not given.get(option):
-            continue
-        taken = [
-            f"{key}={flat[key]}" for key in PRESETS[preset] if key not in given and flat[key] != usual[key]
-        ]
-        say(f"--{preset.value} also sets {', '.join(taken)} (`fedbags config --preset {preset.value}`)")
-
-
-def parse_dp(text: str | None) -> dict[str, Scalar]:
-    """Return ``epsilon=8[,delta=1e-4]`` as configuration keys, or none for None.
-
-    Raises:
-        UserError: another key, or no epsilon above 0.
-    """
-    if text is None:
-        return {}
-    keys = dict(parse_setting(part) for part in text.split(","))
-    epsilon = keys.get("epsilon")
-    unknown = keys.keys() - {"epsilon", "delta"}
-    if unknown or not isinstance(epsilon, int | float) or epsilon <= 0:
-        raise UserError(
-            f"--dp {text}: write epsilon=E or epsilon=E,delta=D with E above 0, such as epsilon=8"
-        )
-    return {f"dp.{key}": value for key, value in keys.items()}
-
-
-def usual_image_size(sites_dir: Path) -> int:
-    """Return the median shorter side of some of the sites' images, at least 8 and at most 224 pixels."""
-    sides = []
-    for site in locate.site_folders(sites_dir):
-        for path in sorted((site / "images").glob("*"))[:20]:
-            try:
-                with Image.open(path) as image:
-                    sides.append(min(image.size))
-            except OSError:
-                # The full check of every image follows, and names the row of a bad one.
-                continue
-    if not sides:
-        return int(RunConfig().model.image_size)
-    return max(8, min(sorted(sides)[len(sides) // 2], LARGEST_SIZE))
 
 
 def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:

@@ -9,7 +9,7 @@ from common.config import RunConfig, flatten, parse_setting
 from common.errors import ConfigError, UserError
 from common.model.methods import Method
 
-ROOT = Path(__file__).parents[2]
+from .app_table import PYPROJECT, with_defaults
 
 
 def test_flat_and_toml_forms_give_the_same_object_back(tmp_path: Path) -> None:
@@ -22,8 +22,9 @@ def test_flat_and_toml_forms_give_the_same_object_back(tmp_path: Path) -> None:
 
 
 def test_flower_gets_the_same_defaults() -> None:
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    assert flatten(table) == RunConfig().to_flat()
+    text = PYPROJECT.read_text(encoding="utf-8")
+    assert flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"]) == RunConfig().to_flat()
+    assert with_defaults(text) == text, "run `make defaults`"
 
 
 def test_every_fault_is_listed_with_its_key_and_a_hint() -> None:

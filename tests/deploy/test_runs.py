@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.common.config import parse_config_args
 
 from client.locate import site_folders
 from client.site import SiteConfig
 from common.config import RunConfig
 from common.errors import UserError
 from deploy.cli.tables import config_rows, print_config, print_preset
+from deploy.configuration import compose, preset_rows, preset_values, say_presets
 from deploy.runs.runs import (
     compare_runs,
     figure,
@@ -25,13 +27,9 @@ from deploy.runs.runs import (
     read_summary,
     trivial_accuracies,
 )
-from deploy.simulation.presets import (
-    PRESETS,
-    Preset,
-    preset_rows,
-    values,
-)
-from deploy.simulation.simulate import presets_of, run_engine, say_presets
+from deploy.simulation.simulate import run_engine
+
+PRESETS = Path(__file__).parents[2] / "common" / "presets"
 
 
 @pytest.fixture(autouse=True)
@@ -217,8 +215,8 @@ def test_a_runs_name_is_not_cut(name: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_keys_are_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     print_config(config_rows())
-    for preset in Preset:
-        print_preset(preset_rows(preset), preset.value)
+    for preset in ("dp", "sites-dir"):
+        print_preset(preset_rows(preset), preset)
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines)
     starts = {line.split()[0] for line in lines if line.strip()}
@@ -227,21 +225,38 @@ def test_keys_are_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_setting_of_a_preset_is_listed_with_its_reason() -> None:
     rows = {row["key"]: row for row in json.loads(fedbags("config", "--preset", "dp", "--json").stdout)}
-    assert rows.keys() == PRESETS[Preset.DP].keys()
+    assert len(rows) == 15
     assert all(row["why"] and row["default"] != row["preset"] for row in rows.values())
-    assert presets_of({"dp.epsilon": 8.0}, None) == values(Preset.DP)
-    assert presets_of({"dp.epsilon": 8.0}, Path("config.toml")) == {}
-    assert presets_of({}, None) == {}
+    unknown = fedbags("config", "--preset", "magic")
+    assert unknown.returncode == 2
+    assert "there are dp, sites-dir" in unknown.stderr
+
+
+def test_a_preset_counts_where_an_option_or_its_name_asks_for_it(tmp_path: Path) -> None:
+    usual, private = RunConfig(), {**preset_values("dp"), "dp.epsilon": 8.0}
+    assert compose({}) == usual
+    assert compose({"dp.epsilon": 8.0}) == usual.with_changes(private)
+    assert compose({"dp.epsilon": 8.0}, ["rounds=7"]) == usual.with_changes({**private, "rounds": 7})
+    assert compose({}, presets=["dp"]) == usual.with_changes(preset_values("dp"))
+    file = tmp_path / "config.toml"
+    file.write_text("seed = 3")
+    from_file = usual.with_changes({"seed": 3, "dp.epsilon": 8.0})
+    assert compose({"dp.epsilon": 8.0}, (), file) == from_file
+    assert compose({"dp.epsilon": 8.0}, (), file, ["dp"]) == from_file.with_changes(private)
+
+
+def test_flower_reads_the_file_of_a_preset_itself() -> None:
+    assert parse_config_args([str(PRESETS / "dp.toml")]) == preset_values("dp")
 
 
 def test_what_a_preset_changes_is_said_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
-    config = RunConfig().with_changes({**values(Preset.DP), "dp.epsilon": 8.0, "rounds": 7})
-    say_presets(config, {"dp.epsilon": 8.0, "rounds": 7}, ())
+    config = RunConfig().with_changes({**preset_values("dp"), "dp.epsilon": 8.0, "rounds": 7})
+    say_presets(config, {"dp.epsilon": 8.0, "rounds": 7})
     told = capsys.readouterr().err.replace("\n", " ")
     assert "fedbags config --preset dp" in told
     assert "model.backbone=colour-histogram" in told
     assert "rounds=" not in told
-    say_presets(RunConfig(), {}, ())
+    say_presets(RunConfig(), {})
     assert capsys.readouterr().err == ""
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from deploy.configuration import compose
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.provision import provision
 from deploy.consortium.submit import expected_sites
-from deploy.simulation.simulate import compose
 
 
 def coordinator(folder: Path, keys_here: bool) -> CoordinatorKit:

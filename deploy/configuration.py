@@ -1,0 +1,154 @@
+"""Compose the configuration of a run from a file, presets, options of a command and ``--set``.
+
+A preset is a file of ``common/presets`` with settings that suit one way to train, each with its reason as the
+comment at its line. ``--sites-dir`` and ``--dp`` bring the presets of their names along.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import common.config
+from client.locate import site_folders
+from common.config import RunConfig, Scalar, flatten, parse_setting
+from common.errors import UserError
+from deploy.cli.tables import console
+
+_PRESETS = Path(common.config.__file__).parent / "presets"
+_IMPLIED_BY = {"sites-dir": "sites-dir", "dp.epsilon": "dp"}
+"""The preset that a given key brings along; the later one wins."""
+_IMAGE_SIZE = "model.image-size"
+_LARGEST_IMAGE_SIZE = 224
+
+
+def compose(
+    options: Mapping[str, Scalar],
+    settings: Sequence[str] = (),
+    config_file: Path | None = None,
+    presets: Sequence[str] = (),
+) -> RunConfig:
+    """Compose the configuration of a run from the file or the defaults, presets, options and settings.
+
+    Each wins over those before it.
+
+    Args:
+        options: flat configuration keys given as command options.
+        settings: ``KEY=VALUE`` texts.
+        config_file: a config.toml to start from; then only presets that are named count.
+        presets: names of presets.
+
+    Raises:
+        UserError: an unknown key, a value out of bounds, or no such preset.
+    """
+    base = RunConfig.from_toml(config_file) if config_file else RunConfig()
+    given = {**options, **dict(parse_setting(text) for text in settings)}
+    # Called for its errors: a wrong key is named before any image is opened.
+    base.with_changes(given)
+    suited: dict[str, Scalar] = {}
+    for name in _presets_in_use(given, config_file, presets):
+        suited |= preset_values(name)
+        if name == "sites-dir" and "sites-dir" in given:
+            suited[_IMAGE_SIZE] = _usual_image_size(Path(str(given["sites-dir"])))
+    return base.with_changes({**suited, **given})
+
+
+def say_presets(
+    config: RunConfig,
+    options: Mapping[str, Scalar],
+    settings: Sequence[str] = (),
+    config_file: Path | None = None,
+    presets: Sequence[str] = (),
+) -> None:
+    """Print on standard error which settings a run has because of its presets.
+
+    ``config`` is what ``compose`` made of the other arguments.
+    """
+    given = {**options, **dict(parse_setting(text) for text in settings)}
+    flat = config.to_flat()
+    for name in _presets_in_use(given, config_file, presets):
+        taken = [
+            f"{row['key']}={flat[row['key']]}"
+            for row in preset_rows(name)
+            if row["key"] not in given and flat[row["key"]] != row["default"]
+        ]
+        source = f"--preset {name}" if name in presets else f"--{name} also"
+        console(stderr=True).print(f"{source} sets {', '.join(taken)} (`fedbags config --preset {name}`)")
+
+
+def preset_rows(name: str) -> list[dict[str, Any]]:
+    """Return every setting of a preset as rows of ``{key, default, preset, why}``.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    names = sorted(path.stem for path in _PRESETS.glob("*.toml"))
+    if name not in names:
+        raise UserError(f"no preset {name!r}: there are {', '.join(names)}")
+    usual = RunConfig().to_flat()
+    rows = []
+    for line in (_PRESETS / f"{name}.toml").read_text(encoding="utf-8").splitlines():
+        setting, _, why = line.partition("  # ")
+        rows += [
+            {"key": key, "default": usual[key], "preset": value, "why": why}
+            for key, value in flatten(tomllib.loads(setting)).items()
+        ]
+    if name == "sites-dir":
+        why = f"the usual shorter side of the sites' images, at most {_LARGEST_IMAGE_SIZE}"
+        rows.append(
+            {"key": _IMAGE_SIZE, "default": usual[_IMAGE_SIZE], "preset": "from the images", "why": why}
+        )
+    return rows
+
+
+def preset_values(name: str) -> dict[str, Scalar]:
+    """Return the settings of a preset by key, as far as they do not depend on the images.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    return {row["key"]: row["preset"] for row in preset_rows(name) if row["key"] != _IMAGE_SIZE}
+
+
+def parse_dp(text: str | None) -> dict[str, Scalar]:
+    """Return ``epsilon=8[,delta=1e-4]`` as configuration keys, or none for None.
+
+    Raises:
+        UserError: another key, or no epsilon above 0.
+    """
+    if text is None:
+        return {}
+    keys = dict(parse_setting(part) for part in text.split(","))
+    epsilon = keys.get("epsilon")
+    unknown = keys.keys() - {"epsilon", "delta"}
+    if unknown or not isinstance(epsilon, int | float) or epsilon <= 0:
+        raise UserError(
+            f"--dp {text}: write epsilon=E or epsilon=E,delta=D with E above 0, such as epsilon=8"
+        )
+    return {f"dp.{key}": value for key, value in keys.items()}
+
+
+def _presets_in_use(
+    given: Mapping[str, Scalar], config_file: Path | None, named: Sequence[str]
+) -> Sequence[str]:
+    """Return the names of the presets that count, where the later one wins."""
+    implied = [] if config_file else [preset for key, preset in _IMPLIED_BY.items() if given.get(key)]
+    return list(dict.fromkeys([*implied, *named]))
+
+
+def _usual_image_size(sites_dir: Path) -> int:
+    """Return the median shorter side of some of the sites' images, at least 8 and at most 224 pixels."""
+    sides = []
+    for site in site_folders(sites_dir):
+        for path in sorted((site / "images").glob("*"))[:20]:
+            try:
+                with Image.open(path) as image:
+                    sides.append(min(image.size))
+            except OSError:
+                # The full check of every image follows, and names the row of a bad one.
+                continue
+    if not sides:
+        return int(RunConfig().model.image_size)
+    return max(8, min(sorted(sides)[len(sides) // 2], _LARGEST_IMAGE_SIZE))
