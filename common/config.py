@@ -22,11 +22,11 @@ from common.config_tables import (
     LossConfig,
     ModelConfig,
     ObjectiveConfig,
-    Part,
     Section,
     SecureAggregationConfig,
     Strategy,
     TrainConfig,
+    TrainedPart,
 )
 from common.errors import ConfigError, require_file
 from common.model.methods import Method
@@ -44,9 +44,15 @@ _CENTRAL_DP_IS_GONE = (
 class RunConfig(Section):
     """Hold all settings of one run, as ``config.toml`` in the run folder states them."""
 
-    name: str = Field("fedbags", min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(
+        "fedbags",
+        min_length=1,
+        max_length=100,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="name of the run: letters, digits and . _ -",
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="fixes data order, augmentation and initial weights")
-    rounds: int = Field(12, ge=1, le=100_000)
+    rounds: int = Field(12, ge=1, le=100_000, description="federated rounds")
     run_dir: str = Field("", description="run folder; empty: ~/.fedbags/runs/NAME-RUN_ID")
     sites_dir: str = Field("", description="folder of site folders (simulation); empty: synthetic hospitals")
     skip_bad: bool = Field(False, description="leave out a site's bad rows (listed in quarantine.csv)")
@@ -117,11 +123,11 @@ class RunConfig(Section):
         return self.federation.model_copy(update={"quorum": quorum})
 
     @property
-    def trained_part(self) -> Part:
+    def trained_part(self) -> TrainedPart:
         """Return the part of the model to train, with ``auto`` resolved."""
-        if self.train.part is not Part.AUTO:
+        if self.train.part is not TrainedPart.AUTO:
             return self.train.part
-        return Part.NORM_HEAD if self.dp.epsilon else Part.ALL
+        return TrainedPart.NORM_HEAD if self.dp.epsilon else TrainedPart.ALL
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> Self:

@@ -7,7 +7,7 @@ Compute the progress of a run and the decay of its learning rate from round numb
 
 import math
 from enum import StrEnum
-from typing import Annotated
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -67,10 +67,12 @@ class Transport(StrEnum):
 class ModelConfig(Section):
     """Hold the settings of the classifier, in pixels, counts or plain numbers."""
 
-    method: Method = Method.LHFGLP
+    method: Method = Field(Method.LHFGLP, description="how bags teach the model: docs/methods.md")
     backbone: str = Field("resnet-small", description="resnet-small, colour-histogram or a torchvision model")
     weights: str = Field("", description="local weights file (.safetensors or .pth), or empty")
-    norm: Norm = Norm.GROUP
+    norm: Norm = Field(
+        Norm.GROUP, description="in place of BatchNorm; frozen-batch keeps the statistics of the weights file"
+    )
     image_size: int = Field(32, ge=8, le=1024, description="side of the square input, pixels")
     atoms_per_class: int = Field(8, ge=1, le=256, description="dictionary atoms per class (k)")
     iterations: int = Field(3, ge=1, le=50, description="unrolled ISTA steps (T)")
@@ -79,7 +81,7 @@ class ModelConfig(Section):
     tied: bool = Field(True, description="switch for one distribution over the tree's paths")
 
 
-class Part(StrEnum):
+class TrainedPart(StrEnum):
     """Choose the part of the model that is trained.
 
     The rest keeps its values and is never sent.
@@ -164,24 +166,26 @@ class TrainConfig(Section):
         1, ge=1, le=100_000, description="rounds that share one pass; above 1 sites are averaged more often"
     )
     bags_per_step: int = Field(2, ge=1, le=4096, description="bags per optimiser step")
-    optimiser: Annotated[str, Field(pattern="^(sgd|adamw)$")] = "adamw"
+    optimiser: Literal["sgd", "adamw"] = Field("adamw", description="at the sites, made anew in each round")
     learning_rate: float = Field(0.002, gt=0, le=10, description="at round 1; cosine to 5% at the end")
-    weight_decay: float = Field(0.0001, ge=0, le=1)
+    weight_decay: float = Field(0.0001, ge=0, le=1, description="of the optimiser")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     clip_gradient: float = Field(5.0, gt=0, le=1e6, description="norm the step's gradient is clipped to")
     augmentation: Augmentation = Field(
         Augmentation.FULL, description="full: flips, quarter turns, shifts, light; shift: the last two; none"
     )
-    part: Part = Field(Part.AUTO, description="what is trained; auto: all, and norm-head under dp")
+    part: TrainedPart = Field(
+        TrainedPart.AUTO, description="what is trained; auto: all, and norm-head under dp"
+    )
     held_back: float = Field(0.1, ge=0, le=0.9, description="share of bags held back for selection")
-    device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     threads: int = Field(1, ge=1, le=256, description="torch threads per site; 1 is bitwise repeatable")
 
 
 class FederationConfig(Section):
     """Hold the settings of participation, waiting and aggregation."""
 
-    strategy: Strategy = Strategy.FEDAVG
+    strategy: Strategy = Field(Strategy.FEDAVG, description="makes the next model of the sites' updates")
     sites: int = Field(5, ge=1, le=100_000, description="sites the server waits for at the start")
     quorum: int = Field(1, ge=1, le=100_000, description="fewest good updates that make a round")
     deadline: float = Field(3600.0, gt=0, le=1e7, description="seconds to wait for replies in a round")
@@ -197,7 +201,9 @@ class FederationConfig(Section):
     max_change: float = Field(
         1000.0, gt=0, le=1e30, description="largest change accepted: L2 norm / (1 + norm of the model)"
     )
-    transport: Transport = Transport.FLOAT32
+    transport: Transport = Field(
+        Transport.FLOAT32, description="numbers on the wire; float16 halves the bytes"
+    )
     proximal_mu: float = Field(0.01, ge=0, le=100, description="FedProx: weight of the proximal term")
     server_learning_rate: float = Field(1.0, gt=0, le=100, description="fedavgm, fedadam, fedyogi")
     server_decay: bool = Field(
@@ -206,7 +212,9 @@ class FederationConfig(Section):
     server_momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm momentum; fedadam/fedyogi beta 1")
     trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed-mean: share cut at each end")
     byzantine: int = Field(0, ge=0, le=100_000, description="krum: sites assumed malicious")
-    pals_target: Annotated[str, Field(pattern="^(uniform|pooled)$")] = "uniform"
+    pals_target: Literal["uniform", "pooled"] = Field(
+        "uniform", description="fedpals: label marginal to align with; pooled: that of all sites"
+    )
     pals_regularisation: float = Field(
         0.1, ge=0, le=1e6, description="fedpals: 0 aligns label marginals, large weighs by bags"
     )
@@ -232,7 +240,7 @@ class DPConfig(Section):
     expected_bags: float = Field(
         32.0, gt=0, le=1e6, description="mean bags per step (at most all of a site's)"
     )
-    steps_per_round: int = Field(4, ge=1, le=100_000)
+    steps_per_round: int = Field(4, ge=1, le=100_000, description="optimiser steps of a private round")
     release_scale: float = Field(
         8.0, gt=0, le=1e6, description="noise of released counts / images of the largest bag; costs 2 / scale"
     )
@@ -251,7 +259,7 @@ class SecureAggregationConfig(Section):
     See docs/secure-aggregation.md.
     """
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="the server sees only the sum of the updates")
     threshold_share: float = Field(
         0.66, gt=0.5, le=1, description="share of the sites that must stay, for the sum to be unmasked"
     )
@@ -286,7 +294,7 @@ class EvaluationConfig(Section):
         return -(-rounds // self.every)
 
 
-FLOOR = 0.05
+_FLOOR = 0.05
 """Share of its start that a learning rate ends at."""
 
 
@@ -301,6 +309,6 @@ def run_progress(round: int, rounds: int) -> float:
 def cosine_decay(progress: float) -> float:
     """Return the factor of the learning rate at ``progress`` in [0, 1].
 
-    It falls from 1 to ``FLOOR`` along half a cosine (Loshchilov & Hutter 2017, eq. 5).
+    It falls from 1 to 0.05 along half a cosine (Loshchilov & Hutter 2017, eq. 5).
     """
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+    return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from common.config_tables import ModelConfig, Norm, Part
+from common.config_tables import ModelConfig, Norm, TrainedPart
 from common.errors import ConfigError
 from common.hierarchy import Hierarchy
 from common.model.backbones import build_backbone
@@ -75,7 +75,7 @@ def _build(config: ModelConfig, hierarchy: Hierarchy, seed: int, weights: Path |
 NORMALISATIONS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _BatchNorm, _InstanceNorm)
 
 
-def trainable_parameters(model: LHFGLP, part: Part) -> list[nn.Parameter]:
+def trainable_parameters(model: LHFGLP, part: TrainedPart) -> list[nn.Parameter]:
     """Freeze everything outside ``part`` and free everything inside it.
 
     ``requires_grad`` of every parameter is set, whatever it was, so the choice can be changed;
@@ -84,11 +84,11 @@ def trainable_parameters(model: LHFGLP, part: Part) -> list[nn.Parameter]:
     Returns:
         The trained parameters in the order of ``model.parameters()``; never empty, for a model has heads.
     """
-    model.requires_grad_(part is Part.ALL)
-    if part is not Part.ALL:
+    model.requires_grad_(part is TrainedPart.ALL)
+    if part is not TrainedPart.ALL:
         model.heads.requires_grad_(True)
         model.blocks.requires_grad_(True)
-    if part is Part.NORM_HEAD:
+    if part is TrainedPart.NORM_HEAD:
         for module in model.backbone.modules():
             if isinstance(module, NORMALISATIONS):
                 module.requires_grad_(True)

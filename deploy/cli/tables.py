@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
@@ -73,7 +73,11 @@ def _rows(section: BaseModel, prefix: str) -> Iterator[dict[str, Any]]:
                 for attribute, symbol in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
                 if (limit := getattr(constraint, attribute, None)) is not None
             )
-            choices = " | ".join(type(value).__members__.values()) if isinstance(value, StrEnum) else ""
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, StrEnum):
+                choices = " | ".join(kind)
+            else:
+                choices = " | ".join(get_args(kind))
             yield {
                 "key": key,
                 "default": value,

@@ -23,7 +23,7 @@ from client.seeds import TrainingSeeds
 from client.training import make_setting, train_round
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
-from common.model.build import Part, build_model, trainable_parameters
+from common.model.build import TrainedPart, build_model, trainable_parameters
 from common.model.lhfglp import LHFGLP
 from common.model.losses import hierarchical_proportion_loss
 from common.model.model_file import all_arrays
@@ -386,9 +386,9 @@ def test_fedprox_pulls_towards_the_servers_model_after_the_noise() -> None:
 
 @pytest.mark.parametrize("method", ["lhfglp", "dllp-hierarchical", "dllp"])
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-@pytest.mark.parametrize("part", list(Part))
+@pytest.mark.parametrize("part", list(TrainedPart))
 def test_every_model_trains_in_every_part_and_nothing_but_the_model_leaves(
-    store: BagStore, method: str, optimiser: str, part: Part
+    store: BagStore, method: str, optimiser: str, part: TrainedPart
 ) -> None:
     config = configure(model__method=method, train__optimiser=optimiser)
     model = build_model(config.model, store.hierarchy, seed=1)

@@ -223,6 +223,13 @@ def test_keys_are_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["key"] for row in config_rows()} <= starts
 
 
+def test_every_key_says_what_it_means_and_which_words_it_takes() -> None:
+    rows = {row["key"]: row for row in config_rows()}
+    assert [key for key, row in rows.items() if not row["meaning"]] == []
+    assert rows["train.optimiser"]["bounds"] == "sgd | adamw"
+    assert rows["federation.transport"]["bounds"] == "float32 | float16"
+
+
 def test_every_setting_of_a_preset_is_listed_with_its_reason() -> None:
     rows = {row["key"]: row for row in json.loads(fedbags("config", "--preset", "dp", "--json").stdout)}
     assert len(rows) == 15
