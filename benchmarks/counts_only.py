@@ -24,8 +24,7 @@ from client.data.labelled import LabelledImages
 from client.data.site_files import read_listing
 from client.data.tables import write_csv
 from client.evaluation import read_predictions
-from client.locate import site_folders
-from client.site import SiteConfig
+from client.site import SiteConfig, site_folders
 from common.model.model_file import load_model
 from deploy.datasets.counts import build_counted_site, read_counted_bags
 from deploy.simulation.simulate import simulate

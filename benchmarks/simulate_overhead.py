@@ -20,7 +20,7 @@ import torch
 from client.data.bags import BagStore
 from client.data.labelled import LabelledImages
 from client.evaluation import evaluate_bags, evaluate_labelled
-from client.locate import site_folders
+from client.site import site_folders
 from client.training import train_round
 from common.config import RunConfig
 from common.model.build import build_model

@@ -5,10 +5,9 @@ its own folder; a simulated site without one gets the run's budget, and a ledger
 sampling come from a cryptographic generator wherever real patients are; only a simulated node may repeat
 them from a seed.
 
-Keep the noise multiplier that a site found for its run on disk.
-
-A deployed site answers each message in a process of its own, so that it would search once per message instead
-of once per run. What is kept is only a number: the plan is made anew around it, and charges for exactly that
+The noise multiplier that a site found for its run is kept on disk. A deployed site answers each message in a
+process of its own, so that it would search once per message instead of once per run. What is kept is only a
+number: the plan is made anew around it, and charges for exactly that
 number, so a changed file can cost budget or be refused by the cap, and hides nothing.
 """
 
@@ -22,15 +21,12 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from flwr.app import Context
-
 from client.data.bags import CACHE_FOLDER, BagStore
 from client.journal import journal_path, newest_mark
-from client.ledger.anchor import anchor_of_node
-from client.ledger.file import LEDGER_FILE
+from client.ledger.anchor import anchor_file
 from client.ledger.ledger import Ledger, Reservation
-from client.locate import is_simulated
-from client.site import PrivacyBudget, PrivateMetrics, ReleaseProportions
+from client.session import SiteSession
+from client.site import PrivateMetrics, ReleaseProportions
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.files import write_text
@@ -108,19 +104,22 @@ class SigmaCache:
 class Budget:
     """Hold one site's plan for one run, and the ledger that is asked before each part of it."""
 
-    make: Callable[[], PrivacyPlan]
-    """Makes the plan, which may take seconds."""
+    session: SiteSession
     ledger: Ledger
-    run_id: str
+
+    @property
+    def run_id(self) -> str:
+        """Return the name of the run in the ledger."""
+        return self.session.run_name
 
     @cached_property
     def plan(self) -> PrivacyPlan:
-        """Make the plan when it is first needed, and return it.
+        """Make the plan when it is first needed, which may take seconds, and return it.
 
         Raises:
             UserError: the settings make no plan.
         """
-        return self.make()
+        return plan_of(self.session)
 
     def reserve(self, round: int) -> Reservation:
         """Charge a round before it is trained.
@@ -135,7 +134,7 @@ class Budget:
             self.plan.round_event(), self.run_id, round, generator=self.plan.randomness.description
         )
 
-    def reserve_look(self, round: int) -> Reservation:
+    def reserve_evaluation(self, round: int) -> Reservation:
         """Charge an evaluation of all levels on held-back bags before it is made.
 
         Raises:
@@ -150,8 +149,9 @@ class Budget:
         self.ledger.confirm(reservation)
         return self.ledger.statement(round)
 
-    def release(self, store: BagStore, scale: float) -> CountRelease:
+    def release(self, scale: float) -> CountRelease:
         """Return the noised label counts of this data version, drawn and charged once and then repeated."""
+        store = self.session.store
         stored = self.ledger.release_for(store.data_version)
         if stored is not None:
             return stored
@@ -167,41 +167,41 @@ class Budget:
         return self.ledger.store_release(drawn, self.run_id, generator=generator)
 
 
-def open_budget(context: Context, config: RunConfig, store: BagStore, folder: Path) -> Budget:
+def open_budget(session: SiteSession) -> Budget:
     """Open the budget of a private run at this site.
-
-    Args:
-        context: of the node; tells a simulated one from a real one.
-        config: the run; ``dp.epsilon`` > 0.
-        store: the site's bags.
-        folder: the site's folder.
 
     Raises:
         ConfigError: a real site without a budget of its own, or settings that make no plan.
     """
-    own = store.config.policy.budget
-    if own.epsilon is None and not is_simulated(context):
+    own, dp = session.site.policy.budget, session.config.dp
+    if own.epsilon is None and not session.simulated:
         raise ConfigError(
             "this site has no privacy budget: write [policy.budget] epsilon and delta into site.toml"
         )
-    cap_epsilon = config.dp.epsilon if own.epsilon is None else own.epsilon
-    cap_delta = config.dp.delta if own.delta is None else own.delta
-    path = ledger_path(context, config, folder, own)
+    path = session.ledger_path
     path.parent.mkdir(parents=True, exist_ok=True)
-    journal = journal_path(context)
+    journal = journal_path(session.node)
     ledger = Ledger.open(
         path,
-        store.name,
-        store.data_version,
-        cap_epsilon,
-        cap_delta,
+        session.site.name,
+        session.store.data_version,
+        dp.epsilon if own.epsilon is None else own.epsilon,
+        dp.delta if own.delta is None else own.delta,
         # Two witnesses outside the ledger: an older copy put back has to deceive both to pass.
-        anchor=anchor_of_node(path, context.node_config),
+        anchor=anchor_file(path, session.kit),
         seen=newest_mark(journal) if journal else (),
     )
-    randomness = choose_randomness(context, config, store.name)
-    cache = SigmaCache(folder / CACHE_FOLDER)
-    return Budget(lambda: make_plan(config, store, randomness, cache), ledger, run_name(context, config))
+    return Budget(session, ledger)
+
+
+def plan_of(session: SiteSession) -> PrivacyPlan:
+    """Make the plan of a site for its run, around the noise multiplier that was found for it before.
+
+    Raises:
+        UserError: the settings make no plan for this number of bags; all faults are listed.
+    """
+    cache = SigmaCache(session.folder / CACHE_FOLDER)
+    return make_plan(session.config, session.store, _choose_randomness(session), cache)
 
 
 def make_plan(
@@ -241,27 +241,11 @@ def make_plan(
     )
 
 
-def choose_randomness(context: Context, config: RunConfig, site: str) -> Randomness:
+def _choose_randomness(session: SiteSession) -> Randomness:
     """Return a cryptographic generator at a real site and a seeded one at a simulated site.
 
     No server can ask a real site for a seeded one: whoever knows the seed can take the noise off.
     """
-    if is_simulated(context):
-        return InsecureSeededRandomness(config.seed, site)
+    if session.simulated:
+        return InsecureSeededRandomness(session.config.seed, session.site.name)
     return SecureRandomness()
-
-
-def ledger_path(context: Context, config: RunConfig, folder: Path, own: PrivacyBudget) -> Path:
-    """Return the path of the ledger.
-
-    It lies with the site's data, or under the run for a simulated site without a budget.
-    """
-    # ``run-dir`` is a folder of the server's choice, so a real site never writes there.
-    if own.epsilon is not None or not is_simulated(context) or not config.run_dir:
-        return folder / LEDGER_FILE
-    return Path(config.run_dir) / "sites" / folder.name / LEDGER_FILE
-
-
-def run_name(context: Context, config: RunConfig) -> str:
-    """Return the name under which the ledger records the run."""
-    return Path(config.run_dir).name if config.run_dir else f"{config.name}-{context.run_id}"

@@ -12,7 +12,7 @@ from enum import Flag, auto
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.site import SiteConfig, Terms
+from client.session import SiteSession
 from common.config import RunConfig
 from common.errors import BudgetRefused, ConfigError
 from common.records import ModelUpdate, PrivacyStatement, ProportionRelease, Record
@@ -29,8 +29,10 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 
-Handler = Callable[[Message, Context], Message]
-Mod = Callable[[Message, Context, Handler], Message]
+Handler = Callable[[Message, SiteSession], Message]
+Answer = Callable[[Message, Context], Message]
+_Guard = Callable[[Message, Context, Handler], Message]
+_Journal = Callable[[Message, Context, Answer], Message]
 
 
 class Touches(Flag):
@@ -74,7 +76,7 @@ QUESTIONS: dict[str, Question] = {
 """By message type. A type that is not here cannot be answered."""
 
 
-def admit(question: Question, config: RunConfig, site: SiteConfig, terms: Terms) -> None:
+def admit(question: Question, session: SiteSession) -> None:
     """Refuse a question that this site does not answer in this run, before any data are opened.
 
     Raises:
@@ -83,38 +85,37 @@ def admit(question: Question, config: RunConfig, site: SiteConfig, terms: Terms)
     """
     if not question.touches:
         return
-    cap = site.policy.budget.epsilon
+    cap = session.site.policy.budget.epsilon
     # The ledger sees private runs only. An exact update beside them would spend what no ledger counts.
-    if not config.dp.epsilon and cap is not None:
-        raise BudgetRefused(site.name, float("inf"), cap, cap)
-    if config.dp.epsilon and cap is None and terms.strict:
+    if not session.private and cap is not None:
+        raise BudgetRefused(session.site.name, float("inf"), cap, cap)
+    if session.private and cap is None and session.terms.strict:
         raise ConfigError(
             "this site has no privacy budget: write [policy.budget] epsilon and delta into site.toml"
         )
 
 
 class SiteApp(ClientApp):
-    """Run Flower's ClientApp so that every message, of whatever type, passes the mods.
+    """Run Flower's ClientApp so that every message, of whatever type, passes the journal and the guard.
 
     Flower's own refuses an unknown type before any mod sees it, in words of its own. Here ``answers`` takes
     the place of ``train``, ``evaluate`` and ``query``.
 
     Args:
-        mods: outermost first; the last one must let nothing pass that no handler is there for.
+        journal: outermost, so that it records what the guard decided to send.
+        guard: next to the handlers, so that no reply goes around it. It opens the session that they get, and
+            must let nothing pass that no handler is there for.
     """
 
-    def __init__(self, mods: list[Mod]) -> None:
+    def __init__(self, journal: _Journal, guard: _Guard) -> None:
         # Flower's own registry of handlers stays empty: ``__call__`` below is the only way in.
         super().__init__()
         self.handlers: dict[str, Handler] = {}
-        answer: Handler = self._dispatch
-        for mod in reversed(mods):
-            answer = _wrapped(mod, answer)
-        self._answer = answer
+        self._journal, self._guard = journal, guard
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one message."""
-        return self._answer(message, context)
+        return self._journal(message, context, self._guarded)
 
     def answers(self, kind: str) -> Callable[[Handler], Handler]:
         """Register the handler of a message type, which must be one of ``QUESTIONS``, once."""
@@ -128,9 +129,8 @@ class SiteApp(ClientApp):
 
         return register
 
-    def _dispatch(self, message: Message, context: Context) -> Message:
-        return self.handlers[message.metadata.message_type](message, context)
+    def _guarded(self, message: Message, context: Context) -> Message:
+        return self._guard(message, context, self._handle)
 
-
-def _wrapped(mod: Mod, inner: Handler) -> Handler:
-    return lambda message, context: mod(message, context, inner)
+    def _handle(self, message: Message, session: SiteSession) -> Message:
+        return self.handlers[message.metadata.message_type](message, session)

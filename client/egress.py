@@ -1,32 +1,30 @@
-"""Guard a site as a Flower mod that admits questions and sends only what it encoded itself.
+"""Guard a site by admitting questions and sending only what this module encoded itself.
 
 A handler's answer is parsed and compared with the site's own name, hierarchy, bags and ledger and with
 the request. What goes out is the guard's own encoding of that, in a fixed order: no byte of the
 handler's message leaves. A reply with any other record, key, dtype, shape, metric or value is refused as a
 whole and an error goes out in its place. Errors, ours included, leave with a fixed text per kind: the text
 of an exception can carry a path or a patient id, so it goes to the site's own log at most.
+
+In a secure aggregation the guard knows no key and no mask: a handler that went wrong, or was replaced, must
+not get past it.
 """
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 
-from client.data.bags import BagStore
-from client.disclosure import may_leave
 from client.door import QUESTIONS, Handler, Question, admit
-from client.figures import check_metrics
 from client.ledger.view import Charges
-from client.locate import find_site
-from client.masked_egress import check_keys, rebuild_masked
-from client.opening import open_site, terms_of, trained_shapes
-from client.release import name_version, release_proportions
-from client.site import ReleaseProportions, SiteConfig, Terms
-from common.config import RunConfig
+from client.metrics import NOISED_SUMS, check_metrics
+from client.release import release_proportions
+from client.session import SiteSession
+from client.site import ReleaseProportions
 from common.errors import (
     BudgetRefused,
     ConfigError,
@@ -42,178 +40,160 @@ from common.errors import (
 from common.records import (
     SITE_ERRORS,
     MessageError,
+    Metric,
     ModelUpdate,
     PrivacyStatement,
     ProportionRelease,
     Record,
     SiteError,
+    SiteName,
 )
-from common.secure_aggregation.records import InSession, KeyAdvert, MaskedUpdate
+from common.secure_aggregation.records import (
+    InSession,
+    KeyAdvert,
+    MaskedUpdate,
+    MaskRequest,
+    SealedShares,
+    SessionOffer,
+    SessionPlan,
+    SurvivorList,
+    SurvivorSignature,
+    UnmaskRequest,
+    UnmaskShares,
+)
 from common.wire import check_only, from_records, to_records
 
 log = logging.getLogger("fedbags.client")
 
+_SHARE_BYTES = 52
+"""As ``common.secure_aggregation.keys``, which a run in clear does not load."""
+_TAG_BYTES = 16
+_ASKED: dict[type[Record], type[InSession]] = {
+    KeyAdvert: SessionOffer,
+    SealedShares: SessionPlan,
+    MaskedUpdate: MaskRequest,
+    SurvivorSignature: SurvivorList,
+    UnmaskShares: UnmaskRequest,
+}
+"""What each reply of a secure aggregation answers."""
 
-class UnknownQuestionError(FedbagsError):
+
+class _UnknownQuestionError(FedbagsError):
     """Report a message type, or a request, that is none of the site's questions."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Hold the site's own facts and the request, with which a reply is compared."""
+class _Case:
+    """Hold a question at a site, with which the reply to it is compared."""
 
     kind: str
     question: Question
     request: RecordDict
-    context: Context
-    config: RunConfig
-    folder: Path
-    site: SiteConfig
-    terms: Terms
+    session: SiteSession
     charges: Charges
     """What the site's ledger was charged while the question was answered."""
-
-    @property
-    def private(self) -> bool:
-        """Return whether the run is private."""
-        return self.config.dp.epsilon > 0
-
-    @cached_property
-    def store(self) -> BagStore:
-        """Return the site's bags."""
-        return open_site(self.context)[1]
 
     @cached_property
     def asked(self) -> ModelUpdate:
         """Return the model that the server sent."""
         return from_records(self.request, ModelUpdate)
 
-    @cached_property
-    def training(self) -> int:
-        """Return the number of bags that are trained on."""
-        return len(self.store.split(self.config.train.held_back, self.config.seed)[0])
-
-    @property
-    def held_back(self) -> int:
-        """Return the number of bags that are held back."""
-        return len(self.store) - self.training
-
-    def allowed_metrics(self) -> frozenset[str]:
-        """Return the names of the metrics that this reply may hold."""
-        return may_leave(
-            self.kind, self.config, self.site, self.terms, training=self.training, held_back=self.held_back
-        )
-
 
 def guard(message: Message, context: Context, call_next: Handler) -> Message:
-    """Admit a question, have it answered, and send the guard's own encoding of the answer.
-
-    This is a Flower mod.
-    """
+    """Admit a question, have it answered, and send the guard's own encoding of the answer."""
     kind, private = "a question", False
     try:
         # Inside the try, like all that follows: an exception that escaped to Flower would leave with its
         # text.
-        facts = _gather(message, context)
+        case = _open(message, context)
+        session = case.session
         # Only from here on is the type one of ours: a text that the server made up must not enter the
         # site's log.
-        kind, private = facts.kind, facts.private and bool(facts.question.touches)
-        admit(facts.question, facts.config, facts.site, facts.terms)
+        kind, private = case.kind, session.private and bool(case.question.touches)
+        admit(case.question, session)
         # The ledger's length was read before this line, so that only charges made for this very answer
         # count.
-        answer = call_next(message, context).content
-        records = to_records(*rebuild(facts, answer), transport=facts.config.federation.transport)
+        answer = call_next(message, session).content
+        records = to_records(*_rebuild(case, answer), transport=session.config.federation.transport)
         return Message(records, reply_to=message)
     except Exception as error:
         code = classify(error, private=private)
         # The class alone: even the site's log lines carry no path, patient id or label. What a secure
         # aggregation is refused for has none of them in it, and the site must know.
-        told = (
+        reason = (
             str(error)
             if code in (SiteError.SECURE_AGGREGATION, SiteError.ROUND_TAKEN)
             else type(error).__name__
         )
         log.error(
             "%(phase)s refused: %(reason)s (%(error)s)",
-            {"phase": kind, "reason": SITE_ERRORS[code], "error": told},
+            {"phase": kind, "reason": SITE_ERRORS[code], "error": reason},
         )
         return Message(Error(int(code), SITE_ERRORS[code]), reply_to=message)
 
 
-def _gather(message: Message, context: Context) -> Facts:
-    """Gather the facts about a question before it is answered.
+def _open(message: Message, context: Context) -> _Case:
+    """Open the site's session for a question, and read the ledger's length before it is answered.
 
     Raises:
-        UnknownQuestionError: the site has no such question, or the request holds other records.
+        _UnknownQuestionError: the site has no such question, or the request holds other records.
     """
     kind = message.metadata.message_type
     question = QUESTIONS.get(kind)
     if question is None:
-        raise UnknownQuestionError("the site does not answer messages of this type")
+        raise _UnknownQuestionError("the site does not answer messages of this type")
     try:
         check_only(message.content, *question.asks)
     except MessageError as error:
-        raise UnknownQuestionError("the request does not hold the records of its type") from error
-    config, folder = RunConfig.from_flat(context.run_config), find_site(context)
-    site = SiteConfig.load(folder)
-    return Facts(
-        kind=kind,
-        question=question,
-        request=message.content,
-        context=context,
-        config=config,
-        folder=folder,
-        site=site,
-        terms=terms_of(context, site),
-        charges=Charges.before(context, config, site, folder),
-    )
+        raise _UnknownQuestionError("the request does not hold the records of its type") from error
+    session = SiteSession.open(context)
+    return _Case(kind, question, message.content, session, Charges.before(session))
 
 
-def rebuild(facts: Facts, reply: RecordDict) -> list[Record]:
+def _rebuild(case: _Case, reply: RecordDict) -> list[Record]:
     """Return the records that a reply may consist of, made anew from the handler's answer.
 
     Raises:
         EgressError: the reply is anything but an answer to this question; names keys and shapes only.
     """
-    kinds = facts.question.answers_in(facts.config)
+    kinds = case.question.answers_in(case.session.config)
     try:
         check_only(reply, *kinds)
-        return [_rebuilt(facts, reply, from_records(reply, kind)) for kind in kinds]
+        return [_rebuilt(case, reply, from_records(reply, kind)) for kind in kinds]
     except MessageError as error:
         raise EgressError(str(error)) from error
 
 
-def _rebuilt(facts: Facts, reply: RecordDict, record: Record) -> Record:
+def _rebuilt(case: _Case, reply: RecordDict, record: Record) -> Record:
+    session = case.session
     match record:
         case ModelUpdate():
-            return _update(facts, record)
+            return _update(case, record)
         case PrivacyStatement():
-            return _statement(facts, record)
+            return _statement(case, record)
         case ProportionRelease():
-            return _release(facts, record)
+            return _release(case, record)
         case InSession():
             words = 0
             if isinstance(record, MaskedUpdate):
-                check_metrics(facts, record.metrics)
-                _check_charge(facts)
-                shapes = trained_shapes(facts.config, facts.store.hierarchy).values()
-                words = sum(math.prod(shape) for shape in shapes)
-            if isinstance(record, KeyAdvert):
-                check_keys(facts.context, facts.config, facts.site, record)
-            return rebuild_masked(facts.request, record, facts.site, facts.context.run_id, words)
+                _check_metrics(case, record.metrics)
+                _check_charge(case)
+                words = sum(math.prod(shape) for shape in session.trained_shapes().values())
+            return rebuild_masked(case.request, record, session, words)
         case _:
             raise EgressError("a record that no reply may hold")
 
 
-def _update(facts: Facts, reply: ModelUpdate) -> ModelUpdate:
+def _update(case: _Case, reply: ModelUpdate) -> ModelUpdate:
     """Return the update with trained arrays in the model's order and metrics in the order of their names."""
-    if (reply.sender, reply.round) != (facts.site.name, facts.asked.round):
+    session = case.session
+    if (reply.sender, reply.round) != (session.site.name, case.asked.round):
         raise EgressError("the update speaks for another site or round")
     arrays = reply.arrays
-    if facts.kind == "train":
-        if facts.site.policy.secure_aggregation.required or facts.config.secure_aggregation.enabled:
+    if case.kind == "train":
+        if session.site.policy.secure_aggregation.required or session.config.secure_aggregation.enabled:
             raise EgressError("this site's updates leave masked only")
-        shapes = trained_shapes(facts.config, facts.store.hierarchy)
+        shapes = session.trained_shapes()
         # Exactly the trained arrays: one more, such as a buffer with statistics of images, would leave
         # without noise.
         if arrays.keys() != shapes.keys():
@@ -223,42 +203,137 @@ def _update(facts: Facts, reply: ModelUpdate) -> ModelUpdate:
                 raise EgressError(f"array {name!r} has another shape, or values that are not finite")
         # The order of arrays could carry a message of its own, so it is fixed.
         arrays = {name: arrays[name] for name in shapes}
-        _check_charge(facts)
+        _check_charge(case)
     elif arrays:
         raise EgressError("an evaluation carries no arrays")
-    check_metrics(facts, reply.metrics)
+    _check_metrics(case, reply.metrics)
     metrics = {name: reply.metrics[name] for name in sorted(reply.metrics)}
-    return ModelUpdate(sender=facts.site.name, round=facts.asked.round, arrays=arrays, metrics=metrics)
+    return ModelUpdate(sender=session.site.name, round=case.asked.round, arrays=arrays, metrics=metrics)
 
 
-def _check_charge(facts: Facts) -> None:
+def _check_charge(case: _Case) -> None:
     """Refuse a private round unless it was charged while this question was answered."""
-    if facts.private and not facts.charges.paid_for_training(facts.asked.round, facts.config):
+    session = case.session
+    if session.private and not case.charges.paid_for_training(case.asked.round, session.config):
         raise EgressError("a private round that the ledger has not paid for")
 
 
-def _statement(facts: Facts, reply: PrivacyStatement) -> PrivacyStatement:
+def _check_metrics(case: _Case, metrics: Mapping[str, Metric]) -> None:
+    """Refuse metrics that this reply may not hold, and noised sums that were not charged for meanwhile."""
+    session = case.session
+    check_metrics(case.kind, session, metrics)
+    levels = len(session.store.hierarchy.levels)
+    paid = case.charges.paid_for_evaluation
+    if NOISED_SUMS in metrics and not paid(case.asked.round, session.config, levels):
+        raise EgressError("an evaluation on held-back bags that the ledger has not paid for")
+
+
+def _statement(case: _Case, reply: PrivacyStatement) -> PrivacyStatement:
     """Return the ledger's own statement, or without privacy one that states no bound."""
-    if (reply.site, reply.round) != (facts.site.name, facts.asked.round):
+    site, round = case.session.site.name, case.asked.round
+    if (reply.site, reply.round) != (site, round):
         raise EgressError("the privacy statement speaks for another site or round")
-    own = PrivacyStatement(site=facts.site.name, round=facts.asked.round)
-    if facts.private:
-        own = facts.charges.statement(facts.asked.round, reply.ledger_head)
+    own = PrivacyStatement(site=site, round=round)
+    if case.session.private:
+        own = case.charges.statement(round, reply.ledger_head)
     if reply != own:
         raise EgressError("the privacy statement is not what the site's ledger states")
     return own
 
 
-def _release(facts: Facts, reply: ProportionRelease) -> ProportionRelease:
+def _release(case: _Case, reply: ProportionRelease) -> ProportionRelease:
     """Return the release of this data version, exact as the policy allows or noised as in the ledger."""
-    releases = facts.site.policy.release_proportions is not ReleaseProportions.NONE
-    if facts.private and releases:
-        own = facts.charges.release(facts.store)
+    session = case.session
+    releases = session.site.policy.release_proportions is not ReleaseProportions.NONE
+    if session.private and releases:
+        own = case.charges.release(session.store)
     else:
-        own = release_proportions(facts.store, name_version(facts.store, facts.folder))
+        own = release_proportions(session.store, session.version_name)
     if reply != own:
         raise EgressError("the release is not the one of this data version")
     return own
+
+
+def rebuild_masked(request: RecordDict, reply: InSession, session: SiteSession, words: int = 0) -> InSession:
+    """Return a reply of a secure aggregation made anew, in a fixed order.
+
+    Args:
+        request: what the server sent.
+        reply: what the handler answered.
+        session: of the site.
+        words: numbers that are trained, for a masked update.
+
+    Raises:
+        EgressError: another site, session, round or length, or both shares of one site.
+    """
+    asked = from_records(request, _ASKED[type(reply)])
+    if (reply.session, reply.round) != (asked.session, asked.round):
+        raise EgressError("a reply to another session or round of secure aggregation")
+    speaker = reply.sender if isinstance(reply, MaskedUpdate) else getattr(reply, "site", "")
+    if speaker != session.site.name:
+        raise EgressError("the record speaks for another site")
+    match reply:
+        case KeyAdvert():
+            _check_keys(session, reply)
+            return reply.model_copy()
+        case SealedShares():
+            assert isinstance(asked, SessionPlan)
+            return _sealed(reply, set(asked.sites) - {session.site.name})
+        case MaskedUpdate():
+            if len(reply.vector) != words:
+                raise EgressError("not one word for each number that is trained")
+            metrics = {name: reply.metrics[name] for name in sorted(reply.metrics)}
+            return reply.model_copy(update={"metrics": metrics})
+        case SurvivorSignature():
+            return SurvivorSignature(
+                **{name: getattr(reply, name) for name in SurvivorSignature.model_fields}
+            )
+        case UnmaskShares():
+            assert isinstance(asked, UnmaskRequest)
+            return _shares(reply, set(asked.survivors))
+        case _:
+            raise EgressError("a record that no reply may hold")
+
+
+def _check_keys(session: SiteSession, reply: KeyAdvert) -> None:
+    """Refuse keys for another run, with another certificate than the kit's or of another configuration.
+
+    Raises:
+        EgressError: one of them differs; a field that is not checked could carry anything.
+    """
+    # Imported here, as in ``client.app``: a run in clear loads no cryptography.
+    from client.secure_aggregation import find_kit, own_certificate, settings_digest
+
+    if reply.run != session.run_id:
+        raise EgressError("keys for another run")
+    if reply.certificate != own_certificate(find_kit(session)):
+        raise EgressError("a certificate that is not the one of this site's kit")
+    if reply.settings != settings_digest(session.config):
+        raise EgressError("the digest of another configuration than this run's")
+
+
+def _sealed(reply: SealedShares, others: set[SiteName]) -> SealedShares:
+    if not reply.shares.keys() <= others:
+        raise EgressError("a site's own share stays with it, and others go to members of the plan only")
+    # The content is sealed, so its length is all that can be checked; any longer text could carry data.
+    if any(len(sealed) != 2 * _SHARE_BYTES + _TAG_BYTES for sealed in reply.shares.values()):
+        raise EgressError("sealed shares have one length")
+    return reply.model_copy(update={"shares": _sorted(reply.shares)})
+
+
+def _shares(reply: UnmaskShares, survivors: set[SiteName]) -> UnmaskShares:
+    # With both secrets of one site, the server could take all masks off that site's update.
+    if not reply.self_masks.keys() <= survivors or reply.mask_keys.keys() & survivors:
+        raise EgressError("a share of a secret that must not be known")
+    if any(len(share) != _SHARE_BYTES for share in [*reply.self_masks.values(), *reply.mask_keys.values()]):
+        raise EgressError("shares have one length")
+    return reply.model_copy(
+        update={"self_masks": _sorted(reply.self_masks), "mask_keys": _sorted(reply.mask_keys)}
+    )
+
+
+def _sorted(shares: dict[SiteName, bytes]) -> dict[SiteName, bytes]:
+    return {name: shares[name] for name in sorted(shares)}
 
 
 def classify(error: Exception, *, private: bool = False) -> SiteError:
@@ -270,7 +345,7 @@ def classify(error: Exception, *, private: bool = False) -> SiteError:
             so every failure but those of budget, protocol and configuration, which never do, looks alike.
     """
     match error:
-        case UnknownQuestionError():
+        case _UnknownQuestionError():
             return SiteError.QUESTION
         case BudgetRefused():
             return SiteError.BUDGET

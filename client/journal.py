@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,17 +18,17 @@ from typing import Any
 
 from flwr.app import Context, Message
 
-from client.door import QUESTIONS, Handler
+from client.door import QUESTIONS, Answer
 from client.ledger.file import LEDGER_FILE, LedgerError, Mark
-from client.locate import DATA_PATH
+from client.site import DATA_PATH, KIT
 from common.logs import JsonLines
 from common.wire import size
 
 log = logging.getLogger("fedbags.client")
 
 JOURNAL_FILE = "journal.jsonl"
-KIT, LOGS = "kit", "logs"
-"""The key of the node's configuration that names the site's kit, and the kit's folder for logs."""
+LOGS = "logs"
+"""The kit's folder for logs."""
 TAIL_BYTES = 2**20
 """How much of a journal's end is searched for a mark of the ledger."""
 OTHER = "other"
@@ -58,12 +58,12 @@ class Done:
     """Hash of the newest of them. A ledger that does not hold it was lost or rolled back."""
 
 
-def record(message: Message, context: Context, call_next: Handler) -> Message:
+def record(message: Message, context: Context, call_next: Answer) -> Message:
     """Hand a message on, and write the outcome to the journal.
 
-    This is a Flower mod. Simulated sites keep no journal.
+    Simulated sites keep no journal.
     """
-    path = journal_path(context)
+    path = journal_path(context.node_config)
     if path is None:
         return call_next(message, context)
     started = time.monotonic()
@@ -81,7 +81,7 @@ def record(message: Message, context: Context, call_next: Handler) -> Message:
             bytes_received=received,
             bytes_sent=0 if reply.has_error() else size(reply.content),
             code=reply.error.code if reply.has_error() else 0,
-            **_ledger_mark(context),
+            **_ledger_mark(context.node_config),
         )
         try:
             append(path, done)
@@ -91,14 +91,14 @@ def record(message: Message, context: Context, call_next: Handler) -> Message:
     return reply
 
 
-def journal_path(context: Context) -> Path | None:
-    """Return the path of this node's journal, or None at a simulated site.
+def journal_path(node: Mapping[str, Any]) -> Path | None:
+    """Return the path of the journal of a node with this configuration, or None at a simulated site.
 
     It lies in the site's kit, or in the site folder if there is no kit.
     """
-    if kit := context.node_config.get(KIT):
+    if kit := node.get(KIT):
         return Path(str(kit)) / LOGS / JOURNAL_FILE
-    if data := context.node_config.get(DATA_PATH):
+    if data := node.get(DATA_PATH):
         return Path(str(data)) / JOURNAL_FILE
     return None
 
@@ -124,9 +124,9 @@ def newest_mark(path: Path) -> tuple[Mark, ...]:
     return ()
 
 
-def _ledger_mark(context: Context) -> dict[str, Any]:
+def _ledger_mark(node: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ledger's length and head as its anchor holds them, for a line of the journal."""
-    data = context.node_config.get(DATA_PATH)
+    data, kit = node.get(DATA_PATH), node.get(KIT)
     if not data:
         return {}
     ledger = Path(str(data)) / LEDGER_FILE
@@ -134,9 +134,9 @@ def _ledger_mark(context: Context) -> dict[str, Any]:
         if not ledger.exists():
             return {}
         # Imported here: a site without a budget loads no accountants.
-        from client.ledger.anchor import anchor_of_node
+        from client.ledger.anchor import anchor_file
 
-        anchor = anchor_of_node(ledger, context.node_config).read()
+        anchor = anchor_file(ledger, Path(str(kit)) if kit else None).read()
     except (OSError, LedgerError) as error:
         # The guard has decided already: nothing here may change what goes out, or add to it.
         log.warning("the journal cannot name the ledger's row (%(error)s)", {"error": type(error).__name__})

@@ -4,25 +4,14 @@ The policy releases nothing, the site total, or every bag. In a private run the 
 to the site's ledger; otherwise they are exact, and the record states it.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.data.bags import BagStore
-from client.seeds import derive
 from client.site import ReleaseProportions
 from common.records import ProportionRelease
 
 if TYPE_CHECKING:  # the accountants are loaded in private runs only
     from common.privacy.proportions import CountRelease
-
-
-def name_version(store: BagStore, folder: Path) -> str:
-    """Return the name under which a data version leaves a site without a ledger, 64 hexadecimal digits.
-
-    The data version itself is a hash: whoever knows all but one bag would find that bag by trying. This is
-    derived from it under the site's secret.
-    """
-    return derive(folder, "data-version", store.data_version.encode()).hex()
 
 
 def release_proportions(store: BagStore, version: str) -> ProportionRelease:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from flwr.app import Context
 
 from client.claims import claim, claimed
-from client.locate import KIT, find_site, is_simulated
-from client.site import SiteConfig
+from client.session import SiteSession
+from client.site import KIT
 from client.throwaway import CA_FILE, CERTIFICATE_FILE, KEY_FILE, throwaway_kit
 from common.config import RunConfig
 from common.errors import (
@@ -62,33 +61,26 @@ plus or minus the range times the site's weight, and their sum would tell every 
 class Member:
     """One site in the session that its state tells of."""
 
-    context: Context
-    config: RunConfig
-    site: SiteConfig
+    node: SiteSession
     kit: Path
     claims: Path
 
     @classmethod
-    def open(cls, context: Context) -> Self:
+    def open(cls, session: SiteSession) -> Self:
         """The member that this node is.
 
         Raises:
             ConfigError: secure aggregation is off in this run, or a real node has no kit.
         """
-        config = RunConfig.from_flat(context.run_config)
-        if not config.secure_aggregation.enabled:
+        if not session.config.secure_aggregation.enabled:
             raise ConfigError("secure aggregation is off in this run (secure-aggregation.enabled)")
-        folder = find_site(context)
-        site = SiteConfig.load(folder)
-        return cls(
-            context, config, site, find_kit(context, config, site), claims_path(context, config, folder)
-        )
+        return cls(session, find_kit(session), claims_path(session))
 
     @property
     def limits(self) -> Limits:
         """The stricter of the site's demands and the run's."""
-        own = self.site.policy.secure_aggregation
-        fewest = max(own.minimum_sites, self.config.secure_aggregation.minimum_sites)
+        own = self.node.site.policy.secure_aggregation
+        fewest = max(own.minimum_sites, self.node.config.secure_aggregation.minimum_sites)
         return Limits(fewest, own.largest_share, own.fewest_neighbours)
 
     def advertise(self, offer: SessionOffer) -> KeyAdvert:
@@ -101,9 +93,9 @@ class Member:
         claim(self.claims, f"{offer.session}/keys")
         advert, state = member.advertise(
             offer,
-            self.site.name,
-            self.context.run_id,
-            settings_digest(self.config),
+            self.node.site.name,
+            self.node.run_id,
+            settings_digest(self.node.config),
             self._node_key(),
             own_certificate(self.kit),
         )
@@ -115,7 +107,7 @@ class Member:
         authority = require_file(
             self.kit / CA_FILE, "the consortium's CA certificate", "It came with the site's kit."
         )
-        run = self.config.secure_aggregation
+        run = self.node.config.secure_aggregation
         if (plan.threshold_share, plan.neighbours, plan.clip_range) != (
             run.threshold_share,
             run.neighbours,
@@ -158,7 +150,7 @@ class Member:
         """
         state = self._state()
         plan = state.agreed()
-        weight = plan.weights[self.site.name]
+        weight = plan.weights[self.node.site.name]
         words = quantise(sent, trained, plan.clip_range, weight, len(plan.sites), MOST_CLIPPED)
         self._keep(member.mask(state, words))
         return words
@@ -196,34 +188,34 @@ class Member:
             raise RoundTaken(f"this site has done its part of this round {otherwise} already") from error
 
     def _round(self, request: InSession) -> str:
-        return f"run {self.context.run_id}/round {request.round}"
+        return f"run {self.node.run_id}/round {request.round}"
 
     def _node_key(self) -> EllipticCurvePrivateKey:
         return load_node_key(self.kit / KEY_FILE)
 
     def _state(self) -> MemberState:
-        state = remembered(self.context.state, STATE, MemberState)
+        state = remembered(self.node.state, STATE, MemberState)
         if state is None:
             raise SecureAggregationRefused("this site has no keys (any more): its node was started again")
         return state
 
     def _keep(self, state: MemberState) -> None:
-        remember(self.context.state, STATE, state)
+        remember(self.node.state, STATE, state)
 
 
-def find_kit(context: Context, config: RunConfig, site: SiteConfig) -> Path:
+def find_kit(session: SiteSession) -> Path:
     """The folder with node.key and ca.crt: the kit that the node names, or a throw-away one in a simulation.
 
     Raises:
         ConfigError: a real node that names none. It does not take part without an identity.
     """
-    if kit := context.node_config.get(KIT):
-        return Path(str(kit))
-    if not is_simulated(context):
+    if session.kit is not None:
+        return session.kit
+    if not session.simulated:
         raise ConfigError(
             f"secure aggregation needs the site's kit: start the SuperNode with --node-config '{KIT}=\"...\"'"
         )
-    return throwaway_kit(run_folder(context, config), site.name)
+    return throwaway_kit(run_folder(session), session.site.name)
 
 
 def own_certificate(kit: Path) -> str:
@@ -237,17 +229,17 @@ def settings_digest(config: RunConfig) -> bytes:
     return hashlib.sha256(canonical(config.to_flat())).digest()
 
 
-def claims_path(context: Context, config: RunConfig, folder: Path) -> Path:
+def claims_path(session: SiteSession) -> Path:
     """With the site's data; a simulated site's lies under the run."""
-    if not is_simulated(context):
-        return folder / CLAIMS_FILE
-    path = run_folder(context, config) / "sites" / folder.name / CLAIMS_FILE
+    if not session.simulated:
+        return session.folder / CLAIMS_FILE
+    path = run_folder(session) / "sites" / session.folder.name / CLAIMS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def run_folder(context: Context, config: RunConfig) -> Path:
+def run_folder(session: SiteSession) -> Path:
     """Return what the simulated sites of one run share, and no other run does: the folder of the run."""
-    if config.run_dir:
-        return Path(config.run_dir)
-    return Path.home() / ".fedbags" / "runs" / f"{config.name}-{context.run_id}"
+    if session.config.run_dir:
+        return Path(session.config.run_dir)
+    return Path.home() / ".fedbags" / "runs" / session.run_name

@@ -1,14 +1,12 @@
-"""Derive the seeds of the bag order, augmentation and dropout of a site's training.
+"""Keep the secret of one site, and derive the seeds of its training and other values from it.
 
-Privacy noise never comes from here. A simulated site's training is fixed by (run seed, site name, round), so
-that it can be repeated anywhere. A real site mixes in a secret of its own, drawn for the run: whoever knows
-the model and all bags but one could else repeat the training exactly, and two runs of one model would differ
-by nothing but their sites.
+The secret is random bytes that never leave the site. Losing the file costs nothing but continuity: what was
+derived from it before cannot be derived again.
 
-Keep the secret of one site, and derive from it values that nobody else can guess.
-
-The secret is random bytes that never leave the site. Knows nothing of what is derived. Losing the file costs
-nothing but continuity: what was derived from it before cannot be derived again.
+The seeds are of the bag order, augmentation and dropout; privacy noise never comes from here. A simulated
+site's training is fixed by (run seed, site name, round), so that it can be repeated anywhere. A real site
+mixes in its secret, derived for the run: whoever knows the model and all bags but one could else repeat the
+training exactly, and two runs of one model would differ by nothing but their sites.
 """
 
 import hmac
@@ -18,10 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Context
 
-from client.locate import find_site, is_simulated
-from common.config import RunConfig
 from common.errors import UserError
 from common.files import create_bytes
 
@@ -97,15 +92,3 @@ class TrainingSeeds:
         # 64 bits where they must not be guessed; 32 are what simulations have always had.
         state = sequence.generate_state(number, np.uint64 if self.secret else np.uint32)
         return [int(value) for value in state]
-
-
-def training_seeds(context: Context, config: RunConfig, site: str) -> TrainingSeeds:
-    """Return the seeds that a node trains with in its run.
-
-    Raises:
-        UserError: a real site's secret cannot be read or made.
-    """
-    if is_simulated(context):
-        return TrainingSeeds(config.seed, site)
-    secret = derive(find_site(context), "training-seed", f"run {context.run_id}".encode())
-    return TrainingSeeds(config.seed, site, secret)

@@ -1,4 +1,4 @@
-"""Read and write site.toml, which names a site and holds its owner's policy on what may leave.
+"""Find site folders, and read and write site.toml, which holds the owner's policy on what may leave.
 
 The file belongs to the site. Nothing that a server sends can change it, and it knows nothing of the
 run configuration: where both set the same thing, the stricter one is the site's.
@@ -17,11 +17,13 @@ from pydantic import Field, ValidationError, field_validator
 
 from common.config import flatten
 from common.config_tables import Section
-from common.errors import ConfigError, require_file
+from common.errors import ConfigError, UserError, require_file
 from common.files import write_text
 from common.records import SiteName
 
 SITE_FILE = "site.toml"
+DATA_PATH, KIT, PARTITION = "data-path", "kit", "partition-id"
+"""Keys of a node's configuration: site folder and kit of a real site, and the number of a simulated one."""
 BUILD_ADVICE = (
     "`fedbags bags build` writes complete site folders: from labelled images, or with --source counts from "
     "images and one count per class and bag."
@@ -134,7 +136,7 @@ class SitePolicy(Section):
         """Return the terms at a node of this policy, with defaults filled in.
 
         Args:
-            simulated: the node is one of a simulation (``client.locate.is_simulated``). It keeps what a
+            simulated: the node is one of a simulation (``client.session.is_simulated``). It keeps what a
                 run asks for; a real site has the strict defaults.
         """
 
@@ -214,6 +216,24 @@ class SiteConfig(Section):
         """Write ``site_dir/site.toml`` in one step, so that a reader sees the old file or the new one."""
         text = tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
         write_text(site_dir / SITE_FILE, text, 0o644)
+
+
+def site_folders(sites_dir: Path) -> list[Path]:
+    """Return every folder below ``sites_dir`` that holds a site.toml, sorted by name.
+
+    A hidden folder is left out: a build that was broken off leaves one.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = (path.parent for path in sites_dir.glob(f"*/{SITE_FILE}"))
+    folders = sorted(folder for folder in found if not folder.name.startswith("."))
+    if not folders:
+        raise UserError(
+            f"no site folder (one with a {SITE_FILE}) in {sites_dir}\n"
+            f"{BUILD_ADVICE} Without --sites-dir there are synthetic hospitals."
+        )
+    return folders
 
 
 def _faults(error: ValidationError) -> str:

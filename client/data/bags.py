@@ -102,8 +102,8 @@ class BagStore:
         image_size: int,
         *,
         skip_bad: bool = False,
-        cache_dir: Path | None = None,
         progress: Progress | None = None,
+        site: SiteConfig | None = None,
     ) -> Self:
         """Read and check a site folder, and decode its images unless that was done before.
 
@@ -113,22 +113,22 @@ class BagStore:
             skip_bad: leave out what is bad and list it in ``quarantine.csv``. A bag that loses an
                 image is left out completely: its counts include that image's label, which nobody knows,
                 so the counts of the rest are unknown.
-            cache_dir: where cache and quarantine list go; ``site_dir`` (and its ``.cache``) if None.
             progress: called with (done, all) while decoding.
+            site: the content of site.toml, if the caller has read it.
 
         Raises:
             ConfigError: site.toml is faulty.
             DataError: bad rows (all of them), or no bag is left.
             UserError: the cache cannot be written.
         """
-        config = SiteConfig.load(site_dir)
+        config = SiteConfig.load(site_dir) if site is None else site
         hierarchy, listing = read_listing(site_dir, config)
         faults = list(listing.faults)
         if not listing.images:
             _refuse(config, site_dir, faults, "holds no usable image")
         version = data_version(site_dir, config, listing)
         cache = open_cache(
-            cache_dir or site_dir / CACHE_FOLDER,
+            site_dir / CACHE_FOLDER,
             "bags",
             version,
             [site_dir / row.path for row in listing.images],
@@ -145,7 +145,7 @@ class BagStore:
         if not good.size:
             _refuse(config, site_dir, faults, "holds no usable bag")
         if skip_bad:
-            write_quarantine(cache_dir or site_dir, [fault.row for fault in faults])
+            write_quarantine(site_dir, [fault.row for fault in faults])
         sizes = np.diff(listing.offsets)
         used = int(sizes[good].sum())
         return cls(

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.bags import CACHE_FOLDER
 from client.data.image_cache import Progress, open_cache
 from client.data.site_files import (
     TEST_FILE,
@@ -22,8 +23,6 @@ from client.data.tables import read_csv, unknown_label
 from client.site import SiteConfig
 from common.errors import BadRow, DataError
 from common.hierarchy import Hierarchy
-
-CACHE_FOLDER = ".cache"
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class LabelledImages:
         image_size: int,
         *,
         skip_bad: bool = False,
-        cache_dir: Path | None = None,
         progress: Progress | None = None,
+        site: SiteConfig | None = None,
     ) -> Self | None:
         """Read test.csv and its images, which are cached like those of the bags.
 
@@ -58,8 +57,8 @@ class LabelledImages:
             site_dir: the site folder.
             image_size: S, side of the square images in pixels.
             skip_bad: leave bad rows out instead of refusing.
-            cache_dir: where the cache goes; ``site_dir/.cache`` if None.
             progress: called with (done, all) while decoding.
+            site: the content of site.toml, if the caller has read it.
 
         Returns:
             None when the site has no test.csv, or one without rows.
@@ -69,7 +68,7 @@ class LabelledImages:
             DataError: bad rows, all of them.
             UserError: the cache cannot be written.
         """
-        config = SiteConfig.load(site_dir)
+        config = SiteConfig.load(site_dir) if site is None else site
         if not (site_dir / TEST_FILE).exists():
             return None
         fatal: list[BadRow] = []
@@ -90,7 +89,7 @@ class LabelledImages:
         images = np.zeros((0, image_size, image_size, 3), dtype=np.uint8)
         if known:
             cache = open_cache(
-                cache_dir or site_dir / CACHE_FOLDER,
+                site_dir / CACHE_FOLDER,
                 "test",
                 fingerprint(site_dir, (TEST_FILE,), known),
                 [site_dir / image.path for image in known],

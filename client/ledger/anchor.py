@@ -7,7 +7,7 @@ the anchor's head has lost rows. The anchor carries the events, so that a lost f
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client.ledger.book import Book, Tally, tally
 from client.ledger.file import LedgerBusyError, LedgerError, Mark
-from client.locate import KIT
 from common.files import locked, write_text
 from common.privacy.events import Unit
 
@@ -124,11 +123,6 @@ def anchor_file(ledger: Path, kit: Path | None = None) -> AnchorFile:
     """Return the anchor of a ledger, in the kit's state folder if there is a kit, else in the ledger's."""
     folder = ledger.parent if kit is None else kit / STATE
     return AnchorFile(folder / ledger.with_suffix(ANCHOR_SUFFIX).name)
-
-
-def anchor_of_node(ledger: Path, node: Mapping[str, Any]) -> AnchorFile:
-    """Return the anchor for a node with this configuration, without touching a file."""
-    return anchor_file(ledger, Path(str(node[KIT])) if node.get(KIT) else None)
 
 
 def lost_marks(marks: Iterable[Mark], book: Book, hash_of: Callable[[int], str | None]) -> list[Mark]:

@@ -8,18 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from flwr.app import Context
-
 from client.data.bags import BagStore
+from client.ledger.file import Entry, Kind, newest_written, read_entries, reading
 from client.release import private_release
-from client.site import SiteConfig
+from client.session import SiteSession
 from common.config import RunConfig
 from common.errors import EgressError, require_file
 from common.records import PrivacyStatement, ProportionRelease
 
 if TYPE_CHECKING:  # the accountants are loaded in private runs only
     from client.ledger.book import Book, Reservation
-    from client.ledger.file import Entry
 
 
 @dataclass(frozen=True)
@@ -32,18 +30,15 @@ class Charges:
     rows: int
 
     @classmethod
-    def before(cls, context: Context, config: RunConfig, site: SiteConfig, folder: Path) -> Self:
+    def before(cls, session: SiteSession) -> Self:
         """Return the view of the ledger as it is before the question is answered."""
-        if not config.dp.epsilon:
+        if not session.private:
             return cls(None, "", 0)
-        from client.budget import ledger_path, run_name
-        from client.ledger.file import newest_written, reading
-
-        path, rows = ledger_path(context, config, folder, site.policy.budget), 0
+        path, rows = session.ledger_path, 0
         if path.is_file():
             with reading(path) as db:
                 rows = newest_written(db)
-        return cls(path, run_name(context, config), rows)
+        return cls(path, session.run_name, rows)
 
     def paid_for_training(self, round: int, config: RunConfig) -> bool:
         """Return whether the round's private steps were reserved while this question was answered."""
@@ -56,7 +51,7 @@ class Charges:
             for found in self._reservations(round)
         )
 
-    def paid_for_look(self, round: int, config: RunConfig, levels: int) -> bool:
+    def paid_for_evaluation(self, round: int, config: RunConfig, levels: int) -> bool:
         """Return whether a noised evaluation of all levels was reserved while this question was answered."""
         return any(
             found.event.kind == "discrete_laplace"
@@ -104,12 +99,11 @@ class Charges:
     @cached_property
     def _reserved(self) -> "tuple[Reservation, ...]":
         from client.ledger.book import Reservation
-        from client.ledger.file import Kind
 
         return tuple(Reservation.of(entry) for entry in self._since if entry.kind == Kind.RESERVED)
 
     @cached_property
-    def _since(self) -> "tuple[Entry, ...]":
+    def _since(self) -> tuple[Entry, ...]:
         """Return the rows that were written since the question came."""
         # Older reservations were for older replies. If they counted, one charge could pay for two
         # updates.
@@ -122,7 +116,6 @@ class Charges:
         Read once, when the answer is there.
         """
         from client.ledger.book import Book
-        from client.ledger.file import read_entries, reading
 
         if self.path is None:
             raise EgressError("a run without privacy has no ledger")

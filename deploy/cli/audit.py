@@ -16,7 +16,7 @@ from deploy.lazy import lazy_imports
 from deploy.simulation import prerequisites
 
 with lazy_imports():
-    from client import locate
+    from client import site as site_files
     from client.data import bags
     from common import config as run_config
     from deploy import configuration
@@ -74,7 +74,7 @@ def audit_command(
     config, folder = _settings(run, sites_dir, epsilon, rounds)
     prerequisites.check(config)
 
-    sites = {path.name: path for path in locate.site_folders(Path(config.sites_dir))}
+    sites = {path.name: path for path in site_files.site_folders(Path(config.sites_dir))}
     name = site or next(iter(sites))
     if name not in sites:
         raise UserError(f"no site {name!r} in {config.sites_dir}; there are {', '.join(sites)}")

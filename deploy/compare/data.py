@@ -26,8 +26,7 @@ from client.data.image_cache import Progress
 from client.data.labelled import LabelledImages
 from client.data.site_files import TEST_FILE
 from client.data.tables import write_csv
-from client.locate import site_folders
-from client.site import SiteConfig
+from client.site import SiteConfig, site_folders
 from common.errors import BadRow, UserError
 from common.files import new_folder
 from deploy.compare.cells import Cell, Division

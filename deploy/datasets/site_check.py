@@ -10,9 +10,9 @@ from typing import Any
 
 from client.data.bags import BagStore
 from client.data.labelled import LabelledImages
-from client.disclosure import IN_REPLY, may_leave
-from client.opening import with_own_split
+from client.metrics import IN_REPLY, may_leave
 from client.release import release_proportions
+from client.session import with_own_split
 from client.site import KNOWN_METRICS, SitePolicy
 from common.config import RunConfig
 from deploy.cli.progress import counted
@@ -82,12 +82,8 @@ def metrics_that_leave(store: BagStore, site: Path, *, private: bool) -> set[str
     # A simulated site sends everything, and the question here is what a real one would send.
     terms = store.config.policy.terms(simulated=False)
     config = RunConfig().with_changes({"dp.epsilon": 1.0} if private else {})
-    training, held_back = with_own_split(store, site, terms, private=private).split(
-        config.train.held_back, config.seed
-    )
-    bags = {"training": len(training), "held_back": len(held_back)}
-    replies = (may_leave(kind, config, store.config, terms, **bags) for kind in IN_REPLY)
-    return set().union(*replies)
+    divided = with_own_split(store, site, terms, private=private)
+    return set().union(*(may_leave(kind, config, divided, terms) for kind in IN_REPLY))
 
 
 def beyond_default(policy: SitePolicy, metrics: Iterable[str]) -> list[str]:

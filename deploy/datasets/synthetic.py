@@ -5,12 +5,15 @@ closer look than the one above it. Every hospital has its own staining and its o
 that what federated learning is for can be shown without downloading anything.
 """
 
+import fcntl
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.data.image_cache import Progress
+from client.site import site_folders
+from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
 from deploy.datasets.files import ArrayImages, SourceTable
@@ -160,6 +163,20 @@ def write_synthetic_sites(
         seed=seed,
         progress=progress,
     )
+
+
+def kept_synthetic_sites(config: RunConfig) -> list[Path]:
+    """Return the folders of a configuration's synthetic hospitals, drawn once and kept in the user's home."""
+    sites, size, seed = config.federation.sites, config.model.image_size, config.seed
+    root = Path.home() / ".fedbags" / "synthetic"
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        # Several processes may ask at once, and drawing takes a while.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        target = root / f"sites-{sites}-pixels-{size}-seed-{seed}"
+        if not target.exists():
+            write_synthetic_sites(target, sites=sites, seed=seed, image_size=size)
+    return site_folders(target)
 
 
 def _draw_block(

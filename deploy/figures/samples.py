@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.labelled import LabelledImages
-from client.locate import site_folders, synthetic_sites
-from client.site import SiteConfig
+from client.site import SiteConfig, site_folders
 from common.errors import UserError
-from deploy.datasets.synthetic import lesion_hierarchy
+from deploy.datasets.synthetic import kept_synthetic_sites, lesion_hierarchy
 from deploy.figures.finished_run import FinishedRun
 
 
@@ -52,9 +51,9 @@ def find_sites(run: FinishedRun) -> list[Path]:
         except UserError as error:
             raise NoTestImages(f"the sites have moved: {_first_line(error)}") from error
     elif run.tree == lesion_hierarchy():
-        # Without sites-dir a run is a deployment or one on synthetic hospitals, which have this tree.
-        # They are drawn from the run's seed, so drawing them again gives the same images.
-        folders = synthetic_sites(run.config)
+        # Without sites-dir a run is a deployment, or one of release 0.1 on synthetic hospitals, which have
+        # this tree. They are drawn from the run's seed, so drawing them again gives the same images.
+        folders = kept_synthetic_sites(run.config)
     else:
         raise NoTestImages("the run was made at real sites, whose images are not here")
     took_part = run.summary["per_site"]

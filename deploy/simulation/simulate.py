@@ -25,7 +25,8 @@ from deploy.simulation.folder_lock import locked
 
 # They bring torch along, which the checks of the options do not need.
 with lazy_imports():
-    from client import budget, locate
+    from client import budget, session
+    from client import site as site_files
     from client.data import bags, labelled
     from common.model import build
     from common.privacy import randomness
@@ -118,7 +119,7 @@ def run_prepared(
     # Before the sites are drawn and read, which takes longer.
     check_model(config)
     sites_dir = Path(config.sites_dir) if config.sites_dir else synthetic_sites(config, folder)
-    sites = locate.site_folders(sites_dir)
+    sites = site_files.site_folders(sites_dir)
     config = config.with_changes({"sites-dir": str(sites_dir), "federation.sites": len(sites)})
     images = prepare_sites(sites, config)
     say(f"{len(sites)} sites, {images} training images, {config.model.image_size} px, {config.rounds} rounds")
@@ -179,7 +180,7 @@ def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
             store = bags.BagStore.open(site, size, skip_bad=skip_bad, progress=progress)
             labelled.LabelledImages.open(site, size, skip_bad=skip_bad, progress=progress)
         if config.dp.epsilon:
-            check_plan(config, store)
+            check_plan(config, store, site)
         summary = store.summary
         used += summary.used
         if summary.quarantined or summary.converted:
@@ -199,14 +200,18 @@ def check_model(config: RunConfig) -> None:
     build.build_model(config.model, Hierarchy.from_rows(["leaf"], [["a"], ["b"]]), config.seed)
 
 
-def check_plan(config: RunConfig, store: "bags.BagStore") -> None:
-    """Make a site's privacy plan once before the run, so that a faulty setting is found at once.
+def check_plan(config: RunConfig, store: "bags.BagStore", site: Path) -> None:
+    """Make a site's privacy plan before the run, so that a faulty setting is found at once, and keep it.
 
     Raises:
         UserError: the settings make no plan for this site.
     """
-    # No noise is drawn from this source: the plan is printed and dropped, and each site makes its own.
-    plan = budget.make_plan(config, store, randomness.InsecureSeededRandomness(config.seed, store.name))
+    # The noise multiplier is kept where the site looks for it, so that it is searched for once. No noise is
+    # drawn from this source.
+    source = randomness.InsecureSeededRandomness(config.seed, store.name)
+    terms = store.config.policy.terms(simulated=True)
+    divided = session.with_own_split(store, site, terms, private=True)
+    plan = budget.make_plan(config, divided, source, budget.SigmaCache(site / bags.CACHE_FOLDER))
     say(
         f"{store.name}: {plan.number_of_bags} bags, sample rate {plan.sample_rate:.3f}, noise multiplier "
         f"{plan.noise_multiplier:.3f} for epsilon {plan.planned_epsilon:.3f} (replace-one bag, delta "

@@ -185,15 +185,6 @@ def test_two_processes_that_build_at_once_end_with_one_cache(
     assert len(caches(site)) == 1
 
 
-def test_a_cache_folder_elsewhere_leaves_the_site_folder_alone(site: Path, tmp_path: Path) -> None:
-    before = sorted(path.name for path in site.iterdir())
-    (site / "images/10.png").write_bytes(b"broken")
-    BagStore.open(site, 8, skip_bad=True, cache_dir=tmp_path / "cache")
-    LabelledImages.open(site, 8, cache_dir=tmp_path / "cache")
-    assert sorted(path.name for path in site.iterdir()) == before
-    assert (tmp_path / "cache/quarantine.csv").is_file()
-
-
 @given(held_back=st.floats(0, 0.999), seed=st.integers(0, 2**31))
 def test_split_is_a_partition_that_never_holds_back_everything(held_back: float, seed: int) -> None:
     store = _store_of(7)
@@ -394,10 +385,10 @@ def test_a_folder_without_write_permission(site: Path) -> None:
         site.chmod(stat.S_IRWXU)
 
 
-def test_a_cache_that_cannot_be_written(site: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+def test_a_cache_that_cannot_be_written(site: Path) -> None:
+    (site / ".cache").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot be written: (Not a directory|File exists)"):
-        BagStore.open(site, 8, cache_dir=tmp_path / "file")
+        BagStore.open(site, 8)
 
 
 # --- labelled test images ------------------------------------------------------------------------------

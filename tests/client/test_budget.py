@@ -21,6 +21,7 @@ from client.ledger.file import (
     writing,
 )
 from client.ledger.ledger import BudgetRefused, Ledger
+from client.session import SiteSession
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from common.config import RunConfig
 from common.errors import UserError
@@ -46,7 +47,7 @@ def open_site(site: Path) -> Callable[..., Budget]:
     def make(**changes: Any) -> Budget:
         config = RunConfig().with_changes({**SETTINGS, **changes})
         context = Context(1, 7, {"data-path": str(site)}, RecordDict(), config.to_flat())
-        return open_budget(context, config, BagStore.open(site, 16), site)
+        return open_budget(SiteSession.open(context))
 
     return make
 
@@ -155,8 +156,8 @@ def test_a_used_up_cap_refuses_before_any_search(
     ledger.reserve(bare, "run", 1)
     for ask in (
         lambda budget: budget.reserve(2),
-        lambda budget: budget.reserve_look(2),
-        lambda budget: budget.release(BagStore.open(site, 16), 8.0),
+        lambda budget: budget.reserve_evaluation(2),
+        lambda budget: budget.release(8.0),
     ):
         with pytest.raises(BudgetRefused):
             ask(open_site())

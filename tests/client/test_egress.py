@@ -21,6 +21,7 @@ from client.ledger.book import Book
 from client.ledger.file import LEDGER_FILE, Kind
 from client.ledger.ledger import CARRY_EVERY, Ledger
 from client.ledger.view import Charges
+from client.session import SiteSession
 from common.config import RunConfig
 from common.errors import (
     ConfigError,
@@ -53,8 +54,8 @@ class Case:
         """What the handler answers, seen inside the guard."""
         seen: list[RecordDict] = []
 
-        def handler(message: Message, context: Context) -> Message:
-            reply = app.handlers[self.kind](message, context)
+        def handler(message: Message, session: SiteSession) -> Message:
+            reply = app.handlers[self.kind](message, session)
             seen.append(reply.content)
             return reply
 
@@ -69,8 +70,8 @@ class Case:
     def send(self, change: Callable[[RecordDict], object], *, charge: bool = False) -> Message:
         """What leaves where a handler answers the honest reply with a change."""
 
-        def handler(message: Message, context: Context) -> Message:
-            reply = app.handlers[self.kind](message, context) if charge else None
+        def handler(message: Message, session: SiteSession) -> Message:
+            reply = app.handlers[self.kind](message, session) if charge else None
             content = reply.content if reply is not None else copied(self.honest)
             change(content)
             return Message(content, reply_to=message)
@@ -388,8 +389,8 @@ def test_what_another_run_is_charged_meanwhile_changes_nothing(
     if when == "while it trains":
         monkeypatch.setattr(Ledger, "confirm", before(Ledger.confirm, another, answered))
 
-    def handler(message: Message, context: Context) -> Message:
-        reply = app.handlers[kind](message, context)
+    def handler(message: Message, session: SiteSession) -> Message:
+        reply = app.handlers[kind](message, session)
         if not answered:
             another()
         return reply
@@ -419,14 +420,14 @@ def test_what_another_run_was_charged_pays_for_nothing(two_runs: tuple[Node, Nod
     message, context = in_run("train", "A", first)
     kept: list[RecordDict] = []
 
-    def honest(message: Message, context: Context) -> Message:
-        reply = app.handlers["train"](message, context)
+    def honest(message: Message, session: SiteSession) -> Message:
+        reply = app.handlers["train"](message, session)
         kept.append(copied(reply.content))
         return reply
 
     assert not egress.guard(message, context, honest).has_error()
 
-    def unpaid(message: Message, context: Context) -> Message:
+    def unpaid(message: Message, session: SiteSession) -> Message:
         assert not app(*in_run("train", "B", second)).has_error()
         return Message(kept[0], reply_to=message)
 
@@ -439,8 +440,8 @@ def test_a_statement_from_before_the_question_does_not_leave(two_runs: tuple[Nod
     message, context = in_run("train", "A", node)
     stated: list[Any] = []
 
-    def handler(message: Message, context: Context) -> Message:
-        reply = app.handlers["train"](message, context)
+    def handler(message: Message, session: SiteSession) -> Message:
+        reply = app.handlers["train"](message, session)
         stated.append(reply.content["privacy"])
         reply.content["privacy"] = stated[0]
         return reply
@@ -478,7 +479,7 @@ def test_the_rest_of_a_reply_is_the_guard_s_own(cases: dict[str, Case]) -> None:
     """Group, type and time to live follow from the question, whatever the handler set."""
     own = cases["train"]
 
-    def handler(message: Message, context: Context) -> Message:
+    def handler(message: Message, session: SiteSession) -> Message:
         reply = Message(copied(own.honest), reply_to=message, ttl=17.0)
         for key, value in (("group_id", TEXT), ("message_type", "train.x"), ("reply_to_message_id", TEXT)):
             reply.metadata.__dict__[f"_{key}"] = value

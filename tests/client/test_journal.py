@@ -13,7 +13,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from client import journal
 from client.app import app
 from client.ledger.anchor import anchor_file
-from client.locate import PARTITION
+from client.site import PARTITION
 from common.config import RunConfig
 from common.records import ModelUpdate, SiteError
 from common.wire import size, to_records

@@ -13,8 +13,9 @@ from flwr.app import Context, Message, RecordDict
 from client import app as client_app
 from client.claims import claim
 from client.door import QUESTIONS
-from client.masked_egress import rebuild_masked
+from client.egress import rebuild_masked
 from client.secure_aggregation import STATE, Member
+from client.session import SiteSession
 from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
 from client.throwaway import FOLDER, throwaway_kit
 from common.config import RunConfig
@@ -387,7 +388,7 @@ def test_secrets_are_in_the_nodes_state_and_leave_it_as_soon_as_they_can(nodes: 
         assert repr(secret)[2:-1] not in repr(state())
 
 
-SITE = SiteConfig(name="north")
+SITE = SiteSession(RunConfig(), SiteConfig(name="north"), Path(), {}, 1, RecordDict())
 GOOD_SHARES = {"a": b"x" * SHARE_BYTES}
 
 
@@ -444,16 +445,16 @@ def masked(**changes: Any) -> MaskedUpdate:
 def test_the_guard_stops_what_a_handler_must_not_send(kind: str, asked: Record, reply: Any) -> None:
     assert kind in QUESTIONS
     with pytest.raises(EgressError):
-        rebuild_masked(to_records(asked), reply, SITE, run=1, words=6)
+        rebuild_masked(to_records(asked), reply, SITE, words=6)
 
 
 def test_the_guard_lets_the_right_replies_out() -> None:
     request = to_records(MaskRequest(**NOW, sharing=(), shares={}))
-    sent = rebuild_masked(request, masked(), SITE, run=1, words=6)
+    sent = rebuild_masked(request, masked(), SITE, words=6)
     assert sent.model_dump() == masked().model_dump()
     shares = UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={"b": b"y" * SHARE_BYTES})
     asked = to_records(UnmaskRequest(**NOW, survivors=("a",), signatures={}))
-    assert rebuild_masked(asked, shares, SITE, run=1) == shares
+    assert rebuild_masked(asked, shares, SITE) == shares
 
 
 @pytest.mark.parametrize(

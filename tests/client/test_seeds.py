@@ -12,8 +12,8 @@ import torch
 from flwr.app import Context, RecordDict
 
 from client import app as client_app
-from client.data.bags import BagStore
-from client.seeds import SECRET_FILE, TrainingSeeds, training_seeds
+from client.seeds import SECRET_FILE, TrainingSeeds
+from client.session import SiteSession
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from client.training import TrainingResult, passes_of_round, train_round
 from common.config import RunConfig
@@ -44,7 +44,7 @@ def test_a_simulated_node_has_the_public_seeds_and_no_secret(
 ) -> None:
     own = shutil.copytree(sites_dir, tmp_path / "own", ignore=shutil.ignore_patterns(SECRET_FILE))
     config = small_config({"sites-dir": str(own)})
-    made = training_seeds(node(own, config, **{"partition-id": 0}), config, "hospital-1")
+    made = SiteSession.open(node(own, config, **{"partition-id": 0})).seeds
     assert made == TrainingSeeds(config.seed, "hospital-1")
     assert not list(own.rglob(SECRET_FILE))
 
@@ -53,11 +53,11 @@ def test_a_real_sites_seeds_are_its_own_and_new_in_every_run_and_round(
     tmp_path: Path, site: Path, small_config: Callable[..., RunConfig]
 ) -> None:
     config = small_config()
-    seeds = training_seeds(node(site, config), config, "site-1")
-    assert seeds == training_seeds(node(site, config), config, "site-1")  # a round can be repeated
-    other_run = training_seeds(node(site, config, run=2), config, "site-1")
+    seeds = SiteSession.open(node(site, config)).seeds
+    assert seeds == SiteSession.open(node(site, config)).seeds  # a round can be repeated
+    other_run = SiteSession.open(node(site, config, run=2)).seeds
     (site / SECRET_FILE).unlink()
-    other_site = training_seeds(node(site, config), config, "site-1")  # another secret, all else equal
+    other_site = SiteSession.open(node(site, config)).seeds  # another secret, all else equal
     public = TrainingSeeds(config.seed, "site-1")
     drawn = [
         *(s.of_round(r) for s in (seeds, other_run, other_site, public) for r in (1, 2)),
@@ -82,16 +82,16 @@ def test_whoever_lacks_the_secret_cannot_repeat_a_real_sites_training(
 ) -> None:
     """The server knows the model, the configuration and here even the data, and still gets other arrays."""
     context = node(site, small_config({"train.bags-per-step": 1, "train.held-back": 0.0}))
-    config = RunConfig.from_flat(context.run_config)
-    store = BagStore.open(site, config.model.image_size)
+    session = SiteSession.open(context)
+    config, store = session.config, session.store
     model = build_model(config.model, store.hierarchy, 0)
     request = ModelUpdate(sender="server", round=1, arrays=all_arrays(model))
 
     def arrays(trained: LHFGLP) -> dict[str, np.ndarray]:
         return {name: array.copy() for name, array in trainable_arrays(trained).items()}
 
-    first = arrays(client_app.train_locally(context, config, store, request)[0])
-    again = arrays(client_app.train_locally(context, config, store, request)[0])
+    first = arrays(client_app.train_locally(session, request)[0])
+    again = arrays(client_app.train_locally(session, request)[0])
     assert all(np.array_equal(first[name], again[name]) for name in first)
     train_round(model, store, config, 1)  # with what the server knows
     repeated = arrays(model)
@@ -104,8 +104,8 @@ def test_private_training_too_has_the_sites_own_seeds(
     policy = SitePolicy(budget=PrivacyBudget(epsilon=8.0, delta=1e-3))
     SiteConfig.load(site).model_copy(update={"policy": policy}).save(site)
     context = node(site, small_config({"dp.epsilon": 8.0, "dp.delta": 1e-3, "train.held-back": 0.0}))
-    config = RunConfig.from_flat(context.run_config)
-    store = BagStore.open(site, config.model.image_size)
+    session = SiteSession.open(context)
+    config, store = session.config, session.store
     used: list[TrainingSeeds] = []
 
     def train(*arguments: Any) -> TrainingResult:
@@ -114,6 +114,6 @@ def test_private_training_too_has_the_sites_own_seeds(
 
     monkeypatch.setattr("client.private_training.train_round_privately", train)
     model = build_model(config.model, store.hierarchy, 0)
-    client_app.train_privately(context, config, store, model, 1)
-    assert used == [training_seeds(context, config, "site-1")]
+    client_app.train_privately(session, model, 1)
+    assert used == [session.seeds]
     assert used[0].secret

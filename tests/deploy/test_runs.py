@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from flwr.common.config import parse_config_args
 
-from client.locate import site_folders
-from client.site import SiteConfig
+from client.site import SiteConfig, site_folders
 from common.config import RunConfig
 from common.errors import UserError
 from deploy.cli.tables import config_rows, print_config, print_preset

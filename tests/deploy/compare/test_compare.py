@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from client.locate import site_folders
+from client.site import site_folders
 from common.errors import ConfigError
 from deploy.cli.main import app
 from deploy.compare import run as comparison

@@ -9,7 +9,7 @@ import pytest
 from client.data.bags import BagStore
 from client.data.labelled import LabelledImages
 from client.data.tables import read_csv
-from client.locate import site_folders
+from client.site import site_folders
 from common.errors import DataError, UserError
 from deploy.compare.cells import Cell, Context, expand
 from deploy.compare.data import DataFolders

@@ -12,10 +12,10 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from client.budget import ledger_path
 from client.journal import Done, append
 from client.ledger.book import Book
 from client.ledger.file import LEDGER_FILE
+from client.session import SiteSession
 from client.site import SiteConfig
 from common.errors import UserError
 from common.records import SiteError
@@ -167,12 +167,12 @@ def test_a_data_folder_without_a_kit_is_a_site_too(site_kit: Path) -> None:
 
 
 def test_the_exporters_ledger_is_the_one_that_training_writes(site_kit: Path, small_config: Callable) -> None:
-    from flwr.app import Context, RecordDict
+    from flwr.app import RecordDict
 
     data = site_kit / "data"
-    context = Context(1, 7, {"data-path": str(data)}, RecordDict(), {})
-    budget = SiteConfig.load(data).policy.budget
-    assert ledger_path(context, small_config(), data, budget) == data / LEDGER_FILE
+    site = SiteConfig.load(data)
+    session = SiteSession(small_config(), site, data, {"data-path": str(data)}, 7, RecordDict())
+    assert session.ledger_path == data / LEDGER_FILE
 
 
 def test_before_the_first_run_there_is_a_page_too(own_run: Path, scrape: Callable[[Path], str]) -> None:
