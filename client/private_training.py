@@ -21,7 +21,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from client.data.bags import BagStore
+from client.data.bags import Bags
 from client.data.batch import make_batch
 from client.objectives import Objective, build_objective
 from client.seeds import TrainingSeeds
@@ -143,7 +143,7 @@ def total_norm(gradients: Sequence[Tensor]) -> float:
 
 def train_round_privately(
     model: LHFGLP,
-    store: BagStore,
+    store: Bags,
     config: RunConfig,
     round: int,
     plan: PrivacyPlan,
@@ -218,7 +218,7 @@ def train_round_privately(
 
 
 def bag_loss(
-    objective: Objective, model: LHFGLP, store: BagStore, config: RunConfig, bag: int, seed: int
+    objective: Objective, model: LHFGLP, store: Bags, config: RunConfig, bag: int, seed: int
 ) -> Tensor:
     """Return the loss of one bag, a scalar, on the model's device.
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from client.data.bags import BagStore
+from client.data.bags import Bags
 from client.data.batch import chunks, make_batch
 from client.objectives import Setting, build_objective
 from client.seeds import TrainingSeeds
@@ -34,7 +34,7 @@ class TrainingResult:
 
 
 def train_round(
-    model: LHFGLP, store: BagStore, config: RunConfig, round: int, seeds: TrainingSeeds | None = None
+    model: LHFGLP, store: Bags, config: RunConfig, round: int, seeds: TrainingSeeds | None = None
 ) -> TrainingResult:
     """Train the model in place for ``train.local-epochs`` passes over the training bags, or for a part.
 
@@ -106,7 +106,7 @@ def passes_of_round(
 
 
 def make_setting(
-    store: BagStore, config: RunConfig, round: int, training: NDArray[np.int64], generator: torch.Generator
+    store: Bags, config: RunConfig, round: int, training: NDArray[np.int64], generator: torch.Generator
 ) -> Setting:
     """Collect what the round's objective may know, on the device that the run trains on.
 

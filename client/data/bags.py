@@ -7,7 +7,7 @@ Pixels come from the memory-mapped cache, whose rows lie bag after bag, so that 
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn, Protocol, Self
 
 import numpy as np
 import torch
@@ -71,6 +71,29 @@ class OwnSplit:
     """Of the bags, held back; in [0, 1)."""
     key: bytes
     """Fixes which bags are held back; derived from the site's secret."""
+
+
+class Bags(Protocol):
+    """Offer what training reads of a site's bags. A ``BagStore`` does, and so may a store around one."""
+
+    @property
+    def name(self) -> str:
+        """Return the site's name."""
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        """Return the label tree."""
+
+    @property
+    def leaf_counts(self) -> NDArray[np.int64]:
+        """Return the counts of the site's own bags, shape (B, C_L)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Bag: ...
+
+    def split(self, held_back: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Divide the bags into those to train on and those to hold back."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data.bags import BagStore, to_tensor
+from client.data.bags import Bags, to_tensor
 from common.config_tables import Augmentation
 from common.model.losses import bag_means
 
@@ -101,7 +101,7 @@ class Batch:
         return replace(self, images=images)
 
 
-def make_batch(store: BagStore, bags: NDArray[np.int64]) -> Batch:
+def make_batch(store: Bags, bags: NDArray[np.int64]) -> Batch:
     """Combine bags of the store, given by their positions in it, into one batch."""
     chosen = [store[int(bag)] for bag in bags]
     counts = store.hierarchy.roll_up(np.stack([bag.counts for bag in chosen]))

@@ -8,8 +8,8 @@ canaries may have gradients that are easiest to detect, far too long and each in
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from client.private_training import train_round_privately
 from client.training import choose_device
 from common.config import RunConfig
 from common.errors import RunError, UserError
+from common.hierarchy import Hierarchy
 from common.model.build import build_model, trainable_parameters
 from common.model.lhfglp import LHFGLP, LHFGLPOutput
 from common.privacy.plan import PrivacyPlan
@@ -35,14 +36,16 @@ PIXELS = 8
 
 
 @dataclass(frozen=True)
-class CanaryStore(BagStore):
+class CanaryStore:
     """Hold a site's bags followed by one slot per canary, which holds the canary or an empty bag.
 
-    The number of bags, which is public, therefore does not depend on the coins. An empty bag has no gradient
+    Training reads it like a site's own store (``client.data.bags.Bags``). The number of bags, which is public, therefore does not depend on the coins. An empty bag has no gradient
     (see ``Directions``), so a coin adds or removes one bag's clipped gradient, which is add/remove of one
     bag.
     """
 
+    own: BagStore
+    """The site's own bags, which keep their numbers."""
     images: NDArray[np.uint8]
     """Shape (m + 1, S, S, 3): random pixels that name each canary; the last one is the empty bag's."""
     included: NDArray[np.bool_]
@@ -50,25 +53,36 @@ class CanaryStore(BagStore):
 
     @classmethod
     def insert(cls, store: BagStore, number: int, rng: np.random.Generator) -> Self:
-        """Return ``store`` with ``number`` slots and a fair coin for each.
-
-        Its own bags keep their numbers.
-        """
-        given: dict[str, Any] = {field.name: getattr(store, field.name) for field in fields(BagStore)}
+        """Return ``store`` with ``number`` slots and a fair coin for each."""
         shape = (number + 1, *store[0].images.shape[1:])
         return cls(
-            **given,
+            own=store,
             images=rng.integers(0, 256, shape, dtype=np.uint8),
             included=rng.integers(0, 2, number).astype(np.bool_),
         )
 
+    @property
+    def name(self) -> str:
+        """Return the site's name."""
+        return self.own.name
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        """Return the site's label tree."""
+        return self.own.hierarchy
+
+    @property
+    def leaf_counts(self) -> NDArray[np.int64]:
+        """Return the counts of the site's own bags."""
+        return self.own.leaf_counts
+
     def __len__(self) -> int:
-        return len(self.bag_ids) + len(self.included)
+        return len(self.own) + len(self.included)
 
     def __getitem__(self, index: int) -> Bag:
-        slot = index - len(self.bag_ids)
+        slot = index - len(self.own)
         if slot < 0:
-            return super().__getitem__(index)
+            return self.own[index]
         there = self.included[slot]
         # The empty bag has one image, by which the forward hook recognises it.
         size = CANARY_SIZE if there else 1
@@ -78,10 +92,9 @@ class CanaryStore(BagStore):
 
     def split(self, held_back: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the site's own split, with every slot added to the training bags."""
-        # The base's split must not see the slots: one that is held back would never be trained on.
-        own = BagStore(**{field.name: getattr(self, field.name) for field in fields(BagStore)})
-        training, rest = own.split(held_back, seed)
-        return np.concatenate([training, np.arange(len(own), len(self))]), rest
+        # The site's split must not see the slots: one that is held back would never be trained on.
+        training, rest = self.own.split(held_back, seed)
+        return np.concatenate([training, np.arange(len(self.own), len(self))]), rest
 
 
 class Directions:

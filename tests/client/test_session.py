@@ -26,13 +26,16 @@ def test_configuration_and_site_file_are_read_once_a_message(
     node = Node(with_policy(sites_dir / "hospital-1", tmp_path / "site", **budget))
     message, context = node.message(kind, node.request(kind, settings)), node.context(settings)
     read: list[str] = []
-    for owner, name in ((RunConfig, "from_flat"), (SiteConfig, "load")):
 
-        def counted(cls: Any, *given: Any, right: Any = getattr(owner, name).__func__) -> Any:
-            read.append(cls.__name__)
-            return right(cls, *given)
+    def counted(right: Any) -> Any:
+        def count(*given: Any) -> Any:
+            read.append(right.__qualname__)
+            return right(*given)
 
-        monkeypatch.setattr(owner, name, classmethod(counted))
+        return count
+
+    monkeypatch.setattr(RunConfig, "from_flat", counted(RunConfig.from_flat))
+    monkeypatch.setattr(SiteConfig, "load", counted(SiteConfig.load))
     answered = []
 
     def handler(message: Any, session: SiteSession) -> Any:
@@ -43,7 +46,7 @@ def test_configuration_and_site_file_are_read_once_a_message(
 
     guard(message, context, handler)
     assert answered
-    assert sorted(read) == ["RunConfig", "SiteConfig"]
+    assert sorted(read) == ["RunConfig.from_flat", "SiteConfig.load"]
 
 
 def test_a_plan_that_was_made_before_the_run_is_the_one_that_the_site_trains_with(
