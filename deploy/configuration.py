@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 import common.config
-from client.locate import site_folders
+from client.site import site_folders
 from common.config import RunConfig, Scalar, flatten, parse_setting
 from common.errors import UserError
 from deploy.cli.tables import console

@@ -39,9 +39,9 @@ PIXELS = 8
 class CanaryStore:
     """Hold a site's bags followed by one slot per canary, which holds the canary or an empty bag.
 
-    Training reads it like a site's own store (``client.data.bags.Bags``). The number of bags, which is public, therefore does not depend on the coins. An empty bag has no gradient
-    (see ``Directions``), so a coin adds or removes one bag's clipped gradient, which is add/remove of one
-    bag.
+    Training reads it like a site's own store (``client.data.bags.Bags``). The number of bags, which is
+    public, therefore does not depend on the coins. An empty bag has no gradient (see ``Directions``), so a
+    coin adds or removes one bag's clipped gradient, which is add/remove of one bag.
     """
 
     own: BagStore
