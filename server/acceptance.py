@@ -22,6 +22,7 @@ from common.config_tables import FederationConfig
 from common.errors import RunError
 from common.hierarchy import Hierarchy
 from common.records import FloatArray, MessageError, ModelUpdate, PrivacyStatement, ProportionRelease
+from common.run_records import Cause
 from common.text import one_line
 from common.wire import check_only, from_records
 
@@ -35,6 +36,15 @@ LARGEST_FIGURE = 1e12
 """Beyond every count and figure of a hospital, and far from where sums overflow."""
 
 
+class UnreadableReply(MessageError):  # noqa: N818 (named for what came)
+    """Report a reply that is not what its sender was asked for."""
+
+
+def cause_of(error: MessageError) -> Cause:
+    """Return the cause of leaving out a reply for this error."""
+    return Cause.UNREADABLE if isinstance(error, UnreadableReply) else Cause.UNUSABLE
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Turn whatever goes wrong while a site's reply is read into that site's fault.
@@ -43,19 +53,19 @@ def reading(what: str) -> Iterator[None]:
         what: the beginning of the reason, such as ``unreadable reply``.
 
     Raises:
-        MessageError: the reason, on one line of at most ``REASON_CHARACTERS`` characters.
+        UnreadableReply: the reason, on one line of at most ``REASON_CHARACTERS`` characters.
     """
     try:
         yield
     except (MessageError, RunError) as error:
-        raise MessageError(one_line(f"{what}: {error}")) from None
+        raise UnreadableReply(one_line(f"{what}: {error}")) from None
     except Exception as error:
         kind = type(error).__name__
         # An exception that nobody expected may be a fault of ours: its class and its place are logged, not
         # its text, which the site may have chosen.
         place = RuntimeError(kind).with_traceback(error.__traceback__)
         log.error("reading a reply failed with %(error)s", {"error": kind}, exc_info=place)
-        raise MessageError(f"{what}: {kind} while it was read") from None
+        raise UnreadableReply(f"{what}: {kind} while it was read") from None
 
 
 def read_release(content: RecordDict) -> tuple[ProportionRelease, Hierarchy]:

@@ -13,6 +13,7 @@ from common.config import RunConfig
 from common.errors import RunError, UserError
 from common.model.build import build_model, trainable_parameters
 from common.model.model_file import ModelCard, load_arrays, save_model
+from common.run_records import CheckpointDamaged, Enrolled, Failed, Finished, RunSummary, SiteFigures
 from server import checkpoint
 from server.attendance import Attendance, Turn
 from server.checkpoint import ServerState
@@ -54,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
     except RunError as error:
         # The disk may be what failed: then this event fails too, and the first error is the one to tell.
         with contextlib.suppress(RunError):
-            folder.event("failed", reason=str(error))
+            folder.record(Failed(reason=str(error)))
         raise
     finally:
         logger.removeHandler(handler)
@@ -87,7 +88,7 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     # The events of rounds after the checkpoint will be written again, and twice they would count twice.
     folder.forget_events_after(state.round)
     for checkpoint_file in damaged:
-        folder.event("checkpoint-damaged", round=state.round, **checkpoint_file)
+        folder.record(CheckpointDamaged(round=state.round, **checkpoint_file))
     attendance = Attendance(grid, config.attendance, folder, state)
     attendance.wait_for_all()
     Turn(attendance, state.round + 1).sites()
@@ -97,11 +98,13 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     rounds = Rounds(grid, config, folder, attendance, model, state)
     if groups is not None:
         rounds.restore(groups)
-    folder.event(
-        "resumed" if groups is not None else "enrolled",
-        round=state.round,
-        rounds=config.rounds,
-        sites=attendance.roster.names(),
+    folder.record(
+        Enrolled(
+            event="resumed" if groups is not None else "enrolled",
+            round=state.round,
+            rounds=config.rounds,
+            sites=attendance.roster.names(),
+        )
     )
     return rounds
 
@@ -130,40 +133,37 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     if pooled:
         folder.write_confusion(*pooled)
     state.seconds += time.monotonic() - started
+    releases, statements = sorted(rounds.roster.releases.items()), sorted(state.statements.items())
+    kept = {"data_version", "mechanism", "granularity", "bags", "event"}
     folder.write_summary(
-        {
-            "name": config.name,
-            "method": config.model.method.value,
-            "rounds": state.round,
-            "selected_round": state.best_round,
-            "stopped_early": state.stopped_early or None,
-            "sites": len(rounds.roster.nodes),
-            "seconds": round(state.seconds, 3),
-            "code": code,
-            "engine": getattr(rounds.grid, "engine", "flower"),  # our own grid names itself
-            "levels": level_figures(tree, *pooled, bounds) if pooled else [],
-            "bags": state.bags,
-            "per_site": {
-                site: {
-                    "bags": release.bags,
-                    "release": release.mechanism,
-                    "epsilon": state.statements[site].epsilon if site in state.statements else None,
-                    "levels": per_site.get(site, []),
-                }
-                for site, release in sorted(rounds.roster.releases.items())
-            },
-            "statements": {site: s.model_dump(mode="json") for site, s in sorted(state.statements.items())},
-            "releases": {
-                site: r.model_dump(
-                    mode="json", include={"data_version", "mechanism", "granularity", "bags", "event"}
+        RunSummary(
+            name=config.name,
+            method=config.model.method.value,
+            rounds=state.round,
+            selected_round=state.best_round,
+            stopped_early=state.stopped_early or None,
+            sites=len(rounds.roster.nodes),
+            seconds=round(state.seconds, 3),
+            code=code,
+            engine=getattr(rounds.grid, "engine", "flower"),  # our own grid names itself
+            levels=level_figures(tree, *pooled, bounds) if pooled else [],
+            bags=state.bags,
+            per_site={
+                site: SiteFigures(
+                    bags=release.bags,
+                    release=release.mechanism,
+                    epsilon=state.statements[site].epsilon if site in state.statements else None,
+                    levels=per_site.get(site, []),
                 )
-                for site, r in sorted(rounds.roster.releases.items())
+                for site, release in releases
             },
-            "losses": [loss.model_dump() for loss in state.losses],
-            "left_out": [left_out.model_dump() for left_out in state.left_out],
-        }
+            statements={site: statement.model_dump(mode="json") for site, statement in statements},
+            releases={site: release.model_dump(mode="json", include=kept) for site, release in releases},
+            losses=state.losses,
+            left_out=state.left_out,
+        )
     )
-    folder.event("finished", round=state.round, seconds=state.seconds)
+    folder.record(Finished(round=state.round, seconds=state.seconds))
 
 
 def test_counts(rounds: Rounds) -> tuple[dict[str, tuple[Confusion, Confusion]], dict[str, int]]:

@@ -14,7 +14,8 @@ from flwr.serverapp import Grid
 
 from common.config_tables import FederationConfig
 from common.errors import RunError
-from server.checkpoint import LeftOut, ServerState
+from common.run_records import Cause, Joined, Left, LeftOut, SiteLeftOut, Waiting
+from server.checkpoint import ServerState
 from server.enrolment import ATTEMPTS, Roster, allowed_names, enrol, majority_tree
 from server.run_folder import RunFolder
 
@@ -65,10 +66,10 @@ class Attendance:
         if not fresh:
             return []
         known = set(self.roster.releases)
-        added = enrol(self.grid, self.roster, fresh, self.config, round, self.report, self.folder.exchanged)
+        added = enrol(self.grid, self.roster, fresh, self.config, round, self.report, self.folder.record)
         for site in added:
             self.roster.keys[site] = connected[self.roster.nodes[site]]
-            self.folder.event("joined", round=round, site=site, again=site in known)
+            self.folder.record(Joined(round=round, site=site, again=site in known))
             log.info("round %(round)d: %(site)s takes part", {"round": round, "site": site})
         return added
 
@@ -79,26 +80,26 @@ class Attendance:
         """
         return sorted(allowed_names(self.config) or self.roster.releases)
 
-    def report(self, site: str, phase: str, reason: str) -> str:
+    def report(self, site: str, phase: str, cause: Cause, reason: str) -> str:
         """Write down that something of a site was not used, and return the reason as written, cut."""
-        left_out = LeftOut(round=self.state.round + 1, site=site, phase=phase, reason=reason)
+        left_out = LeftOut(round=self.state.round + 1, site=site, phase=phase, cause=cause, reason=reason)
         self.state.left_out.append(left_out)
-        self.folder.event("left-out", **left_out.model_dump())
+        self.folder.record(SiteLeftOut(**left_out.model_dump()))
         log.warning("round %(round)d: %(site)s left out of %(phase)s: %(reason)s", left_out.model_dump())
         return left_out.reason
 
     def left(self, round: int, site: str) -> None:
         """Write down that a site's node is gone because it ended, was cut off, or was revoked."""
         reason = "its node is not connected any more"
-        self.state.left_out.append(LeftOut(round=round, site=site, phase="connection", reason=reason))
-        self.folder.event("left", round=round, site=site, reason=reason)
+        left_out = LeftOut(round=round, site=site, phase="connection", cause=Cause.LOST, reason=reason)
+        self.state.left_out.append(left_out)
+        self.folder.record(Left(round=round, site=site, reason=reason))
         log.warning("round %(round)d: %(site)s left", {"round": round, "site": site})
 
     def waiting(self, round: int, present: int, names: list[str], missing: int) -> None:
         """Write down that the run waits for ``missing`` more sites, probably some of ``names``."""
-        self.folder.event(
-            "waiting", round=round, sites=names, present=present, missing=missing, quorum=self.config.quorum
-        )
+        quorum = self.config.quorum
+        self.folder.record(Waiting(round=round, sites=names, present=present, missing=missing, quorum=quorum))
         log.warning(
             "round %(round)d: waiting for %(missing)d more site(s), of %(sites)s",
             {"round": round, "missing": missing, "sites": names},

@@ -12,18 +12,18 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.errors import RunError
 from common.files import replacing
 from common.records import PrivacyStatement, ProportionRelease
-from common.text import one_line
+from common.run_records import BagFigures, DeclaredLoss, LeftOut
 
 log = logging.getLogger("fedbags.server")
 
@@ -34,28 +34,6 @@ _STATE = "state"
 """The array of the state's JSON; in a checkpoint of 0.1, the entry of the header."""
 
 Arrays = Mapping[str, NDArray[Any]]
-
-
-class LeftOut(BaseModel):
-    """Record an update, evaluation or site that was not used, with the reason."""
-
-    model_config = ConfigDict(frozen=True)
-
-    round: int
-    site: Annotated[str, BeforeValidator(one_line)]
-    phase: str
-    reason: Annotated[str, BeforeValidator(one_line)]
-
-
-class DeclaredLoss(BaseModel):
-    """Record that a site declared rows of its ledger lost, and its spending as stated until then."""
-
-    model_config = ConfigDict(frozen=True)
-
-    round: int
-    site: str
-    epsilon: float | None
-    delta: float | None
 
 
 class ServerState(BaseModel):
@@ -73,7 +51,7 @@ class ServerState(BaseModel):
     left_out: list[LeftOut] = []
     digests: dict[str, list[str]] = {}
     """Of the updates that each site sent, so that none is taken twice."""
-    bags: list[dict[str, Any]] = []
+    bags: list[BagFigures] = []
     stopped_early: str = ""
     """Why the run ended before its last round, and well: its sites' privacy budgets are used up."""
 

@@ -13,15 +13,16 @@ from flwr.serverapp import Grid
 from common.config_tables import FederationConfig, Strategy
 from common.hierarchy import Hierarchy
 from common.records import MessageError, ProportionRelease, SiteError
-from server.acceptance import read_release
+from common.run_records import ENROL, Cause
+from server.acceptance import cause_of, read_release
 from server.exchange import Note, Reply, ask
 
 PROPORTIONS = "query.proportions"
 ATTEMPTS = 3
 """Times that a silent node is asked the same thing. Each may cost privacy budget at the site."""
 
-Report = Callable[[str, str, str], object]
-"""Called with (site, phase, reason) for everything that is left out."""
+Report = Callable[[str, str, Cause, str], object]
+"""Called with (site, phase, cause, reason) for everything that is left out."""
 
 
 @dataclass
@@ -101,30 +102,30 @@ def enrol(
     requests = {node: RecordDict() for node in nodes}
     for reply in ask(grid, requests, PROPORTIONS, round=round, deadline=config.enrol_deadline, note=note):
         label = f"node {reply.node}"
-        found, fault = _read(reply)
+        found, cause, fault = _read(reply)
         if reply.content is None and not is_answer(reply.code):
             # Silence may mend, so the node is asked again, a few times only, since each question may cost
             # budget.
             roster.silent[reply.node] += 1
-            report(label, "enrol", fault)
+            report(label, ENROL, cause, fault)
             continue
         if found is None:
             roster.refused[reply.node] = (label, fault)
-            report(label, "enrol", fault)
+            report(label, ENROL, cause, fault)
             continue
         release, tree = found
         if config.strategy is Strategy.FEDPALS and not release.leaf_counts:
             reason = "releases no label counts by policy, and strategy fedpals needs them"
             roster.refused[reply.node] = (release.site, reason)
-            report(release.site, "enrol", reason)
+            report(release.site, ENROL, Cause.NOT_ADMITTED, reason)
         elif allowed and release.site not in allowed:
             roster.strangers.add(reply.node)
-            report(release.site, "enrol", "not on the allow-list (federation.allow)")
+            report(release.site, ENROL, Cause.NOT_ADMITTED, "not on the allow-list (federation.allow)")
         # The name belongs to the node that gave it first. Otherwise a second node could replace a site by
         # giving its name.
         elif release.site in roster.nodes or release.site in offered:
             roster.rivals[reply.node] = release.site
-            report(release.site, "enrol", f"{label} uses the name of another site")
+            report(release.site, ENROL, Cause.NOT_ADMITTED, f"{label} uses the name of another site")
         else:
             offered[release.site] = (reply.node, release, tree)
     if roster.hierarchy is None and offered:
@@ -135,7 +136,7 @@ def enrol(
         if tree != roster.hierarchy:
             reason = "its label tree differs from the federation's"
             roster.refused[node] = (site, reason)
-            report(site, "enrol", reason)
+            report(site, ENROL, Cause.NOT_ADMITTED, reason)
             continue
         roster.nodes[site] = node
         roster.releases[site] = release
@@ -169,11 +170,11 @@ def most_common(trees: list[Hierarchy]) -> Hierarchy:
     return Counter(trees).most_common(1)[0][0]
 
 
-def _read(reply: Reply) -> tuple[tuple[ProportionRelease, Hierarchy] | None, str]:
-    """Return a node's release and its label tree, or the reason why there is none."""
+def _read(reply: Reply) -> tuple[tuple[ProportionRelease, Hierarchy] | None, Cause, str]:
+    """Return a node's release and its label tree, or the cause and the reason why there is none."""
     if reply.content is None:
-        return None, reply.failure
+        return None, reply.cause, reply.failure
     try:
-        return read_release(reply.content), ""
+        return read_release(reply.content), Cause.OTHER, ""
     except MessageError as error:
-        return None, str(error)
+        return None, cause_of(error), str(error)

@@ -5,8 +5,7 @@ confusion counts, never images or labels of single images; here they are added u
 torchmetrics computes it (the tests compare).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from common.hierarchy import Hierarchy
 from common.privacy.proportions import GRID
 from common.records import SMALLEST_CELL, SUPPRESSED, MessageError, ModelUpdate
+from common.run_records import BagFigures, LevelFigures, Suppression
 from server.acceptance import LARGEST_FIGURE
 
 Confusion = list[NDArray[np.int64]]
@@ -59,19 +59,18 @@ def check_figures(update: ModelUpdate, hierarchy: Hierarchy, bags: int) -> None:
                 raise MessageError(f"metric {name!r} must be counts between 0 and {LARGEST_FIGURE:g}")
 
 
-def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[dict[str, Any]] | None:
+def pooled_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[BagFigures] | None:
     """Return mean KL and L1 per level over all held-back bags of all sites that sent theirs.
 
     Returns:
-        One ``{"level", "kl", "l1"}`` per level (nats; total variation times two, in [0, 2]), without
-        "l1" where no site sends it; None when no site sent any KL.
+        One per level, with ``l1`` not set where no site sends it; None when no site sent any KL.
     """
     means = {key: _pooled(updates, f"bags-{key}") for key in ("kl", "l1")}
     sent = {key: mean for key, mean in means.items() if mean is not None}
     if "kl" not in sent:
         return None
     return [
-        {"level": name, **{key: float(mean[level]) for key, mean in sent.items()}}
+        BagFigures(level=name, **{key: float(mean[level]) for key, mean in sent.items()})
         for level, name in enumerate(hierarchy.levels)
     ]
 
@@ -89,13 +88,13 @@ def _pooled(updates: Sequence[ModelUpdate], metric: str) -> NDArray[np.float64] 
     return np.asarray(np.average(values, axis=0, weights=np.array(weights, dtype=np.float64)))
 
 
-def noised_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[dict[str, Any]] | None:
+def noised_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> list[BagFigures] | None:
     """Return the mean L1 per level of a private run, from noised sums and the number of held-back bags.
 
     That number is public.
 
     Returns:
-        One ``{"level", "l1"}`` per level: an unbiased estimate of the mean L1, outside [0, 2] where the
+        One per level, with ``l1`` alone: an unbiased estimate of the mean L1, outside [0, 2] where the
         noise is larger; None when no site sent any.
     """
     sums, bags = np.zeros(len(hierarchy.levels)), 0
@@ -111,18 +110,18 @@ def noised_bag_figures(updates: Sequence[ModelUpdate], hierarchy: Hierarchy) -> 
     if not bags:
         return None
     return [
-        {"level": name, "l1": float(2 * total / GRID / bags)}
+        BagFigures(level=name, l1=float(2 * total / GRID / bags))
         for name, total in zip(hierarchy.levels, sums, strict=True)
     ]
 
 
-def selection_score(bags: Sequence[Mapping[str, Any]]) -> float:
+def selection_score(bags: Sequence[BagFigures]) -> float:
     """Return the score that model selection minimises, from bags only.
 
     It is the KL summed over the levels (nats), or in a private run the noised L1.
     """
     # A private run has no KL, because one bag can move it without bound.
-    return float(sum(level["kl"] if "kl" in level else level["l1"] for level in bags))
+    return float(sum((level.l1 or 0.0) if level.kl is None else level.kl for level in bags))
 
 
 def confusions(update: ModelUpdate, hierarchy: Hierarchy, decoder: str) -> Confusion | None:
@@ -152,7 +151,7 @@ def shown(confusion: Confusion) -> Confusion:
 
 def accuracy_bounds(
     hierarchy: Hierarchy, counts: Sequence[tuple[Confusion, Confusion]], smallest: Sequence[int]
-) -> list[dict[str, Any] | None]:
+) -> list[Suppression | None]:
     """Return the bounds on the accuracies where sites suppressed small counts.
 
     Args:
@@ -161,13 +160,12 @@ def accuracy_bounds(
         smallest: the least count that each of these sites shows.
 
     Returns:
-        Per level None where nothing is suppressed, else ``{"cells", "below", "accuracy",
-        "consistent_accuracy"}``: the number of suppressed counts, the number that they are all below, and
-        the two bounds of each figure.
+        Per level None where nothing is suppressed.
     """
-    found: list[dict[str, Any] | None] = []
+    found: list[Suppression | None] = []
     for level in range(len(hierarchy.levels)):
-        cells, below, bounds = 0, 0, {}
+        cells, below = 0, 0
+        bounds: dict[str, tuple[float, float]] = {}
         for reading, name in enumerate(("accuracy", "consistent_accuracy")):
             low, high = np.zeros(2), np.zeros(2)  # images on the diagonal, and off it
             for pair, limit in zip(counts, smallest, strict=True):
@@ -179,11 +177,11 @@ def accuracy_bounds(
                     seen, unseen = matrix[side & ~hidden].sum(), int((side & hidden).sum())
                     low[place] += seen + unseen
                     high[place] += seen + unseen * max(limit - 1, 1)
-            bounds[name] = [
+            bounds[name] = (
                 float(low[0] / max(low[0] + high[1], 1)),
                 float(high[0] / max(high[0] + low[1], 1)),
-            ]
-        found.append({"cells": cells, "below": below, **bounds} if cells else None)
+            )
+        found.append(Suppression(cells=cells, below=below, **bounds) if cells else None)
     return found
 
 
@@ -207,8 +205,8 @@ def level_figures(
     hierarchy: Hierarchy,
     argmax: Confusion,
     path: Confusion,
-    bounds: Sequence[dict[str, Any] | None] | None = None,
-) -> list[dict[str, Any]]:
+    bounds: Sequence[Suppression | None] | None = None,
+) -> list[LevelFigures]:
     """Return the accuracies and macro-F1 per level, from the argmax and the consistent path.
 
     They are accuracy, balanced accuracy and macro-F1 of each level by itself, and the accuracy of the
@@ -219,25 +217,24 @@ def level_figures(
         hierarchy: the label tree.
         argmax: counts of each level by itself; suppressed ones are left out.
         path: counts of the best root-to-leaf path.
-        bounds: of ``accuracy_bounds``. A level of which counts are suppressed says so under "suppressed":
-            its figures are of the shown counts, and the true ones lie between these bounds.
+        bounds: of ``accuracy_bounds``; of a level of which counts are suppressed, the true figures lie
+            between these.
     """
     figures = []
     for level, name in enumerate(hierarchy.levels):
-        size = hierarchy.sizes[level]
+        bound = bounds[level] if bounds is not None else None
         figures.append(
-            {
-                "name": name,
-                "classes": size,
-                "images": int(argmax[level].sum()),
-                "accuracy": _share_right(argmax[level]),
-                "balanced_accuracy": _balanced_accuracy(argmax[level]),
-                "macro_f1": _macro_f1(argmax[level]),
-                "consistent_accuracy": _share_right(path[level]),
-            }
+            LevelFigures(
+                name=name,
+                classes=hierarchy.sizes[level],
+                images=int(argmax[level].sum()),
+                accuracy=_share_right(argmax[level]),
+                balanced_accuracy=_balanced_accuracy(argmax[level]),
+                macro_f1=_macro_f1(argmax[level]),
+                consistent_accuracy=_share_right(path[level]),
+                **({"suppressed": bound} if bound is not None else {}),
+            )
         )
-        if bounds is not None and bounds[level] is not None:
-            figures[-1]["suppressed"] = bounds[level]
     return figures
 
 

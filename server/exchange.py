@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from common.errors import FedbagsError
 from common.records import SITE_ERRORS, SiteError
+from common.run_records import Cause, Exchanged, cause_of_code
 from common.wire import size
 
 log = logging.getLogger("fedbags.server")
@@ -43,27 +44,13 @@ class Reply:
     node: int
     content: RecordDict | None
     failure: str = ""
+    cause: Cause = Cause.OTHER
+    """Of the failure."""
     code: int = 0
     """The error code of the failure: one of ``SiteError``, or Flower's; 0 where there is none."""
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """Hold the figures of one question to all sites and its replies."""
-
-    phase: str
-    """The message type."""
-    round: int
-    seconds: float
-    """From sending the first request until the last reply was taken in."""
-    asked: int
-    replies: int
-    """Without errors."""
-    bytes_sent: int
-    bytes_received: int
-
-
-Note = Callable[[Exchange], None]
+Note = Callable[[Exchanged], None]
 """Called once all replies of an exchange are in."""
 
 
@@ -100,7 +87,7 @@ def ask(
     )
     for node, message_id in _pair(nodes, list(ids)):
         if message_id is None:
-            yield Reply(node, None, "the message could not be sent to the site")
+            yield Reply(node, None, "the message could not be sent to the site", Cause.UNSENT)
             continue
         sent += size(requests[node])
         try:
@@ -110,23 +97,37 @@ def ask(
         except Exception as error:  # whatever Flower raises when the bytes that a site sent are no message
             kind = type(error).__name__
             log.exception("a reply could not be unpacked: %(error)s", {"error": kind})
-            yield Reply(node, None, f"unreadable reply: {kind} while it was unpacked")
+            yield Reply(node, None, f"unreadable reply: {kind} while it was unpacked", Cause.UNREADABLE)
             continue
         if message is None:
-            yield Reply(node, None, f"no reply within {deadline:g} s")
+            yield Reply(node, None, f"no reply within {deadline:g} s", Cause.DEADLINE)
         elif message.has_error():
             # A lost node's error names no sender, so the node is the one this request went to.
-            yield Reply(node, None, error_text(message.error.code), message.error.code)
+            code = message.error.code
+            yield Reply(node, None, _error_text(code), cause_of_code(code), code)
         else:
             replies += 1
             received += size(message.content)
             yield Reply(node, message.content)
     if note is not None and nodes:
-        seconds = time.monotonic() - started
-        note(Exchange(message_type, round, seconds, len(nodes), replies, sent, received))
+        note(
+            Exchanged(
+                round=round,
+                phase=message_type,
+                seconds=_seconds_since(started),
+                asked=len(nodes),
+                replies=replies,
+                bytes_sent=sent,
+                bytes_received=received,
+            )
+        )
 
 
-def error_text(code: int) -> str:
+def _seconds_since(start: float) -> float:
+    return round(time.monotonic() - start, 3)
+
+
+def _error_text(code: int) -> str:
     """Return our own words for an error code."""
     # The text that came with the code is not used: it could carry a path or a patient id.
     if code in SITE_ERRORS:

@@ -19,9 +19,20 @@ from common.config_tables import Strategy
 from common.model.lhfglp import LHFGLP
 from common.model.model_file import all_arrays, load_arrays, trainable_arrays
 from common.records import FloatArray, MessageError, ModelUpdate, PrivacyStatement, SiteError
+from common.run_records import (
+    BagsEvaluated,
+    Cause,
+    DeclaredLoss,
+    LedgerLost,
+    RoundDone,
+    RoundSkipped,
+    Stated,
+    StoppedEarly,
+    UpdateTaken,
+)
 from common.wire import from_records, to_records
 from server import checkpoint
-from server.acceptance import fault_of, is_replay, read_update, usable_loss
+from server.acceptance import cause_of, fault_of, is_replay, read_update, usable_loss
 from server.aggregation import (
     Aggregator,
     Arrays,
@@ -31,7 +42,7 @@ from server.aggregation import (
     training_bags,
 )
 from server.attendance import Attendance, QuorumMissed, Turn
-from server.checkpoint import DeclaredLoss, ServerState
+from server.checkpoint import ServerState
 from server.enrolment import ATTEMPTS, is_answer
 from server.evaluation import check_figures, noised_bag_figures, pooled_bag_figures, selection_score
 from server.exchange import ask
@@ -125,7 +136,7 @@ class Rounds:
         # A site unmasks one sum of a round and never a second. Where it did, and the sum was lost before
         # the checkpoint or is of no use, this round cannot be had again, and the next one can.
         self.skipped += 1
-        self.folder.event("round-skipped", round=number, sites=sorted(self.taken), reason=reason)
+        self.folder.record(RoundSkipped(round=number, sites=sorted(self.taken), reason=reason))
         log.warning("round %(round)d skipped: %(reason)s", {"round": number, "reason": reason})
 
     def _ends_early(self, number: int) -> bool:
@@ -143,7 +154,7 @@ class Rounds:
             f"the privacy budget of {names} does not allow round {number}; {left} site(s) are left, the "
             f"quorum is {quorum}"
         )
-        self.folder.event("stopped-early", round=self.state.round, reason=self.state.stopped_early)
+        self.folder.record(StoppedEarly(round=self.state.round, reason=self.state.stopped_early))
         log.warning("stopped early: %(reason)s", {"reason": self.state.stopped_early})
         if self.state.best_score is None:
             self.best, self.state.best_round = dict(trainable_arrays(self.model)), self.state.round
@@ -160,7 +171,7 @@ class Rounds:
         load_arrays(self.model, self.optimiser.step(reference, collected, number, self.config.rounds))
         self.skipped = 0
         mean_loss = sum(losses.values()) / len(losses) if losses else None
-        self.folder.event("round", round=number, updates=collected.count, loss=mean_loss)
+        self.folder.record(RoundDone(round=number, updates=collected.count, loss=mean_loss))
         log.info("round %d: %d updates, mean loss %s", number, collected.count, mean_loss)
 
     def _collect(self, number: int, reference: Arrays) -> tuple[Aggregator, dict[str, float]]:
@@ -180,7 +191,7 @@ class Rounds:
                 if not fault and is_replay(update, sent, self.state.digests):
                     fault = "the very same arrays as in an earlier round (replayed)"
                 if fault:
-                    self._left_out(site, TRAIN, fault, turn)
+                    self._left_out(site, TRAIN, Cause.UNUSABLE, fault, turn)
                     continue
                 trained = update.metrics["num-bags"]
                 assert isinstance(trained, int)  # fault_of checked it
@@ -189,7 +200,7 @@ class Rounds:
                 loss = usable_loss(update.metrics.get("loss"))
                 if loss is not None:
                     losses[site] = loss
-                self.folder.event("update", round=number, site=site, bags=trained, loss=loss)
+                self.folder.record(UpdateTaken(round=number, site=site, bags=trained, loss=loss))
         return collected, losses
 
     def _collect_masked(self, number: int, reference: Arrays) -> tuple[Aggregator, dict[str, float]]:
@@ -202,7 +213,7 @@ class Rounds:
             sites = turn.sites()
             session = Session(
                 exchange=lambda kind, requests: self._exchange(kind, number, requests, turn),
-                report=lambda site, kind, reason: self._left_out(site, kind, reason, turn),
+                report=lambda site, kind, reason: self._left_out(site, kind, Cause.UNUSABLE, reason, turn),
                 spent=self._note_statement,
                 config=self.config.secure_aggregation,
                 round=number,
@@ -230,7 +241,7 @@ class Rounds:
                 bags = self._bags()[site]
             if loss is not None:
                 losses[site] = loss
-            self.folder.event("update", round=number, site=site, bags=bags, loss=loss)
+            self.folder.record(UpdateTaken(round=number, site=site, bags=bags, loss=loss))
         return collected, losses
 
     def _evaluate_bags(self, number: int) -> None:
@@ -245,7 +256,7 @@ class Rounds:
             self.best, self.state.best_round = dict(trainable_arrays(self.model)), number
             return
         score = selection_score(figures)
-        self.folder.event("bags", round=number, levels=figures, score=score)
+        self.folder.record(BagsEvaluated(round=number, levels=figures, score=score))
         if self.state.best_score is None or score < self.state.best_score:
             self.best = dict(trainable_arrays(self.model))
             self.state.best_score, self.state.best_round, self.state.bags = score, number, figures
@@ -260,7 +271,7 @@ class Rounds:
             try:
                 check_figures(update, self.model.hierarchy, self.roster.releases[site].bags)
             except MessageError as error:
-                self._left_out(site, kind, str(error), None)
+                self._left_out(site, kind, cause_of(error), str(error), None)
                 continue
             updates[site] = update
         return updates
@@ -277,7 +288,7 @@ class Rounds:
                 if statement is not None:
                     self._note_statement(statement)  # the budget is spent, whatever becomes of the update
             except MessageError as error:
-                self._left_out(site, kind, str(error), turn)
+                self._left_out(site, kind, cause_of(error), str(error), turn)
                 continue
             yield site, update
 
@@ -290,13 +301,13 @@ class Rounds:
         if self.config.dp.epsilon:
             # What is known now must be in every answer; what another run learns meanwhile need not be.
             self.statements.asking({site: self.roster.keys[site] for site in by_node.values()})
-        deadline, note = self.config.federation.deadline, self.folder.exchanged
+        deadline, note = self.config.federation.deadline, self.folder.record
         for reply in ask(self.grid, asked, kind, round=number, deadline=deadline, note=note):
             site = by_node[reply.node]
             if reply.content is not None:
                 yield site, reply.content
                 continue
-            self._left_out(site, kind, reply.failure, turn, final=is_answer(reply.code))
+            self._left_out(site, kind, reply.cause, reply.failure, turn, final=is_answer(reply.code))
             if reply.code == SiteError.ROUND_TAKEN:
                 self.taken.add(site)
             if reply.code == SiteError.BUDGET:
@@ -309,8 +320,10 @@ class Rounds:
         update = ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model))
         return to_records(update, transport=self.config.federation.transport)
 
-    def _left_out(self, site: str, kind: str, reason: str, turn: Turn | None, *, final: bool = True) -> None:
-        reason = self.attendance.report(site, kind, reason)
+    def _left_out(
+        self, site: str, kind: str, cause: Cause, reason: str, turn: Turn | None, *, final: bool = True
+    ) -> None:
+        reason = self.attendance.report(site, kind, cause, reason)
         if turn is not None:
             turn.failed(site, reason, final=final)
 
@@ -325,13 +338,13 @@ class Rounds:
         self.state.statements[statement.site] = self.statements.last(statement.site, key) or statement
         self.state.statement_keys[statement.site] = key
         figures = statement.model_dump(include={"site", "epsilon", "delta", "budget_left"})
-        self.folder.event("statement", round=statement.round, **figures)
+        self.folder.record(Stated(round=statement.round, **figures))
         if before is not None:
             loss = DeclaredLoss(
                 round=statement.round, site=statement.site, epsilon=before.epsilon, delta=before.delta
             )
             self.state.losses.append(loss)
-            self.folder.event("ledger-lost", **loss.model_dump())
+            self.folder.record(LedgerLost(**loss.model_dump()))
             log.warning("round %(round)d: %(site)s declares that its ledger lost rows", loss.model_dump())
 
     def _bags(self) -> dict[str, float]:

@@ -23,7 +23,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +31,10 @@ from common.config import RunConfig
 from common.errors import RunError, UserError
 from common.files import write_json, write_text
 from common.logs import JsonLines
+from common.run_records import RunEvent, RunSummary
 
-if TYPE_CHECKING:  # torch and Flower come with these, and whoever watches a run needs neither
+if TYPE_CHECKING:  # torch and Flower come with it, and whoever watches a run needs neither
     from server.evaluation import Confusion
-    from server.exchange import Exchange
 
 _MAY_CHANGE = (
     "run-dir", "sites-dir", "secure-aggregation.certificates", "federation.statements", "train.device",
@@ -99,17 +98,15 @@ class RunFolder:
                 "Give the same values, or start another run with another --out."
             )
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Append one event to metrics.jsonl.
+    def record(self, event: RunEvent) -> None:
+        """Append one event to metrics.jsonl, with the time of now and the fields that are set.
 
         Raises:
             RunError: the disk is full or not writable; the file is as it was.
         """
-        append_line(self.metrics, json.dumps({"event": kind, "time": round(time.time(), 3), **fields}))
-
-    def exchanged(self, exchange: "Exchange") -> None:
-        """Append the figures of one question to the sites as an event of kind ``phase``."""
-        self.event("phase", **{**asdict(exchange), "seconds": round(exchange.seconds, 3)})
+        fields = event.model_dump(mode="json", exclude_unset=True)
+        line = {"event": event.event, "time": round(time.time(), 3)}
+        append_line(self.metrics, json.dumps(line | {k: v for k, v in fields.items() if k not in line}))
 
     def forget_events_after(self, last_round: int) -> None:
         """Drop the events of rounds that a resumed run will do again."""
@@ -123,14 +120,14 @@ class RunFolder:
         handler.setFormatter(JsonLines())
         return handler
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
+    def write_summary(self, summary: RunSummary) -> None:
         """Write summary.json.
 
         Raises:
             RunError: the disk is full or not writable.
         """
         with written(self.summary):
-            write_json(self.summary, summary)
+            write_json(self.summary, summary.to_dict())
 
     def write_confusion(self, argmax: "Confusion", path: "Confusion") -> None:
         """Write confusion.json.

@@ -180,7 +180,7 @@ def run_command(
         quiet=json_,
     )
     if json_:
-        typer.echo(json.dumps(summary, indent=2))
+        typer.echo(json.dumps(summary.to_dict(), indent=2))
 
 
 def register(app: typer.Typer, site_app: typer.Typer) -> None:

@@ -38,6 +38,7 @@ with lazy_imports():
     from deploy.datasets import site_check as checking
     from deploy.figures import draw
     from deploy.runs import predict as prediction
+    from deploy.runs import reading
     from deploy.runs import runs as finished
     from deploy.simulation import simulate as simulation
 
@@ -179,7 +180,7 @@ def simulate(
         quiet=json_,
     )
     if json_:
-        print_json(summary)
+        print_json(summary.to_dict())
 
 
 @app.command("config")
@@ -223,8 +224,8 @@ def runs_list(
 @runs_app.command("show")
 def runs_show(run: RunArgument, json_: Json = False) -> None:
     """Show a run's figures, per level and per site, and what was left out."""
-    summary = finished.read_summary(run)
-    print_json(summary) if json_ else finished.print_summary(summary, run)
+    summary = reading.read_summary(run)
+    print_json(summary.to_dict()) if json_ else finished.print_summary(summary, run)
 
 
 @runs_app.command("compare")

@@ -3,11 +3,9 @@
 The rounds are read from the run's metrics.jsonl.
 """
 
-import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from common.run_records import Left, RoundSkipped, RunEvent, SiteLeftOut, Waiting
 from deploy.cli.tables import console, text_column
+from deploy.runs.reading import EventsFile
+from deploy.runs.state import RunState
 
 INTERVAL = 0.3
 
@@ -58,58 +59,44 @@ def counted(what: str, *, transient: bool = False) -> Iterator[Callable[[int, in
         yield move
 
 
-@dataclass
-class Answers:
-    """Keep track of the sites that have answered in the round that is under way."""
+def _done(state: RunState, rounds: int) -> float:
+    """Return the number of rounds done.
 
-    sites: set[str] = field(default_factory=set)
-    silent: set[str] = field(default_factory=set)
-    round: int = 0
-    """The last finished one."""
+    Of the round under way, the share of sites that have answered counts.
+    """
+    sites = len(state.connected)
+    share = 1 - len(state.silent) / sites if sites else 0.0
+    return min(state.round + share, rounds)
 
-    def note(self, event: Mapping[str, Any]) -> None:
-        """Take in one more event of the run."""
-        match event["event"]:
-            case "enrolled" | "resumed":
-                self.sites, self.round = set(event["sites"]), event["round"]
-                self.silent = set(self.sites)
-            case "joined":
-                self.sites.add(event["site"])
-                self.silent.add(event["site"])
-            # A statement comes with every answer; of masked updates it is all that is seen before their sum.
-            case "update" | "statement" if event["round"] > self.round:
-                self.silent.discard(event["site"])
-            case "round" | "round-skipped":
-                self.round, self.silent = event["round"], set(self.sites)
-            case "left":
-                self.sites.discard(event["site"])
-                self.silent.discard(event["site"])
 
-    def done(self, rounds: int) -> float:
-        """Return the number of rounds done.
+def _without(state: RunState) -> str:
+    """Return the names of the sites that are still at work in the round, as text for the bar.
 
-        Of the round under way, the share of sites that have answered counts.
-        """
-        share = 1 - len(self.silent) / len(self.sites) if self.sites else 0.0
-        return min(self.round + share, rounds)
+    Empty before the first answer.
+    """
+    if not state.silent or state.silent == state.connected:
+        return ""
+    some = sorted(state.silent)[:3]
+    return f" (waiting for {', '.join(some)}{' ...' if len(state.silent) > len(some) else ''})"
 
-    def without(self) -> str:
-        """Return the names of the sites that are still at work in the round, as text for the bar.
 
-        Empty before the first answer.
-        """
-        if not self.silent or self.silent == self.sites:
+def _line(event: RunEvent) -> str:
+    """Return the line that is printed above the bars for an event, empty for most."""
+    match event:
+        case SiteLeftOut():
+            return f"round {event.round}: {event.site} left out of {event.phase}: {event.reason}"
+        case Waiting():
+            names = f" of {', '.join(event.sites)}" if event.sites else ""
+            return f"round {event.round}: waiting for {event.missing} more site(s){names}"
+        case RoundSkipped():
+            return (
+                f"round {event.round} skipped, the model stays as it was: {', '.join(event.sites)} had done "
+                "their part of this round's sum already"
+            )
+        case Left():
+            return f"round {event.round}: {event.site} left"
+        case _:
             return ""
-        some = sorted(self.silent)[:3]
-        return f" (waiting for {', '.join(some)}{' ...' if len(self.silent) > len(some) else ''})"
-
-
-def skipped(event: Mapping[str, Any]) -> str:
-    """Describe a round-skipped event by its round and its sites."""
-    return (
-        f"round {event['round']} skipped, the model stays as it was: {', '.join(event['sites'])} had done "
-        "their part of this round's sum already"
-    )
 
 
 class Follower:
@@ -119,10 +106,9 @@ class Follower:
     """
 
     def __init__(self, metrics: Path, rounds: int) -> None:
-        self._metrics, self._rounds = metrics, rounds
+        self._events, self._rounds = EventsFile(metrics), rounds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._position = 0
 
     def __enter__(self) -> "Follower":
         self._thread.start()
@@ -138,51 +124,25 @@ class Follower:
         with bars() as progress:
             rounds = progress.add_task("rounds", total=self._rounds)
             sites = progress.add_task("sites", total=None)
-            answers = Answers()
+            state = RunState()
             while True:
                 # Asked before the events are read, so that those written last are shown as well.
                 ending = self._stop.is_set()
-                for event in self._new_events():
-                    answers.note(event)
-                    match event["event"]:
-                        case "round":
-                            loss = event["loss"]
-                            text = f"rounds (loss {loss:.3f})" if loss is not None else "rounds"
-                            progress.update(rounds, description=text)
-                        case "left-out":
-                            progress.console.print(
-                                f"round {event['round']}: {event['site']} left out of {event['phase']}: "
-                                f"{event['reason']}"
-                            )
-                        case "waiting":
-                            progress.console.print(
-                                f"round {event['round']}: waiting for {event['missing']} more site(s)"
-                                + (f" of {', '.join(event['sites'])}" if event["sites"] else "")
-                            )
-                        case "round-skipped":
-                            progress.console.print(skipped(event))
-                        case "left":
-                            progress.console.print(f"round {event['round']}: {event['site']} left")
-                    progress.update(rounds, completed=answers.done(self._rounds))
-                    progress.update(
-                        sites,
-                        total=len(answers.sites) or None,
-                        completed=len(answers.sites) - len(answers.silent),
-                        description=f"sites{answers.without()}",
-                    )
+                events, restarted = self._events.poll()
+                state = RunState() if restarted else state
+                for event in events:
+                    state = state.after(event)
+                    if text := _line(event):
+                        progress.console.print(text)
+                loss = f" (loss {state.loss:.3f})" if state.loss is not None else ""
+                progress.update(rounds, completed=_done(state, self._rounds), description=f"rounds{loss}")
+                progress.update(
+                    sites,
+                    total=len(state.connected) or None,
+                    completed=len(state.connected) - len(state.silent),
+                    description=f"sites{_without(state)}",
+                )
                 if ending:
                     progress.update(sites, visible=False)
                     return
                 self._stop.wait(INTERVAL)
-
-    def _new_events(self) -> Iterator[dict[str, Any]]:
-        if not self._metrics.exists():
-            return
-        with self._metrics.open("rb") as stream:
-            stream.seek(self._position)
-            for line in stream:
-                # The server may be in the middle of writing this line. It is read the next time.
-                if not line.endswith(b"\n"):
-                    return
-                self._position += len(line)
-                yield json.loads(line)

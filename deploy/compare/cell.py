@@ -7,7 +7,6 @@ memory belong to this cell alone, and a crash does not end the other cells. The 
 input is closed, which happens when the process that started it is gone.
 """
 
-import json
 import os
 import resource
 import signal
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from common.config import RunConfig, Scalar
 from common.errors import FedbagsError
 from common.files import write_json, write_text
+from deploy.runs.reading import read_summary
 from server.run_folder import RunFolder
 
 ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
@@ -79,7 +79,7 @@ def work(run: Path) -> None:
     # A cell that was stopped after its training, but before its result was written, needs scoring only.
     if not folder.summary.exists():
         run_engine(config, "local", workers=0)
-    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    summary = read_summary(run)
     trained = time.monotonic()
     test = LabelledImages.open(Path(order.test), config.model.image_size)
     # The folder was made with test images.
@@ -89,11 +89,11 @@ def work(run: Path) -> None:
     levels = score(load_model(run)[0], test, device)
     result: dict[str, Any] = {
         **order.row,
-        "seconds": summary["seconds"],
+        "seconds": summary.seconds,
         "levels": levels,
-        "proportion_l1": summary["bags"][-1].get("l1") if summary["bags"] else None,
-        "rounds": summary["rounds"],
-        "selected_round": summary["selected_round"],
+        "proportion_l1": summary.bags[-1].l1 if summary.bags else None,
+        "rounds": summary.rounds,
+        "selected_round": summary.selected_round,
         "memory_mb": round(peak_memory() / 2**20, 1),
         "gpu_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
         if device.type == "cuda"
@@ -101,7 +101,7 @@ def work(run: Path) -> None:
         "cpu_seconds": round(sum(os.times()[:2]), 1),
         "overhead_seconds": round(ready - started + time.monotonic() - trained, 1),
         "run": run.name,
-        "commit": summary["code"]["commit"],
+        "commit": summary.code["commit"],
     }
     # Written last and atomically: a folder with a result is taken as done (see plan.py).
     write_json(run / RESULT, result)

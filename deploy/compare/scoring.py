@@ -40,8 +40,8 @@ def best_readings(tree: Hierarchy, readings: dict[str, Confusion]) -> list[dict[
     figures = {reading: level_figures(tree, counts, counts) for reading, counts in readings.items()}
     rows = []
     for level, name in enumerate(tree.levels):
-        accuracies = {reading: levels[level]["accuracy"] for reading, levels in figures.items()}
+        accuracies = {reading: levels[level].accuracy for reading, levels in figures.items()}
         best = max(accuracies, key=accuracies.__getitem__)
-        chosen = {key: figures[best][level][key] for key in FIGURES}
+        chosen = {key: getattr(figures[best][level], key) for key in FIGURES}
         rows.append({"name": name, **chosen, "reading": best, "accuracies": accuracies})
     return rows

@@ -13,19 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import typer
 
 from common.config import RunConfig, Scalar, flatten
 from common.errors import RunError, UserError
+from common.run_records import Failed, RunSummary
 from deploy.cli.progress import Follower
 from deploy.cli.tables import console
 from deploy.configuration import compose, say_presets
 from deploy.consortium.control import Control, RunStatus, control
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.kit_check import check_bundle
-from deploy.runs.runs import print_summary, read_summary
+from deploy.runs.reading import read_summary, run_events
+from deploy.runs.runs import print_summary
 
 POLL, OUTAGE = 0.5, 300.0
 COMPLETED, STOPPED = "completed", "stopped"
@@ -42,7 +43,7 @@ def run(
     resume: bool = False,
     ask: bool = True,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Run one federation with the sites that are connected.
 
     Args:
@@ -173,7 +174,7 @@ def wait_for_end(api: Control, run_id: int, interrupted: Event) -> RunStatus:
         time.sleep(POLL)
 
 
-def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> dict[str, Any]:
+def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> RunSummary:
     """Return the summary of a completed run.
 
     Raises:
@@ -198,10 +199,7 @@ def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> dict[
 
 def last_failure(path: Path) -> str:
     """Return the reason that the ServerApp recorded for its failure, or an empty text."""
-    from server.run_folder import read_events
-
-    events = read_events(path / "metrics.jsonl")
-    reasons = [str(event["reason"]) for event in events if event["event"] == "failed"]
+    reasons = [event.reason for event in run_events(path) if isinstance(event, Failed)]
     return reasons[-1] if reasons else ""
 
 

@@ -34,12 +34,12 @@ def draw_confusion(runs: Sequence[FinishedRun], level: int) -> Figure:
     for run, label in zip(runs, labels(runs), strict=True):
         assert run.confusion is not None
         argmax, path = run.confusion["argmax"][level], run.confusion["path"][level]
-        figures = run.summary["levels"][level]
+        figures = run.summary.levels[level]
         heading = "best class of the level" if len(runs) == 1 else label
         panels.append((heading, argmax, bounds_of(figures)))
         if len(runs) == 1:
             panels.append(("best root-to-leaf path", path, bounds_of(figures, "consistent_accuracy")))
-    told = sorted({text for run in runs if (text := suppression(run.summary["levels"][level]))})
+    told = sorted({text for run in runs if (text := suppression(run.summary.levels[level]))})
     side = float(np.clip(2.6 + 0.2 * tree.sizes[level], 4.2, 8.6))
     what = f"Confusion of test images at level '{tree.levels[level]}'" + "".join(f", {text}" for text in told)
     picture = new_figure(side * len(panels) + 1, side + 0.9, title(what, runs), "compressed")

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from common.run_records import BagsEvaluated, RoundDone, UpdateTaken
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.style import GREY, LINES, PALETTE, bare, new_figure
 
@@ -35,13 +36,14 @@ def _draw_loss(axes: Axes, runs: Sequence[FinishedRun]) -> None:
     for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
         colour = "black" if len(runs) == 1 else PALETTE[number % len(PALETTE)]
         name = "mean of sites" if len(runs) == 1 else label
-        rounds = [event for event in run.of("round") if event["loss"] is not None]
-        for place, site in enumerate(sites := sorted({event["site"] for event in run.of("update")})):
-            of_site = [e for e in run.of("update") if e["site"] == site and e["loss"] is not None]
+        means = {event.round: event.loss for event in run.of(RoundDone) if event.loss is not None}
+        for place, site in enumerate(sites := sorted({event.site for event in run.of(UpdateTaken)})):
+            taken = [event for event in run.of(UpdateTaken) if event.site == site]
+            losses = [(event.round, event.loss) for event in taken if event.loss is not None]
             named = len(runs) == 1 and len(sites) <= MOST_SITES_NAMED
             line = Line2D(
-                [event["round"] for event in of_site],
-                [event["loss"] for event in of_site],
+                [round for round, _ in losses],
+                [loss for _, loss in losses],
                 color=PALETTE[place % len(PALETTE)] if named else colour,
                 linestyle=LINES[place // len(PALETTE)] if named else "-",
                 linewidth=1.0,
@@ -51,16 +53,16 @@ def _draw_loss(axes: Axes, runs: Sequence[FinishedRun]) -> None:
             axes.add_line(line)
             handles += [line] if named else []
         handles += axes.plot(
-            [event["round"] for event in rounds],
-            [event["loss"] for event in rounds],
+            list(means),
+            list(means.values()),
             color=colour,
             linewidth=2.2,
-            marker="o" if len(rounds) == 1 else "",
+            marker="o" if len(means) == 1 else "",
             label=name,
         )
     axes.autoscale_view()
     # A site's policy may withhold its training loss.
-    if not any(event["loss"] is not None for run in runs for event in run.of("round")):
+    if not any(event.loss is not None for run in runs for event in run.of(RoundDone)):
         _say(axes, "the sites sent no training loss")
         return
     _count_rounds(axes)
@@ -74,11 +76,15 @@ def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, 
     handles: list[Line2D] = []
     for number, run in enumerate(runs):
         # Sites may withhold these figures, and a curve needs them at every level.
-        events = [event for event in run.of("bags") if all(key in level for level in event["levels"])]
-        rounds = [event["round"] for event in events]
+        events = [
+            event
+            for event in run.of(BagsEvaluated)
+            if all(getattr(level, key) is not None for level in event.levels)
+        ]
+        rounds = [event.round for event in events]
         shown = shown or bool(rounds)
         for level, name in enumerate(run.tree.levels):
-            values = [event["levels"][level][key] for event in events]
+            values = [getattr(event.levels[level], key) for event in events]
             colour = PALETTE[(number if several else level) % len(PALETTE)]
             line = LINES[level % len(LINES)] if several else "-"
             (drawn,) = axes.plot(rounds, values, color=colour, linestyle=line, linewidth=1.8, label=name)
@@ -95,7 +101,7 @@ def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, 
                     zorder=3,
                 )
     if not shown:
-        kept = any(run.of("bags") for run in runs)
+        kept = any(run.of(BagsEvaluated) for run in runs)
         _say(axes, "withheld by the sites" if kept else "no figures of held-back bags")
         return
     _count_rounds(axes)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,11 @@ from common.hierarchy import Hierarchy
 from common.model.lhfglp import LHFGLP
 from common.model.methods import Method
 from common.model.model_file import load_model
-from server.run_folder import RunFolder, read_events
+from common.run_records import RunEvent, RunSummary
+from deploy.runs.reading import read_summary, run_events
+from server.run_folder import RunFolder
+
+T = TypeVar("T", bound=RunEvent)
 
 METHOD_TITLES = {
     Method.LHFGLP: "LHFGLP",
@@ -40,8 +44,8 @@ class FinishedRun:
 
     path: Path
     config: RunConfig
-    summary: dict[str, Any]
-    events: tuple[dict[str, Any], ...]
+    summary: RunSummary
+    events: Sequence[RunEvent]
     model: LHFGLP
     confusion: dict[str, list[NDArray[np.int64]]] | None
 
@@ -65,8 +69,8 @@ class FinishedRun:
             )
         model, _ = load_model(path)
         try:
-            summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-            events = tuple(read_events(folder.metrics))
+            summary = read_summary(path)
+            events = run_events(path)
             confusion = None
             if folder.confusion.is_file():
                 counts = json.loads(folder.confusion.read_text(encoding="utf-8"))
@@ -98,11 +102,11 @@ class FinishedRun:
     @property
     def selected_round(self) -> int:
         """Return the round whose model was kept."""
-        return int(self.summary["selected_round"])
+        return self.summary.selected_round
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
+    def of(self, kind: type[T]) -> list[T]:
         """Return the events of one kind, in order."""
-        return [event for event in self.events if event["event"] == kind]
+        return [event for event in self.events if isinstance(event, kind)]
 
 
 def open_runs(paths: Sequence[Path]) -> list[FinishedRun]:
@@ -135,7 +139,7 @@ def title(what: str, runs: Sequence[FinishedRun]) -> str:
 
     The title of a single run also names its method.
     """
-    named = [f"run {run.name}, round {run.selected_round} of {run.summary['rounds']}" for run in runs]
+    named = [f"run {run.name}, round {run.selected_round} of {run.summary.rounds}" for run in runs]
     if len(runs) == 1:
         return f"{what}\n{runs[0].method}, {named[0]}"
     lines = [" · ".join(named[start : start + 3]) for start in range(0, len(named), 3)]

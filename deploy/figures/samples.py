@@ -56,7 +56,7 @@ def find_sites(run: FinishedRun) -> list[Path]:
         folders = kept_synthetic_sites(run.config)
     else:
         raise NoTestImages("the run was made at real sites, whose images are not here")
-    took_part = run.summary["per_site"]
+    took_part = run.summary.per_site
     try:
         present = [folder for folder in folders if SiteConfig.load(folder).name in took_part]
     except UserError as error:

@@ -21,7 +21,9 @@ from common.config import RunConfig
 from common.config_tables import DPConfig
 from common.errors import RunError, UserError
 from common.privacy.events import Event
+from common.run_records import RunSummary, Stated, UpdateTaken
 from deploy.report.model import Audit, LeftOut, Loss, Problem, Settings
+from deploy.runs.reading import read_summary, run_events
 
 if TYPE_CHECKING:  # loads torch, which a report from statements alone does not need
     from client.ledger.book import Book
@@ -187,44 +189,46 @@ def _name_of(path: Path, book: "Book | None") -> str:
 
 def _read_run(path: Path, found: Collected) -> None:
     dp = RunConfig.from_toml(path / "config.toml").dp
-    state, finished = _state(path)
-    events = _events(path / "metrics.jsonl")
+    summary, finished = _summary(path)
     try:
         # The statements come from sites, so their form is checked before any figure is taken from them.
-        statements = {site: Statement.model_validate(s) for site, s in state["statements"].items()}
-        releases = {site: _release(release) for site, release in state["releases"].items()}
-        found.left_out += [LeftOut.model_validate(item) for item in state["left_out"]]
+        statements = {site: Statement.model_validate(s) for site, s in summary.statements.items()}
+        releases = {site: _release(release) for site, release in summary.releases.items()}
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the statements of the run {path} are not of a form that this release reads: {error}"
         ) from error
+    found.left_out += [
+        LeftOut(site=item.site, round=item.round, phase=item.phase, reason=item.reason)
+        for item in summary.left_out
+    ]
     # The epsilons of two runs must not be added or compared here: only the ledger composes what both spent.
-    for name in sorted({*statements, *releases, *state.get("per_site", {})}):
+    for name in sorted({*statements, *releases, *summary.per_site}):
         if name in found.sites:
             raise UserError(
                 f"site {name!r} is in two of the runs: what it spent in both is only in its ledger.\n"
                 "Give one run, or the site's ledger.sqlite."
             )
         found.sites[name] = Evidence(name, statement=statements.get(name), release=releases.get(name))
-    for loss in state.get("losses", ()):
-        figures = {key: loss[key] for key in Loss.model_fields}
-        found.sites[loss["site"]].declared_losses.append(Loss.model_validate(figures))
-    for event in events:
-        evidence = found.sites.get(str(event.get("site")))
-        if evidence and event["event"] == "statement" and event.get("epsilon") is not None:
-            evidence.stated[int(event["round"])] = float(event["epsilon"])
-        elif evidence and event["event"] == "update":
-            evidence.training_bags = int(event["bags"])
+    for loss in summary.losses:
+        declared = Loss(round=loss.round, epsilon=loss.epsilon, delta=loss.delta)
+        found.sites[loss.site].declared_losses.append(declared)
+    for event in run_events(path):
+        match event:
+            case Stated(site=site, epsilon=float(epsilon)) if site in found.sites:
+                found.sites[site].stated[event.round] = epsilon
+            case UpdateTaken(site=site, bags=int(bags)) if site in found.sites:
+                found.sites[site].training_bags = bags
     _read_run_ledgers(path, found)
     found.runs.append(
         RunEvidence(
             name=path.resolve().name,
             finished=finished,
-            rounds=int(state["rounds"]),
+            rounds=summary.rounds,
             settings=_settings(dp),
             config_sha256=hashlib.sha256((path / "config.toml").read_bytes()).hexdigest(),
-            stopped_early=state.get("stopped_early") or None,
-            code=state.get("code") or {},
+            stopped_early=summary.stopped_early,
+            code=summary.code,
             audit=_audit(path / "audit.json"),
         )
     )
@@ -239,16 +243,16 @@ def _read_run_ledgers(path: Path, found: Collected) -> None:
         evidence.book, evidence.ledger = book, file
 
 
-def _state(path: Path) -> tuple[Mapping[str, Any], bool]:
-    """Return the statements, releases and exclusions of the finished run or of its newest checkpoint.
+def _summary(path: Path) -> tuple[RunSummary, bool]:
+    """Return the summary of the finished run, or one of the rounds up to its newest checkpoint.
 
     The second value tells whether the run has finished.
     """
-    summary = path / "summary.json"
-    if summary.is_file():
-        state = _json(summary)
-        if "statements" in state and "releases" in state:
-            return state, True
+    finished = (path / "summary.json").is_file()
+    if finished:
+        summary = read_summary(path)
+        if {"statements", "releases"} <= summary.model_fields_set:
+            return summary, True
     from server import checkpoint
 
     try:
@@ -260,8 +264,15 @@ def _state(path: Path) -> tuple[Mapping[str, Any], bool]:
             f"the run has no finished round, so no site has stated anything yet: {path}\n"
             f"Go on with it: fedbags simulate --out {path} --resume"
         )
-    state = newest[0].model_dump(mode="json")
-    return {**state, "rounds": state["round"]}, summary.is_file()
+    state = newest[0]
+    return RunSummary(
+        rounds=state.round,
+        stopped_early=state.stopped_early or None,
+        statements={site: record.model_dump(mode="json") for site, record in state.statements.items()},
+        releases={site: record.model_dump(mode="json") for site, record in state.releases.items()},
+        losses=state.losses,
+        left_out=state.left_out,
+    ), finished
 
 
 def _release(data: Mapping[str, Any]) -> ReleaseStatement:
@@ -302,17 +313,6 @@ def _audit(path: Path) -> Audit | None:
         )
     except (KeyError, ValidationError) as error:
         raise UserError(f"{path} is no audit result: lower_bound and confidence are expected") from error
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    """Return the run's events, without a last line that a killed run left incomplete."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from common.errors import UserError
+from common.run_records import Cause
 from common.text import visible
-from deploy.runs.site_state import RunSource, SiteSource, SiteState
+from deploy.runs.reading import RunSource
+from deploy.runs.site_state import SiteSource, SiteState
 from deploy.runs.state import (
-    CAUSES,
     Phase,
     RunState,
     Stage,
@@ -145,7 +146,7 @@ def site_metrics(state: SiteState) -> Iterator[Metric]:
 
 
 def _shared(
-    phases: Mapping[str, Phase], sent: int, received: int, refusals: Mapping[str, int]
+    phases: Mapping[str, Phase], sent: int, received: int, refusals: Mapping[Cause, int]
 ) -> Iterator[Metric]:
     seconds = SummaryMetricFamily("fedbags_phase_seconds", "Seconds that a phase took.", labels=["phase"])
     for name, phase in sorted(phases.items()):
@@ -154,7 +155,7 @@ def _shared(
     by_direction = {("sent",): sent, ("received",): received}
     yield _counter("fedbags_bytes", "Content of messages, bytes.", by_direction, "direction")
     # Every cause is exported from the start: Prometheus sees no increase in a series that begins at 1.
-    by_cause = {(cause,): refusals.get(cause, 0) for cause in CAUSES}
+    by_cause = {(cause.value,): refusals.get(cause, 0) for cause in Cause}
     yield _counter("fedbags_refusals", "What was not sent or not used, by reason.", by_cause, "reason")
 
 

@@ -1,11 +1,8 @@
-"""Read run folders, and print a list of them or the figures of one or two.
-
-Give the figures of a summary's level where sites suppressed small counts of test images.
-"""
+"""List run folders, and print the figures of one or two."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +10,22 @@ from rich.box import SIMPLE_HEAD
 
 from common.config import RunConfig
 from common.errors import UserError
+from common.run_records import LevelFigures, RunSummary
 from deploy.cli.tables import console, table
-from server.run_folder import RunFolder, read_events
+from deploy.runs.reading import read_summary, run_events
+from deploy.runs.state import Stage, fold
+from server.run_folder import RunFolder
 
 
-def known(level: Mapping[str, Any], key: str) -> float | None:
+def known(level: LevelFigures | None, key: str) -> float | None:
     """Return a figure of a level of a summary, or None where suppressed counts leave it open."""
-    return None if "suppressed" in level else level.get(key)
+    return None if level is None or level.suppressed else getattr(level, key)
 
 
-def bounds_of(level: Mapping[str, Any], key: str = "accuracy") -> list[float] | None:
+def bounds_of(level: LevelFigures | None, key: str = "accuracy") -> list[float] | None:
     """Return the two figures between which an accuracy of a level lies, or None where it is known."""
-    found: list[float] | None = level.get("suppressed", {}).get(key)
-    return found
+    bounds = getattr(level.suppressed, key, None) if level else None
+    return None if bounds is None else list(bounds)
 
 
 def figure(value: float | None, bounds: Sequence[float] | None = None, none: str = "-") -> str:
@@ -37,13 +37,13 @@ def figure(value: float | None, bounds: Sequence[float] | None = None, none: str
     return none if value is None else f"{value:.3f}"
 
 
-def suppression(level: Mapping[str, Any]) -> str:
+def suppression(level: LevelFigures) -> str:
     """Return what sites suppressed of a level as text, such as ``14 cells below 5 suppressed``.
 
     Empty if they suppressed nothing.
     """
-    found = level.get("suppressed")
-    return f"{found['cells']} cells below {found['below']} suppressed" if found else ""
+    found = level.suppressed
+    return f"{found.cells} cells below {found.below} suppressed" if found else ""
 
 
 LONGEST_NAME = 36
@@ -65,24 +65,21 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for config in sorted(folder.glob("*/config.toml")):
         run = RunFolder(config.parent)
-        events = list(read_events(run.metrics))
-        rounds = max((event["round"] for event in events if event["event"] == "round"), default=0)
-        row: dict[str, Any] = {"run": config.parent.name, "rounds": rounds}
+        state = fold(run_events(config.parent))
+        row: dict[str, Any] = {"run": config.parent.name, "rounds": state.round}
         if run.summary.exists():
             summary = read_summary(config.parent)
-            leaf = summary["levels"][-1] if summary["levels"] else {}
+            leaf = summary.levels[-1] if summary.levels else None
             row |= {
-                "state": "stopped early" if summary.get("stopped_early") else "finished",
-                "method": summary["method"],
-                "sites": summary["sites"],
-                "seconds": summary["seconds"],
+                "state": "stopped early" if summary.stopped_early else "finished",
+                "method": summary.method,
+                "sites": summary.sites,
+                "seconds": summary.seconds,
                 "leaf_accuracy": known(leaf, "accuracy"),
                 "leaf_accuracy_bounds": bounds_of(leaf),
             }
         else:
-            # Only the last event counts: a run that was resumed has others after its failure.
-            failed = bool(events) and events[-1]["event"] == "failed"
-            row |= {"state": "failed" if failed else "unfinished"}
+            row |= {"state": "failed" if state.stage is Stage.FAILED else "unfinished"}
         rows.append(row)
     return rows
 
@@ -112,24 +109,6 @@ def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
     console().print(runs)
 
 
-def read_summary(run: Path) -> dict[str, Any]:
-    """Return the content of a run's summary.json.
-
-    Raises:
-        UserError: no run, or one that has not finished.
-    """
-    path = RunFolder(run).summary
-    if not path.exists():
-        known = (run / "config.toml").exists()
-        raise UserError(
-            f"the run has not finished: {run}\nGo on with it: fedbags simulate --out {run} --resume"
-            if known
-            else f"no run folder: {run}\n`fedbags runs list FOLDER` shows the runs below a folder."
-        )
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
-
-
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     """Return two runs side by side.
 
@@ -143,7 +122,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     """
     summaries = [read_summary(run) for run in (first, second)]
     one, other = (RunConfig.from_toml(RunFolder(run).config).to_flat() for run in (first, second))
-    found = [{level["name"]: level for level in summary["levels"]} for summary in summaries]
+    found = [{level.name: level for level in summary.levels} for summary in summaries]
     return {
         "runs": [str(first), str(second)],
         "differences": [
@@ -155,14 +134,14 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         "levels": [
             {
                 "level": name,
-                **{key: [known(levels.get(name, {}), key) for levels in found] for key in FIGURES},
-                "accuracy_bounds": [bounds_of(levels.get(name, {})) for levels in found],
+                **{key: [known(levels.get(name), key) for levels in found] for key in FIGURES},
+                "accuracy_bounds": [bounds_of(levels.get(name)) for levels in found],
             }
             for name in dict.fromkeys(name for levels in found for name in levels)
         ],
         "epsilon": [_largest_epsilon(summary) for summary in summaries],
-        "rounds": [summary["rounds"] for summary in summaries],
-        "seconds": [summary["seconds"] for summary in summaries],
+        "rounds": [summary.rounds for summary in summaries],
+        "seconds": [summary.seconds for summary in summaries],
     }
 
 
@@ -193,8 +172,8 @@ def print_comparison(result: dict[str, Any]) -> None:
     out.print(settings)
 
 
-def _largest_epsilon(summary: dict[str, Any]) -> float | None:
-    spent = [site["epsilon"] for site in summary["per_site"].values() if site["epsilon"] is not None]
+def _largest_epsilon(summary: RunSummary) -> float | None:
+    spent = [site.epsilon for site in summary.per_site.values() if site.epsilon is not None]
     return max(spent, default=None)
 
 
@@ -211,13 +190,13 @@ def trivial_accuracies(run: Path) -> list[float]:
     return [max(counts) / sum(counts) for counts in rows if sum(counts)]
 
 
-def say_baseline(summary: dict[str, Any], run: Path) -> None:
+def say_baseline(summary: RunSummary, run: Path) -> None:
     """Print what the accuracies are to be compared with, and why the demo's are low."""
     out, trivial = console(), trivial_accuracies(run)
-    if len(trivial) == len(summary["levels"]) and trivial:
-        named = zip(summary["levels"], trivial, strict=True)
-        shares = ", ".join(f"{level['name']} {share:.3f}" for level, share in named)
-        shown = " (of the cells shown)" if any(map(suppression, summary["levels"])) else ""
+    if len(trivial) == len(summary.levels) and trivial:
+        named = zip(summary.levels, trivial, strict=True)
+        shares = ", ".join(f"{level.name} {share:.3f}" for level, share in named)
+        shown = " (of the cells shown)" if any(map(suppression, summary.levels)) else ""
         out.print(f"Always naming the most frequent class would get{shown}: {shares}.")
     sites = RunConfig.from_toml(RunFolder(run).config).sites_dir
     if sites and Path(sites) == run.resolve() / "sites":
@@ -227,59 +206,55 @@ def say_baseline(summary: dict[str, Any], run: Path) -> None:
         )
 
 
-def print_summary(summary: dict[str, Any], run: Path | None = None) -> None:
+def print_summary(summary: RunSummary, run: Path | None = None) -> None:
     """Print figures per level, per site, on held-back bags, and what was left out.
 
     With ``run``, the folder of the run, the accuracies of the most frequent class are printed as well.
     """
     out = console()
-    if summary.get("stopped_early"):
+    if summary.stopped_early:
         out.print(
-            f"stopped early, after round {summary['rounds']}: {summary['stopped_early']}. The model of that "
+            f"stopped early, after round {summary.rounds}: {summary.stopped_early}. The model of that "
             "round is kept.",
             style="bold yellow",
         )
-    if summary["levels"]:
+    if summary.levels:
         levels = table(
-            f"{summary['name']}: {summary['method']}, {summary['sites']} sites, {summary['rounds']} rounds "
-            f"(model of round {summary['selected_round']}), {summary['seconds']:.0f} s; pooled test images",
+            f"{summary.name}: {summary.method}, {summary.sites} sites, {summary.rounds} rounds "
+            f"(model of round {summary.selected_round}), {summary.seconds:.0f} s; pooled test images",
             "level", "classes", "accuracy", "balanced", "macro-F1", "consistent path", "times chance",
         )  # fmt: skip
-        for level in summary["levels"]:
+        for level in summary.levels:
             levels.add_row(
-                level["name"],
-                str(level["classes"]),
+                level.name,
+                str(level.classes),
                 *(
                     figure(known(level, key), bounds_of(level, key))
                     for key in ("accuracy", "balanced_accuracy", "macro_f1", "consistent_accuracy")
                 ),
-                "-".join(
-                    f"{value * level['classes']:.1f}" for value in bounds_of(level) or [level["accuracy"]]
-                ),
+                "-".join(f"{value * level.classes:.1f}" for value in bounds_of(level) or [level.accuracy]),
             )
         out.print(levels)
-        for level in summary["levels"]:
+        for level in summary.levels:
             if told := suppression(level):
                 out.print(
-                    f"{level['name']}: {told} by sites, so its accuracies lie between the two figures, and "
+                    f"{level.name}: {told} by sites, so its accuracies lie between the two figures, and "
                     "the others cannot be told."
                 )
         if run is not None:
             say_baseline(summary, run)
-    if summary["bags"]:
+    if summary.bags:
         bags = table("held-back bags of the selected model (label-free)", "level", "KL (nats)", "L1")
-        for level in summary["bags"]:
-            kl = f"{level['kl']:.3f}" if "kl" in level else "withheld (L1 is noised)"
-            bags.add_row(level["level"], kl, f"{level['l1']:.3f}" if "l1" in level else "withheld")
+        for mean in summary.bags:
+            kl = "withheld (L1 is noised)" if mean.kl is None else f"{mean.kl:.3f}"
+            bags.add_row(mean.level, kl, "withheld" if mean.l1 is None else f"{mean.l1:.3f}")
         out.print(bags)
-    names = [level["name"] for level in summary["levels"]]
+    names = [level.name for level in summary.levels]
     sites = table("per site", "site", "bags", "release", "epsilon", *(f"{name} acc." for name in names))
-    for site, figures in summary["per_site"].items():
-        accuracies = [figure(known(level, "accuracy"), bounds_of(level)) for level in figures["levels"]]
-        epsilon = "not private" if figures["epsilon"] is None else f"{figures['epsilon']:.2f}"
-        sites.add_row(
-            site, str(figures["bags"]), figures["release"], epsilon, *(accuracies or ["-"] * len(names))
-        )
+    for site, figures in summary.per_site.items():
+        accuracies = [figure(known(level, "accuracy"), bounds_of(level)) for level in figures.levels]
+        epsilon = "not private" if figures.epsilon is None else f"{figures.epsilon:.2f}"
+        sites.add_row(site, str(figures.bags), figures.release, epsilon, *(accuracies or ["-"] * len(names)))
     out.print(sites)
-    for item in summary["left_out"]:
-        out.print(f"left out: round {item['round']}, {item['site']}, {item['phase']}: {item['reason']}")
+    for item in summary.left_out:
+        out.print(f"left out: round {item.round}, {item.site}, {item.phase}: {item.reason}")

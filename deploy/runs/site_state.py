@@ -1,11 +1,8 @@
-"""Compute the state of one site, at the site, from its journal and its ledger.
+"""Find the run or the site to watch, and compute the state of a site from its journal and its ledger.
 
-Nothing of it is sent anywhere. The ledger is read and never written.
-
-Find the run or the site to watch at a path.
-
-A path is a run folder, a folder of run folders (its newest run, determined anew at every call), a
-coordinator's kit (the newest of its runs), a site's kit, or a site's data folder.
+At a site, nothing of it is sent anywhere, and the ledger is read and never written. A path to watch is a run
+folder, a folder of run folders (its newest run, determined anew at every call), a coordinator's kit (the
+newest of its runs), a site's kit, or a site's data folder.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,17 +14,10 @@ from client.journal import JOURNAL_FILE
 from client.ledger.file import LEDGER_FILE
 from client.site import SITE_FILE, SiteConfig
 from common.errors import FedbagsError, UserError
-from common.records import SiteError
+from common.run_records import Cause, cause_of_code
 from deploy.consortium.kit import KIT_FILE, SiteKit, read_kit
-from deploy.runs.state import (
-    LOST,
-    OTHER,
-    JsonLinesFile,
-    Phase,
-    RunState,
-    fold,
-    site_cause,
-)
+from deploy.runs.reading import JsonLinesFile, RunSource, newest_run
+from deploy.runs.state import Phase
 from server.run_folder import RunFolder
 
 
@@ -60,8 +50,8 @@ class SiteState:
     phases: Mapping[str, Phase] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
-    refusals: Mapping[str, int] = field(default_factory=dict)
-    """Errors that went out, by cause (``deploy.runs.state.CAUSES``)."""
+    refusals: Mapping[Cause, int] = field(default_factory=dict)
+    """Errors that went out, by cause."""
     last: float = 0.0
     """When the last message was answered, seconds since 1970; 0 for never."""
     spending: Spending | None = None
@@ -87,14 +77,6 @@ class SiteState:
             refusals=refusals,
             last=float(done["time"]),
         )
-
-
-def cause_of_code(code: int) -> str:
-    """Return the cause, one of CAUSES, for an error code that was sent."""
-    if code in set(SiteError):
-        return site_cause(SiteError(code))
-    # Codes below those of SiteError are Flower's own, for a message or an app that was lost.
-    return LOST if code < min(SiteError) else OTHER
 
 
 def fold_journal(lines: Iterable[Mapping[str, Any]], start: SiteState) -> SiteState:
@@ -147,35 +129,6 @@ class LedgerReader:
         ), ""
 
 
-class RunSource:
-    """Keep the state of a run, brought up to date at every call of look."""
-
-    def __init__(self, path: Path, *, newest: bool = False) -> None:
-        """Watch the run in ``path``, or the newest of the run folders below it."""
-        self._path, self._newest = path, newest
-        self.folder: Path | None = None
-        self._events: JsonLinesFile | None = None
-        self._state = RunState()
-
-    @property
-    def name(self) -> str:
-        """Return the run folder's name, which is empty while there is no run."""
-        return self.folder.name if self.folder else ""
-
-    def look(self) -> RunState:
-        """Return the state now."""
-        folder = newest_run(self._path) if self._newest else self._path
-        # A newer run has begun, so the state of the previous one no longer applies.
-        if folder != self.folder or self._events is None:
-            self.folder = folder
-            self._events = JsonLinesFile(RunFolder(folder).metrics) if folder else None
-            self._state = RunState()
-        if self._events is not None:
-            news = self._events.poll()
-            self._state = fold(news.lines, None if news.restarted else self._state)
-        return self._state
-
-
 class SiteSource:
     """Keep the state of a site, at the site, brought up to date at every call of look."""
 
@@ -213,10 +166,3 @@ def source(path: Path) -> RunSource | SiteSource:
         f"nothing to watch in {path}\nGive a run folder (such as runs/demo), a folder of them, a kit that "
         "`fedbags provision` wrote, or a site's data folder."
     )
-
-
-def newest_run(runs: Path) -> Path | None:
-    """Return the run folder below ``runs`` that was started or resumed last, or None where there is none."""
-    # The configuration is written at the start and at each resumption of a run.
-    started = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/config.toml")]
-    return max(started)[1] if started else None

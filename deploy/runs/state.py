@@ -2,25 +2,31 @@
 
 Everything that is shown of a run, on a terminal, to Prometheus or in a tracking tool, comes from here. The
 training code counts nothing for it. The functions are pure, and read no file and no clock.
-
-Follow a file of JSON lines that another process writes, such as a run's events or a site's journal.
-
-Only new lines are read. A file that was replaced (a resumed run drops the events of rounds that it will do
-again) is read from its start, and the caller is told so. The module does not interpret the lines.
 """
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from common.records import SITE_ERRORS, SiteError
-from server.exchange import FLOWER_ERRORS
-
-Event = Mapping[str, Any]
+from common.run_records import (
+    ENROL,
+    Cause,
+    Enrolled,
+    Exchanged,
+    Failed,
+    Finished,
+    Joined,
+    Left,
+    RoundDone,
+    RoundSkipped,
+    RunEvent,
+    SiteLeftOut,
+    Stated,
+    StoppedEarly,
+    UpdateTaken,
+    Waiting,
+)
 
 
 class Stage(StrEnum):
@@ -33,48 +39,6 @@ class Stage(StrEnum):
     """For sites, below the quorum."""
     FINISHED = "finished"
     FAILED = "failed"
-
-
-LOST, DEADLINE, UNSENT, UNREADABLE, UNUSABLE, NOT_ADMITTED, OTHER = (
-    "lost", "deadline", "unsent", "unreadable", "unusable", "not-admitted", "other",
-)  # fmt: skip
-
-
-def site_cause(code: SiteError) -> str:
-    """Return the cause for an error code of a site."""
-    return code.name.lower().replace("_", "-")
-
-
-CAUSES = (
-    *(site_cause(code) for code in SiteError),
-    *(LOST, DEADLINE, UNSENT, UNREADABLE, UNUSABLE, NOT_ADMITTED, OTHER),
-)
-"""Every cause for which something of a site is not used: a closed set, so that no text of a site becomes a
-label of a metric."""
-
-# Events hold the reason as text only, so the cause is found again by the texts that the server writes.
-_BY_TEXT = {
-    **{text: site_cause(code) for code, text in SITE_ERRORS.items()},
-    **dict.fromkeys(FLOWER_ERRORS.values(), LOST),
-}
-_BY_BEGINNING = {
-    "no reply within": DEADLINE,
-    "the message could not be sent": UNSENT,
-    "unreadable": UNREADABLE,
-    "error code": OTHER,
-}
-ENROL = "enrol"
-_BY_PHASE = {ENROL: NOT_ADMITTED, "train": UNUSABLE}
-
-
-def cause_of(phase: str, reason: str) -> str:
-    """Return the cause, one of CAUSES, for the reason of a ``left-out`` event."""
-    if reason in _BY_TEXT:
-        return _BY_TEXT[reason]
-    for beginning, cause in _BY_BEGINNING.items():
-        if reason.startswith(beginning):
-            return cause
-    return _BY_PHASE.get(phase, OTHER)
 
 
 @dataclass(frozen=True)
@@ -109,6 +73,10 @@ class Site:
     """Spent, as the site states it (replace-one bag); None where no bound holds."""
     delta: float | None = None
     epsilon_left: float | None = None
+    connected: bool = True
+    """Whether its node is there."""
+    answered: bool = False
+    """Whether it has answered in the round under way."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +102,7 @@ class RunState:
     phases: Mapping[str, Phase] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
-    refusals: Mapping[str, int] = field(default_factory=dict)
+    refusals: Mapping[Cause, int] = field(default_factory=dict)
     """By cause; only those that happened."""
     failure: str = ""
     skipped: tuple[int, ...] = ()
@@ -154,189 +122,150 @@ class RunState:
         """Return the number of sites that take part, or that do not."""
         return sum(site.taking_part is taking_part for site in self.sites.values())
 
-    def after(self, event: Event) -> Self:
+    @property
+    def connected(self) -> list[str]:
+        """Return the sites whose nodes are there."""
+        return [name for name, site in self.sites.items() if site.connected]
+
+    @property
+    def silent(self) -> list[str]:
+        """Return the connected sites that have not answered in the round under way."""
+        return [name for name in self.connected if not self.sites[name].answered]
+
+    def after(self, event: RunEvent) -> Self:
         """Return the state after one more event.
 
         Of an event of an unknown kind only the time counts.
         """
-        at = float(event.get("time", self.last))
+        at = event.time or self.last
         state = replace(self, first=self.first or at, last=at)
-        match event.get("event"):
-            case "enrolled" | "resumed":
+        match event:
+            case Enrolled():
                 return state._enrolled(event)
-            case "phase":
-                return state._phase(event)
-            case "update":
-                before = state._site(event)
+            case Exchanged():
+                phase = state.phases.get(event.phase, Phase()).plus(event.seconds)
+                return replace(
+                    state,
+                    phases={**state.phases, event.phase: phase},
+                    bytes_sent=state.bytes_sent + event.bytes_sent,
+                    bytes_received=state.bytes_received + event.bytes_received,
+                )
+            case UpdateTaken():
+                before = state._answered(event.site, event.round)
                 site = replace(
                     before,
                     taking_part=True,
                     why_not="",
                     updates=before.updates + 1,
-                    last_update=int(event["round"]),
-                    bags=event.get("bags"),
-                    loss=event.get("loss"),
+                    last_update=event.round,
+                    bags=event.bags,
+                    loss=event.loss,
                 )
-                return state._going_on()._with_site(event, site)
-            case "statement":
+                return state._going_on()._with_site(event.site, site)
+            case Stated():
+                # A statement comes with every answer; of masked updates it is all that is seen before
+                # their sum.
                 site = replace(
-                    state._site(event),
-                    epsilon=event.get("epsilon"),
-                    delta=event.get("delta"),
-                    epsilon_left=event.get("budget_left"),
+                    state._answered(event.site, event.round),
+                    epsilon=event.epsilon,
+                    delta=event.delta,
+                    epsilon_left=event.budget_left,
                 )
-                return state._with_site(event, site)
-            case "left-out":
+                return state._with_site(event.site, site)
+            case SiteLeftOut():
                 return state._left_out(event)
-            case "waiting":
-                names, missing = tuple(map(str, event.get("sites", ()))), int(event.get("missing", 0))
-                return replace(state, stage=Stage.WAITING, waiting_for=names, missing=missing)
-            case "joined":
-                return state._joined(event)
-            case "left":
-                site = replace(state._site(event), taking_part=False, why_not=str(event.get("reason", "")))
-                return state._with_site(event, site)
-            case "round":
-                return replace(
-                    state._going_on(),
-                    round=int(event["round"]),
-                    updates=int(event.get("updates", 0)),
-                    loss=event.get("loss"),
+            case Waiting():
+                return replace(state, stage=Stage.WAITING, waiting_for=event.sites, missing=event.missing)
+            case Joined():
+                return state._joined(event.site)
+            case Left():
+                site = replace(
+                    state._site(event.site), taking_part=False, why_not=event.reason, connected=False
                 )
-            case "round-skipped":
-                number = int(event["round"])
-                return replace(state._going_on(), round=number, updates=0, skipped=(*self.skipped, number))
-            case "stopped-early":
-                return replace(state, stopped_early=str(event.get("reason", "")))
-            case "finished":
+                return state._with_site(event.site, site)
+            case RoundDone():
+                return replace(state._round_over(event.round), updates=event.updates, loss=event.loss)
+            case RoundSkipped():
+                return replace(
+                    state._round_over(event.round), updates=0, skipped=(*self.skipped, event.round)
+                )
+            case StoppedEarly():
+                return replace(state, stopped_early=event.reason)
+            case Finished():
                 return replace(state, stage=Stage.FINISHED, missing=0, waiting_for=())
-            case "failed":
-                return replace(
-                    state, stage=Stage.FAILED, failure=str(event.get("reason", "")), missing=0, waiting_for=()
-                )
+            case Failed():
+                return replace(state, stage=Stage.FAILED, failure=event.reason, missing=0, waiting_for=())
             # Events that change nothing here, such as the figures of held-back bags.
             case _:
                 return state
 
-    def _enrolled(self, event: Event) -> Self:
+    def _enrolled(self, event: Enrolled) -> Self:
         # A resumed run enrols anew. A known site that is absent then takes no part, and keeps its history.
-        names = {str(name) for name in event.get("sites", ())}
-        sites = {
+        absent = {
             name: replace(
-                site, taking_part=False, why_not=site.why_not or "it was not there at the resumption"
+                site,
+                taking_part=False,
+                why_not=site.why_not or "it was not there at the resumption",
+                connected=False,
+                answered=False,
             )
             for name, site in self.sites.items()
-        } | {name: replace(self.sites.get(name, Site()), taking_part=True, why_not="") for name in names}
+        }
         return replace(
             self._going_on(),
-            round=int(event.get("round", 0)),
-            rounds=int(event.get("rounds", self.rounds)),
-            sites=sites,
+            round=event.round,
+            rounds=event.rounds or self.rounds,
+            sites=absent | {name: self._taking_part(name) for name in event.sites},
             # A run that goes on is no longer failed or stopped, whatever ended it before.
             failure="",
             stopped_early="",
         )
 
-    def _phase(self, event: Event) -> Self:
-        name = str(event["phase"])
-        phase = self.phases.get(name, Phase()).plus(float(event["seconds"]))
-        return replace(
-            self,
-            phases={**self.phases, name: phase},
-            bytes_sent=self.bytes_sent + int(event.get("bytes_sent", 0)),
-            bytes_received=self.bytes_received + int(event.get("bytes_received", 0)),
-        )
-
-    def _joined(self, event: Event) -> Self:
-        name = str(event["site"])
+    def _joined(self, name: str) -> Self:
         missing = max(0, self.missing - 1)
         state = self if missing or self.stage is not Stage.WAITING else self._going_on()
         return replace(
             state,
             missing=missing,
             waiting_for=tuple(site for site in state.waiting_for if site != name),
-            sites={**state.sites, name: replace(state._site(event), taking_part=True, why_not="")},
+            sites={**state.sites, name: state._taking_part(name)},
             turned_away={who: why for who, why in state.turned_away.items() if who != name},
         )
 
-    def _left_out(self, event: Event) -> Self:
-        phase, reason = str(event.get("phase", "")), str(event.get("reason", ""))
-        cause = cause_of(phase, reason)
+    def _left_out(self, event: SiteLeftOut) -> Self:
+        cause = event.cause or Cause.OTHER
         state = replace(self, refusals={**self.refusals, cause: self.refusals.get(cause, 0) + 1})
         # Not put among the sites: another's request under a member's name must not mark that member as out.
-        if phase == ENROL:
-            return replace(state, turned_away={**state.turned_away, str(event["site"]): reason})
-        return state._with_site(event, replace(state._site(event), taking_part=False, why_not=reason))
+        if event.phase == ENROL:
+            return replace(state, turned_away={**state.turned_away, event.site: event.reason})
+        site = replace(state._site(event.site), taking_part=False, why_not=event.reason)
+        return state._with_site(event.site, site)
+
+    def _round_over(self, number: int) -> Self:
+        sites = {name: replace(site, answered=False) for name, site in self.sites.items()}
+        return replace(self._going_on(), round=number, sites=sites)
 
     def _going_on(self) -> Self:
         return replace(self, stage=Stage.RUNNING, missing=0, waiting_for=())
 
-    def _site(self, event: Event) -> Site:
-        return self.sites.get(str(event["site"]), Site())
+    def _site(self, name: str) -> Site:
+        return self.sites.get(name, Site())
 
-    def _with_site(self, event: Event, site: Site) -> Self:
-        return replace(self, sites={**self.sites, str(event["site"]): site})
+    def _taking_part(self, name: str) -> Site:
+        return replace(self._site(name), taking_part=True, why_not="", connected=True, answered=False)
+
+    def _answered(self, name: str, number: int) -> Site:
+        site = self._site(name)
+        # What an evaluation on held-back bags spends is no answer to the next round.
+        return replace(site, answered=True) if number > self.round else site
+
+    def _with_site(self, name: str, site: Site) -> Self:
+        return replace(self, sites={**self.sites, name: site})
 
 
-def fold(events: Iterable[Event], start: RunState | None = None) -> RunState:
+def fold(events: Iterable[RunEvent], start: RunState | None = None) -> RunState:
     """Return the state after all of the events, from ``start`` or from nothing."""
     state = start or RunState()
     for event in events:
         state = state.after(event)
     return state
-
-
-@dataclass(frozen=True)
-class News:
-    """Hold the lines that one call found."""
-
-    lines: tuple[dict[str, Any], ...]
-    restarted: bool
-    """The file is not the one read before, or shorter: ``lines`` begin at its start."""
-
-
-class JsonLinesFile:
-    """Keep the position in a growing file of JSON objects, one per line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: tuple[int, int] | None = None
-        self._position = 0
-
-    def poll(self) -> News:
-        """Return the complete lines that were added since the last call, or none where there is no file.
-
-        A last line without its end is left for the next call. A line that is no JSON object (the disk was
-        full in the middle of it) is left out.
-        """
-        try:
-            stream = self.path.open("rb")
-        except FileNotFoundError:
-            restarted, self._file, self._position = self._file is not None, None, 0
-            return News((), restarted)
-        with stream:
-            status = os.fstat(stream.fileno())
-            file = (status.st_dev, status.st_ino)
-            # A replaced file has another inode, and one that was cut in place ends before the position.
-            restarted = self._file is not None and (file != self._file or status.st_size < self._position)
-            if restarted:
-                self._position = 0
-            self._file = file
-            stream.seek(self._position)
-            lines = []
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    break
-                self._position += len(line)
-                value = _object(line)
-                if value is not None:
-                    lines.append(value)
-        return News(tuple(lines), restarted)
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None

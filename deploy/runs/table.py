@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from common.run_records import Cause
 from deploy.cli.tables import table
 from deploy.runs.site_state import SiteState
 from deploy.runs.state import (
@@ -110,7 +111,7 @@ def _site_cells(site: Site) -> tuple[RenderableType, ...]:
 
 
 def _shared(
-    phases: Mapping[str, Phase], sent: int, received: int, refusals: Mapping[str, int]
+    phases: Mapping[str, Phase], sent: int, received: int, refusals: Mapping[Cause, int]
 ) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if phases:

@@ -4,7 +4,6 @@ The events of the run are the only source, so an import of a finished run gives 
 it. It needs the extra ``tracking``. Paths in the configuration are not mirrored.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,9 @@ from typing import Any, Protocol
 
 from common.config import RunConfig
 from common.errors import RunError, UserError
-from deploy.runs.state import Event, JsonLinesFile, RunState, Stage
+from common.run_records import BagsEvaluated, Exchanged, RoundDone, RunEvent, Stated, UpdateTaken
+from deploy.runs.reading import EventsFile
+from deploy.runs.state import RunState, Stage
 from server.run_folder import RunFolder
 
 INTERVAL = 1.0
@@ -42,31 +43,33 @@ class Mirror(Protocol):
         """Release everything, whether the run has ended or not."""
 
 
-def figures_of(event: Event, state: RunState) -> dict[str, float]:
+def figures_of(event: RunEvent, state: RunState) -> dict[str, float]:
     """Return the figures of an event by name, where ``state`` is the run's state after it."""
-    site = event.get("site")
     values: dict[str, float | None] = {}
-    match event.get("event"):
-        case "round":
+    match event:
+        case RoundDone():
             values = {
-                "loss": event.get("loss"),
-                "updates": event.get("updates"),
+                "loss": event.loss,
+                "updates": event.updates,
                 "sites/in": state.count(taking_part=True),
                 "sites/out": state.count(taking_part=False),
             }
-        case "bags":
-            values = {"held-back/score": event.get("score")}
-            for level in event.get("levels", ()):
-                values |= {f"held-back/{level['level']}/{key}": level.get(key) for key in ("kl", "l1")}
-        case "phase":
-            phase = event["phase"]
-            values = {f"{key}/{phase}": event.get(key) for key in ("seconds", "bytes_sent", "bytes_received")}
-        case "update":
-            values = {f"site/{site}/loss": event.get("loss")}
-        case "statement":
+        case BagsEvaluated():
+            values = {"held-back/score": event.score}
+            for level in event.levels:
+                values |= {f"held-back/{level.level}/kl": level.kl, f"held-back/{level.level}/l1": level.l1}
+        case Exchanged():
             values = {
-                f"site/{site}/epsilon-spent": event.get("epsilon"),
-                f"site/{site}/epsilon-left": event.get("budget_left"),
+                f"seconds/{event.phase}": event.seconds,
+                f"bytes_sent/{event.phase}": event.bytes_sent,
+                f"bytes_received/{event.phase}": event.bytes_received,
+            }
+        case UpdateTaken():
+            values = {f"site/{event.site}/loss": event.loss}
+        case Stated():
+            values = {
+                f"site/{event.site}/epsilon-spent": event.epsilon,
+                f"site/{event.site}/epsilon-left": event.budget_left,
             }
     return {name: float(value) for name, value in values.items() if value is not None}
 
@@ -196,28 +199,27 @@ def track(run: Path, tensorboard: Path | None, mlflow: str | None, *, follow: bo
         mirrors.append(TensorBoard(tensorboard, name, config))
     if mlflow is not None:
         mirrors.append(MLflow(mlflow, name, config, folder.config.stat().st_mtime))
-    return _mirror(JsonLinesFile(folder.metrics), mirrors, follow=follow)
+    return _mirror(EventsFile(folder.metrics), mirrors, follow=follow)
 
 
-def _mirror(events: JsonLinesFile, mirrors: Sequence[Mirror], *, follow: bool) -> RunState:
+def _mirror(events: EventsFile, mirrors: Sequence[Mirror], *, follow: bool) -> RunState:
     state = RunState()
-    mirrored: set[str] = set()
+    mirrored: set[RunEvent] = set()
     with ExitStack() as at_the_end:
         for mirror in mirrors:
             at_the_end.callback(mirror.close)
         while True:
-            news = events.poll()
+            news, restarted = events.poll()
             # The run was resumed. The events that it kept are in the mirrors already, and are skipped below.
-            if news.restarted:
+            if restarted:
                 state = RunState()
-            for event in news.lines:
+            for event in news:
                 state = state.after(event)
-                text = json.dumps(event, sort_keys=True)
                 # The state takes every event, and the mirrors each event once.
-                values = {} if text in mirrored else figures_of(event, state)
-                mirrored.add(text)
+                values = {} if event in mirrored else figures_of(event, state)
+                mirrored.add(event)
                 for mirror in mirrors if values else ():
-                    mirror.figures(int(event.get("round", 0)), state.last, values)
+                    mirror.figures(event.round, state.last, values)
             for mirror in mirrors:
                 mirror.flush()
             if state.ended:

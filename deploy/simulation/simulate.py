@@ -10,16 +10,17 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from common.config import RunConfig, Scalar
 from common.errors import UserError
 from common.hierarchy import Hierarchy
+from common.run_records import RunSummary
 from deploy.cli.progress import Follower, counted
 from deploy.cli.tables import console
 from deploy.configuration import compose, say_presets
 from deploy.lazy import lazy_imports
-from deploy.runs.runs import print_summary, read_summary
+from deploy.runs.reading import read_summary, run_events
+from deploy.runs.runs import print_summary
 from deploy.simulation import interrupt, prerequisites
 from deploy.simulation.folder_lock import locked
 
@@ -53,7 +54,7 @@ def simulate(
     resume: bool = False,
     figures: bool = True,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Run one simulation from its options to its summary.
 
     Args:
@@ -110,7 +111,7 @@ def simulate(
 
 def run_prepared(
     config: RunConfig, folder: "run_folder.RunFolder", engine: str, workers: int | None
-) -> dict[str, Any]:
+) -> RunSummary:
     """Draw or check the sites, run the engine, and return the summary.
 
     Raises:
@@ -162,7 +163,7 @@ def whereabouts(folder: "run_folder.RunFolder", rounds: int, again: str) -> str:
         return f"after the run was complete: see `fedbags runs show {run}`, `fedbags figures {run}`"
     if not folder.config.exists():
         return "before the first round, and nothing was trained: give the same command again"
-    done = max((event["round"] for event in run_folder.read_events(folder.metrics)), default=0)
+    done = max((event.round for event in run_events(folder.path)), default=0)
     where = f"in round {done + 1} of {rounds}" if done < rounds else "while the model was tested"
     return f"{where}: go on with `{again}`"
 

@@ -12,6 +12,7 @@ import pytest
 import deploy.cli.audit
 import deploy.cli.bags
 import deploy.cli.consortium
+from common.run_records import RunEvent, RunSummary, read_event
 from deploy.cli import tables
 from deploy.cli.progress import Follower
 from deploy.cli.say import say
@@ -43,8 +44,8 @@ def shown(name: str) -> str:
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
-def event(kind: str, **fields: Any) -> dict[str, Any]:
-    return {"event": kind, "time": 1.0, "round": 1, **fields}
+def event(kind: str, **fields: Any) -> RunEvent:
+    return read_event({"event": kind, "time": 1.0, "round": 1, **fields})
 
 
 def print_check(name: str) -> None:
@@ -70,12 +71,12 @@ def print_summary(name: str) -> None:
         "consistent_accuracy": 0.5,
     }  # fmt: skip
     runs.print_summary(
-        {
+        RunSummary.model_validate({
             "name": name, "method": "lhfglp", "sites": 1, "rounds": 1, "selected_round": 1, "seconds": 1.0,
             "stopped_early": name, "levels": [level], "bags": [{"level": name, "l1": 0.1}],
             "per_site": {name: {"bags": 1, "release": "exact", "epsilon": None, "levels": [level]}},
             "left_out": [{"round": 1, "site": name, "phase": "train", "reason": name}],
-        }
+        })
     )  # fmt: skip
 
 
@@ -142,10 +143,10 @@ def test_the_bars_of_a_run_print_names_as_they_are(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     folder = RunFolder(tmp_path)
-    folder.event("enrolled", round=0, sites=[name, "other"])
-    folder.event("update", round=1, site="other", loss=None)
-    folder.event("left-out", round=1, site=name, phase="train", reason=name)
-    folder.event("left", round=1, site=name)
+    folder.record(event("enrolled", round=0, sites=[name, "other"]))
+    folder.record(event("update", round=1, site="other", loss=None))
+    folder.record(event("left-out", round=1, site=name, phase="train", reason=name))
+    folder.record(event("left", round=1, site=name))
     with Follower(folder.metrics, 3):
         pass
     text = capsys.readouterr().err

@@ -27,6 +27,7 @@ from common.records import ModelUpdate, SiteError
 from common.wire import to_records
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.report.files import report
+from deploy.runs.reading import read_summary
 from deploy.runs.runs import print_summary
 from deploy.simulation.local_grid import LocalGrid, become_server
 from server.app import app
@@ -336,7 +337,7 @@ def test_a_round_that_is_done_again_is_paid_again_and_the_run_ends_early(
     assert told["problems"] == []
     assert told["stopped_early"] == summary["stopped_early"]
     assert any("ended early, after round 2" in text for text in told["cautions"])
-    print_summary(summary)
+    print_summary(read_summary(folder))
     assert "stopped early, after round 2" in capsys.readouterr().out
     for book in ledgers(config).values():
         trained = [entry for entry in book.entries if entry.kind == "confirmed"]

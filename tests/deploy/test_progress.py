@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 
-from deploy.cli.progress import Answers, Follower, bars
+from common.run_records import read_event
+from deploy.cli.progress import Follower, _done, _without, bars
+from deploy.runs.state import RunState, fold
 
 SITES = ["a", "b", "c", "d", "e"]
 
 
-def after(*events: dict[str, Any]) -> Answers:
+ENROLLED = {"event": "enrolled", "round": 0, "sites": SITES}
+
+
+def after(*events: dict[str, Any]) -> RunState:
     """A run of five sites whose second round is under way, after these events of it."""
-    found = Answers()
-    for event in ({"event": "enrolled", "round": 0, "sites": SITES}, {"event": "round", "round": 1}, *events):
-        found.note(event)
-    return found
+    return fold(map(read_event, (ENROLLED, {"event": "round", "round": 1}, *events)))
 
 
 def of(kind: str, *sites: str, round: int = 2) -> list[dict[str, Any]]:
@@ -25,49 +27,47 @@ def of(kind: str, *sites: str, round: int = 2) -> list[dict[str, Any]]:
 
 def test_before_the_first_answer_nobody_is_said_to_be_missing() -> None:
     answers = after()
-    assert (answers.without(), len(answers.silent)) == ("", 5)
+    assert (_without(answers), len(answers.silent)) == ("", 5)
 
 
 def test_those_who_have_not_answered_yet_are_named_if_they_are_few() -> None:
-    assert after(*of("update", "a")).without() == " (waiting for b, c, d ...)"
-    assert after(*of("update", "a", "b", "d")).without() == " (waiting for c, e)"
-    assert after(*of("update", *SITES)).without() == ""
+    assert _without(after(*of("update", "a"))) == " (waiting for b, c, d ...)"
+    assert _without(after(*of("update", "a", "b", "d"))) == " (waiting for c, e)"
+    assert _without(after(*of("update", *SITES))) == ""
 
 
 def test_a_masked_update_counts_when_it_has_come_and_not_when_the_sum_is_unmasked() -> None:
     masked = of("statement", "a", "b", "c", "d")
-    assert after(*masked).without() == " (waiting for e)"
-    assert after(*masked, *of("update", "a", "b", "c", "d")).without() == " (waiting for e)"
+    assert _without(after(*masked)) == " (waiting for e)"
+    assert _without(after(*masked, *of("update", "a", "b", "c", "d"))) == " (waiting for e)"
 
 
 def test_what_a_look_at_held_back_bags_spends_is_no_answer_to_the_next_round() -> None:
-    assert after(*of("statement", "a", "b", round=1)).silent == set(SITES)
+    assert after(*of("statement", "a", "b", round=1)).silent == SITES
 
 
 def test_who_left_is_not_missing_and_who_joined_is() -> None:
     answers = after(*of("update", "a", "b"), *of("left", "c"), *of("joined", "f"))
-    assert answers.without() == " (waiting for d, e, f)"
-    assert answers.sites == {"a", "b", "d", "e", "f"}
+    assert _without(answers) == " (waiting for d, e, f)"
+    assert set(answers.connected) == {"a", "b", "d", "e", "f"}
 
 
 def test_the_first_round_has_an_estimate_when_the_first_site_has_answered() -> None:
     """However long it takes: rich looks back half a minute only, and bars of whole rounds stood still."""
-    answers = Answers()
-    for event in ({"event": "enrolled", "round": 0, "sites": SITES}, *of("update", "a", "b", round=1)):
-        answers.note(event)
-    assert answers.done(10) == pytest.approx(0.4)
+    answers = fold(map(read_event, (ENROLLED, *of("update", "a", "b", round=1))))
+    assert _done(answers, 10) == pytest.approx(0.4)
     clock = [0.0]
     with bars() as progress:
         progress.get_time = lambda: clock[0]
         task = progress.add_task("rounds", total=10)
-        for seconds, done in ((0.0, 0.0), (100.0, 0.2), (200.0, answers.done(10))):
+        for seconds, done in ((0.0, 0.0), (100.0, 0.2), (200.0, _done(answers, 10))):
             clock[0] = seconds
             progress.update(task, completed=done)
         clock[0] = 260.0
-        progress.update(task, completed=answers.done(10))
+        progress.update(task, completed=_done(answers, 10))
         assert progress.tasks[0].time_remaining is not None
-    assert after(*of("update", *SITES)).done(10) == 2.0
-    assert Answers().done(10) == 0.0
+    assert _done(after(*of("update", *SITES)), 10) == 2.0
+    assert _done(RunState(), 10) == 0.0
 
 
 def test_a_skipped_round_is_said_and_nobody_of_it_is_waited_for(
@@ -75,7 +75,7 @@ def test_a_skipped_round_is_said_and_nobody_of_it_is_waited_for(
 ) -> None:
     skipped = {"event": "round-skipped", "round": 2, "sites": ["a", "b"], "reason": "2 of 3 updates"}
     answers = after(*of("update", "a"), skipped)
-    assert (answers.round, answers.silent, answers.without()) == (2, set(SITES), "")
+    assert (answers.round, answers.silent, _without(answers)) == (2, SITES, "")
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(json.dumps(skipped) + "\n")
     with Follower(metrics, 3):

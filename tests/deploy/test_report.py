@@ -74,7 +74,7 @@ def write_run(run: Path, ledgers: dict[str, Ledger]) -> Path:
     summary = {
         "rounds": 3,
         "code": {"version": "0.1.0", "commit": COMMIT},
-        "per_site": {site: {} for site in statements},
+        "per_site": {site: {"bags": 75, "release": "exact", "epsilon": None} for site in statements},
         "statements": statements,
         "releases": {site: {**release, "event": event} for site in statements},
         "left_out": [{"round": 2, "site": "south", "phase": "train", "reason": "too late"}],

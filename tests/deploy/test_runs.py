@@ -16,6 +16,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from deploy.cli.tables import config_rows, print_config, print_preset
 from deploy.configuration import compose, preset_rows, preset_values, say_presets
+from deploy.runs.reading import read_summary
 from deploy.runs.runs import (
     compare_runs,
     figure,
@@ -23,7 +24,6 @@ from deploy.runs.runs import (
     print_comparison,
     print_runs,
     print_summary,
-    read_summary,
     trivial_accuracies,
 )
 from deploy.simulation.simulate import run_engine
@@ -95,12 +95,12 @@ def test_accuracies_stand_beside_what_the_most_frequent_class_gets(
 ) -> None:
     run = make_run(tmp_path / "a", 0.5)
     assert trivial_accuracies(run) == [0.8, 0.5]
-    print_summary(json.loads((run / "summary.json").read_text()), run)
+    print_summary(read_summary(run), run)
     printed = capsys.readouterr().out
     assert "most frequent class would get: top 0.800, leaf 0.500" in printed
     assert "drawn hospitals" not in printed
     demo = make_run(tmp_path / "demo", 0.42, **{"sites-dir": str(tmp_path / "demo" / "sites")})
-    print_summary(json.loads((demo / "summary.json").read_text()), demo)
+    print_summary(read_summary(demo), demo)
     assert "drawn hospitals are small" in capsys.readouterr().out
     (run / "confusion.json").unlink()
     assert trivial_accuracies(run) == []
@@ -109,20 +109,20 @@ def test_accuracies_stand_beside_what_the_most_frequent_class_gets(
 SUPPRESSED = {"cells": 14, "below": 5, "accuracy": [0.612, 0.681], "consistent_accuracy": [0.3, 0.5]}
 
 
-def suppress_leaves(run: Path) -> dict[str, Any]:
+def suppress_leaves(run: Path) -> None:
     """Let the summary say that small counts of leaves were suppressed; of the top, none."""
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     summary["levels"][1]["suppressed"] = SUPPRESSED
     summary["per_site"]["a"]["levels"] = summary["levels"]
     (run / "summary.json").write_text(json.dumps(summary))
-    return summary
 
 
 def test_an_accuracy_with_suppressed_counts_is_told_as_its_bounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, other = make_run(tmp_path / "a", 0.512), make_run(tmp_path / "b", 0.75)
-    print_summary(suppress_leaves(run), run)
+    suppress_leaves(run)
+    print_summary(read_summary(run), run)
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert all(len(line) <= 80 for line in lines)
@@ -169,8 +169,10 @@ def test_bounds_are_rounded_outwards(bounds: list[float], text: str) -> None:
 def test_what_sites_withhold_of_held_back_bags_is_said(
     level: dict[str, float], cells: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = read_summary(make_run(tmp_path / "a", 0.5))
-    print_summary(summary | {"bags": [{"level": "only", **level}]})
+    run = make_run(tmp_path / "a", 0.5)
+    summary = json.loads((run / "summary.json").read_text()) | {"bags": [{"level": "only", **level}]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    print_summary(read_summary(run))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "only" in line]
     assert [cell.strip() for cell in line.split("│")[2:4]] == cells
 
@@ -187,8 +189,8 @@ def test_a_run_of_sites_with_the_terms_of_a_real_one_is_told_whole(
         own.model_copy(update={"policy": own.policy.model_copy(update=policy)}).save(site)
     run_engine(small_config({"sites-dir": str(sites)}), "local", workers=0)
     summary = read_summary(tmp_path / "run")
-    assert [sorted(level) for level in summary["bags"]] == [["kl", "level"]] * len(summary["levels"])
-    assert summary["levels"][-1]["suppressed"]["below"] == 5
+    assert [sorted(level) for level in summary.to_dict()["bags"]] == [["kl", "level"]] * len(summary.levels)
+    assert summary.levels[-1].suppressed.below == 5
     print_summary(summary, tmp_path / "run")
     printed = capsys.readouterr().out
     assert "below 5 suppressed" in printed

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from client.metrics import suppress
 from common.hierarchy import Hierarchy
 from common.records import Metric, ModelUpdate
+from common.run_records import BagFigures, Suppression
 from server.evaluation import (
     Confusion,
     accuracy_bounds,
@@ -41,14 +42,14 @@ def test_bounds_by_hand() -> None:
     ]
     (found,) = accuracy_bounds(TREE, counts, [5, 3, 1])
     assert found is not None
-    assert (found["cells"], found["below"]) == (4, 5)
+    assert (found.cells, found.below) == (4, 5)
     # Shown 25 right and 5 wrong; hidden are 1 to 2 right ones, and twice 1 to 4 wrong ones.
-    assert found["accuracy"] == pytest.approx([26 / (26 + 13), 27 / (27 + 7)])
+    assert found.accuracy == pytest.approx([26 / (26 + 13), 27 / (27 + 7)])
     # Shown 22 right and 12 wrong; hidden are 1 to 4 right ones.
-    assert found["consistent_accuracy"] == pytest.approx([23 / (23 + 12), 26 / (26 + 12)])
+    assert found.consistent_accuracy == pytest.approx([23 / (23 + 12), 26 / (26 + 12)])
     (alone,) = accuracy_bounds(TREE, counts[1:2], [3])
     assert alone is not None
-    assert (alone["cells"], alone["below"]) == (1, 3)
+    assert (alone.cells, alone.below) == (1, 3)
     assert accuracy_bounds(TREE, counts[2:], [1]) == [None]
     assert accuracy_bounds(TREE, [], []) == [None]
 
@@ -56,9 +57,7 @@ def test_bounds_by_hand() -> None:
 def test_a_site_that_shows_no_count_at_all_leaves_everything_open() -> None:
     hidden = one([[-1, -1], [-1, -1]])
     (found,) = accuracy_bounds(TREE, [(hidden, hidden)], [5])
-    assert found == {
-        "cells": 8, "below": 5, "accuracy": [0.2, 0.8], "consistent_accuracy": [0.2, 0.8]
-    }  # fmt: skip
+    assert found == Suppression(cells=8, below=5, accuracy=(0.2, 0.8), consistent_accuracy=(0.2, 0.8))
     assert shown(hidden)[0].sum() == 0
 
 
@@ -100,15 +99,15 @@ def test_the_true_accuracy_lies_within_the_bounds(
             assert hidden == 0
             assert told[level] == exact
             continue
-        assert (found["cells"], told[level]["suppressed"]) == (hidden, found)
-        assert found["below"] == max(
+        assert (found.cells, told[level].suppressed) == (hidden, found)
+        assert found.below == max(
             limit
             for pair, limit in zip(sent, limits, strict=True)
             if any((reading[level] < 0).any() for reading in pair)
         )
         for name in READINGS.values():
-            low, high = found[name]
-            assert low - 1e-12 <= exact[name] <= high + 1e-12
+            low, high = getattr(found, name)
+            assert low - 1e-12 <= getattr(exact, name) <= high + 1e-12
             assert 0 <= low <= high <= 1
 
 
@@ -140,5 +139,6 @@ def test_figures_of_held_back_bags_are_of_the_sites_that_sent_them(
     if expected is None:
         assert found is None
     else:
-        assert found == [{"level": name, **level} for name, level in zip(DEEP.levels, expected, strict=True)]
+        levels = zip(DEEP.levels, expected, strict=True)
+        assert found == [BagFigures(level=name, **level) for name, level in levels]
         assert selection_score(found) == score

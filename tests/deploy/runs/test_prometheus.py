@@ -19,10 +19,12 @@ from client.session import SiteSession
 from client.site import SiteConfig
 from common.errors import UserError
 from common.records import SiteError
+from common.run_records import Cause, SiteLeftOut, read_event
 from deploy.consortium.kit import SiteKit
 from deploy.runs.prometheus import run_metrics, serve, site_metrics
-from deploy.runs.site_state import RunSource, SiteSource, SiteState, source
-from deploy.runs.state import CAUSES, Stage, fold
+from deploy.runs.reading import RunSource
+from deploy.runs.site_state import SiteSource, SiteState, source
+from deploy.runs.state import Stage, fold
 from server.run_folder import RunFolder
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -101,8 +103,8 @@ def test_a_runs_metrics_are_those_of_its_events(watched_run: Path, scrape: Calla
     for direction in ("sent", "received"):
         total = sum(event[f"bytes_{direction}"] for event in phases)
         assert at(samples, "fedbags_bytes_total", direction=direction) == total > 0
-    assert {cause: at(samples, "fedbags_refusals_total", reason=cause) for cause in CAUSES} == dict.fromkeys(
-        CAUSES, 0
+    assert {cause: at(samples, "fedbags_refusals_total", reason=cause) for cause in Cause} == dict.fromkeys(
+        Cause, 0
     ) | {"data": 1}
     assert at(samples, "fedbags_last_event_timestamp_seconds") == events[-1]["time"]
     for canary in (*CANARIES, str(watched_run)):
@@ -122,9 +124,8 @@ def test_epsilon_at_the_coordinator_is_what_the_sites_ledgers_say(
 
 def test_a_scrape_sees_what_happened_since_the_last_one(own_run: Path, scrape: Callable[[Path], str]) -> None:
     before = read(scrape(own_run))
-    RunFolder(own_run).event(
-        "left-out", round=3, site="hospital-1", phase="train", reason="no reply within 3 s"
-    )
+    late = {"round": 3, "site": "hospital-1", "phase": "train", "cause": Cause.DEADLINE, "reason": "late"}
+    RunFolder(own_run).record(SiteLeftOut(**late))
     after = read(scrape(own_run))
     assert at(before, "fedbags_refusals_total", reason="deadline") == 0
     assert at(after, "fedbags_refusals_total", reason="deadline") == 1
@@ -192,7 +193,7 @@ def test_texts_of_events_never_become_labels() -> None:
         {"event": "left-out", "site": told, "phase": "enrol", "reason": told, "time": 1.0},
         {"event": "failed", "reason": told, "time": 1.0},
     ]
-    for metric in run_metrics(fold(events), "first"):
+    for metric in run_metrics(fold(map(read_event, events)), "first"):
         for sample in metric.samples:
             assert not any(canary in value for value in sample.labels.values() for canary in CANARIES)
 
@@ -209,7 +210,7 @@ def test_every_metric_is_documented_and_the_other_way_round(watched_run: Path, s
     }
     # A private run sends no loss.
     assert exported | {"fedbags_loss"} == named
-    for cause in CAUSES:
+    for cause in Cause:
         assert f"`{cause}`" in page
 
 

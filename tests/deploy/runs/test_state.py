@@ -9,17 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from common.records import SITE_ERRORS
+from common.records import SITE_ERRORS, SiteError
+from common.run_records import Cause, RoundDone, SiteLeftOut, cause_of_code, read_event
+from deploy.runs import state as run_state
 from deploy.runs.prometheus import run_metrics
-from deploy.runs.site_state import RunSource
-from deploy.runs.state import (
-    CAUSES,
-    JsonLinesFile,
-    RunState,
-    Stage,
-    cause_of,
-    fold,
-)
+from deploy.runs.reading import JsonLinesFile, RunSource, run_events
+from deploy.runs.state import RunState, Stage
 from deploy.runs.table import run_table
 from server.checkpoint import load_newest
 from server.exchange import FLOWER_ERRORS
@@ -50,6 +45,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "left-out": {
         "site": NAMES,
         "phase": st.sampled_from(["enrol", "train", "evaluate.bags"]),
+        "cause": st.sampled_from(Cause),
         "reason": REASONS,
     },
     "round-skipped": {"round": ROUNDS, "sites": st.lists(NAMES, max_size=3), "reason": REASONS},
@@ -68,6 +64,10 @@ EVENTS = st.lists(
 )
 
 
+def fold(events: list[dict], start: RunState | None = None) -> RunState:
+    return run_state.fold(map(read_event, events), start)
+
+
 @given(EVENTS, st.integers(0, 30))
 def test_a_fold_can_be_taken_up_anywhere_and_leaves_the_start_alone(events: list[dict], cut: int) -> None:
     half = fold(events[:cut])
@@ -81,7 +81,7 @@ def test_nothing_is_lost_and_nothing_is_counted_twice(events: list[dict]) -> Non
     state = fold(events)
     of = {kind: [e for e in events if e["event"] == kind] for kind in FIELDS}
     assert sum(state.refusals.values()) == len(of["left-out"])
-    assert set(state.refusals) <= set(CAUSES)
+    assert set(state.refusals) <= set(Cause)
     assert state.bytes_sent == sum(e["bytes_sent"] for e in of["phase"])
     assert sum(phase.count for phase in state.phases.values()) == len(of["phase"])
     assert sum(phase.seconds for phase in state.phases.values()) == sum(e["seconds"] for e in of["phase"])
@@ -99,6 +99,7 @@ def test_an_impostor_takes_nobody_out() -> None:
         "event": "left-out",
         "site": "a",
         "phase": "enrol",
+        "cause": "not-admitted",
         "reason": "node 7 uses the name of another site",
     }
     state = fold([joined, claim])
@@ -109,7 +110,10 @@ def test_an_impostor_takes_nobody_out() -> None:
 
 def test_a_site_that_was_left_out_is_in_again_with_its_next_update() -> None:
     update = {"event": "update", "round": 1, "site": "a", "bags": 3, "loss": 0.5}
-    late = {"event": "left-out", "round": 2, "site": "a", "phase": "train", "reason": "no reply within 3 s"}
+    late = {
+        "event": "left-out", "round": 2, "site": "a", "phase": "train", "cause": "deadline",
+        "reason": "no reply within 3 s",
+    }  # fmt: skip
     state = fold([update, late])
     assert (state.sites["a"].taking_part, state.sites["a"].why_not) == (False, "no reply within 3 s")
     assert state.refusals == {"deadline": 1}
@@ -123,13 +127,35 @@ def test_waiting_ends_when_as_many_joined_as_were_missing() -> None:
     assert fold([{"event": "joined", "site": "c"}], state).stage is Stage.RUNNING
 
 
-def test_every_text_that_a_site_or_flower_causes_has_its_cause() -> None:
-    for code, text in SITE_ERRORS.items():
-        assert cause_of("train", text) == code.name.lower().replace("_", "-")
-    assert {cause_of("train", text) for text in FLOWER_ERRORS.values()} == {"lost"}
-    assert cause_of("train", "array 'w' holds NaN or infinity") == "unusable"
-    assert cause_of("enrol", "its label tree differs from the federation's") == "not-admitted"
-    assert cause_of("evaluate.test", "something new") == "other"
+def test_every_error_code_has_its_cause() -> None:
+    assert {cause_of_code(code) for code in SiteError} == {Cause[code.name] for code in SiteError}
+    assert {cause_of_code(code) for code in FLOWER_ERRORS} == {Cause.LOST}
+    assert cause_of_code(4711) is Cause.OTHER
+
+
+def causes(run: Path, *reasons: tuple[str, str]) -> list[str]:
+    """The causes that are read of these phases and reasons, in a run of 0.1."""
+    run.mkdir()
+    lines = [{"event": "left-out", "time": 1.0, "round": 1, "site": "a", "phase": phase, "reason": reason}
+             for phase, reason in reasons]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [event.cause or "" for event in run_events(run) if isinstance(event, SiteLeftOut)]
+
+
+def test_a_run_of_0_1_held_reasons_alone_and_its_causes_are_known(tmp_path: Path) -> None:
+    sent = causes(tmp_path / "sent", *(("train", text) for text in SITE_ERRORS.values()))
+    assert sent == [code.name.lower().replace("_", "-") for code in SITE_ERRORS]
+    lost = causes(tmp_path / "lost", *(("train", text) for text in FLOWER_ERRORS.values()))
+    assert set(lost) == {"lost"}
+    seen = {
+        ("train", "array 'w' holds NaN or infinity"): "unusable",
+        ("train", "no reply within 3 s"): "deadline",
+        ("train", "the message could not be sent to the site"): "unsent",
+        ("train", "unreadable reply: record 'update' is missing"): "unreadable",
+        ("enrol", "its label tree differs from the federation's"): "not-admitted",
+        ("evaluate.test", "something new"): "other",
+    }
+    assert causes(tmp_path / "seen", *seen) == list(seen.values())
 
 
 def test_the_state_of_a_real_run(watched_run: Path) -> None:
@@ -170,8 +196,8 @@ def test_only_new_lines_are_read_and_a_replaced_file_anew(tmp_path: Path) -> Non
     run = RunFolder(tmp_path)
     file = JsonLinesFile(run.metrics)
     assert (file.poll().lines, file.poll().restarted) == ((), False)
-    run.event("round", round=1)
-    run.event("round", round=2)
+    run.record(RoundDone(round=1))
+    run.record(RoundDone(round=2))
     assert [e["round"] for e in file.poll().lines] == [1, 2]
     assert file.poll().lines == ()
     with run.metrics.open("a") as stream:
@@ -212,7 +238,9 @@ def test_a_run_that_stopped_early_says_why_until_it_goes_on() -> None:
         ]
     )
     assert (state.stage, state.stopped_early) == (Stage.FINISHED, "the privacy budget of north")
-    assert state.after({"event": "resumed", "round": 1, "rounds": 5, "sites": ["north"]}).stopped_early == ""
+    assert (
+        fold([{"event": "resumed", "round": 1, "rounds": 5, "sites": ["north"]}], state).stopped_early == ""
+    )
 
 
 def test_a_skipped_round_is_one_of_the_run_and_is_named() -> None:

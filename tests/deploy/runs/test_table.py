@@ -10,19 +10,28 @@ import pytest
 from rich.console import Console
 
 from client.ledger.file import LEDGER_FILE
+from common.run_records import Finished, read_event
 from deploy.runs.site_state import SiteState, Spending
 from deploy.runs.state import Phase, fold
 from deploy.runs.table import run_table, site_table
 from server.run_folder import RunFolder
 
 EVENTS = [
-    {"event": kind, "time": at, **fields}
+    read_event({"event": kind, "time": at, **fields})
     for kind, at, fields in (
         ("enrolled", 100.0, {"round": 0, "rounds": 12, "sites": ["north", "south"]}),
         ("update", 110.0, {"round": 1, "site": "north", "bags": 75, "loss": 1.25}),
         ("statement", 110.0, {"site": "north", "epsilon": 2.5, "delta": 1e-4, "budget_left": 5.5}),
-        ("left-out", 120.0, {"site": "south", "phase": "train", "reason": "no reply within 3 s"}),
-        ("left-out", 120.0, {"site": "node 7", "phase": "enrol", "reason": "its label tree differs"}),
+        (
+            "left-out",
+            120.0,
+            {"site": "south", "phase": "train", "cause": "deadline", "reason": "no reply within 3 s"},
+        ),
+        (
+            "left-out",
+            120.0,
+            {"site": "node 7", "phase": "enrol", "cause": "not-admitted", "reason": "its tree"},
+        ),
         ("phase", 121.0, {"phase": "train", "seconds": 4.0, "bytes_sent": 2**20, "bytes_received": 2**21}),
         ("round", 122.0, {"round": 1, "updates": 1, "loss": 1.25}),
         ("waiting", 130.0, {"sites": ["south", "west"], "present": 1, "missing": 1, "quorum": 2}),
@@ -40,7 +49,7 @@ sites: 1 in, 1 out
 │ south │ out │       0 │            │      │       │               │       │
 └───────┴─────┴─────────┴────────────┴──────┴───────┴───────────────┴───────┘
 south is out: no reply within 3 s
-node 7 was not admitted: its label tree differs
+node 7 was not admitted: its tree
 1.0 MiB sent, 2.0 MiB received
 ┏━━━━━━━┳━━━━━━━┳━━━━━━━━━━┳━━━━━━━━━━┓
 ┃ phase ┃ times ┃ mean (s) ┃ last (s) ┃
@@ -132,7 +141,7 @@ def test_the_live_table_ends_with_the_run(own_run: Path) -> None:
     ) as process:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=4)
-        RunFolder(own_run).event("finished", round=2)
+        RunFolder(own_run).record(Finished(round=2))
         shown, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "finished" in shown

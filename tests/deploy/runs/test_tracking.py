@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.run_records import BagFigures, BagsEvaluated, Enrolled, Failed, Finished, RoundDone
 from deploy.runs import tracking
-from deploy.runs.state import JsonLinesFile, Stage
+from deploy.runs.reading import EventsFile
+from deploy.runs.state import Stage
 from deploy.runs.tracking import figures_of, track
 from server.run_folder import RunFolder, read_events
 
@@ -109,11 +111,11 @@ def test_a_running_run_is_followed_to_its_end(own_run: Path, monkeypatch: pytest
     events = [e for e in read_events(folder.metrics) if e["event"] != "finished"]
     folder.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
     following = threading.Thread(
-        target=tracking._mirror, args=(JsonLinesFile(folder.metrics), [kept]), kwargs={"follow": True}
+        target=tracking._mirror, args=(EventsFile(folder.metrics), [kept]), kwargs={"follow": True}
     )
     following.start()
-    folder.event("round", round=2, updates=3, loss=None)
-    folder.event("failed", reason="the quorum")
+    folder.record(RoundDone(round=2, updates=3, loss=None))
+    folder.record(Failed(reason="the quorum"))
     following.join(timeout=30)
     assert not following.is_alive()
     assert [(step, value) for step, name, value in kept.points if name == "updates"] == [(1, 3.0), (2, 3.0)]
@@ -131,12 +133,12 @@ def test_a_resumed_run_is_not_mirrored_twice(own_run: Path, monkeypatch: pytest.
         nonlocal looks
         looks += 1
         folder.forget_events_after(1)
-        folder.event("resumed", round=1, rounds=2, sites=["hospital-1"])
-        folder.event("round", round=2, updates=1, loss=None)
-        folder.event("finished", round=2)
+        folder.record(Enrolled(event="resumed", round=1, rounds=2, sites=["hospital-1"]))
+        folder.record(RoundDone(round=2, updates=1, loss=None))
+        folder.record(Finished(round=2))
 
     monkeypatch.setattr(tracking.time, "sleep", resume)
-    state = tracking._mirror(JsonLinesFile(folder.metrics), [kept], follow=True)
+    state = tracking._mirror(EventsFile(folder.metrics), [kept], follow=True)
     assert looks == 1
     assert [(step, value) for step, name, value in kept.points if name == "updates"] == [
         (1, 3.0),
@@ -147,7 +149,8 @@ def test_a_resumed_run_is_not_mirrored_twice(own_run: Path, monkeypatch: pytest.
 
 
 def test_held_back_figures_have_a_curve_per_level() -> None:
-    event = {"event": "bags", "round": 1, "score": 0.5, "levels": [{"level": "leaf", "kl": 0.3, "l1": 0.4}]}
+    levels = [BagFigures(level="leaf", kl=0.3, l1=0.4)]
+    event = BagsEvaluated(round=1, score=0.5, levels=levels)
     assert figures_of(event, tracking.RunState()) == {
         "held-back/score": 0.5, "held-back/leaf/kl": 0.3, "held-back/leaf/l1": 0.4,
     }  # fmt: skip
