@@ -1,10 +1,14 @@
-"""Write the privacy-budget report of ledgers and run folders as report.json, one page of HTML, and a PDF."""
+"""Write the privacy-budget report of ledgers and run folders as report.json, one page of HTML, and a PDF.
+
+This is the whole way of a report: ``evidence`` reads the sources, ``figures`` has ``accounts`` compute every
+epsilon, ``prose`` writes the texts, and ``page`` makes the page from report.json alone.
+"""
 
 import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,8 +16,20 @@ from typing import Any
 
 from common.errors import RunError, UserError
 from common.files import replacing
-from deploy.report.model import json_schema
-from deploy.report.render import build, render
+from deploy.report.accounts import Accountants
+from deploy.report.evidence import collect, expected_sites
+from deploy.report.figures import assemble, worst_of
+from deploy.report.model import Problem, Provenance, Report, json_schema
+from deploy.report.page import render
+from deploy.report.prose import (
+    NOT_COVERED,
+    ReportContext,
+    cautions,
+    disclosures,
+    headline,
+    status_of,
+    summary,
+)
 
 JSON, HTML, SCHEMA, PDF = "report.json", "report.html", "report.schema.json", "report.pdf"
 PACKAGES = ("fedbags", "dp-accounting", "opacus", "opendp", "torch", "numpy", "scipy", "flwr")
@@ -117,3 +133,76 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) -> Report:
+    """Return the report of these sources.
+
+    Args:
+        sources: run folders and ledger files.
+        created: when, as an ISO time.
+        packages: versions to write down.
+
+    Raises:
+        UserError: see ``collect``.
+    """
+    # The workers start before the sources are read, so that their imports cost no time of their own.
+    with Accountants(expected_sites(sources)) as accountants:
+        found = collect(sources)
+        sites, problems = assemble(found, accountants)
+    # Of several runs no single name, number of rounds or audit holds for the whole report.
+    run = found.runs[0] if len(found.runs) == 1 else None
+    worst = worst_of(sites.values())
+    # The audit's bound is for add/remove and so lies below the replace-one epsilon of a correct guarantee.
+    if run and run.audit and worst and run.audit.lower_bound > worst.epsilon:
+        reason = (
+            f"the audit shows epsilon to be at least {run.audit.lower_bound:.4g}, more than the "
+            f"{worst.epsilon:.4g} that is claimed: what ran is not what was accounted for"
+        )
+        problems.append(Problem(site=worst.site, row=None, reason=reason))
+    context = ReportContext(
+        run=run.name if run else None,
+        rounds=run.rounds if run else None,
+        finished=run.finished if run else None,
+        stopped_early=run.stopped_early if run else None,
+        sites=list(sites.values()),
+        worst=worst,
+        problems=problems,
+        settings=run.settings if run else None,
+        audit=run.audit if run else None,
+        provenance=Provenance(
+            created=created,
+            packages=dict(packages),
+            code_version=run.code.get("version") if run else None,
+            code_commit=run.code.get("commit") if run else None,
+            config_sha256=run.config_sha256 if run else None,
+            sources=tuple(_name(path) for path in sources),
+        ),
+    )
+    return Report(
+        title=run.name if run else " and ".join(list(sites)[:3]) + (" and others" if len(sites) > 3 else ""),
+        scope="federation" if run or len(sites) > 1 else "site",
+        run=context.run,
+        finished=context.finished,
+        rounds=context.rounds,
+        stopped_early=context.stopped_early,
+        status=status_of(context.sites),
+        headline=headline(context),
+        summary=summary(context),
+        not_covered=NOT_COVERED,
+        worst=worst,
+        problems=tuple(problems),
+        cautions=cautions(context),
+        settings=context.settings,
+        sites=sites,
+        left_out=tuple(found.left_out),
+        audit=context.audit,
+        disclosures=disclosures(context),
+        provenance=context.provenance,
+    )
+
+
+def _name(path: Path) -> str:
+    """Return the end of a path, which identifies it without the folders of this machine."""
+    whole = path.resolve()
+    return f"{whole.parent.name}/{whole.name}" if whole.is_file() else whole.name

@@ -1,30 +1,22 @@
-"""Write the report's headline, its plain paragraphs, and warnings about figures that could be misread.
+"""Write the report's texts: headline, plain paragraphs, warnings, and the seventeen disclosures.
 
 Every number here is taken from the figures that stand in the same report. The paragraphs follow TensorFlow
-Privacy's compute_dp_sgd_privacy_statement: what is protected, then the figure, then what it leaves open.
-
-Translate a ledger's rows into the parts of the report, without computing any epsilon.
+Privacy's compute_dp_sgd_privacy_statement: what is protected, then the figure, then what it leaves open. The
+disclosures are those that a rigorous privacy report makes; the page adds their tables.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from client.ledger.file import Entry, Kind
-from common.privacy.events import DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
 from deploy.report.model import (
     Audit,
+    Disclosure,
     GeneratorKind,
-    Looks,
     Problem,
     Provenance,
-    Refusal,
-    Release,
-    Row,
     Settings,
     Site,
     Status,
-    Training,
     Worst,
 )
 
@@ -50,7 +42,7 @@ NEARLY_SURE = 0.95
 
 
 @dataclass(frozen=True)
-class Told:
+class ReportContext:
     """Hold the facts that the texts are about."""
 
     run: str | None
@@ -78,9 +70,9 @@ def status_of(sites: Sequence[Site]) -> Status:
     )
 
 
-def headline(told: Told) -> str:
+def headline(context: ReportContext) -> str:
     """Return the one sentence at the top of the report."""
-    exposed, unknown, worst = told.of(Status.NOT_PRIVATE), told.of(Status.UNKNOWN), told.worst
+    exposed, unknown, worst = context.of(Status.NOT_PRIVATE), context.of(Status.UNKNOWN), context.worst
     if exposed:
         return f"No privacy guarantee: {listed([s.name for s in exposed])} sent something without noise."
     if unknown:
@@ -88,8 +80,8 @@ def headline(told: Told) -> str:
     if worst is None:
         return "No privacy guarantee: there is no site to report on."
     # Without a known cap it is unknown whether a site kept within its budget.
-    within = all(site.cap is not None and (site.epsilon or 0.0) <= site.cap for site in told.sites)
-    count = len(told.sites)
+    within = all(site.cap is not None and (site.epsilon or 0.0) <= site.cap for site in context.sites)
+    count = len(context.sites)
     who = worst.site if count == 1 else "Both sites" if count == 2 else f"All {count} sites"
     whose = "its" if count == 1 else "their"
     if within:
@@ -97,15 +89,15 @@ def headline(told: Told) -> str:
     return f"{who} spent a bounded amount of privacy."
 
 
-def summary(told: Told) -> tuple[str, ...]:
+def summary(context: ReportContext) -> tuple[str, ...]:
     """Return the plain paragraphs of the first screen."""
-    return (_what_was_done(told), *_what_it_means(told))
+    return (_what_was_done(context), *_what_it_means(context))
 
 
-def cautions(told: Told) -> tuple[str, ...]:
+def cautions(context: ReportContext) -> tuple[str, ...]:
     """Return warnings about true figures that a reader could take for more than they are."""
     found = []
-    seeded, untold = ([s.name for s in told.sites if s.generator is kind] for kind in NOT_SECURE)
+    seeded, untold = ([s.name for s in context.sites if s.generator is kind] for kind in NOT_SECURE)
     if seeded:
         found.append(
             f"INSECURE random generator at {listed(seeded)}: this was a simulation, and its noise came from "
@@ -117,49 +109,49 @@ def cautions(told: Told) -> tuple[str, ...]:
             f"The records of {listed(untold)} do not say which generator drew the noise. Whoever can predict "
             "noise can subtract it, so the figures promise nothing until that is known."
         )
-    if told.worst is not None and told.worst.epsilon > WEAK:
+    if (worst := context.worst) is not None and worst.epsilon > WEAK:
         found.append(
             f"An epsilon above {WEAK:g} is weak: staying within such a budget alone protects little "
-            f"({told.worst.site}: {figure(told.worst.epsilon)}, {told.worst.adjacency} {told.worst.unit}, "
-            f"delta {told.worst.delta:g}, {told.worst.accountant})."
+            f"({worst.site}: {figure(worst.epsilon)}, {worst.adjacency} {worst.unit}, delta {worst.delta:g}, "
+            f"{worst.accountant})."
         )
-    for site in told.sites:
+    for site in context.sites:
         if site.delta is not None and site.delta_limit is not None and site.delta >= site.delta_limit:
             found.append(
                 f"{site.name}: delta {site.delta:g} is not below 1 / {site.bags} bags, so the guarantee "
                 "would allow one bag to be given away entirely. The run was forced to accept it."
             )
-    if told.stopped_early:
+    if context.stopped_early:
         found.append(
-            f"The run ended early, after round {told.rounds}: {told.stopped_early}. What the refused round "
-            "would have cost was not spent."
+            f"The run ended early, after round {context.rounds}: {context.stopped_early}. What the refused "
+            "round would have cost was not spent."
         )
-    if told.finished is False:
-        found.append(f"The run has not finished: these are the figures up to round {told.rounds}.")
+    if context.finished is False:
+        found.append(f"The run has not finished: these are the figures up to round {context.rounds}.")
     return tuple(found)
 
 
-def _what_was_done(told: Told) -> str:
-    names = listed([site.name for site in told.sites])
-    if told.run is None:
+def _what_was_done(context: ReportContext) -> str:
+    names = listed([site.name for site in context.sites])
+    if context.run is None:
         opening = (
             f"This report covers everything that {names} ever sent, over all runs and all versions of the "
             "data, as the ledger on the site's own disk recorded it before it was sent."
         )
     else:
-        count = f"{len(told.sites)} sites" if len(told.sites) > 1 else "one site"
+        count = f"{len(context.sites)} sites" if len(context.sites) > 1 else "one site"
         opening = (
-            f"In the run {told.run} ({told.rounds} rounds), {count} trained an image classifier together: "
-            f"{names}. No image left a site; model updates and counts of labels did."
+            f"In the run {context.run} ({context.rounds} rounds), {count} trained an image classifier "
+            f"together: {names}. No image left a site; model updates and counts of labels did."
         )
     return opening
 
 
-def _what_it_means(told: Told) -> tuple[str, ...]:
-    worst = told.worst
+def _what_it_means(context: ReportContext) -> tuple[str, ...]:
+    worst = context.worst
     if worst is None:
-        exposed = told.of(Status.NOT_PRIVATE)
-        why = " ".join(f"{site.name}: {site.why}" for site in (exposed or told.of(Status.UNKNOWN)))
+        exposed = context.of(Status.NOT_PRIVATE)
+        why = " ".join(f"{site.name}: {site.why}" for site in (exposed or context.of(Status.UNKNOWN)))
         tail = (
             "What a model learned without noise can reveal any of the images behind it, and no noise that is "
             "added elsewhere or later takes that back. The federation as a whole has no guarantee."
@@ -167,7 +159,7 @@ def _what_it_means(told: Told) -> tuple[str, ...]:
             else "Find out what happened to the ledger before anything more is sent from that site."
         )
         return (f"{why} {tail}",)
-    one = len(told.sites) == 1
+    one = len(context.sites) == 1
     who = worst.site if one else f"the worst site, {worst.site}"
     return (
         "What was sent was limited and mixed with random noise, so that there is a bound on what anybody can "
@@ -213,177 +205,198 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
 
 
-if TYPE_CHECKING:  # see collect.py
-    from client.ledger.book import Book
+def disclosures(context: ReportContext) -> tuple[Disclosure, ...]:
+    """Return the seventeen disclosures, in the order in which the page shows them."""
+    return tuple(
+        Disclosure(key=key, title=title, text=tuple(write(context))) for key, title, write in _DISCLOSURES
+    )
 
 
-@dataclass(frozen=True)
-class Charge:
-    """Describe one event that a row of the ledger charged."""
-
-    event: PoissonGaussian | DiscreteLaplace
-    run: str
-    data_version: str
-    confirmed: bool
-    row: int
-    is_look: bool = False
-    """Whether it is one noised figure of held-back bags."""
-
-
-def charges(book: "Book") -> list[Charge]:
-    """Return every charge in the order of the rows, with the events of ``book.events``."""
-    # A row may charge several events, which book.events lists one by one.
-    rows = [entry for entry in book.entries for _ in range(_events_of(entry))]
+def _epsilon(context: ReportContext) -> list[str]:
     return [
-        Charge(
-            event=event,
-            run=str(entry.body.get("run_id", "")),
-            data_version=book.identifiers.get(str(entry.body.get("data_version", "")), ""),
-            confirmed=entry.seq not in book.open_reservations,
-            row=entry.seq,
-            is_look=entry.kind == Kind.RESERVED and isinstance(event, DiscreteLaplace),
-        )
-        for entry, event in zip(rows, book.events, strict=True)
+        "Epsilon and delta of each site, for the unit and adjacency named beside them. The curves with each "
+        "site show the same spending read at other deltas; a single pair says less."
     ]
 
 
-def _events_of(entry: Entry) -> int:
-    """Return how many events a row charges."""
-    match Kind(entry.kind):
-        case Kind.RESERVED | Kind.RELEASED:
-            return int(entry.body.get("copies", 1))
-        case Kind.LOST:
-            return sum(number for _, number in entry.body["events"])
-        case _:
-            return 0
+def _unit(context: ReportContext) -> list[str]:
+    units = sorted({site.unit for site in context.sites})
+    return [
+        *(f"The unit is the {unit}: {UNITS[unit]}." for unit in units),
+        "An image lies in exactly one bag. A bag's gradient is clipped as a whole, because the loss of a bag "
+        "couples its images. A person whose images are in k bags has the k-fold group guarantee.",
+    ]
 
 
-def training_of(spent: Iterable[Charge]) -> tuple[Training, ...]:
-    """Return the training steps, with equal ones of one run and data version merged."""
-    groups: dict[tuple[str, str, float, float], list[Charge]] = {}
-    for charge in spent:
-        if isinstance(charge.event, PoissonGaussian):
-            rate, sigma = charge.event.sample_rate, charge.event.noise_multiplier
-            groups.setdefault((charge.run, charge.data_version, rate, sigma), []).append(charge)
-    return tuple(
-        Training(
-            run=run,
-            data_version=version,
-            sample_rate=rate,
-            noise_multiplier=sigma,
-            steps=sum(c.event.steps for c in group if isinstance(c.event, PoissonGaussian)),
-            rounds=len(group),
-            unconfirmed_rounds=sum(not c.confirmed for c in group),
+def _adjacency(context: ReportContext) -> list[str]:
+    return [
+        "Budgets are kept for replace-one: two data sets are neighbours when one unit is replaced by "
+        "another. Replacing moves the clipped sum by up to twice the clip norm.",
+        "The figures for add/remove (one unit more or less), which many tools print, are smaller for the "
+        "same noise and protect less. They stand beside for comparison, by two accountants.",
+    ]
+
+
+def _trust(context: ReportContext) -> list[str]:
+    return [
+        "Noise is added at each site before anything is sent. The guarantee holds against the server, the "
+        "other sites, whoever reads the network, and everybody who gets the model. It does not hold against "
+        "somebody inside the site, who has the images themselves.",
+        "It assumes that the site runs this software unchanged, and that its random numbers stay secret.",
+    ]
+
+
+def _mechanism(context: ReportContext) -> list[str]:
+    clip = context.settings.clip_norm if context.settings else None
+    at = f"norm C = {clip:g}" if clip is not None else "the clip norm C of the run (not in these records)"
+    return [
+        f"Bag-level DP-SGD: the gradient of each drawn bag is clipped to {at}; Gaussian noise of standard "
+        "deviation sigma times C is added to the sum; the sum is divided by the expected number of bags q N, "
+        "never by the number that was drawn.",
+    ]
+
+
+def _sampling(context: ReportContext) -> list[str]:
+    return [
+        "Assumed and implemented alike: Poisson sampling. In each step each bag is drawn on its own with "
+        "chance q. A step in which no bag was drawn adds noise and counts like the others. No amplification "
+        "is claimed from the server's choice of sites.",
+    ]
+
+
+def _accountant(context: ReportContext) -> list[str]:
+    packages = context.provenance.packages
+    return [
+        f"Of record: privacy loss distributions of dp-accounting {packages['dp-accounting']}, rounded "
+        "upwards, so that every epsilon is an upper bound. Training and releases are composed by it "
+        "together.",
+        f"As a second opinion for add/remove: the Renyi accountant of Opacus {packages['opacus']}. It cannot "
+        "hold a release of counts, so its figure is of the training steps alone.",
+    ]
+
+
+def _scope(context: ReportContext) -> list[str]:
+    ledgers = [site.name for site in context.sites if site.ledger is not None]
+    rest = [site.name for site in context.sites if site.ledger is None]
+    text = []
+    if ledgers:
+        text.append(
+            f"From the ledger ({listed(ledgers)}): all runs, all data versions, and every round that was "
+            "reserved, also those that broke off, were tried again or were never used by the server."
         )
-        for (run, version, rate, sigma), group in groups.items()
-    )
-
-
-def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
-    """Return the evaluations on held-back bags, with equal ones of one run and data version merged."""
-    groups: dict[tuple[str, str, float], list[Charge]] = {}
-    for charge in spent:
-        if charge.is_look and isinstance(charge.event, DiscreteLaplace):
-            groups.setdefault((charge.run, charge.data_version, charge.event.scale), []).append(charge)
-    return tuple(
-        Looks(
-            run=run,
-            data_version=version,
-            scale=scale,
-            figures=len(group),
-            looks=len({c.row for c in group}),
-            unconfirmed_looks=len({c.row for c in group if not c.confirmed}),
-            # A figure is charged as twice what it costs, which saves the accountant another kind of event.
-            epsilon_alone=len(group) * 2 / scale,
+    if rest:
+        text.append(
+            f"From the last statement that the server received ({listed(rest)}): the site's whole ledger at "
+            "that time. A round that broke off later is only in the site's ledger."
         )
-        for (run, version, scale), group in groups.items()
-    )
-
-
-def releases_of(book: "Book") -> tuple[Release, ...]:
-    """Return every release, without its counts."""
-    return tuple(
-        Release(
-            data_version=book.identifiers.get(version, ""),
-            mechanism="discrete Laplace",
-            granularity=release.granularity.value,
-            unit=release.unit.value,
-            scale=release.scale,
-            noise_scale=release.noise_scale,
-            epsilon_alone=2 / release.event(book.unit).scale,
+    lost = [site.name for site in context.sites if site.losses]
+    if lost:
+        text.append(
+            f"Rows of the ledger were lost, and the site's owner accepted that ({listed(lost)}): what the "
+            "site's second record said of them counts here; what happened beside that record is not known."
         )
-        for version, release in book.releases.items()
+    return text
+
+
+def _released(context: ReportContext) -> list[str]:
+    looked = [site.name for site in context.sites if site.looks]
+    return [
+        "In each round the trained parameters of the model. Once per data version, where the site's policy "
+        "allows it, counts of labels with noise; the same noisy counts are sent again when asked again.",
+        *(
+            [
+                f"Noised figures of held-back bags ({listed(looked)}): sums of distances between predicted "
+                "and true proportions, one a level and look, paid from the same budget. Each is charged as "
+                "twice what it costs, so that the accountant needs no further kind of event."
+            ]
+            if looked
+            else []
+        ),
+    ]
+
+
+def _not_covered(context: ReportContext) -> list[str]:
+    return ["The figures say nothing about:"]
+
+
+def _generator(context: ReportContext) -> list[str]:
+    names = list(dict.fromkeys(name for site in context.sites for name in site.generators))
+    if not names:
+        return ["No noise was drawn, so no generator was used."]
+    return [
+        "What sampling and noise were drawn from, as each site recorded it with every charge in its ledger.",
+        *(f"{name} ({listed([s.name for s in context.sites if name in s.generators])})." for name in names),
+    ]
+
+
+def _delta(context: ReportContext) -> list[str]:
+    return [
+        "Delta must stay below one in the number of bags. Without amplification: epsilon had every bag been "
+        "in every step, which is what would be left of the claim if the draws were known; closed form for "
+        "the Gaussian steps (Balle and Wang 2018), releases added.",
+    ]
+
+
+def _limit(context: ReportContext) -> list[str]:
+    refused = sum(len(site.refusals) for site in context.sites)
+    happened = (
+        f"{refused} request(s) were refused before any training, and cost nothing."
+        if refused
+        else "No request was refused."
     )
+    return [
+        "The cap is the site's own, and no server can raise it. A round is reserved in the ledger before it "
+        f"starts and counts from then on, finished or not. {happened}",
+    ]
 
 
-def refusals_of(book: "Book") -> tuple[Refusal, ...]:
-    """Return the requests that the cap did not allow."""
-    return tuple(
-        Refusal(
-            row=entry.seq,
-            run=str(entry.body.get("run_id", "")),
-            round=int(entry.body.get("round", 0)),
-            time=str(entry.body.get("time", "")),
-            asked=name_event(entry.body),
-        )
-        for entry in book.entries
-        if entry.kind == Kind.REFUSED
-    )
+def _per_site(context: ReportContext) -> list[str]:
+    if context.worst is None:
+        return ["There is no figure for the federation, because not every site has one."]
+    return [
+        f"The federation's figure is that of its worst site, {context.worst.site}: never a mean, because a "
+        "mean protects nobody. Each site's figures are below."
+    ]
 
 
-def rows_of(book: "Book") -> tuple[Row, ...]:
-    """Return every row of the ledger."""
-    return tuple(_row(entry, book) for entry in book.entries)
+def _provenance(context: ReportContext) -> list[str]:
+    return [
+        "The code is what the run's server recorded when the run ended. A data version is a hash over a "
+        "site's tables and the sizes and times of its images. The packages are those of the machine that "
+        "wrote this report."
+    ]
 
 
-def name_event(body: Mapping[str, Any]) -> str:
-    """Return the event of a reserved or refused row in words."""
-    event = event_from_dict(body["event"])
-    if isinstance(event, DiscreteLaplace):
-        # An evaluation on held-back bags has a round, and a release of counts has none.
-        what = f"look at held-back bags, {body.get('copies', 1)} figure(s)" if body.get("round") else "counts"
-        return f"{what}, discrete Laplace, scale {event.scale:g}"
-    return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
+def _audit(context: ReportContext) -> list[str]:
+    if context.audit is None:
+        return ["None. No attack was tried on this run; the figures rest on the mathematics and the tests."]
+    audit = context.audit
+    return [
+        f"An attack on the real training showed that epsilon is at least {audit.lower_bound:.4g}, with "
+        f"confidence {100 * audit.confidence:g} %. A correct guarantee lies at or above that."
+    ]
 
 
-def events_up_to(book: "Book", head: str, unit: Unit) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
-    """Return the merged events when ``head`` was the newest row, or None where no row has that hash."""
-    for number, entry in enumerate(book.entries, start=1):
-        if entry.hash == head:
-            then = book if number == len(book.entries) else type(book).of(book.entries[:number])
-            return then.events_for(unit)
-    return None
+def _plain(context: ReportContext) -> list[str]:
+    return list(summary(context))
 
 
-def _row(entry: Entry, book: "Book") -> Row:
-    body = entry.body
-    open_ = entry.seq in book.open_reservations
-    return Row(
-        row=entry.seq,
-        kind="reserved, not confirmed" if open_ else entry.kind,
-        run=str(body.get("run_id", "")),
-        round=body.get("round"),
-        time=str(body.get("time", "")),
-        what=_what(entry.kind, body),
-    )
-
-
-def _what(kind: str, body: Mapping[str, Any]) -> str:
-    match Kind(kind):
-        case Kind.OPENED:
-            return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
-        case Kind.ACCEPTED:
-            name = str(body.get("identifier", ""))[:12]
-            return f"data version {name} accepted by the site's owner" if name else "a data version accepted"
-        case Kind.LOST:
-            return "rows of the ledger were lost, and the site's owner accepted that; what is known counts on"
-        case Kind.CARRIED:
-            return "what all rows so far come to"
-        case Kind.CONFIRMED:
-            return f"round of row {body['reservation']} finished"
-        case Kind.RELEASED:
-            release = body["release"]
-            scale = f"scale {release['scale']:g} per {release['unit']}"
-            return f"{release['granularity']} counts, discrete Laplace, {scale}"
-        case Kind.RESERVED | Kind.REFUSED:
-            return name_event(body)
+_DISCLOSURES: tuple[tuple[str, str, Callable[[ReportContext], list[str]]], ...] = (
+    ("epsilon", "Epsilon, delta and the curve", _epsilon),
+    ("unit", "Unit, and what one unit contributes", _unit),
+    ("adjacency", "Adjacency", _adjacency),
+    ("trust", "Trust model", _trust),
+    ("mechanism", "Mechanism, noise, clipping and normalisation", _mechanism),
+    ("sampling", "Sampling, steps and rounds", _sampling),
+    ("accountant", "Accountant and version", _accountant),
+    ("scope", "Scope of composition", _scope),
+    ("released", "What was released", _released),
+    ("not-covered", "What is not covered", _not_covered),
+    ("generator", "Random generator", _generator),
+    ("delta", "Delta against the number of bags, and no amplification", _delta),
+    ("limit", "Limit, spent, left, and what happened at the limit", _limit),
+    ("per-site", "Per site, and the federation's worst", _per_site),
+    ("provenance", "Provenance", _provenance),
+    ("audit", "Empirical audit", _audit),
+    ("plain", "In plain words", _plain),
+)

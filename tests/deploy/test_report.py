@@ -31,8 +31,8 @@ from deploy.cli.report import report_command
 from deploy.report.accounts import Accountants, Answer, Question
 from deploy.report.files import find_browser, report
 from deploy.report.model import Report, Worst
+from deploy.report.page import field_path, shown
 from deploy.report.prose import judgement, listed
-from deploy.report.render import field_path, shown
 
 DELTA = 1e-4
 HOSTILE = '<script>alert("x")</script> & co.'

@@ -9,14 +9,22 @@ from dataclasses import dataclass, replace
 
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
 from common.privacy.randomness import Generator
-from deploy.report.accounts import (
-    ACCOUNTANT,
-    Accountants,
-    Answer,
-    Events,
-    Question,
+from deploy.report.accounts import ACCOUNTANT, Accountants, Answer, Events, Question
+from deploy.report.evidence import (
+    Charge,
+    Collected,
+    Evidence,
+    RunEvidence,
+    Statement,
+    charges,
+    check_ledgers,
+    events_up_to,
+    looks_of,
+    refusals_of,
+    releases_of,
+    rows_of,
+    training_of,
 )
-from deploy.report.collect import Collected, Evidence, RunEvidence, Statement, check_ledgers
 from deploy.report.model import (
     CurvePoint,
     GeneratorKind,
@@ -31,16 +39,6 @@ from deploy.report.model import (
     Training,
     WhatIf,
     Worst,
-)
-from deploy.report.prose import (
-    Charge,
-    charges,
-    events_up_to,
-    looks_of,
-    refusals_of,
-    releases_of,
-    rows_of,
-    training_of,
 )
 
 ALL_POINTS = 120
@@ -238,10 +236,10 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
     training = training_of(spent) if book else _stated_training(item)
     epsilon = bounded.epsilon if bounded else None
     # Without rounds of a ledger the plot shows what the site stated round by round.
-    if bounded and not bounded.prefixes:
+    if bounded and not bounded.spending:
         spending = [Spending(round=r, epsilon=e) for r, e in sorted(item.stated.items())]
     else:
-        pairs = zip(inquiry.rounds, bounded.prefixes, strict=True) if bounded else ()
+        pairs = zip(inquiry.rounds, bounded.spending, strict=True) if bounded else ()
         spending = [Spending(round=r, epsilon=e) for r, e in pairs if math.isfinite(e)]
     return Site(
         name=item.name,
@@ -272,7 +270,7 @@ def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
         else (),
         what_if=tuple(
             WhatIf(rounds=n, epsilon=e, fits=cap is None or e <= cap)
-            for n, e in bounded.more_rounds
+            for n, e in bounded.what_if
             if math.isfinite(e)
         )
         if bounded
