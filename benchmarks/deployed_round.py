@@ -41,6 +41,7 @@ from flwr.cli.build import build_fab_from_files
 
 from common.config import RunConfig, Scalar
 from common.errors import UserError
+from common.files import read_json_lines
 from deploy.consortium.bundle import build_bundle, unpack_bundle
 from deploy.consortium.control import control
 from deploy.consortium.daemon import COMMAND
@@ -49,7 +50,6 @@ from deploy.consortium.preflight import nginx_program
 from deploy.consortium.submit import COMPLETED, changes, wait_for_end
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.simulation.flower_engine import free_port
-from server.run_folder import read_events
 
 APPS = Path(__file__).with_name("deployed_apps.py")
 PIXELS, BAG = 16, 4
@@ -136,7 +136,7 @@ class Consortium:
     def clock(self, run: int) -> list[dict[str, Any]]:
         """Return the clock lines of all sites for a run."""
         files = [self.kit(site) / "logs" / CLOCK_FILE for site in self.sites]
-        return [line for file in files for line in read_events(file) if line["run"] == run]
+        return [line for file in files for line in read_json_lines(file) if line["run"] == run]
 
 
 def trivial_app() -> bytes:
@@ -195,7 +195,7 @@ def fedbags_rounds(consortium: Consortium, app: bytes, mode: str, rounds: int) -
     )
     consortium.budgets(mode == "private")
     run = consortium.run(app, changes(app, config))
-    events = list(read_events(folder / "metrics.jsonl"))
+    events = read_json_lines(folder / "metrics.jsonl")
     ended = {event["round"]: event["time"] for event in events if event["event"] == "round"}
     phases = [event for event in events if event["event"] == "phase"]
     waves = {event["round"]: event["seconds"] for event in phases if event["phase"] == "train"}

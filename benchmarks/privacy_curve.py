@@ -26,8 +26,8 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from common.files import read_json_lines
 from deploy.configuration import preset_values
-from server.run_folder import read_events
 
 RATES = (0.003, 0.01, 0.03)
 NOT_PRIVATE = {
@@ -73,7 +73,7 @@ def not_private(sites: Path, out: Path, seed: int) -> dict[str, Any]:
         options = [text for key, value in keys.items() for text in ("--set", f"{key}={json.dumps(value)}")]
         summary = simulate(sites, folder, options)
         scores = [
-            event["score"] for event in read_events(folder / "metrics.jsonl") if event["event"] == "bags"
+            event["score"] for event in read_json_lines(folder / "metrics.jsonl") if event["event"] == "bags"
         ]
         runs[min(scores)] = summary
     return runs[min(runs)]

@@ -8,7 +8,6 @@ means.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from flwr.app import Context, Message
 from client.door import QUESTIONS, Answer
 from client.ledger.file import LEDGER_FILE, LedgerError, Mark
 from client.site import DATA_PATH, KIT
+from common.files import newest_json_lines
 from common.logs import JsonLines
 from common.wire import size
 
@@ -29,8 +29,6 @@ log = logging.getLogger("fedbags.client")
 JOURNAL_FILE = "journal.jsonl"
 LOGS = "logs"
 """The kit's folder for logs."""
-TAIL_BYTES = 2**20
-"""How much of a journal's end is searched for a mark of the ledger."""
 OTHER = "other"
 """The phase of a message of a type that the site does not know."""
 
@@ -108,17 +106,9 @@ def newest_mark(path: Path) -> tuple[Mark, ...]:
 
     A line that is torn or edited is passed over: the ledger's anchor has the mark too.
     """
-    try:
-        with path.open("rb") as stream:
-            start = max(stream.seek(0, os.SEEK_END) - TAIL_BYTES, 0)
-            stream.seek(start)
-            # Read from the middle of a file, the first line is most likely cut.
-            lines = stream.read().splitlines()[1 if start else 0 :]
-    except FileNotFoundError:
-        return ()
-    for line in reversed(lines):
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
-            mark = Mark(int(json.loads(line)["ledger_rows"]), str(json.loads(line)["ledger_head"]))
+    for line in newest_json_lines(path):
+        with suppress(ValueError, TypeError, KeyError):
+            mark = Mark(int(line["ledger_rows"]), str(line["ledger_head"]))
             if mark.rows > 0:
                 return (mark,)
     return ()

@@ -4,22 +4,18 @@ The file belongs to the site. Nothing that a server sends can change it, and it 
 run configuration: where both set the same thing, the stricter one is the site's.
 """
 
-import difflib
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from common.config import flatten
-from common.config_tables import Section
-from common.errors import ConfigError, UserError, require_file
+from common.errors import UserError, require_file
 from common.files import write_text
 from common.records import SiteName
+from common.settings_file import Section, read_toml, validated
 
 SITE_FILE = "site.toml"
 DATA_PATH, KIT, PARTITION = "data-path", "kit", "partition-id"
@@ -194,23 +190,7 @@ class SiteConfig(Section):
         path = site_dir / SITE_FILE
         advice = f"{BUILD_ADVICE}\nFor a folder that has images and tables: fedbags site init {site_dir}"
         require_file(path, "the site file", advice)
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
-        return cls.from_table(data, str(path))
-
-    @classmethod
-    def from_table(cls, data: Mapping[str, Any], what: str) -> Self:
-        """Check the content of a site.toml, named ``what`` in errors.
-
-        Raises:
-            ConfigError: faulty keys; every one is named.
-        """
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError(f"{what} is faulty:\n{_faults(error)}") from error
+        return validated(cls, read_toml(path), path)
 
     def save(self, site_dir: Path) -> None:
         """Write ``site_dir/site.toml`` in one step, so that a reader sees the old file or the new one."""
@@ -234,19 +214,3 @@ def site_folders(sites_dir: Path) -> list[Path]:
             f"{BUILD_ADVICE} Without --sites-dir there are synthetic hospitals."
         )
     return folders
-
-
-def _faults(error: ValidationError) -> str:
-    known = flatten(SiteConfig(name="x").model_dump(mode="json", by_alias=True))
-    lines = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            lines.append(f"  unknown key {key!r}{hint}")
-        elif fault["type"] == "missing":
-            lines.append(f"  key {key!r} is missing")
-        else:
-            lines.append(f"  {key} = {fault['input']!r}: {fault['msg']}")
-    return "\n".join(lines)

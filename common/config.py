@@ -6,7 +6,6 @@ frozen, bounded object, refuses unknown keys, and writes it back as the ``config
 be repeated.
 """
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ from common.config_tables import (
     LossConfig,
     ModelConfig,
     ObjectiveConfig,
-    Section,
     SecureAggregationConfig,
     Strategy,
     TrainConfig,
@@ -30,6 +28,7 @@ from common.config_tables import (
 )
 from common.errors import ConfigError, require_file
 from common.model.methods import Method
+from common.settings_file import Section, nearest, read_toml
 
 Scalar = str | int | float | bool
 
@@ -148,9 +147,7 @@ class RunConfig(Section):
                     problems.append(f"{key} = {value!r}: {_CENTRAL_DP_IS_GONE}")
                 continue
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                problems.append(f"unknown key {key!r}{hint}")
+                problems.append(f"unknown key {key!r}{nearest(key, known)}")
                 continue
             *tables, last = key.split(".")
             target = nested
@@ -175,11 +172,7 @@ class RunConfig(Section):
     def from_toml(cls, path: Path) -> Self:
         """Read a ``config.toml`` with nested or dotted keys."""
         require_file(path, "the configuration file", "Give the config.toml of a run folder.")
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
-        return cls.from_flat(flatten(data))
+        return cls.from_flat(flatten(read_toml(path)))
 
     def to_flat(self) -> dict[str, Scalar]:
         """Return the flat form that Flower carries and ``from_flat`` reads."""

@@ -9,24 +9,10 @@ import math
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from common.model.methods import Method
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class Section(BaseModel):
-    """Serve as the base of a frozen configuration table that refuses unknown keys.
-
-    Keys are written in kebab-case outside Python.
-    """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=_kebab, populate_by_name=True, protected_namespaces=()
-    )
+from common.settings_file import Section
 
 
 class Norm(StrEnum):

@@ -1,7 +1,7 @@
-"""Write files and folders so that a reader, a crash or a power cut meets the old content or the new one.
+"""Write files whole or not at all, and read those that grow line by line.
 
-Nothing here knows what is written. Errors are left as the OSError that they are; whoever calls says what the
-user can do about them.
+A reader, a crash or a power cut meets the old content of a file or the new one. Nothing here knows what is
+written. Errors are left as the OSError that they are; whoever calls says what the user can do about them.
 """
 
 import errno
@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,3 +144,91 @@ def _beside(path: Path, mode: int | None) -> Path:
     finally:
         os.close(handle)
     return temporary
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON objects, one a line, or none where there is no file.
+
+    A last line without its end is left out: a process that was killed while it wrote leaves one.
+
+    Raises:
+        ValueError: a complete line is no JSON.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in _lines(content)[0]]
+
+
+@dataclass(frozen=True)
+class News:
+    """Hold the lines that one call found."""
+
+    lines: tuple[dict[str, Any], ...]
+    restarted: bool
+    """The file is not the one read before, or shorter: ``lines`` begin at its start."""
+
+
+class JsonLinesFile:
+    """Keep the position in a growing file of JSON objects, one per line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: tuple[int, int] | None = None
+        self._position = 0
+
+    def poll(self) -> News:
+        """Return the complete lines that were added since the last call, or none where there is no file.
+
+        A last line without its end is left for the next call. A line that is no JSON object (the disk was
+        full in the middle of it) is left out.
+        """
+        try:
+            stream = self.path.open("rb")
+        except FileNotFoundError:
+            restarted, self._file, self._position = self._file is not None, None, 0
+            return News((), restarted)
+        with stream:
+            status = os.fstat(stream.fileno())
+            file = (status.st_dev, status.st_ino)
+            # A replaced file has another inode, and one that was cut in place ends before the position.
+            restarted = self._file is not None and (file != self._file or status.st_size < self._position)
+            if restarted:
+                self._position = 0
+            self._file = file
+            stream.seek(self._position)
+            lines, read = _lines(stream.read())
+        self._position += read
+        return News(tuple(_objects(lines)), restarted)
+
+
+def newest_json_lines(path: Path, most: int = 2**20) -> Iterator[dict[str, Any]]:
+    """Yield the objects at the end of such a file, the newest first, and no line that is torn or edited.
+
+    Args:
+        path: the file, which may be missing.
+        most: bytes of its end that are read.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = max(stream.seek(0, os.SEEK_END) - most, 0)
+            stream.seek(start)
+            # Read from the middle of a file, the first line is most likely cut.
+            lines = stream.read().splitlines()[1 if start else 0 :]
+    except FileNotFoundError:
+        return
+    yield from _objects(reversed(lines))
+
+
+def _lines(content: bytes) -> tuple[list[bytes], int]:
+    """Return the lines that have their end, and the bytes that they take."""
+    read = content.rfind(b"\n") + 1
+    return content[:read].split(b"\n")[:-1], read
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                yield value

@@ -25,11 +25,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.config import RunConfig
 from common.errors import RunError, UserError
-from common.files import write_json, write_text
+from common.files import read_json_lines, write_json, write_text
 from common.logs import JsonLines
 from common.run_records import RunEvent, RunSummary
 
@@ -110,7 +110,7 @@ class RunFolder:
 
     def forget_events_after(self, last_round: int) -> None:
         """Drop the events of rounds that a resumed run will do again."""
-        kept = [e for e in read_events(self.metrics) if e.get("round", 0) <= last_round]
+        kept = [e for e in read_json_lines(self.metrics) if e.get("round", 0) <= last_round]
         with written(self.metrics):
             write_text(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
@@ -183,16 +183,6 @@ def append_line(path: Path, line: str) -> None:
             # Half a line would be read as a fault of the file when the run is resumed.
             stream.truncate(before)
             raise
-
-
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a metrics.jsonl without a torn last line, as a killed run leaves it."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            if line.endswith("\n"):
-                yield json.loads(line)
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,6 +16,7 @@ with lazy_imports():
     from client import site as site_file
     from client.data import site_files
     from common import config as run_config
+    from common import settings_file
     from deploy.datasets import site_check
 
 RELEASES = ("none", "total", "per-bag")
@@ -135,7 +136,7 @@ def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "site_f
             if not isinstance(table, dict):
                 raise UserError(f"{dotted}: {key!r} is no table of site.toml")
         table[last] = value
-    return site_file.SiteConfig.from_table(data, f"the {site_file.SITE_FILE} asked for")
+    return settings_file.validated(site_file.SiteConfig, data, f"the {site_file.SITE_FILE} asked for")
 
 
 def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:

@@ -3,8 +3,6 @@
 The module holds only what the file may contain and the errors for everything else. cells.py expands it.
 """
 
-import difflib
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -13,9 +11,9 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from common.config import RunConfig, Scalar, flatten
-from common.config_tables import Section
 from common.errors import ConfigError, require_file
 from common.model.methods import Method
+from common.settings_file import Section, nearest, read_toml
 from deploy.datasets.catalogue import SourceKind
 
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -132,7 +130,7 @@ class Scenario(Section):
                     if name not in names:
                         raise ValueError(
                             f"settings.{setting.value}.methods names {name!r}, which is no [[methods]] entry"
-                            + _nearest(name, names)
+                            + nearest(name, names)
                         )
         for name, sizes in self._sizes():
             for size in sizes:
@@ -158,10 +156,7 @@ class Scenario(Section):
             ConfigError: it is not TOML, or says something that a scenario cannot; all faults are listed.
         """
         require_file(path, "the scenario", "docs/compare.md says how to write one; benchmarks/ has examples.")
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+        content = read_toml(path)
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -193,13 +188,8 @@ def check_settings(value: object) -> object:
                 "chance; compare private runs with `fedbags simulate` and `fedbags runs`"
             )
         if key not in known:
-            raise ValueError(f"unknown key {key!r}{_nearest(key, known)} (`fedbags config` lists them)")
+            raise ValueError(f"unknown key {key!r}{nearest(key, known)} (`fedbags config` lists them)")
     return flat
-
-
-def _nearest(key: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _fault(fault: Mapping[str, Any], content: Mapping[str, Any]) -> str:
@@ -207,7 +197,7 @@ def _fault(fault: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     place, kind = [part for part in fault["loc"] if part != "[key]"], fault["type"]
     where = _where(place, content)
     if kind == "extra_forbidden":
-        near = _nearest(str(place[-1]), _known_keys(place[:-1]))
+        near = nearest(str(place[-1]), _known_keys(place[:-1]))
         return f"{_where(place[:-1], content)}: unknown key {str(place[-1])!r}{near}"
     if kind == "missing":
         return f"{_where(place[:-1], content)}: the key {str(place[-1])!r} is missing"

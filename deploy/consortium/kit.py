@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
-from common.config_tables import Section
 from common.errors import UserError, require_file
 from common.files import write_text
+from common.settings_file import Section, commented, read_toml, validated
 from deploy.consortium.settings import (
     LOOPBACK,
     Hash,
@@ -22,7 +22,6 @@ from deploy.consortium.settings import (
     SitePorts,
     join_address,
 )
-from deploy.consortium.toml_file import commented, read_toml, validated
 
 KIT_FILE = "kit.toml"
 KIT_VERSION = 1

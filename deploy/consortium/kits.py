@@ -4,7 +4,6 @@
 each site. Every step adds what is missing and leaves keys as they are. Nothing here reads consortium.toml.
 """
 
-import difflib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -13,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import UserError
 from common.files import write_bytes
+from common.settings_file import nearest
 from deploy.consortium.authority import CERTIFICATE_FILE, Authority
 from deploy.consortium.certificates import write_certificate
 from deploy.consortium.keys import fingerprint, read_private_key, read_public_key, write_public_key
@@ -101,10 +101,8 @@ class Kits:
         sites = self.coordinator.sites
         if site in sites or (self.site_folder(site) / KIT_FILE).is_file():
             return
-        near = difflib.get_close_matches(site, sites, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(
-            f"consortium {self.coordinator.consortium!r} has no site {site!r}{hint}\n"
+            f"consortium {self.coordinator.consortium!r} has no site {site!r}{nearest(site, sites)}\n"
             f"Its sites: {', '.join(sites) or 'none'}. `fedbags provision add-site` adds one."
         )
 

@@ -11,9 +11,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from common.config_tables import Section
 from common.errors import require_file
-from deploy.consortium.toml_file import read_toml, validated
+from common.settings_file import Section, read_toml, validated
 
 LOOPBACK = "127.0.0.1"
 RESERVED = {"server", "coordinator"}

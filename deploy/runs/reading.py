@@ -3,17 +3,15 @@
 The records are those of common/run_records.py. The module shows and computes nothing.
 """
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import JsonLinesFile, read_json_lines
 from common.run_records import ENROL, Cause, RunEvent, RunSummary, SiteLeftOut, read_event
 from deploy.runs.state import RunState, fold
-from server.run_folder import RunFolder, read_events
+from server.run_folder import RunFolder
 
 
 def run_events(run: Path) -> list[RunEvent]:
@@ -24,7 +22,7 @@ def run_events(run: Path) -> list[RunEvent]:
     """
     path = RunFolder(run).metrics
     try:
-        return [_event(line) for line in read_events(path)]
+        return [_event(line) for line in read_json_lines(path)]
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -47,62 +45,6 @@ def read_summary(run: Path) -> RunSummary:
         return RunSummary.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-@dataclass(frozen=True)
-class News:
-    """Hold the lines that one call found."""
-
-    lines: tuple[dict[str, Any], ...]
-    restarted: bool
-    """The file is not the one read before, or shorter: ``lines`` begin at its start."""
-
-
-class JsonLinesFile:
-    """Keep the position in a growing file of JSON objects, one per line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: tuple[int, int] | None = None
-        self._position = 0
-
-    def poll(self) -> News:
-        """Return the complete lines that were added since the last call, or none where there is no file.
-
-        A last line without its end is left for the next call. A line that is no JSON object (the disk was
-        full in the middle of it) is left out.
-        """
-        try:
-            stream = self.path.open("rb")
-        except FileNotFoundError:
-            restarted, self._file, self._position = self._file is not None, None, 0
-            return News((), restarted)
-        with stream:
-            status = os.fstat(stream.fileno())
-            file = (status.st_dev, status.st_ino)
-            # A replaced file has another inode, and one that was cut in place ends before the position.
-            restarted = self._file is not None and (file != self._file or status.st_size < self._position)
-            if restarted:
-                self._position = 0
-            self._file = file
-            stream.seek(self._position)
-            lines = []
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    break
-                self._position += len(line)
-                value = _object(line)
-                if value is not None:
-                    lines.append(value)
-        return News(tuple(lines), restarted)
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def newest_run(runs: Path) -> Path | None:

@@ -14,9 +14,10 @@ from client.journal import JOURNAL_FILE
 from client.ledger.file import LEDGER_FILE
 from client.site import SITE_FILE, SiteConfig
 from common.errors import FedbagsError, UserError
+from common.files import JsonLinesFile
 from common.run_records import Cause, cause_of_code
 from deploy.consortium.kit import KIT_FILE, SiteKit, read_kit
-from deploy.runs.reading import JsonLinesFile, RunSource, newest_run
+from deploy.runs.reading import RunSource, newest_run
 from deploy.runs.state import Phase
 from server.run_folder import RunFolder
 

@@ -13,10 +13,10 @@ from client.ledger.book import Book
 from client.ledger.ledger import verify
 from client.site import PrivacyBudget, SiteConfig
 from common.config import RunConfig
+from common.files import read_json_lines
 from deploy.simulation.local_grid import LocalGrid
 from server import attendance
 from server.app import app
-from server.run_folder import read_events
 
 
 class LosesOneReply(LocalGrid):
@@ -59,7 +59,7 @@ def test_a_lost_reply_is_paid_again_by_that_site_alone_and_every_statement_agree
         app(grid, grid.server_context(flat))
     assert grid.lost
     summary = json.loads((Path(config.run_dir) / "summary.json").read_text())
-    events = list(read_events(Path(config.run_dir) / "metrics.jsonl"))
+    events = read_json_lines(Path(config.run_dir) / "metrics.jsonl")
     assert [event["updates"] for event in events if event["event"] == "round"] == [3, 3]
     assert [event["sites"] for event in events if event["event"] == "waiting"] == [["hospital-2"]]
     for name, trained in (("hospital-1", 2), ("hospital-2", 3), ("hospital-3", 2)):

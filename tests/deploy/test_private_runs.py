@@ -17,6 +17,7 @@ from client.ledger.ledger import Ledger, verify
 from client.site import PrivacyBudget, PrivateMetrics, SiteConfig
 from common.config import RunConfig
 from common.errors import RunError
+from common.files import read_json_lines
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
 from common.model.model_file import all_arrays
@@ -31,7 +32,6 @@ from deploy.runs.reading import read_summary
 from deploy.runs.runs import print_summary
 from deploy.simulation.local_grid import LocalGrid, become_server
 from server.app import app
-from server.run_folder import read_events
 
 Config = Callable[..., RunConfig]
 PRIVATE = {
@@ -105,7 +105,7 @@ def test_no_figure_of_private_bags_leaves_a_private_run(small_config: Config) ->
     config = small_config(PRIVATE)
     summary = run(config)
     assert summary["bags"] == []
-    events = list(read_events(Path(config.run_dir) / "metrics.jsonl"))
+    events = read_json_lines(Path(config.run_dir) / "metrics.jsonl")
     assert all(event["loss"] is None for event in events if event["event"] in ("update", "round"))
     assert not [event for event in events if event["event"] == "bags"]
 
@@ -142,7 +142,7 @@ def test_noised_figures_of_held_back_bags_are_paid_for_and_select_the_model(
         assert book.open_reservations == set()
         assert summary["statements"][site]["ledger_head"] == book.head
         assert summary["statements"][site]["epsilon"] == pytest.approx(book.spent())
-    seen = [e for e in read_events(Path(config.run_dir) / "metrics.jsonl") if e["event"] == "bags"]
+    seen = [e for e in read_json_lines(Path(config.run_dir) / "metrics.jsonl") if e["event"] == "bags"]
     assert [event["round"] for event in seen] == [2, 3]
     assert all(set(level) == {"level", "l1"} for event in seen for level in event["levels"])
     best = min(seen, key=lambda event: event["score"])
@@ -186,7 +186,7 @@ def test_the_sums_that_leave_are_not_the_exact_ones(
     config = small_config(PRIVATE | NOISED | {"sites-dir": str(sites), "rounds": 8, "evaluation.every": 1})
     run(config)
     held_back = 2
-    seen = [e for e in read_events(Path(config.run_dir) / "metrics.jsonl") if e["event"] == "bags"]
+    seen = [e for e in read_json_lines(Path(config.run_dir) / "metrics.jsonl") if e["event"] == "bags"]
     sent = np.array([[level["l1"] for level in event["levels"]] for event in seen]) / 2 * GRID * held_back
     noise = sent - np.array(exact)
     assert np.isclose(noise, np.rint(noise), atol=1e-6).all()
@@ -230,7 +230,7 @@ def test_runs_on_the_same_data_compose_and_one_too_many_is_refused(
     after_three = Book.read(ledger)
     assert after_three.spent() <= 8.0
     assert after_three.refusals >= 1
-    events = list(read_events(tmp_path / "three" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "three" / "metrics.jsonl")
     refused = [event for event in events if event["event"] == "left-out" and event["phase"] == "train"]
     assert {event["site"] for event in refused} == {"hospital-1", "hospital-2", "hospital-3"}
     assert all("privacy budget" in event["reason"] for event in refused)
@@ -323,7 +323,7 @@ def test_a_round_that_is_done_again_is_paid_again_and_the_run_ends_early(
     assert (summary["rounds"], summary["selected_round"], summary["sites"]) == (2, 2, 3)
     assert "does not allow round 3" in summary["stopped_early"]
     assert [level["images"] for level in summary["levels"]] == [72, 72, 72]
-    (event,) = [e for e in read_events(folder / "metrics.jsonl") if e["event"] == "stopped-early"]
+    (event,) = [e for e in read_json_lines(folder / "metrics.jsonl") if e["event"] == "stopped-early"]
     assert event["round"] == 2
     trained = load_file(sorted((folder / "checkpoints").iterdir())[-1])
     kept = load_file(folder / "model.safetensors")

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 
 from common.config import RunConfig
 from common.errors import RunError, UserError
+from common.files import read_json_lines
 from common.records import ModelUpdate, PrivacyStatement
 from common.wire import from_records, to_records
 from deploy.simulation.local_grid import LocalGrid
 from server.app import app
-from server.run_folder import read_events
 
 Config = Callable[..., RunConfig]
 
@@ -115,7 +115,7 @@ def test_a_run_killed_after_any_round_resumes_to_the_same_model(
         summary = run(broken.with_changes({"resume": True}))
         assert summary["rounds"] == 3
         assert_same_model(model_of(unbroken), model_of(broken))
-        events = list(read_events(Path(broken.run_dir) / "metrics.jsonl"))
+        events = read_json_lines(Path(broken.run_dir) / "metrics.jsonl")
         assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3]
 
 
@@ -179,7 +179,7 @@ def test_an_oversized_update_is_left_out(small_config: Config) -> None:
     config = small_config({"rounds": 1, "federation.max-update-mb": 0.001})
     with pytest.raises(RunError, match="0 good update"):
         run(config)
-    events = list(read_events(Path(config.run_dir) / "metrics.jsonl"))
+    events = read_json_lines(Path(config.run_dir) / "metrics.jsonl")
     reasons = [event["reason"] for event in events if event["event"] == "left-out"]
     assert len(reasons) == 3
     assert all("oversized" in reason for reason in reasons)
@@ -193,7 +193,7 @@ def test_below_the_quorum_the_run_fails_and_says_for_whom(small_config: Config) 
 
     with pytest.raises(RunError, match=r"2 good update\(s\), the quorum is 3"):
         run(config, Unreliable(config, spoil))
-    events = list(read_events(Path(config.run_dir) / "metrics.jsonl"))
+    events = read_json_lines(Path(config.run_dir) / "metrics.jsonl")
     assert [e["site"] for e in events if e["event"] == "left-out"] == ["hospital-3"]
     assert events[-1]["event"] == "failed"
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from common.files import read_json_lines
 from deploy.consortium.daemon import COMMAND
 from deploy.consortium.kit import CoordinatorKit, SiteKit
 from deploy.consortium.preflight import nginx_program
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.simulation.flower_engine import descendants, free_port
-from server.run_folder import read_events
 
 SITES = ("hospital-1", "hospital-2", "hospital-3")
 SIZE = 16
@@ -174,7 +174,7 @@ class Run:
         """The events of this kind with these fields so far."""
         return [
             event
-            for event in read_events(self.folder / "metrics.jsonl")
+            for event in read_json_lines(self.folder / "metrics.jsonl")
             if event["event"] == kind and fields.items() <= event.items()
         ]
 

@@ -15,8 +15,8 @@ import pytest
 
 from client.ledger.book import Book
 from client.site import SiteConfig
+from common.files import read_json_lines
 from deploy.simulation.flower_engine import descendants, free_port
-from server.run_folder import read_events
 from tests.deployment import documents
 from tests.deployment.conftest import SITES
 from tests.deployment.documents import PAGES, ROOT
@@ -204,7 +204,7 @@ def test_the_quickstart_from_an_empty_folder_to_a_finished_run(empty: Path) -> N
     assert not working_in(empty)
 
     run = empty / "KITS" / "coordinator" / "state" / "runs" / "first"
-    events = list(read_events(run / "metrics.jsonl"))
+    events = read_json_lines(run / "metrics.jsonl")
     assert [e["updates"] for e in events if e["event"] == "round"] == [len(SITES)] * 3
     assert events[-1]["event"] == "finished"
     phases = {e["phase"] for e in events if e["event"] == "phase"}

@@ -10,13 +10,13 @@ import pytest
 from flwr.app import Message
 
 from common.config import RunConfig
+from common.files import read_json_lines
 from common.hierarchy import Hierarchy
 from common.records import ModelUpdate, PrivacyStatement, ProportionRelease
 from common.wire import from_records, to_records
 from deploy.simulation.local_grid import LocalGrid
 from server import attendance, exchange
 from server.app import app
-from server.run_folder import read_events
 
 TREE = Hierarchy.from_rows(["kind", "leaf"], [["a", "a1"], ["a", "a2"], ["b", "b1"], ["b", "b2"]])
 
@@ -133,7 +133,7 @@ class Federation:
         return summary
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_events(self.folder / "metrics.jsonl") if event["event"] == kind]
+        return [event for event in read_json_lines(self.folder / "metrics.jsonl") if event["event"] == kind]
 
     def weights(self) -> bytes:
         return (self.folder / "model.safetensors").read_bytes()

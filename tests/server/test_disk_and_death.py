@@ -18,11 +18,12 @@ import pytest
 
 from common.config import RunConfig
 from common.errors import RunError
+from common.files import read_json_lines
 from deploy.simulation.local_grid import LocalGrid
 from server import app as server_app
 from server import checkpoint, run_folder
 from server.app import app
-from server.run_folder import RunFolder, append_line, read_events
+from server.run_folder import RunFolder, append_line
 
 from .conftest import TREE
 
@@ -274,8 +275,8 @@ def test_sigkill_at_any_moment_of_a_round_then_resume_gives_the_same_model(
         deaths += 1
     assert deaths >= 2
     assert folder.path.joinpath("model.safetensors").read_bytes() == unbroken
-    assert [e["round"] for e in read_events(folder.metrics) if e["event"] == "round"] == [1, 2, 3, 4]
+    assert [e["round"] for e in read_json_lines(folder.metrics) if e["event"] == "round"] == [1, 2, 3, 4]
 
 
 def rounds_done(folder: RunFolder) -> int:
-    return max((e["round"] for e in read_events(folder.metrics) if e["event"] == "round"), default=0)
+    return max((e["round"] for e in read_json_lines(folder.metrics) if e["event"] == "round"), default=0)

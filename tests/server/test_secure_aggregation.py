@@ -18,6 +18,7 @@ from client.throwaway import CERTIFICATE_FILE, FOLDER, KEY_FILE
 from common import identity
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
+from common.files import read_json_lines
 from common.identity import load_node_key
 from common.records import MaskedUpdate
 from common.secure_aggregation import keys, quantisation
@@ -28,7 +29,6 @@ from deploy.simulation.local_grid import LocalGrid
 from server import attendance, rounds
 from server.aggregation import training_bags
 from server.app import app
-from server.run_folder import read_events
 from server.secure_aggregation import levelled
 
 Config = Callable[..., RunConfig]
@@ -167,16 +167,20 @@ def test_a_private_run_keeps_its_noise_and_its_statements(config: Config) -> Non
 def test_what_is_known_of_a_site_in_clear_is_what_its_policy_lets_out(config: Config, tmp_path: Path) -> None:
     secure = config("run", ONE_ROUND)
     run(secure)
-    updates = [e for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "update"]
+    updates = [e for e in read_json_lines(tmp_path / "run" / "metrics.jsonl") if e["event"] == "update"]
     assert len(updates) == 3
     assert all(event["loss"] is None and event["bags"] > 0 for event in updates)
-    round_event = next(e for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "round")
+    round_event = next(
+        e for e in read_json_lines(tmp_path / "run" / "metrics.jsonl") if e["event"] == "round"
+    )
     assert (round_event["updates"], round_event["loss"]) == (3, None)
 
 
 def test_a_masked_update_is_told_of_when_it_comes(config: Config, tmp_path: Path) -> None:
     run(config("run", ONE_ROUND))
-    events = [event for event in read_events(tmp_path / "run" / "metrics.jsonl") if event.get("round") == 1]
+    events = [
+        event for event in read_json_lines(tmp_path / "run" / "metrics.jsonl") if event.get("round") == 1
+    ]
     kinds = [event["event"] for event in events if event["event"] in ("statement", "update", "round")]
     assert kinds == ["statement"] * 3 + ["update"] * 3 + ["round"]
 
@@ -225,7 +229,7 @@ def test_a_site_lost_after_any_step_costs_that_site_at_most(five: Config, tmp_pa
     run(five("bent"), lose_one)
     in_the_sum = [
         event["site"]
-        for event in read_events(tmp_path / "bent" / "metrics.jsonl")
+        for event in read_json_lines(tmp_path / "bent" / "metrics.jsonl")
         if event["event"] == "update"
     ]
     names = [f"hospital-{number}" for number in range(1, 6)]
@@ -267,7 +271,7 @@ def test_a_round_that_failed_is_tried_again_with_fresh_keys(five: Config, tmp_pa
     summary = run(five("bent"), lose_two_once)
     assert summary["rounds"] == 1
     assert len(set(sessions)) == 2
-    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")
     assert sum(event["event"] == "update" for event in events) == 5
     assert sum(event["event"] == "left-out" for event in events) == 2
 
@@ -284,7 +288,7 @@ def test_a_lost_signature_or_share_is_asked_for_again(five: Config, tmp_path: Pa
 
     assert run(five("bent"), lose_two_once)["rounds"] == 1
     assert len(lost) == 4
-    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")
     assert sum(event["event"] == "update" for event in events) == 5
 
 
@@ -301,7 +305,7 @@ def test_a_run_whose_sum_was_lost_goes_on_with_the_next_round(config: Config, tm
         run(stopped, die)
     summary = run(stopped.with_changes({"resume": True}))
     assert summary["rounds"] == 3
-    events = list(read_events(tmp_path / "run" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     skipped = [event for event in events if event["event"] == "round-skipped"]
     assert [(event["round"], len(event["sites"])) for event in skipped] == [(2, 3)]
     assert [event["round"] for event in events if event["event"] == "round"] == [1, 3]
@@ -345,7 +349,7 @@ def test_a_site_of_another_run_or_configuration_is_left_out_alone(
         return reply
 
     run(five("bent"), bend)
-    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")
     assert sum(event["event"] == "update" for event in events) == 4
     assert [(e["site"], e["phase"]) for e in events if e["event"] == "left-out"] == [
         ("hospital-3", "query.keys")
@@ -379,7 +383,7 @@ def test_a_key_that_is_there_twice_costs_those_that_have_it_and_nobody_else(
         return reply
 
     run(five("bent", {"secure-aggregation.threshold-share": 0.51}), bend)
-    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")
     culprits = ["hospital-2"] if change is one_key_for_both else ["hospital-1", "hospital-2"]
     assert sum(event["event"] == "update" for event in events) == 5 - len(culprits)
     assert [(e["site"], e["phase"]) for e in events if e["event"] == "left-out"] == [
@@ -397,7 +401,7 @@ def test_wrong_shares_of_a_site_are_left_out_and_told(five: Config, tmp_path: Pa
         return reply
 
     run(five("bent"), bend)
-    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")
     assert sum(event["event"] == "update" for event in events) == 5
     left_out = [event for event in events if event["event"] == "left-out"]
     assert {(event["site"], event["phase"]) for event in left_out} == {("hospital-2", "query.unmask")}
@@ -412,7 +416,7 @@ def test_random_words_cost_their_round_and_not_the_run(five: Config, tmp_path: P
         return reply
 
     run(five("bent", {"rounds": 2}), bend)
-    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")
     (skipped,) = [event for event in events if event["event"] == "round-skipped"]
     assert skipped["round"] == 1
     assert "looks like random words" in skipped["reason"]
@@ -495,7 +499,7 @@ def test_a_malformed_masked_update_is_left_out_and_the_others_count(
         return reply
 
     run(five("bent"), bend)
-    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")
     assert [e["site"] for e in events if e["event"] == "update"] == [
         f"hospital-{number}" for number in (1, 2, 4, 5)
     ]
@@ -562,7 +566,7 @@ def test_a_wrong_reply_at_any_step_ends_no_run(five: Config, tmp_path: Path, wro
     assert summary["rounds"] == 1
     assert {item["site"] for item in summary["left_out"]} == ({"hospital-3"} if left_out else set())
     assert all(len(item["reason"]) <= 300 for item in summary["left_out"])
-    (update,) = [e for e in read_events(tmp_path / "bent" / "metrics.jsonl") if e["event"] == "round"]
+    (update,) = [e for e in read_json_lines(tmp_path / "bent" / "metrics.jsonl") if e["event"] == "round"]
     assert update["updates"] >= 4
     for file in ("summary.json", "metrics.jsonl", "log.jsonl"):
         assert (tmp_path / "bent" / file).stat().st_size < 100_000, file
@@ -585,7 +589,7 @@ def test_swapped_keys_end_the_run_with_every_peers_refusal(
     monkeypatch.setattr(rounds.Session, "_agree", swap)
     with pytest.raises(RunError, match="the site refused to go on with the secure aggregation"):
         run(five("bent"))
-    events = list(read_events(tmp_path / "bent" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")
     refused = {e["site"] for e in events if e["event"] == "left-out" and e["phase"] == "query.shares"}
     assert len(refused) == 5
 
@@ -639,7 +643,7 @@ def test_the_server_adds_the_certificates_of_sites_that_send_none(five: Config, 
         run(five("second", {"secure-aggregation.certificates": str(nodes)}))
         (nodes / "hospital-5.crt").unlink()  # never joined, or revoked
         run(five("third", {"secure-aggregation.certificates": str(nodes)}))
-    events = list(read_events(tmp_path / "third" / "metrics.jsonl"))
+    events = read_json_lines(tmp_path / "third" / "metrics.jsonl")
     assert [e["site"] for e in events if e["event"] == "update"] == [
         f"hospital-{number}" for number in range(1, 5)
     ]
@@ -676,5 +680,5 @@ def test_a_policy_may_open_the_loss(config: Config, sites_dir: Path, tmp_path: P
     )
     site.model_copy(update={"policy": policy}).save(folder)
     run(config("run", {"rounds": 1, "sites-dir": str(sites)}))
-    updates = [e for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "update"]
+    updates = [e for e in read_json_lines(tmp_path / "run" / "metrics.jsonl") if e["event"] == "update"]
     assert [event["loss"] is not None for event in updates] == [True, False, False]

@@ -61,7 +61,7 @@ def test_settings_are_read_with_their_defaults(tmp_path: Path) -> None:
         ("port = 8443", "port = 0", "server.port = 0"),
         ("port = 8443", 'port = "8443"', "server.port = '8443'"),
         ("port = 8443", "port = 9091", "port and admin-port are both 9091"),
-        ("port = 8443", "prot = 8443", "unknown key 'server.prot'; did you mean 'port'?"),
+        ("port = 8443", "prot = 8443", "unknown key 'server.prot'; did you mean 'server.port'?"),
         ("port = 8443", "insecure = true", "unknown key 'server.insecure'"),
         ("port = 8443", 'admin-address = "0.0.0.0"', "would open the Control API"),
         ("port = 8443", 'admin-address = "fl.example.org"', "give an IP address"),

@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from common.files import JsonLinesFile, read_json_lines
 from common.records import SITE_ERRORS, SiteError
 from common.run_records import Cause, RoundDone, SiteLeftOut, cause_of_code, read_event
 from deploy.runs import state as run_state
 from deploy.runs.prometheus import run_metrics
-from deploy.runs.reading import JsonLinesFile, RunSource, run_events
+from deploy.runs.reading import RunSource, run_events
 from deploy.runs.state import RunState, Stage
 from deploy.runs.table import run_table
 from server.checkpoint import load_newest
 from server.exchange import FLOWER_ERRORS
-from server.run_folder import RunFolder, read_events
+from server.run_folder import RunFolder
 
 NAMES = st.sampled_from(["a", "b", "c", "node 7"])
 ROUNDS = st.integers(0, 5)
@@ -160,7 +161,7 @@ def test_a_run_of_0_1_held_reasons_alone_and_its_causes_are_known(tmp_path: Path
 
 def test_the_state_of_a_real_run(watched_run: Path) -> None:
     state = RunSource(watched_run).look()
-    events = list(read_events(watched_run / "metrics.jsonl"))
+    events = read_json_lines(watched_run / "metrics.jsonl")
     assert (state.stage, state.round, state.rounds, state.updates) == (Stage.FINISHED, 2, 2, 2)
     assert {name: site.updates for name, site in state.sites.items()} == {
         "hospital-1": 2, "hospital-2": 2, "hospital-3": 1,

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.files import read_json_lines
 from common.run_records import BagFigures, BagsEvaluated, Enrolled, Failed, Finished, RoundDone
 from deploy.runs import tracking
 from deploy.runs.reading import EventsFile
 from deploy.runs.state import Stage
 from deploy.runs.tracking import figures_of, track
-from server.run_folder import RunFolder, read_events
+from server.run_folder import RunFolder
 
 needs_extra = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("tensorboard", "mlflow")),
@@ -47,7 +48,7 @@ class Kept:
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Every curve of a run, straight from its events."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for event in read_events(run / "metrics.jsonl"):
+    for event in read_json_lines(run / "metrics.jsonl"):
         match event["event"]:
             case "statement":
                 found.setdefault(f"site/{event['site']}/epsilon-spent", []).append(
@@ -74,7 +75,7 @@ def test_tensorboard_reads_back_what_the_events_say(watched_run: Path, tmp_path:
     for name, points in expected.items():
         got = [(point.step, point.value) for point in read.Scalars(name)]
         assert got == [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
-    times = {event["time"] for event in read_events(watched_run / "metrics.jsonl")}
+    times = {event["time"] for event in read_json_lines(watched_run / "metrics.jsonl")}
     assert {point.wall_time for point in read.Scalars("updates")} <= times
     text = b"".join(path.read_bytes() for path in (tmp_path / "first").iterdir())
     assert b"dp.epsilon" in text
@@ -100,7 +101,7 @@ def test_mlflow_reads_back_what_the_events_say(
     assert not {"run-dir", "sites-dir", "model.weights"} & run.data.params.keys()
     for name, points in curves(watched_run).items():
         assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] == points
-    ended = max(event["time"] for event in read_events(watched_run / "metrics.jsonl"))
+    ended = max(event["time"] for event in read_json_lines(watched_run / "metrics.jsonl"))
     assert run.info.end_time == round(ended * 1000)
 
 
@@ -108,7 +109,7 @@ def test_a_running_run_is_followed_to_its_end(own_run: Path, monkeypatch: pytest
     monkeypatch.setattr(tracking, "INTERVAL", 0.02)
     folder, kept = RunFolder(own_run), Kept()
     folder.forget_events_after(1)
-    events = [e for e in read_events(folder.metrics) if e["event"] != "finished"]
+    events = [e for e in read_json_lines(folder.metrics) if e["event"] != "finished"]
     folder.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
     following = threading.Thread(
         target=tracking._mirror, args=(EventsFile(folder.metrics), [kept]), kwargs={"follow": True}
