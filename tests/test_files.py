@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
-from common.files import create_bytes, locked, new_folder, replacing, write_text
+from common.files import (
+    create_bytes,
+    locked,
+    new_folder,
+    newest_json_lines,
+    read_json_lines,
+    replacing,
+    write_text,
+)
 from common.records import PrivacyStatement
 from deploy.consortium.admission import pin
 from deploy.consortium.authority import Authority, Issued
@@ -189,3 +197,18 @@ def test_a_locked_folder_can_be_locked_again_after_an_error(tmp_path: Path) -> N
     for _ in range(2):
         with pytest.raises(KilledError), locked(tmp_path):
             raise KilledError
+
+
+def test_lines_are_read_up_to_a_torn_one_wherever_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert read_json_lines(path) == []
+    assert list(newest_json_lines(path)) == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": ', encoding="utf-8")
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
+    assert list(newest_json_lines(path)) == [{"a": 2}, {"a": 1}]
+    # Read from the middle, the line that was cut is left out as well.
+    assert list(newest_json_lines(path, 15)) == [{"a": 2}]
+    path.write_text('{"a": 1}\nspoilt\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="Expecting value"):
+        read_json_lines(path)
+    assert list(newest_json_lines(path)) == [{"a": 1}]
