@@ -54,8 +54,9 @@ def revocations(folder: Path, version: int) -> None:
     Authority(folder, None, None)._save([issued])  # type: ignore[arg-type]
 
 
-def summary(folder: Path, version: int) -> None:
-    RunFolder(folder).write_summary({"version": version})
+def confusion(folder: Path, version: int) -> None:
+    counts = [np.full((2, 2), version)]
+    RunFolder(folder).write_confusion(counts, counts)
 
 
 def statement(folder: Path, version: int) -> None:
@@ -74,7 +75,7 @@ WRITERS = {
     "site.toml": site_with_budget,
     "kit.toml": app_pin,
     "issued.json": revocations,
-    "summary.json": summary,
+    "confusion.json": confusion,
     "north.json": statement,
     "round-00001.safetensors": server_state,
 }
