@@ -2,16 +2,39 @@
 
 ``docs/python.md`` lists the names; each is loaded when it is first used, so that importing this module and
 asking for ``--help`` take no time. A module of the user's own called ``deploy`` or ``common`` that stands
-before ours on the path is passed by, and Ctrl-C on the command line is handled from here on.
+before ours on the path is passed by, and Ctrl-C on the command line is handled from the first lines on.
 """
 
+import os
 import signal
 import sys
-from importlib import import_module
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+_STOPPED = b"stopped before it was done: give the same command again\n"
+
+
+def _stop(_signal: int, _frame: object) -> None:
+    """End the process at once, since nothing is begun before the command line takes over."""
+    os.write(2, _STOPPED)
+    os._exit(130)
+
+
+def _stop_on_interrupt() -> None:
+    # A shell starts background jobs with SIGINT ignored: then it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+
+
+# Before the imports below, which Ctrl-C would break into with a traceback. A program that imports this module
+# keeps its own Ctrl-C.
+if __name__ == "__main__" or sys.argv[0].rpartition(os.sep)[2] == "fedbags":
+    _stop_on_interrupt()
+
+from contextlib import ExitStack  # noqa: E402
+from importlib import import_module  # noqa: E402
+from importlib.machinery import PathFinder  # noqa: E402
+from importlib.util import module_from_spec  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -57,11 +80,17 @@ def main() -> None:
 
     The exit status is 0 when done, 1 when the run failed, 2 for a mistake of the user, and 130 for Ctrl-C.
     """
+    _stop_on_interrupt()
     _take_own_packages()
     from deploy.simulation import interrupt
 
     try:
-        with interrupt.told():
+        with ExitStack() as stack:
+            # Between the two handlers a Ctrl-C waits, instead of finding none.
+            with interrupt.held_off():
+                if signal.getsignal(signal.SIGINT) is _stop:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+                stack.enter_context(interrupt.told())
             from deploy.cli.main import main as command
 
             command()
