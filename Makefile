@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread per process: repeatable figures, and the workers share the cores.
 export OMP_NUM_THREADS ?= 1
+# Without bytecode each of the many processes of a run or a test would compile torch anew, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-full test-deployment check format docs bench defaults lock clean
 
