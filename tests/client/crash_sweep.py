@@ -29,6 +29,7 @@ from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, e
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import SecureRandomness
 
+LEDGER = str(Path(book.__file__).parent)
 EVENT = PoissonGaussian(sample_rate=0.1, noise_multiplier=4.0, steps=20)
 RELEASE = release_counts(np.array([[3, 5], [4, 4]]), scale=4.0, randomness=SecureRandomness())
 
@@ -57,8 +58,7 @@ def kill_at(point: int, counter: list[int]) -> Callable[[FrameType, str, Any], A
     """A trace function that counts the instructions of the ledger's modules and dies at ``point``."""
 
     def trace(frame: FrameType, happened: str, _: Any) -> Any:
-        name = Path(frame.f_code.co_filename).name
-        if not name.startswith("ledger") and name != Path(__file__).name:
+        if not frame.f_code.co_filename.startswith((LEDGER, __file__)):
             return None
         frame.f_trace_opcodes = True
         if happened in ("opcode", "line"):
