@@ -16,43 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from common.config import RunConfig, Scalar
+from common.config import RunConfig
 from common.errors import FedbagsError
-from common.files import write_json, write_text
+from common.files import write_json
+from deploy.compare.plan import RESULT, Order
+from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary
 from server.run_folder import RunFolder
 
-ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
-
-
-class Order(BaseModel):
-    """Describe the work of one cell.
-
-    Attributes:
-        row: the cell in the table: method, bag_size, images_per_bag, seed, setting, passes (and site).
-        identity: everything that its figures depend on, by name.
-        config: the complete flat configuration of the run.
-        test: the folder of the test images.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    row: dict[str, Scalar]
-    identity: dict[str, Scalar | None]
-    config: dict[str, Scalar]
-    test: str
-
-    def save(self, run: Path) -> None:
-        """Write the order to the run folder, which is made if it is missing."""
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / ORDER, self.model_dump_json(indent=2) + "\n")
-
-    @classmethod
-    def load(cls, run: Path) -> "Order":
-        """Read the order from the run folder."""
-        return cls.model_validate_json((run / ORDER).read_bytes())
+# Loaded while a cell works, since loading torch counts as its overhead.
+with lazy_imports():
+    from deploy.compare import scoring
+    from deploy.simulation import simulate
 
 
 def work(run: Path) -> None:
@@ -63,30 +38,16 @@ def work(run: Path) -> None:
     """
     started = time.monotonic()
     order = Order.load(run)
-    # Imported here: other modules import Order from this one, and need neither torch nor Flower.
-    import torch
-
-    from client.data.labelled import LabelledImages
-    from client.training import choose_device
-    from common.model.model_file import load_model
-    from deploy.compare.scoring import score
-    from deploy.simulation.simulate import run_engine
-
     folder = RunFolder(run)
     config = RunConfig.from_flat(order.config).with_changes({"resume": folder.config.exists()})
-    torch.set_num_threads(config.train.threads)
+    device = scoring.prepare(config)
     ready = time.monotonic()
     # A cell that was stopped after its training, but before its result was written, needs scoring only.
     if not folder.summary.exists():
-        run_engine(config, "local", workers=0)
+        simulate.run_engine(config, "local", workers=0)
     summary = read_summary(run)
     trained = time.monotonic()
-    test = LabelledImages.open(Path(order.test), config.model.image_size)
-    # The folder was made with test images.
-    assert test is not None
-    device = choose_device(config.train.device)
-    # The stored model is the one selected on held-back bags, so the test images have no part in the choice.
-    levels = score(load_model(run)[0], test, device)
+    levels = scoring.score(run, Path(order.test), config, device)
     result: dict[str, Any] = {
         **order.row,
         "seconds": summary.seconds,
@@ -95,9 +56,7 @@ def work(run: Path) -> None:
         "rounds": summary.rounds,
         "selected_round": summary.selected_round,
         "memory_mb": round(peak_memory() / 2**20, 1),
-        "gpu_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-        if device.type == "cuda"
-        else None,
+        "gpu_memory_mb": scoring.gpu_memory(device),
         "cpu_seconds": round(sum(os.times()[:2]), 1),
         "overhead_seconds": round(ready - started + time.monotonic() - trained, 1),
         "run": run.name,

@@ -1,11 +1,7 @@
-"""Find out from their run folders which cells are done, which are resumed and which must run anew.
+"""Find out which cells of a comparison must run, and run several at once, each in its own process.
 
-A cell is done when its folder holds a result and an order with the same identity. The identity holds by name
-everything that the figures depend on, so that the message can name what changed. The module starts nothing.
-
-Run several cells at once, each in its own process, until all have ended or the user stops them.
-
-The module knows cells only by their run folders.
+A cell is done when its run folder holds a result and an order with the same identity. The identity holds by
+name everything that the figures depend on, so that the message can name what changed.
 """
 
 import json
@@ -22,18 +18,53 @@ from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.config import Scalar
-from deploy.compare.cell import LOG, ORDER, RESULT, Order
+from common.files import write_text
 from deploy.compare.cells import WEIGHTS, Cell
 
+ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
+"""Files in the run folder of a cell."""
 PLACES = ("run-dir", "sites-dir", "resume", "name", "train.device")
 """Keys that say where and how a run is done, not what it computes; of the weights file the name counts, once
 there is a result."""
 DIFFERENCES_TOLD = 3
+INTERVAL = 0.5
+GRACE = 10.0
+"""Seconds that a cell gets to end when the comparison is stopped."""
+# A cell computes on one thread, so that `jobs` cells share the cores and their times can be compared.
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 Identity = dict[str, Scalar | None]
+
+
+class Order(BaseModel):
+    """Describe the work of one cell.
+
+    Attributes:
+        row: the cell in the table: method, bag_size, images_per_bag, seed, setting, passes (and site).
+        identity: everything that its figures depend on, by name.
+        config: the complete flat configuration of the run.
+        test: the folder of the test images.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row: dict[str, Scalar]
+    identity: dict[str, Scalar | None]
+    config: dict[str, Scalar]
+    test: str
+
+    def save(self, run: Path) -> None:
+        """Write the order to the run folder, which is made if it is missing."""
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / ORDER, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, run: Path) -> "Order":
+        """Read the order from the run folder."""
+        return cls.model_validate_json((run / ORDER).read_bytes())
 
 
 class State(StrEnum):
@@ -116,13 +147,6 @@ def told(found: tuple[str, ...]) -> str:
     """Return the first differences as one line of text."""
     more = len(found) - DIFFERENCES_TOLD
     return "; ".join(found[:DIFFERENCES_TOLD]) + (f"; and {more} more" if more > 0 else "")
-
-
-INTERVAL = 0.5
-GRACE = 10.0
-"""Seconds that a cell gets to end when the comparison is stopped."""
-# A cell computes on one thread, so that `jobs` cells share the cores and their times can be compared.
-THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
 def run_all(

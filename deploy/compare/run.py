@@ -10,9 +10,8 @@ from typing import Any
 
 from common.config import Scalar, parse_setting
 from common.errors import ConfigError
-from deploy.compare.cell import Order
 from deploy.compare.cells import Cell, Context, expand
-from deploy.compare.plan import Planned, State, plan, run_all
+from deploy.compare.plan import Order, Planned, State, plan, run_all
 from deploy.compare.scenario import Scenario, check_settings
 from deploy.compare.screen import Board, preparing, say_plan
 from deploy.compare.table import Row, read_rows, summarise, write_table
@@ -24,7 +23,7 @@ from deploy.simulation.folder_lock import locked
 with lazy_imports():
     from client import training
     from deploy.compare import data as data_folders
-    from deploy.compare import plots, source
+    from deploy.compare import plots
     from deploy.simulation import simulate
 
 RUNS, DATA, REPLACED, PLOTS = "runs", "data", "replaced", "plots"
@@ -173,7 +172,7 @@ def look(
         folder: where relative paths of the scenario start.
         data: stands in for the scenario's ``data.path``.
     """
-    opened = source.open_data(scenario.data, folder, data)
+    opened = data_folders.open_data(scenario.data, folder, data)
     folders = data_folders.DataFolders((out / DATA).resolve(), opened, scenario.data.skip_bad)
     return [plan(cell, (out / RUNS).resolve(), opened.digest) for cell in cells], folders
 

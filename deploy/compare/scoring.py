@@ -6,21 +6,46 @@ methods and not decoders, each level is scored by the reading with the highest a
 that reading.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from client.data.labelled import LabelledImages
 from client.evaluation import confusion_counts, read_predictions
+from client.training import choose_device
+from common.config import RunConfig
 from common.hierarchy import Hierarchy
-from common.model.lhfglp import LHFGLP
+from common.model.model_file import load_model
 from deploy.compare.table import FIGURES
 from server.evaluation import Confusion, level_figures
 
 
-def score(model: LHFGLP, test: LabelledImages, device: torch.device) -> list[dict[str, Any]]:
-    """Return one row of scores per level, coarse to fine, as best_readings describes them."""
-    predicted = read_predictions(model, test.images, device)
+def prepare(config: RunConfig) -> torch.device:
+    """Limit this process to the threads of the configuration, and return the device that it works on."""
+    torch.set_num_threads(config.train.threads)
+    return choose_device(config.train.device)
+
+
+def gpu_memory(device: torch.device) -> float | None:
+    """Return the largest amount of GPU memory that this process has held at once, in MB, or None on a CPU."""
+    return round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if device.type == "cuda" else None
+
+
+def score(run: Path, tests: Path, config: RunConfig, device: torch.device) -> list[dict[str, Any]]:
+    """Return the scores of a finished run's model per level, coarse to fine, as best_readings describes them.
+
+    Args:
+        run: the run folder.
+        tests: the folder of the test images.
+        config: of the run.
+        device: where the model runs.
+    """
+    test = LabelledImages.open(tests, config.model.image_size)
+    # The folder was made with test images.
+    assert test is not None
+    # The stored model is the one selected on held-back bags, so the test images have no part in the choice.
+    predicted = read_predictions(load_model(run)[0], test.images, device)
     readings = {reading: confusion_counts(classes, test) for reading, classes in predicted.items()}
     return best_readings(test.hierarchy, readings)
 

@@ -12,9 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRe
 
 from deploy.cli.progress import bars
 from deploy.cli.tables import console, table, text_column
-from deploy.compare.cell import LOG
 from deploy.compare.cells import Cell
-from deploy.compare.plan import Planned, State, told
+from deploy.compare.plan import LOG, Planned, State, told
 from deploy.compare.scenario import Setting
 from deploy.compare.table import accuracy_cells, accuracy_header, read_rows, summarise
 

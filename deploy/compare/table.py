@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_text
-from deploy.compare.cell import RESULT
+from deploy.compare.plan import RESULT
 
 FIGURES = ("accuracy", "balanced_accuracy", "macro_f1")
 COSTS = ("proportion_l1", "seconds", "memory_mb")

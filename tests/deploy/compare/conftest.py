@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from deploy.compare import run as comparison
-from deploy.compare.cell import LOG, work
+from deploy.compare.cell import work
+from deploy.compare.plan import LOG
 
 SIZE = 16
 LEAVES = 4

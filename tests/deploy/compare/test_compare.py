@@ -18,7 +18,8 @@ from client.site import site_folders
 from common.errors import ConfigError
 from deploy.cli.main import app
 from deploy.compare import run as comparison
-from deploy.compare.cell import LOG, RESULT, work
+from deploy.compare.cell import work
+from deploy.compare.plan import LOG, RESULT
 from deploy.compare.run import compare, list_cells
 from deploy.simulation.folder_lock import LOCK
 from tests.deploy.datasets.layouts import write_aircraft, write_cars, write_cub, write_ham10000

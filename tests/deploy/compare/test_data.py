@@ -12,9 +12,8 @@ from client.data.tables import read_csv
 from client.site import site_folders
 from common.errors import DataError, UserError
 from deploy.compare.cells import Cell, Context, expand
-from deploy.compare.data import DataFolders
+from deploy.compare.data import DataFolders, open_data
 from deploy.compare.scenario import Scenario, Setting
-from deploy.compare.source import open_data
 from tests.deploy.compare.conftest import LEAVES, SIZE, TEST, TRAIN, write_archive
 from tests.deploy.datasets.layouts import draw_image
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.compare.cell import ORDER, RESULT, Order
 from deploy.compare.cells import Cell, Context, expand
 from deploy.compare.plan import (
+    ORDER,
+    RESULT,
+    Order,
     State,
     differences,
     identity,

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.compare.cell import LOG, ORDER
-from deploy.compare.plan import run_all
+from deploy.compare.plan import LOG, ORDER, run_all
 from deploy.compare.screen import end_of_log
 
 PATIENCE = 120.0
