@@ -47,7 +47,7 @@ from common.hierarchy import Hierarchy
 from common.model.build import build_model
 from common.model.losses import hierarchical_proportion_loss, level_weights
 from common.model.methods import Method
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.randomness import SecureRandomness
 
 BAGS = 4
@@ -132,8 +132,7 @@ def non_private_step(model: nn.Module, bags: Bags) -> Step:
 
 def private_step(model: nn.Module, bags: Bags) -> Step:
     """Return the step of client.private_training, with all four bags drawn."""
-    plan = PrivacyPlan.build(
-        noise_multiplier=NOISE_MULTIPLIER,
+    settings = PlanSettings(
         delta=1e-3,
         clip_norm=CLIP_NORM,
         number_of_bags=BAGS,
@@ -141,8 +140,8 @@ def private_step(model: nn.Module, bags: Bags) -> Step:
         steps_per_round=1,
         rounds=1,
         release=None,
-        randomness=SecureRandomness(),
     )
+    plan = PrivacyPlan.build(settings, SecureRandomness(), noise_multiplier=NOISE_MULTIPLIER)
     optimiser = BagDPOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-4), plan, round=1)
 
     def step() -> None:

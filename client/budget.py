@@ -32,7 +32,7 @@ from common.errors import ConfigError
 from common.files import write_text
 from common.privacy.accounting import calibrate
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, merge
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.proportions import (
     CountRelease,
     Granularity,
@@ -59,7 +59,6 @@ class SigmaCache:
         steps: int,
         *,
         also: Iterable[PoissonGaussian | DiscreteLaplace] = (),
-        adjacency: Adjacency = Adjacency.REPLACE_ONE,
     ) -> float:
         """Return the noise multiplier, from the file if it was found for exactly these arguments.
 
@@ -73,14 +72,14 @@ class SigmaCache:
             "rate": sample_rate,
             "steps": steps,
             "beside": [event.model_dump() for event in beside],
-            "adjacency": adjacency.value,
+            "adjacency": Adjacency.REPLACE_ONE.value,
             # Another release of the accountant may find another number for the same question.
             "accountant": version("dp-accounting"),
         }
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         sigma = self._stored(key)
         if sigma is None:
-            sigma = calibrate(target_epsilon, delta, sample_rate, steps, also=beside, adjacency=adjacency)
+            sigma = calibrate(target_epsilon, delta, sample_rate, steps, also=beside)
             self._store(key, sigma)
         return sigma
 
@@ -220,8 +219,7 @@ def make_plan(
     noises = store.config.policy.private_metrics is PrivateMetrics.NOISE
     looks = dp.metrics_scale > 0 and noises and len(held_back) > 0
     releases = store.config.policy.release_proportions is not ReleaseProportions.NONE
-    return PrivacyPlan.build(
-        epsilon=dp.epsilon,
+    settings = PlanSettings(
         delta=dp.delta,
         clip_norm=dp.clip_norm,
         # Held-back bags are never trained on, so only the others are sampled. Their number decides the
@@ -233,12 +231,11 @@ def make_plan(
         release=DiscreteLaplace(scale=dp.release_scale) if releases else None,
         # Evaluations and the release are part of the plan from the start: paid for later, they would take
         # the budget of the last rounds.
-        look=[DiscreteLaplace(scale=dp.metrics_scale)] * len(store.hierarchy.levels) if looks else (),
+        look=(DiscreteLaplace(scale=dp.metrics_scale),) * len(store.hierarchy.levels) if looks else (),
         looks=config.evaluation.looks(config.rounds),
-        randomness=randomness,
         force_delta=dp.force_delta,
-        find_sigma=find_sigma,
     )
+    return PrivacyPlan.build(settings, randomness, epsilon=dp.epsilon, find_sigma=find_sigma)
 
 
 def _choose_randomness(session: SiteSession) -> Randomness:

@@ -138,9 +138,10 @@ def calibrate(
     steps: int,
     *,
     also: Iterable[PoissonGaussian | DiscreteLaplace] = (),
-    adjacency: Adjacency = Adjacency.REPLACE_ONE,
 ) -> float:
     """Return the smallest noise multiplier (to 0.01%) whose steps and ``also`` meet the target.
+
+    Epsilon is for replacing one unit, on which sites enforce their budgets.
 
     Args:
         target_epsilon: the most that all of it may spend at ``delta``.
@@ -148,7 +149,6 @@ def calibrate(
         sample_rate: q of every step.
         steps: ALL steps, of all rounds; an epsilon per round means nothing.
         also: other events in the same budget, such as a release of proportions.
-        adjacency: the one that the target is meant for.
 
     Returns:
         sigma with ``spent(also + steps) <= target_epsilon``, checked on the value returned.
@@ -156,7 +156,7 @@ def calibrate(
     Raises:
         UserError: ``also`` leaves nothing of the target, or the search takes too long.
     """
-    others = tuple(also)
+    others, adjacency = tuple(also), Adjacency.REPLACE_ONE
     # Unusual settings could keep the search busy for minutes; the user gets an error that says what to
     # change.
     deadline = time.monotonic() + CALIBRATION_SECONDS

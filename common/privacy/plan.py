@@ -33,115 +33,107 @@ LEAST_RATE = 1e-5
 """Bounds of what a run may ask for; beyond them the search for sigma takes minutes, or is of no use."""
 
 
-@dataclass(frozen=True)
-class PrivacyPlan:
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """Hold what one run asks of one site, before any noise is found for it."""
+
+    delta: float
+    """Chance that the guarantee fails; below 1 / number_of_bags unless forced."""
+    clip_norm: float
+    """C: the norm that each bag's gradient is clipped to, and so the most that a bag adds to the sum."""
+    number_of_bags: int
+    """N: the bags that are trained on."""
+    expected_bags_per_step: float
+    """Mean bags of a step, in (0, number_of_bags]."""
+    steps_per_round: int
+    """Optimiser steps of a round, those without a bag included."""
+    rounds: int
+    """Rounds of the whole run, not of what is left of it."""
+    release: DiscreteLaplace | None
+    """The release of proportions in the same budget, if this run makes one. What it was scaled to is what
+    epsilon protects: a bag (``CountRelease.event(Unit.BAG)``), or one image only."""
+    look: tuple[DiscreteLaplace, ...] = ()
+    """What one evaluation on held-back bags costs, one event a level; empty if none is made."""
+    looks: int = 0
+    """Evaluations on held-back bags in the whole run."""
+    force_delta: bool = False
+    """Accept a weak delta; ``PrivacyPlan.delta_is_weak`` then marks the plan."""
+
+    @property
+    def sample_rate(self) -> float:
+        """Return q, the chance of each bag to be in a step."""
+        # Poisson sampling draws each bag on its own; the accountant's amplification holds for nothing else.
+        return self.expected_bags_per_step / self.number_of_bags
+
+    def released_beside(self) -> tuple[DiscreteLaplace, ...]:
+        """Return the events of everything that is released in addition to training."""
+        # Every evaluation is listed as often as it takes place: each has fresh noise and costs again.
+        return (*(() if self.release is None else (self.release,)), *self.look * self.looks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan(PlanSettings):
     """Describe the private training of one site in one run.
 
     Only ``build`` makes a plan, after checking and calibrating it. The mechanism of a step: draw each of N
     bags with chance q; clip the gradient of each drawn bag to norm C; add noise of standard deviation
-    ``sigma*C`` to their sum; divide by q * N. The unit is the bag.
+    ``sigma*C`` to their sum; divide by q * N. The unit is the bag, and epsilon is for replacing one.
     """
 
     target_epsilon: float | None
     """What sigma was calibrated to; None when sigma was given."""
     noise_multiplier: float
     """sigma, relative to the clip norm."""
-    delta: float
-    clip_norm: float
-    """C: the most that one bag adds to the sum."""
-    number_of_bags: int
-    """N: the bags that are trained on."""
-    sample_rate: float
-    """q: the chance of each bag to be in a step."""
-    steps_per_round: int
-    rounds: int
-    release: DiscreteLaplace | None
-    """The release of proportions in the same budget, if this run makes one."""
-    look: tuple[DiscreteLaplace, ...]
-    """What one look at the held-back bags costs, one event a level; empty if none is made."""
-    looks: int
-    """Looks in the whole run."""
-    adjacency: Adjacency
     randomness: Randomness
+    """Where sampling and noise come from."""
 
     @classmethod
     def build(
         cls,
+        settings: PlanSettings,
+        randomness: Randomness,
         *,
         epsilon: float | None = None,
         noise_multiplier: float | None = None,
-        delta: float,
-        clip_norm: float,
-        number_of_bags: int,
-        expected_bags_per_step: float,
-        steps_per_round: int,
-        rounds: int,
-        release: DiscreteLaplace | None,
-        look: Sequence[DiscreteLaplace] = (),
-        looks: int = 0,
-        adjacency: Adjacency = Adjacency.REPLACE_ONE,
-        randomness: Randomness,
-        force_delta: bool = False,
         find_sigma: Callable[..., float] = calibrate,
     ) -> Self:
         """Check the settings and, given epsilon, find the noise for ALL rounds, evaluations and the release.
 
         Args:
+            settings: of the run at this site.
+            randomness: where sampling and noise come from.
             epsilon: the most that the run may spend at ``delta``; or give ``noise_multiplier``.
             noise_multiplier: sigma relative to the clip norm; 0 means no guarantee (epsilon infinite).
-            delta: chance that the guarantee fails; below 1 / number_of_bags unless forced.
-            clip_norm: norm that each bag's gradient is clipped to.
-            number_of_bags: bags that are trained on.
-            expected_bags_per_step: mean bags per step, in (0, number_of_bags].
-            steps_per_round: optimiser steps of a round, those without a bag included.
-            rounds: rounds of the whole run, not of what is left of it.
-            release: the event of a release that this run makes, else None. What it was scaled to is what
-                epsilon protects: a bag (``CountRelease.event(Unit.BAG)``), or one image only.
-            look: the events of one evaluation on held-back bags (looks.py), one a level.
-            looks: evaluations on held-back bags in the whole run.
-            adjacency: what epsilon is meant for; sites enforce their budgets on replace-one.
-            randomness: where sampling and noise come from.
-            force_delta: accept a weak delta; ``delta_is_weak`` then marks the plan.
             find_sigma: ``calibrate``, or a function that remembers earlier results. The plan charges for
                 the sigma that it returns, whatever that is.
 
         Raises:
             UserError: a setting is out of range or contradicts another; all faults are listed.
         """
-        faults = _faults(epsilon, noise_multiplier, delta, clip_norm, number_of_bags)
-        faults += _more_faults(expected_bags_per_step, number_of_bags, steps_per_round, rounds)
-        if len(look) * looks > MOST_FIGURES:
+        faults = _noise_faults(epsilon, noise_multiplier) + _faults(settings)
+        bags = settings.number_of_bags
+        if not faults and settings.delta >= 1 / bags and not settings.force_delta:
             faults.append(
-                f"{looks} looks of {len(look)} figures each are more than {MOST_FIGURES}; look less often"
-            )
-        if not faults and delta >= 1 / number_of_bags and not force_delta:
-            faults.append(
-                f"delta = {delta:g} is not below 1 / {number_of_bags} bags: one bag could be given away "
+                f"delta = {settings.delta:g} is not below 1 / {bags} bags: one bag could be given away "
                 "entirely; use a smaller delta (or force it, and the report will say so)"
             )
         if faults:
             raise UserError("the privacy plan cannot be made:\n" + "\n".join(f"  {f}" for f in faults))
-        # Poisson sampling draws each bag on its own; the accountant's amplification holds for nothing else.
-        rate = expected_bags_per_step / number_of_bags
         if noise_multiplier is None:
             assert epsilon is not None
-            steps, beside = steps_per_round * rounds, _beside(release, look, looks)
             # One search covers training and everything released in addition, so that all of it together
             # fits the budget.
-            noise_multiplier = find_sigma(epsilon, delta, rate, steps, also=beside, adjacency=adjacency)
+            noise_multiplier = find_sigma(
+                epsilon,
+                settings.delta,
+                settings.sample_rate,
+                settings.steps_per_round * settings.rounds,
+                also=settings.released_beside(),
+            )
         return cls(
+            **vars(settings),
             target_epsilon=epsilon,
             noise_multiplier=float(noise_multiplier),
-            delta=delta,
-            clip_norm=float(clip_norm),
-            number_of_bags=number_of_bags,
-            sample_rate=rate,
-            steps_per_round=steps_per_round,
-            rounds=rounds,
-            release=release,
-            look=tuple(look),
-            looks=looks if look else 0,
-            adjacency=adjacency,
             randomness=randomness,
         )
 
@@ -163,11 +155,8 @@ class PrivacyPlan:
 
     @property
     def planned_epsilon(self) -> float:
-        """Return the epsilon of the whole run at ``delta`` under ``adjacency``.
-
-        It is an upper bound by dp-accounting's PLD.
-        """
-        return spent(self.all_events(), self.delta, self.adjacency)
+        """Return the epsilon of the whole run at ``delta``, an upper bound by dp-accounting's PLD."""
+        return spent(self.all_events(), self.delta, Adjacency.REPLACE_ONE)
 
     def round_event(self) -> PoissonGaussian:
         """Return the event of one round, which covers all its steps, the empty ones too."""
@@ -180,7 +169,7 @@ class PrivacyPlan:
         round.
         """
         training = self._steps(self.steps_per_round * self.rounds)
-        return (*_beside(self.release, self.look, self.looks), training)
+        return (*self.released_beside(), training)
 
     def sampler(self, round: int) -> Iterator[NDArray[np.int64]]:
         """Yield the bags of each step of a round as ``steps_per_round`` ascending index arrays.
@@ -229,17 +218,7 @@ class PrivacyPlan:
         )
 
 
-def _beside(
-    release: DiscreteLaplace | None, look: Sequence[DiscreteLaplace], looks: int
-) -> tuple[DiscreteLaplace, ...]:
-    """Return the events of everything that is released in addition to training."""
-    # Every evaluation is listed as often as it takes place: each has fresh noise and costs again.
-    return (*(() if release is None else (release,)), *tuple(look) * looks)
-
-
-def _faults(
-    epsilon: float | None, sigma: float | None, delta: float, clip_norm: float, number_of_bags: int
-) -> list[str]:
+def _noise_faults(epsilon: float | None, sigma: float | None) -> list[str]:
     faults = []
     # Sigma 0 may be given as a plan without a guarantee, but never together with a claimed epsilon.
     if sigma == 0 and epsilon is not None:
@@ -250,33 +229,42 @@ def _faults(
         faults.append(f"epsilon = {epsilon:g} must be above 0 and finite")
     if sigma is not None and not 0 <= sigma < math.inf:
         faults.append(f"the noise multiplier {sigma:g} must be at least 0 and finite")
-    if not 0 < delta < 1:
-        faults.append(f"delta = {delta:g} must lie between 0 and 1")
-    if not LEAST_CLIP_NORM <= clip_norm <= LARGEST_CLIP_NORM:
-        faults.append(
-            f"the clip norm {clip_norm:g} must lie between {LEAST_CLIP_NORM:g} and {LARGEST_CLIP_NORM:g}"
-        )
-    if number_of_bags < 1:
-        faults.append(f"there are {number_of_bags} bags to train on; at least one is needed")
     return faults
 
 
-def _more_faults(expected: float, number_of_bags: int, steps_per_round: int, rounds: int) -> list[str]:
+def _faults(settings: PlanSettings) -> list[str]:
+    bags, expected = settings.number_of_bags, settings.expected_bags_per_step
     faults = []
-    if not 0 < expected <= max(number_of_bags, 0):
+    if not 0 < settings.delta < 1:
+        faults.append(f"delta = {settings.delta:g} must lie between 0 and 1")
+    if not LEAST_CLIP_NORM <= settings.clip_norm <= LARGEST_CLIP_NORM:
         faults.append(
-            f"{expected:g} expected bags per step of {number_of_bags} bags is a sample rate "
+            f"the clip norm {settings.clip_norm:g} must lie between {LEAST_CLIP_NORM:g} and "
+            f"{LARGEST_CLIP_NORM:g}"
+        )
+    if bags < 1:
+        faults.append(f"there are {bags} bags to train on; at least one is needed")
+    if not 0 < expected <= max(bags, 0):
+        faults.append(
+            f"{expected:g} expected bags per step of {bags} bags is a sample rate "
             "outside (0, 1]; draw fewer bags per step"
         )
-    elif expected < LEAST_RATE * number_of_bags:
+    elif expected < LEAST_RATE * bags:
         faults.append(
-            f"{expected:g} expected bags per step of {number_of_bags} bags is a sample rate below "
+            f"{expected:g} expected bags per step of {bags} bags is a sample rate below "
             f"{LEAST_RATE:g}; draw more bags per step"
         )
-    if steps_per_round < 1:
-        faults.append(f"steps per round must be at least 1, got {steps_per_round}")
-    if rounds < 1:
-        faults.append(f"rounds must be at least 1, got {rounds}")
-    if steps_per_round * rounds > MOST_STEPS:
-        faults.append(f"{steps_per_round} steps in {rounds} rounds are more than {MOST_STEPS} in all")
+    if settings.steps_per_round < 1:
+        faults.append(f"steps per round must be at least 1, got {settings.steps_per_round}")
+    if settings.rounds < 1:
+        faults.append(f"rounds must be at least 1, got {settings.rounds}")
+    if settings.steps_per_round * settings.rounds > MOST_STEPS:
+        faults.append(
+            f"{settings.steps_per_round} steps in {settings.rounds} rounds are more than {MOST_STEPS} in all"
+        )
+    if len(settings.look) * settings.looks > MOST_FIGURES:
+        faults.append(
+            f"{settings.looks} looks of {len(settings.look)} figures each are more than {MOST_FIGURES}; "
+            "look less often"
+        )
     return faults

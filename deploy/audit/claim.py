@@ -22,7 +22,7 @@ from common.model.build import build_model, trainable_parameters
 from common.model.lhfglp import LHFGLP
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, Unit
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
 from deploy.audit.bound import best_bound, canaries_needed, lower_bound
 from deploy.audit.canaries import CanaryStore, count_right, score_canaries
@@ -145,8 +145,7 @@ def _plan_for(plan: PrivacyPlan, number_of_bags: int) -> PrivacyPlan:
 
     Its epsilon is therefore the same.
     """
-    return PrivacyPlan.build(
-        noise_multiplier=plan.noise_multiplier,
+    settings = PlanSettings(
         delta=plan.delta,
         clip_norm=plan.clip_norm,
         number_of_bags=number_of_bags,
@@ -154,10 +153,10 @@ def _plan_for(plan: PrivacyPlan, number_of_bags: int) -> PrivacyPlan:
         steps_per_round=plan.steps_per_round,
         rounds=plan.rounds,
         release=None,
-        randomness=plan.randomness,
         # Delta was checked against the site's own bags, and canaries are nobody's data.
         force_delta=True,
     )
+    return PrivacyPlan.build(settings, plan.randomness, noise_multiplier=plan.noise_multiplier)
 
 
 def _attack_models(

@@ -27,7 +27,7 @@ from common.model.build import TrainedPart, build_model, trainable_parameters
 from common.model.lhfglp import LHFGLP
 from common.model.losses import hierarchical_proportion_loss
 from common.model.model_file import all_arrays
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness, SecureRandomness
 
 from .conftest import write_hand_made_site
@@ -66,8 +66,7 @@ def make_plan(
     steps: int = 1,
     site: str = "a",
 ) -> PrivacyPlan:
-    return PrivacyPlan.build(
-        noise_multiplier=sigma,
+    settings = PlanSettings(
         delta=1e-3,
         clip_norm=clip_norm,
         number_of_bags=3,
@@ -75,8 +74,8 @@ def make_plan(
         steps_per_round=steps,
         rounds=5,
         release=None,
-        randomness=InsecureSeededRandomness(seed=7, site=site),
     )
+    return PrivacyPlan.build(settings, InsecureSeededRandomness(seed=7, site=site), noise_multiplier=sigma)
 
 
 def make_optimiser(model: nn.Module, plan: PrivacyPlan, round: int = 1) -> BagDPOptimizer:
@@ -455,7 +454,7 @@ def test_held_back_bags_are_not_touched(store: BagStore, monkeypatch: pytest.Mon
         return make_batch(store, bags)
 
     monkeypatch.setattr(private, "make_batch", watch)
-    plan = replace(make_plan(sigma=1.0, steps=4), number_of_bags=2, sample_rate=1.0)
+    plan = replace(make_plan(sigma=1.0, steps=4), number_of_bags=2, expected_bags_per_step=2.0)
     train_round_privately(build_model(config.model, store.hierarchy, seed=1), store, config, 1, plan)
     assert touched == set(training.tolist())
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness
 
 
@@ -15,7 +15,6 @@ def make_plan() -> Callable[..., PrivacyPlan]:
 
     def make(**changes: Any) -> PrivacyPlan:
         settings: dict[str, Any] = {
-            "noise_multiplier": 2.0,
             "delta": 1e-3,
             "clip_norm": 0.5,
             "number_of_bags": 12,
@@ -23,8 +22,13 @@ def make_plan() -> Callable[..., PrivacyPlan]:
             "steps_per_round": 5,
             "rounds": 4,
             "release": None,
+        }
+        asked: dict[str, Any] = {
+            "noise_multiplier": 2.0,
             "randomness": InsecureSeededRandomness(3, "site-1"),
         }
-        return PrivacyPlan.build(**(settings | changes))
+        for name, value in changes.items():
+            (settings if name in PlanSettings.__annotations__ else asked)[name] = value
+        return PrivacyPlan.build(PlanSettings(**settings), **asked)
 
     return make

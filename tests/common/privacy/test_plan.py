@@ -15,7 +15,6 @@ from scipy import stats
 from torch import Tensor
 
 from common.errors import UserError
-from common.privacy import plan as plan_module
 from common.privacy import randomness
 from common.privacy.accounting import calibrate, spent
 from common.privacy.events import Adjacency, DiscreteLaplace
@@ -211,7 +210,7 @@ def test_the_release_is_paid_from_the_same_target(make_plan: MakePlan) -> None:
     assert shared.planned_epsilon <= 2.0
 
 
-LOOKS = {"look": [DiscreteLaplace(scale=60.0)] * 3, "looks": 4}
+LOOKS = {"look": (DiscreteLaplace(scale=60.0),) * 3, "looks": 4}
 
 
 def check_looks(plan: PrivacyPlan) -> None:
@@ -231,13 +230,13 @@ def test_looks_are_paid_from_the_same_target(make_plan: MakePlan) -> None:
         plan.noised_look(np.zeros(4, dtype=np.int64), 1)
     with pytest.raises(UserError, match="look less often"):
         make_plan(**settings, look=[DiscreteLaplace(scale=1.0)] * 3, looks=4)
-    assert make_plan(looks=4).looks == 0
+    assert len(make_plan(looks=4).all_events()) == 1
 
 
 def test_planted_bug_looks_that_are_not_in_the_plan(
     make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "_beside", lambda release, look, looks: ())
+    monkeypatch.setattr(PrivacyPlan, "released_beside", lambda self: ())
     with pytest.raises(AssertionError):
         check_looks(make_plan(noise_multiplier=None, epsilon=2.0, **LOOKS))
 
@@ -303,7 +302,7 @@ def test_all_faults_are_told_together(make_plan: MakePlan) -> None:
     assert all(word in str(caught.value) for word in ("clip norm", "rounds", "delta"))
 
 
-def test_the_adjacency_is_part_of_the_plan(make_plan: MakePlan) -> None:
-    settings = {"noise_multiplier": None, "epsilon": 2.0}
-    strict, loose = (make_plan(**settings, adjacency=adjacency) for adjacency in Adjacency)
-    assert strict.noise_multiplier > loose.noise_multiplier
+def test_epsilon_is_for_replacing_a_bag(make_plan: MakePlan) -> None:
+    plan = make_plan(noise_multiplier=None, epsilon=2.0)
+    assert spent(plan.all_events(), plan.delta, Adjacency.ADD_REMOVE) < 0.99 * plan.planned_epsilon
+    assert plan.planned_epsilon == spent(plan.all_events(), plan.delta, Adjacency.REPLACE_ONE)
