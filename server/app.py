@@ -15,8 +15,8 @@ from common.model.build import build_model, trainable_parameters
 from common.model.model_file import ModelCard, load_arrays, save_model
 from common.run_records import CheckpointDamaged, Enrolled, Failed, Finished, RunSummary, SiteFigures
 from server import checkpoint
-from server.attendance import Attendance, Turn
 from server.checkpoint import ServerState
+from server.collect import Collector
 from server.evaluation import (
     Confusion,
     accuracy_bounds,
@@ -26,6 +26,7 @@ from server.evaluation import (
     shown,
     smallest_cell,
 )
+from server.quorum import Quorum, RoundCohort
 from server.rounds import Rounds
 from server.run_folder import RunFolder, code_version
 
@@ -89,13 +90,13 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     folder.forget_events_after(state.round)
     for checkpoint_file in damaged:
         folder.record(CheckpointDamaged(round=state.round, **checkpoint_file))
-    attendance = Attendance(grid, config.attendance, folder, state)
-    attendance.wait_for_all()
-    Turn(attendance, state.round + 1).sites()
-    assert attendance.roster.hierarchy is not None  # the quorum is at least one site
-    model = build_model(config.model, attendance.roster.hierarchy, config.seed)
+    quorum = Quorum(grid, config.attendance, folder, state)
+    quorum.wait_for_all()
+    RoundCohort(quorum, state.round + 1).sites()
+    assert quorum.roster.hierarchy is not None  # the quorum is at least one site
+    model = build_model(config.model, quorum.roster.hierarchy, config.seed)
     trainable_parameters(model, config.trained_part)
-    rounds = Rounds(grid, config, folder, attendance, model, state)
+    rounds = Rounds(Collector(config, quorum), model)
     if groups is not None:
         rounds.restore(groups)
     folder.record(
@@ -103,7 +104,7 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
             event="resumed" if groups is not None else "enrolled",
             round=state.round,
             rounds=config.rounds,
-            sites=attendance.roster.names(),
+            sites=quorum.roster.names(),
         )
     )
     return rounds
@@ -122,7 +123,7 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
         save_model(folder.path, rounds.model, card)
     except UserError as error:
         raise RunError(f"{error}\nThe last checkpoint is intact: go on with --resume.") from error
-    counts, smallest = test_counts(rounds)
+    counts, smallest = confusion_counts(rounds)
     tree = rounds.model.hierarchy
     bounds = accuracy_bounds(tree, list(counts.values()), list(smallest.values()))
     site_bounds = {site: accuracy_bounds(tree, [counts[site]], [smallest[site]]) for site in counts}
@@ -145,7 +146,7 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
             sites=len(rounds.roster.nodes),
             seconds=round(state.seconds, 3),
             code=code,
-            engine=getattr(rounds.grid, "engine", "flower"),  # our own grid names itself
+            engine=getattr(rounds.collector.grid, "engine", "flower"),  # our own grid names itself
             levels=level_figures(tree, *pooled, bounds) if pooled else [],
             bags=state.bags,
             per_site={
@@ -166,14 +167,14 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     folder.record(Finished(round=state.round, seconds=state.seconds))
 
 
-def test_counts(rounds: Rounds) -> tuple[dict[str, tuple[Confusion, Confusion]], dict[str, int]]:
+def confusion_counts(rounds: Rounds) -> tuple[dict[str, tuple[Confusion, Confusion]], dict[str, int]]:
     """Return the selected model's confusion counts (argmax, path) and the least count shown, by site.
 
     Sites without any are absent.
     """
     tree = rounds.model.hierarchy
     counts, smallest = {}, {}
-    for site, update in rounds.test_updates().items():
+    for site, update in rounds.evaluate_test().items():
         argmax, path = (confusions(update, tree, decoder) for decoder in ("argmax", "path"))
         if argmax is not None and path is not None:
             counts[site] = (argmax, path)

@@ -1,28 +1,22 @@
 """Enrol connected nodes as named sites once their proportion release is accepted.
 
-This module knows the answers of nodes, and nothing of rounds or of time (see attendance.py).
+This module knows the answers of nodes, and nothing of rounds or of time (see quorum.py).
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-
-from flwr.app import RecordDict
-from flwr.serverapp import Grid
 
 from common.config_tables import FederationConfig, Strategy
 from common.hierarchy import Hierarchy
 from common.records import MessageError, ProportionRelease, SiteError
-from common.run_records import ENROL, Cause
+from common.run_records import ENROL, Cause, LeftOut
 from server.acceptance import cause_of, read_release
-from server.exchange import Note, Reply, ask
+from server.exchange import Reply
 
 PROPORTIONS = "query.proportions"
 ATTEMPTS = 3
 """Times that a silent node is asked the same thing. Each may cost privacy budget at the site."""
-
-Report = Callable[[str, str, Cause, str], object]
-"""Called with (site, phase, cause, reason) for everything that is left out."""
 
 
 @dataclass
@@ -81,51 +75,54 @@ class Roster:
 
 
 def enrol(
-    grid: Grid,
-    roster: Roster,
-    nodes: Collection[int],
-    config: FederationConfig,
-    round: int,
-    report: Report,
-    note: Note | None = None,
+    roster: Roster, replies: Iterable[Reply], config: FederationConfig, report: Callable[[LeftOut], None]
 ) -> list[str]:
-    """Ask the nodes for their releases and add the accepted ones to the roster.
+    """Add the nodes whose releases are accepted to the roster.
 
-    A site is left out (and reported) when it does not answer, is not on the allow-list, takes the name of
-    another node, or has another label tree than most sites.
+    A site is left out when it does not answer, is not on the allow-list, takes the name of another node, or
+    has another label tree than most sites.
+
+    Args:
+        roster: of the run.
+        replies: one for each node that was asked for its release.
+        config: of the federation.
+        report: called with everything that is left out.
 
     Returns:
         The names added.
     """
+
+    def leave_out(site: str, cause: Cause, reason: str) -> None:
+        report(LeftOut(site=site, phase=ENROL, cause=cause, reason=reason))
+
     allowed = allowed_names(config)
     offered: dict[str, tuple[int, ProportionRelease, Hierarchy]] = {}
-    requests = {node: RecordDict() for node in nodes}
-    for reply in ask(grid, requests, PROPORTIONS, round=round, deadline=config.enrol_deadline, note=note):
+    for reply in replies:
         label = f"node {reply.node}"
         found, cause, fault = _read(reply)
         if reply.content is None and not is_answer(reply.code):
             # Silence may mend, so the node is asked again, a few times only, since each question may cost
             # budget.
             roster.silent[reply.node] += 1
-            report(label, ENROL, cause, fault)
+            leave_out(label, cause, fault)
             continue
         if found is None:
             roster.refused[reply.node] = (label, fault)
-            report(label, ENROL, cause, fault)
+            leave_out(label, cause, fault)
             continue
         release, tree = found
         if config.strategy is Strategy.FEDPALS and not release.leaf_counts:
             reason = "releases no label counts by policy, and strategy fedpals needs them"
             roster.refused[reply.node] = (release.site, reason)
-            report(release.site, ENROL, Cause.NOT_ADMITTED, reason)
+            leave_out(release.site, Cause.NOT_ADMITTED, reason)
         elif allowed and release.site not in allowed:
             roster.strangers.add(reply.node)
-            report(release.site, ENROL, Cause.NOT_ADMITTED, "not on the allow-list (federation.allow)")
+            leave_out(release.site, Cause.NOT_ADMITTED, "not on the allow-list (federation.allow)")
         # The name belongs to the node that gave it first. Otherwise a second node could replace a site by
         # giving its name.
         elif release.site in roster.nodes or release.site in offered:
             roster.rivals[reply.node] = release.site
-            report(release.site, ENROL, Cause.NOT_ADMITTED, f"{label} uses the name of another site")
+            leave_out(release.site, Cause.NOT_ADMITTED, f"{label} uses the name of another site")
         else:
             offered[release.site] = (reply.node, release, tree)
     if roster.hierarchy is None and offered:
@@ -136,7 +133,7 @@ def enrol(
         if tree != roster.hierarchy:
             reason = "its label tree differs from the federation's"
             roster.refused[node] = (site, reason)
-            report(site, ENROL, Cause.NOT_ADMITTED, reason)
+            leave_out(site, Cause.NOT_ADMITTED, reason)
             continue
         roster.nodes[site] = node
         roster.releases[site] = release

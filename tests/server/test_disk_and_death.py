@@ -141,7 +141,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_space(
     confused = pytest.MonkeyPatch()
     if file == "confusion.json":  # scripted sites hold no labelled images
         empty = [np.zeros((size, size), np.int64) for size in TREE.sizes]
-        confused.setattr("server.app.test_counts", lambda rounds: ({"n": (empty, empty)}, {"n": 1}))
+        confused.setattr("server.app.confusion_counts", lambda rounds: ({"n": (empty, empty)}, {"n": 1}))
         confused.setattr("server.app.level_figures", lambda *_: [])
     with pytest.raises(RunError, match="No space left on device") as caught:
         federation.run(federation.sites(dict(three)), quorum=3)

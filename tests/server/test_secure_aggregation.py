@@ -20,13 +20,12 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import read_json_lines
 from common.identity import load_node_key
-from common.records import MaskedUpdate
 from common.secure_aggregation import keys, quantisation
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
-from common.secure_aggregation.records import KeyAdvert, UnmaskShares
+from common.secure_aggregation.records import KeyAdvert, MaskedUpdate, UnmaskShares
 from common.wire import from_records, to_records
 from deploy.simulation.local_grid import LocalGrid
-from server import attendance, rounds
+from server import collect, quorum
 from server.aggregation import training_bags
 from server.app import app
 from server.secure_aggregation import levelled
@@ -85,8 +84,8 @@ def _failed(reply: Message) -> Message:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attendance, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(attendance, "_LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(quorum, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(quorum, "_LONGEST_PAUSE", 0.02)
 
 
 @pytest.fixture
@@ -430,7 +429,7 @@ def test_weights_that_the_sites_would_refuse_in_the_end_are_found_before_they_tr
     bags = {"hospital-1": 600.0, "hospital-2": 300.0} | dict.fromkeys(
         ["hospital-3", "hospital-4", "hospital-5"], 100.0
     )
-    monkeypatch.setattr(rounds.Rounds, "_bags", lambda self: bags)
+    monkeypatch.setattr(collect.Collector, "_bags", lambda self: bags)
     asked: list[str] = []
 
     def lose_once(kind: str, node: int, reply: Message) -> Message:
@@ -578,15 +577,15 @@ def test_swapped_keys_end_the_run_with_every_peers_refusal(
     """The server itself is hostile here: it puts its own mask key in place of one site's."""
     from common.secure_aggregation import keys
 
-    honest = rounds.Session._agree
+    honest = collect.Session._agree
 
-    def swap(self: rounds.Session, sites: Any) -> Any:
+    def swap(self: collect.Session, sites: Any) -> Any:
         plan = honest(self, sites)
         mine = keys.public_key(keys.new_secret())
         swapped = plan.adverts[1].model_copy(update={"mask_key": mine})
         return plan.model_copy(update={"adverts": (plan.adverts[0], swapped, *plan.adverts[2:])})
 
-    monkeypatch.setattr(rounds.Session, "_agree", swap)
+    monkeypatch.setattr(collect.Session, "_agree", swap)
     with pytest.raises(RunError, match="the site refused to go on with the secure aggregation"):
         run(five("bent"))
     events = read_json_lines(tmp_path / "bent" / "metrics.jsonl")

@@ -10,13 +10,15 @@ import logging
 import time
 from collections import Counter
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from common.config_tables import FederationConfig
 from common.errors import RunError
 from common.run_records import Cause, Joined, Left, LeftOut, SiteLeftOut, Waiting
 from server.checkpoint import ServerState
-from server.enrolment import ATTEMPTS, Roster, allowed_names, enrol, majority_tree
+from server.enrolment import ATTEMPTS, PROPORTIONS, Roster, allowed_names, enrol, majority_tree
+from server.exchange import ask
 from server.run_folder import RunFolder
 
 log = logging.getLogger("fedbags.server")
@@ -28,8 +30,8 @@ class QuorumMissed(RunError):  # noqa: N818 (an outcome of waiting, which a run 
     """Report that too few sites are there for a round and waiting longer cannot help."""
 
 
-class Attendance:
-    """Keep the roster of a run up to date with the nodes that are connected."""
+class Quorum:
+    """Keep the roster of a run up to date with the nodes that are connected, and report what is left out."""
 
     def __init__(self, grid: Grid, config: FederationConfig, folder: RunFolder, state: ServerState) -> None:
         self.grid, self.config, self.folder, self.state = grid, config, folder, state
@@ -66,7 +68,10 @@ class Attendance:
         if not fresh:
             return []
         known = set(self.roster.releases)
-        added = enrol(self.grid, self.roster, fresh, self.config, round, self.report, self.folder.record)
+        requests = {node: RecordDict() for node in fresh}
+        deadline, note = self.config.enrol_deadline, self.folder.record
+        replies = ask(self.grid, requests, PROPORTIONS, round=round, deadline=deadline, note=note)
+        added = enrol(self.roster, replies, self.config, self.report)
         for site in added:
             self.roster.keys[site] = connected[self.roster.nodes[site]]
             self.folder.record(Joined(round=round, site=site, again=site in known))
@@ -80,13 +85,12 @@ class Attendance:
         """
         return sorted(allowed_names(self.config) or self.roster.releases)
 
-    def report(self, site: str, phase: str, cause: Cause, reason: str) -> str:
-        """Write down that something of a site was not used, and return the reason as written, cut."""
-        left_out = LeftOut(round=self.state.round + 1, site=site, phase=phase, cause=cause, reason=reason)
+    def report(self, left_out: LeftOut) -> None:
+        """Write down that something of a site was not used in this round."""
+        left_out = left_out.model_copy(update={"round": self.state.round + 1})
         self.state.left_out.append(left_out)
         self.folder.record(SiteLeftOut(**left_out.model_dump()))
         log.warning("round %(round)d: %(site)s left out of %(phase)s: %(reason)s", left_out.model_dump())
-        return left_out.reason
 
     def left(self, round: int, site: str) -> None:
         """Write down that a site's node is gone because it ended, was cut off, or was revoked."""
@@ -111,15 +115,15 @@ def fingerprint(public_key: bytes) -> str:
     return hashlib.sha256(public_key).hexdigest()[:16] if public_key else ""
 
 
-class Turn:
+class RoundCohort:
     """Track the sites of one round as done, refused, or still to be asked."""
 
-    def __init__(self, attendance: Attendance, round: int) -> None:
+    def __init__(self, sites: Quorum, round: int) -> None:
         self.round = round
         # A site whose update is in is not asked again when the round has to wait for others: its work, and
         # the budget that it spent on it, are kept.
         self.done: set[str] = set()
-        self._attendance = attendance
+        self._quorum = sites
         self._refused: dict[str, str] = {}
         self._silent: dict[str, str] = {}
         self._asked: Counter[str] = Counter()
@@ -149,30 +153,30 @@ class Turn:
         if self._asked:
             self._wait()
         while True:
-            for site in self._attendance.refresh(self.round):
+            for site in self._quorum.refresh(self.round):
                 # A site that has used its attempts stays out of this round even after a restart, for the
                 # same reason.
                 if self._asked[site] < ATTEMPTS:
                     self._refused.pop(site, None)  # a site that was started again may have been mended
             ready = self._ready()
-            if len(self.done) + len(ready) >= self._attendance.config.quorum:
+            if len(self.done) + len(ready) >= self._quorum.config.quorum:
                 self._asked.update(ready)
                 return ready
             self._wait()
 
     def _ready(self) -> list[str]:
         """Return the sites that are there and may yet give an update in this round."""
-        names = self._attendance.roster.names()
+        names = self._quorum.roster.names()
         return [site for site in names if site not in self.done and site not in self._refused]
 
     def _wait(self) -> None:
         """Pause before the next check of the sites, or raise RunError."""
-        config, now = self._attendance.config, time.monotonic()
+        config, now = self._quorum.config, time.monotonic()
         if self._short_since is None:
             self._short_since = now
         end = self._short_since + config.patience
-        roster = self._attendance.roster
-        expected = max(config.sites, len(self._attendance.expected_names()))
+        roster = self._quorum.roster
+        expected = max(config.sites, len(self._quorum.expected_names()))
         # Only refusals of sites that are connected are final: a site that comes back may have been mended.
         refusing = [site for site in self._refused if site in roster.nodes]
         if expected - len(refusing) - len(roster.refused) < config.quorum:
@@ -184,7 +188,7 @@ class Turn:
         here, names = self._here(), self._missing()
         if self._announced != names:
             self._announced = names
-            self._attendance.waiting(self.round, len(here), names, config.quorum - len(here))
+            self._quorum.waiting(self.round, len(here), names, config.quorum - len(here))
         time.sleep(min(self._pause, end - now))
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
@@ -194,12 +198,12 @@ class Turn:
 
     def _missing(self) -> list[str]:
         """Return the names that could still make up the quorum, those not connected included."""
-        expected = {*self._attendance.expected_names(), *self._attendance.roster.nodes}
+        expected = {*self._quorum.expected_names(), *self._quorum.roster.nodes}
         return sorted(expected - self._here() - self._refused.keys())
 
     def _shortage(self, why: str) -> str:
         """Return a text that names the missing and refusing sites, the reasons, and the remedy."""
-        roster, quorum = self._attendance.roster, self._attendance.config.quorum
+        roster, quorum = self._quorum.roster, self._quorum.config.quorum
         names = ", ".join(self._missing()) or "no site that is known by name"
         reasons = {site: "not connected" for site in self._missing() if site not in roster.nodes}
         reasons |= dict(roster.refused.values())
