@@ -16,7 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from client.ledger.book import Book
 from client.ledger.file import (
     Kind,
     append,
@@ -24,6 +23,7 @@ from client.ledger.file import (
     read_entries,
     writing,
 )
+from client.ledger.state import LedgerState
 from common.privacy.events import PoissonGaussian
 
 SITES, ROUNDS, STEPS, DELTA = 50, 200, 4, 1e-4
@@ -77,7 +77,7 @@ def write_run(run: Path) -> None:
     )
 
 
-def write_ledger(folder: Path, site: str, event: PoissonGaussian) -> Book:
+def write_ledger(folder: Path, site: str, event: PoissonGaussian) -> LedgerState:
     """Write a site's ledger with all rows in one transaction."""
     folder.mkdir()
     path, common = folder / "ledger.sqlite", {"data_version": "v1", "time": "2026-01-01T00:00:00+00:00"}
@@ -89,7 +89,7 @@ def write_ledger(folder: Path, site: str, event: PoissonGaussian) -> Book:
             body = {**common, "event": event.model_dump(), "run_id": "benchmark", "round": number}
             last = append(db, last, Kind.RESERVED, body)
             last = append(db, last, Kind.CONFIRMED, {**common, "reservation": last.seq})
-    return Book.read(path)
+    return LedgerState.read(path)
 
 
 def timed(run: Path, out: Path) -> dict[str, float]:

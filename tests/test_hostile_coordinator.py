@@ -21,8 +21,8 @@ from flwr.common.serde import message_to_proto
 
 from client.app import app
 from client.data.site_files import data_version, read_listing
-from client.ledger.book import Book
 from client.ledger.file import Kind
+from client.ledger.state import LedgerState
 from client.site import SiteConfig
 from client.throwaway import throwaway_kit
 from common.config import RunConfig, Scalar
@@ -352,7 +352,7 @@ def test_no_cap_is_passed_and_every_private_answer_is_in_the_ledger(coordinator:
         ]
         assert statements, "no private round was granted at all"
         assert max(s.epsilon for s in statements) <= cap
-        rounds = sum(entry.kind == Kind.RESERVED for entry in Book.read(path).entries)
+        rounds = sum(entry.kind == Kind.RESERVED for entry in LedgerState.read(path).entries)
         assert len(statements) <= rounds
 
 

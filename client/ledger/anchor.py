@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from client.ledger.book import Book, Tally, tally
 from client.ledger.file import LedgerBusyError, LedgerError, Mark
+from client.ledger.state import LedgerState, Tally, tally
 from common.files import locked, write_text
 from common.privacy.events import Unit
 
@@ -46,17 +46,17 @@ class Anchor(BaseModel):
     """The same, scaled to a bag."""
 
     @classmethod
-    def of(cls, book: Book) -> "Anchor":
+    def of(cls, state: LedgerState) -> "Anchor":
         """Return the anchor of a ledger state with at least one row."""
         return cls(
-            site=book.site,
-            unit=book.unit.value,
-            rows=book.rows,
-            head=book.head,
-            cap_epsilon=book.cap.epsilon,
-            cap_delta=book.cap.delta,
-            events=tally(book.events_for(book.unit)),
-            bag_events=tally(book.events_for(Unit.BAG)),
+            site=state.site,
+            unit=state.unit.value,
+            rows=state.rows,
+            head=state.head,
+            cap_epsilon=state.cap.epsilon,
+            cap_delta=state.cap.delta,
+            events=tally(state.events_for(state.unit)),
+            bag_events=tally(state.events_for(Unit.BAG)),
         )
 
     @property
@@ -86,7 +86,7 @@ class AnchorFile:
                 f"the ledger's anchor {self.path} cannot be read ({type(error).__name__})\n{ADVICE}"
             ) from error
 
-    def advance(self, book: Book) -> None:
+    def advance(self, state: LedgerState) -> None:
         """Write the ledger's present state to the anchor, unless another process has written more already.
 
         Raises:
@@ -100,14 +100,14 @@ class AnchorFile:
                 except LedgerLostError:
                     # A damaged anchor may be overwritten only after the owner has accepted a loss.
                     # Otherwise spoiling the anchor would be enough to hide an older ledger.
-                    if not book.losses:
+                    if not state.losses:
                         raise
                     found = None
                 # A shorter chain may replace the anchor's only where the anchor's was declared lost:
                 # after that, the new chain is the ledger.
-                if found is None or found.rows < book.rows or found.head in book.lost:
+                if found is None or found.rows < state.rows or found.head in state.lost:
                     # The folder is not synced: an older anchor is still one of this chain.
-                    write_text(self.path, Anchor.of(book).model_dump_json(), 0o600, sync="content")
+                    write_text(self.path, Anchor.of(state).model_dump_json(), 0o600, sync="content")
         except OSError as error:
             raise LedgerBusyError(f"the ledger's anchor {self.path} cannot be written: {error}") from error
 
@@ -125,26 +125,26 @@ def anchor_file(ledger: Path, kit: Path | None = None) -> AnchorFile:
     return AnchorFile(folder / ledger.with_suffix(ANCHOR_SUFFIX).name)
 
 
-def lost_marks(marks: Iterable[Mark], book: Book, hash_of: Callable[[int], str | None]) -> list[Mark]:
+def lost_marks(marks: Iterable[Mark], state: LedgerState, hash_of: Callable[[int], str | None]) -> list[Mark]:
     """Return the marks that the chain does not hold and whose loss nobody accepted.
 
     Args:
         marks: how long the chain was, and its head then.
-        book: the ledger.
+        state: the ledger.
         hash_of: the hash of a row of the file, None where there is no such row.
     """
-    return [mark for mark in marks if mark.head not in book.lost and hash_of(mark.rows) != mark.head]
+    return [mark for mark in marks if mark.head not in state.lost and hash_of(mark.rows) != mark.head]
 
 
-def lost_events(anchor: Anchor, book: Book) -> dict[str, Tally]:
+def lost_events(anchor: Anchor, state: LedgerState) -> dict[str, Tally]:
     """Return the ``events`` and ``bag_events`` that the anchor counts as spent and the ledger does not.
 
     A ledger whose every event the anchor knows too is an older copy of the same chain, so the difference was
     lost. Any other was written apart from that chain: then all that the anchor knows counts on top.
     """
     return {
-        "events": _difference(anchor.events, tally(book.events_for(book.unit))),
-        "bag_events": _difference(anchor.bag_events, tally(book.events_for(Unit.BAG))),
+        "events": _difference(anchor.events, tally(state.events_for(state.unit))),
+        "bag_events": _difference(anchor.bag_events, tally(state.events_for(Unit.BAG))),
     }
 
 

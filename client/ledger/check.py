@@ -32,7 +32,6 @@ from typing import Any
 
 from client import seeds
 from client.ledger.anchor import AnchorFile, LedgerLostError, lost_marks
-from client.ledger.book import Book
 from client.ledger.file import (
     NO_ROW,
     SCHEMA,
@@ -43,6 +42,7 @@ from client.ledger.file import (
     open_file,
     parse_row,
 )
+from client.ledger.state import LedgerState
 from common.errors import UserError, require_file
 from common.files import write_bytes
 from common.privacy import composition
@@ -116,13 +116,13 @@ def verify(
 def _check_anchor(anchor: AnchorFile, entries: list[Entry]) -> list[Problem]:
     try:
         found = anchor.read()
-        book = Book.of(entries)
+        state = LedgerState.of(entries)
     except LedgerLostError as error:
         return [Problem(None, str(error))]
     except LedgerError:
         return []  # reported already, with its row
     hashes = {entry.seq: entry.hash for entry in entries}
-    if found is None or not lost_marks([found.mark], book, hashes.get):
+    if found is None or not lost_marks([found.mark], state, hashes.get):
         return []
     return [
         Problem(
@@ -167,18 +167,18 @@ def _check_chain(db: sqlite3.Connection, entries: list[Entry]) -> list[Problem]:
 
 def _check_meaning(entries: list[Entry]) -> list[Problem]:
     """Check that the rows of a sound chain have known content and stayed within the cap."""
-    book = Book()
+    state = LedgerState()
     for entry in entries:
         try:
-            book.add(entry)
+            state.add(entry)
         except LedgerError as error:
             return [Problem(entry.seq, str(error))]
     if not entries:
         return [Problem(None, "the ledger holds no row")]
     # Composed afresh from the events: the carried composition is a file that its owner could have
     # written.
-    if not fits(book.events, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE, afresh=True):
-        return [Problem(entries[-1].seq, f"more than the cap of {book.cap.epsilon:g} was spent")]
+    if not fits(state.events, state.cap.epsilon, state.cap.delta, Adjacency.REPLACE_ONE, afresh=True):
+        return [Problem(entries[-1].seq, f"more than the cap of {state.cap.epsilon:g} was spent")]
     return []
 
 
@@ -200,14 +200,14 @@ class CarryFile:
         self.path = ledger.with_suffix(CARRY_SUFFIX)
         self._written: tuple[Composition, ...] = ()
 
-    def recall(self, book: Book, hash_of: Callable[[int], str | None]) -> None:
+    def recall(self, state: LedgerState, hash_of: Callable[[int], str | None]) -> None:
         """Load the file into memory if it can be trusted and memory has nothing of this ledger yet.
 
         Args:
-            book: the ledger.
+            state: the ledger.
             hash_of: the hash of a row of its file, None where there is no such row.
         """
-        if not _is_long(book) or _kept_of(book):
+        if not _is_long(state) or _kept_of(state):
             return
         try:
             content = self.path.read_bytes()
@@ -221,20 +221,20 @@ class CarryFile:
             return  # there is none, or none that this site's code writes: everything is composed again
         # The head is read from this ledger: the file of another ledger, or of rows that were rolled back,
         # does not match.
-        if about != _about(book, about["rows"], hash_of(about["rows"])):
+        if about != _about(state, about["rows"], hash_of(about["rows"])):
             return
         for carried in compositions:
             composition.keep(carried)
         self._written = compositions
 
-    def keep(self, book: Book) -> None:
+    def keep(self, state: LedgerState) -> None:
         """Write what memory holds of this ledger's composition, if that is more than the file holds."""
-        if not _is_long(book):
+        if not _is_long(state):
             return
-        kept = _kept_of(book)
+        kept = _kept_of(state)
         if not kept or set(kept) <= set(self._written):
             return
-        content = composition.pack(kept, _about(book, book.rows, book.head))
+        content = composition.pack(kept, _about(state, state.rows, state.head))
         # The ledger holds what counts: where this file cannot be written, the next process takes longer.
         with suppress(OSError, UserError):
             write_bytes(self.path, self._seal(content) + content, 0o600, sync="nothing")
@@ -244,23 +244,23 @@ class CarryFile:
         return seeds.derive(self.path.parent, PURPOSE, content)
 
 
-def _is_long(book: Book) -> bool:
-    return len(book.events_for(book.unit)) > composition.DIRECT
+def _is_long(state: LedgerState) -> bool:
+    return len(state.events_for(state.unit)) > composition.DIRECT
 
 
-def _kept_of(book: Book) -> tuple[Composition, ...]:
+def _kept_of(state: LedgerState) -> tuple[Composition, ...]:
     """Return the compositions in memory of the ledger's events, scaled to its unit and to a bag."""
     kept: dict[Composition, None] = {}
-    for unit in dict.fromkeys((book.unit, Unit.BAG)):
-        kept |= dict.fromkeys(composition.kept_for(amounts_of(book.events_for(unit)), Adjacency.REPLACE_ONE))
+    for unit in dict.fromkeys((state.unit, Unit.BAG)):
+        kept |= dict.fromkeys(composition.kept_for(amounts_of(state.events_for(unit)), Adjacency.REPLACE_ONE))
     return tuple(kept)
 
 
-def _about(book: Book, rows: int, head: str | None) -> dict[str, Any]:
+def _about(state: LedgerState, rows: int, head: str | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "accountant": version("dp-accounting"),
-        "site": book.site,
+        "site": state.site,
         "rows": rows,
         "head": head,
     }

@@ -3,7 +3,7 @@
 Reserve -> train -> confirm. A reservation is on the disk before the first gradient, and counts as spent
 for ever: a crash wastes budget and never hides spending. The cap is the site's own (site.toml); nothing
 that a server sends can raise it. One ledger holds for all runs and data versions on the site's disk
-(see ``client.ledger.book``), and several processes may use it at once.
+(see ``client.ledger.state``), and several processes may use it at once.
 """
 
 import secrets
@@ -21,12 +21,6 @@ from client.ledger.anchor import (
     anchor_file,
     lost_marks,
 )
-from client.ledger.book import (
-    Book,
-    Cap,
-    Reservation,
-    copies_of,
-)
 from client.ledger.check import CarryFile, verify
 from client.ledger.file import (
     Kind,
@@ -39,6 +33,12 @@ from client.ledger.file import (
     writing,
 )
 from client.ledger.file import append as append_row
+from client.ledger.state import (
+    Cap,
+    LedgerState,
+    Reservation,
+    copies_of,
+)
 from common.errors import (
     BudgetRefused,
     ConfigError,
@@ -65,7 +65,7 @@ __all__ = [
 
 
 CARRY_EVERY = 256
-"""Rows after which the book is carried forward in a row of its own: what a new process reads at most."""
+"""Rows after which the state is carried forward in a row of its own: what a new process reads at most."""
 IDENTIFIER_BYTES = 32
 LEAST_EVENT = DiscreteLaplace(scale=1e6)
 """Costs next to nothing: what does not fit beside it leaves no room for any training."""
@@ -84,7 +84,7 @@ class Ledger:
     def __init__(
         self, path: Path, data_version: str, anchor: AnchorFile | None = None, seen: Sequence[Mark] = ()
     ) -> None:
-        self.path, self.data_version, self._book = path, data_version, Book()
+        self.path, self.data_version, self._state = path, data_version, LedgerState()
         self._anchor, self._seen = anchor or anchor_file(path), tuple(seen)
         self._carry = CarryFile(path)
 
@@ -144,24 +144,24 @@ class Ledger:
                 raise LedgerLostError(f"the privacy ledger {path} of site {site!r} is missing\n{ADVICE}")
             create(path, {**opening, "identifier": new_identifier(), "time": now()})
         with ledger.transaction() as db:
-            book = ledger._book
-            if book.site != site or book.unit is not unit:
+            state = ledger._state
+            if state.site != site or state.unit is not unit:
                 raise LedgerError(
-                    f"the ledger {path} is of site {book.site!r} and unit {book.unit.value!r}, not of site "
+                    f"the ledger {path} is of site {state.site!r} and unit {state.unit.value!r}, not of site "
                     f"{site!r} and unit {unit.value!r}; every site keeps its own, for one unit"
                 )
-            if data_version not in book.versions:
-                raise _not_accepted(path, book, data_version)
-            known = (book.data_version, book.cap) == (data_version, Cap(cap_epsilon, cap_delta))
+            if data_version not in state.versions:
+                raise _not_accepted(path, state, data_version)
+            known = (state.data_version, state.cap) == (data_version, Cap(cap_epsilon, cap_delta))
             # A ledger of an earlier release has no identifiers, and no salt in its newest row.
-            if not known or data_version not in book.identifiers:
-                so_far = spent(book.events_for(unit), cap_delta, Adjacency.REPLACE_ONE)
+            if not known or data_version not in state.identifiers:
+                so_far = spent(state.events_for(unit), cap_delta, Adjacency.REPLACE_ONE)
                 if so_far > cap_epsilon:
                     raise ConfigError(
                         f"site {site!r} has spent epsilon {so_far:.4g} at delta {cap_delta:g} already, more "
                         f"than a cap of {cap_epsilon:g}: it cannot take part in private training any more"
                     )
-                name = book.identifiers.get(data_version) or new_identifier()
+                name = state.identifiers.get(data_version) or new_identifier()
                 ledger.append(db, Kind.OPENED, {**opening, "identifier": name})
         return ledger
 
@@ -180,9 +180,9 @@ class Ledger:
         require_file(path, "the privacy ledger", "A site writes it when it first trains with a budget.")
         ledger = Ledger(path, data_version, anchor)
         with ledger.transaction() as db:
-            if ledger._book.site != site:
-                raise LedgerError(f"the ledger {path} is of site {ledger._book.site!r}, not of {site!r}")
-            if data_version in ledger._book.versions:
+            if ledger._state.site != site:
+                raise LedgerError(f"the ledger {path} is of site {ledger._state.site!r}, not of {site!r}")
+            if data_version in ledger._state.versions:
                 return False
             ledger.append(db, Kind.ACCEPTED, {"identifier": new_identifier()})
         return True
@@ -193,12 +193,12 @@ class Ledger:
 
         It is drawn at random, so that nothing of the data can be found from it.
         """
-        return self._book.identifiers[self.data_version]
+        return self._state.identifiers[self.data_version]
 
     @property
-    def book(self) -> Book:
+    def state(self) -> LedgerState:
         """Return the ledger state as of the last call."""
-        return self._book
+        return self._state
 
     def refuse_used_up(self, run_id: str, round: int) -> None:
         """Refuse when nothing is left of the cap, before the costly search for a privacy plan.
@@ -210,13 +210,13 @@ class Ledger:
             BudgetRefused: all of the cap is spent.
         """
         with self.transaction():
-            book = self._book
+            state = self._state
             # The least that can be asked for costs something: nothing fits where nothing is left.
-            least = (*book.events_for(book.unit), LEAST_EVENT)
-            if fits(least, book.cap.epsilon, book.cap.delta, Adjacency.REPLACE_ONE):
+            least = (*state.events_for(state.unit), LEAST_EVENT)
+            if fits(least, state.cap.epsilon, state.cap.delta, Adjacency.REPLACE_ONE):
                 return
         self._note_refusal(LEAST_EVENT, {"run_id": run_id, "round": round})
-        raise BudgetRefused(book.site, 0.0, 0.0, book.cap.epsilon)
+        raise BudgetRefused(state.site, 0.0, 0.0, state.cap.epsilon)
 
     def reserve(
         self,
@@ -260,7 +260,7 @@ class Ledger:
             RunError: there is no such reservation, or it was confirmed before.
         """
         with self.transaction() as db:
-            if reservation.row not in self._book.open_reservations:
+            if reservation.row not in self._state.open_reservations:
                 raise RunError(f"row {reservation.row} of the ledger is no open reservation")
             self.append(db, Kind.CONFIRMED, {"reservation": reservation.row})
 
@@ -270,7 +270,7 @@ class Ledger:
         Whoever gets counts sends these again and draws no new noise.
         """
         with self.transaction():
-            return self._book.releases.get(data_version)
+            return self._state.releases.get(data_version)
 
     def store_release(
         self, release: CountRelease, run_id: str, *, generator: Generator = Generator.UNKNOWN
@@ -297,39 +297,39 @@ class Ledger:
             "run_id": run_id,
             "generator": generator.value,
         }
-        self._charge(Kind.RELEASED, release.event(self._book.unit), body)
-        return self._book.releases[self.data_version]
+        self._charge(Kind.RELEASED, release.event(self._state.unit), body)
+        return self._state.releases[self.data_version]
 
     def statement(self, round: int) -> PrivacyStatement:
-        """Return the privacy statement of the site after a round, as ``Book.statement`` makes it."""
+        """Return the privacy statement of the site after a round, as ``LedgerState.statement`` makes it."""
         with self.transaction():
-            return self._book.statement(round)
+            return self._state.statement(round)
 
     def events(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
         """Return all events so far in the order of their rows, including reserved ones."""
         with self.transaction():
-            return tuple(self._book.events)
+            return tuple(self._state.events)
 
     def export(self) -> dict[str, Any]:
-        """Return the spending in the form that another accountant can check, as ``Book.export`` makes it."""
+        """Return the spending in the form that another accountant can check (``LedgerState.export``)."""
         with self.transaction():
-            return self._book.export()
+            return self._state.export()
 
     def _charge(self, kind: Kind, event: PoissonGaussian | DiscreteLaplace, body: dict[str, Any]) -> int:
         with self.transaction() as db:
-            book = self._book
+            state = self._state
             # A second draw of the noise for the same counts would cost the budget twice, so the first one
             # stays. This is checked under the file's lock, which another process may have held since the
             # caller looked.
-            if kind is Kind.RELEASED and self.data_version in book.releases:
+            if kind is Kind.RELEASED and self.data_version in state.releases:
                 return 0
             # The decision is made on all events together: epsilons of single events do not add up to that
             # of their composition.
-            asked, cap = (*book.events_for(book.unit), *[event] * copies_of(body)), book.cap
+            asked, cap = (*state.events_for(state.unit), *[event] * copies_of(body)), state.cap
             if fits(asked, cap.epsilon, cap.delta, Adjacency.REPLACE_ONE):
                 return self.append(db, kind, body)
-        so_far, after = book.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)
-        refusal = BudgetRefused(book.site, after - so_far, max(cap.epsilon - so_far, 0.0), cap.epsilon)
+        so_far, after = state.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)
+        refusal = BudgetRefused(state.site, after - so_far, max(cap.epsilon - so_far, 0.0), cap.epsilon)
         self._note_refusal(event, body)
         raise refusal
 
@@ -354,64 +354,64 @@ class Ledger:
         Args:
             checked: refuse a ledger that lost rows; off only while such a loss is being accepted.
         """
-        known = self._book.rows
+        known = self._state.rows
         try:
             with writing(self.path) as db:
                 self._read(db)
                 if checked:
                     self._refuse_lost(db)
-                self._carry.recall(self._book, lambda seq: hash_of(db, seq))
+                self._carry.recall(self._state, lambda seq: hash_of(db, seq))
                 yield db
                 # Without these rows, a process that answers a single message would read all of a long
                 # ledger first.
-                if self._book.rows - self._book.carried_at >= CARRY_EVERY:
-                    self.append(db, Kind.CARRIED, {"state": self._book.state()})
+                if self._state.rows - self._state.carried_at >= CARRY_EVERY:
+                    self.append(db, Kind.CARRIED, {"state": self._state.as_json()})
         except BaseException:
             # Rows of a transaction that was undone must not stay in memory; the next one reads anew.
-            if self._book.rows != known:
-                self._book = Book()
+            if self._state.rows != known:
+                self._state = LedgerState()
             raise
         # Only after the commit: an anchor ahead of its ledger would name rows that do not exist, and the
         # site would refuse its own sound ledger after a crash.
-        self._anchor.advance(self._book)
-        self._carry.keep(self._book)
+        self._anchor.advance(self._state)
+        self._carry.keep(self._state)
 
     def _read(self, db: Connection) -> None:
         """Read the rows that are new since the last call.
 
         A fresh process begins at the newest row that carries the state of all rows before it.
         """
-        if self._book.last is None:
-            self._book = Book.begun(db, self.path)
-        for entry in read_entries(db, self.path, self._book.last):
-            self._book.add(entry)
+        if self._state.last is None:
+            self._state = LedgerState.begun(db, self.path)
+        for entry in read_entries(db, self.path, self._state.last):
+            self._state.add(entry)
 
     def _marks(self) -> tuple[Mark, ...]:
         anchored = self._anchor.read()
         return (*(() if anchored is None else (anchored.mark,)), *self._seen)
 
     def _refuse_lost(self, db: Connection) -> None:
-        lost = lost_marks(self._marks(), self._book, lambda seq: hash_of(db, seq))
+        lost = lost_marks(self._marks(), self._state, lambda seq: hash_of(db, seq))
         if lost:
             rows = max(mark.rows for mark in lost)
             raise LedgerLostError(
-                f"the privacy ledger {self.path} holds {self._book.rows} row(s) and not the row {rows} that "
+                f"the privacy ledger {self.path} holds {self._state.rows} row(s) and not the row {rows} that "
                 f"the site once wrote: it is an older copy, or another ledger\n{ADVICE}"
             )
 
     def append(self, db: Connection, kind: Kind, body: dict[str, Any]) -> int:
         """Add one row within a transaction, update the ledger state, and return the row's number."""
         entry = append_row(
-            db, self._book.last, kind, {**body, "data_version": self.data_version, "time": now()}
+            db, self._state.last, kind, {**body, "data_version": self.data_version, "time": now()}
         )
-        self._book.add(entry)
+        self._state.add(entry)
         return entry.seq
 
 
-def _not_accepted(path: Path, book: Book, data_version: str) -> DataVersionError:
-    known = "\n".join(f"  {version} since {since}" for version, since in book.versions.items())
+def _not_accepted(path: Path, state: LedgerState, data_version: str) -> DataVersionError:
+    known = "\n".join(f"  {version} since {since}" for version, since in state.versions.items())
     return DataVersionError(
-        f"the data of site {book.site!r} is of version\n  {data_version}\n"
+        f"the data of site {state.site!r} is of version\n  {data_version}\n"
         f"which its privacy ledger {path} has never seen. It holds what was spent on\n{known}",
         advice="If the wrong folder or ledger was given, give the right one. If this is the same site's "
         "data, changed or copied on purpose, accept it once: "

@@ -13,7 +13,6 @@ from client.ledger.anchor import (
     lost_events,
     lost_marks,
 )
-from client.ledger.book import Book, Tally
 from client.ledger.file import (
     Kind,
     LedgerError,
@@ -23,6 +22,7 @@ from client.ledger.file import (
     holds,
 )
 from client.ledger.ledger import Ledger, new_identifier, now
+from client.ledger.state import LedgerState, Tally
 from common.privacy.events import PoissonGaussian, Unit
 
 LEAST_CAP = 1e-9
@@ -87,19 +87,23 @@ def accept_loss(
         create(path, {**opening, "identifier": new_identifier(), "time": now()})
     # Unchecked, because the check would refuse exactly the ledger that is to be mended here.
     with ledger.transaction(checked=False) as db:
-        book = ledger.book
-        if book.site != site:
-            raise LedgerError(f"the ledger {path} is of site {book.site!r}, not of {site!r}")
+        state = ledger.state
+        if state.site != site:
+            raise LedgerError(f"the ledger {path} is of site {state.site!r}, not of {site!r}")
         marks = [*([anchored.mark] if anchored else []), *seen]
-        lost = lost_marks(dict.fromkeys(marks), book, lambda seq: hash_of(db, seq))
+        lost = lost_marks(dict.fromkeys(marks), state, lambda seq: hash_of(db, seq))
         # The coordinator's head finds a loss even if ledger, anchor and journal were all replaced
         # together.
-        if head is not None and head not in {mark.head for mark in marks} | book.lost and not holds(db, head):
+        if (
+            head is not None
+            and head not in {mark.head for mark in marks} | state.lost
+            and not holds(db, head)
+        ):
             lost.append(Mark(UNKNOWN_ROWS, head))
         if not lost and not unreadable:
             return False
         body = {
-            **_charged(lost, anchored, book),
+            **_charged(lost, anchored, state),
             "heads": [mark.head for mark in lost],
             "rows": [mark.rows for mark in lost],
         }
@@ -107,7 +111,7 @@ def accept_loss(
     return True
 
 
-def _charged(lost: Sequence[Mark], anchored: Anchor | None, book: Book) -> dict[str, Tally]:
+def _charged(lost: Sequence[Mark], anchored: Anchor | None, state: LedgerState) -> dict[str, Tally]:
     """Return the events that a loss costs.
 
     They are what the anchor counts as spent and the ledger does not, and an event without a bound if a mark
@@ -115,7 +119,7 @@ def _charged(lost: Sequence[Mark], anchored: Anchor | None, book: Book) -> dict[
     """
     reaches = anchored.rows if anchored is not None and anchored.mark in lost else UNKNOWN_ROWS
     known = (
-        lost_events(anchored, book) if anchored is not None and reaches else {"events": [], "bag_events": []}
+        lost_events(anchored, state) if anchored is not None and reaches else {"events": [], "bag_events": []}
     )
     # A chain as long as the anchor's, or shorter, is taken for the beginning of the anchor's own, unless the
     # ledger holds the anchor's: then it is another.

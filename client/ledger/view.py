@@ -17,7 +17,7 @@ from common.errors import EgressError, require_file
 from common.records import PrivacyStatement, ProportionRelease
 
 if TYPE_CHECKING:  # the accountants are loaded in private runs only
-    from client.ledger.book import Book, Reservation
+    from client.ledger.state import LedgerState, Reservation
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class Charges:
         Raises:
             EgressError: there is no such row, or it is older than the question or than what paid for it.
         """
-        book = self._book(head)
+        state = self._state_at(head)
         paid = [found.row for found in self._reservations(round)]
         # An older row would let a handler send a statement from before the charge, which understates the
         # spending.
-        if book.head != head or book.rows < min(paid, default=max(self.rows, 1)):
+        if state.head != head or state.rows < min(paid, default=max(self.rows, 1)):
             raise EgressError("the privacy statement is of no row that was written for this question")
-        return book.statement(round)
+        return state.statement(round)
 
     def release(self, store: BagStore) -> ProportionRelease:
         """Return the noised release of the data version that the ledger keeps.
@@ -86,54 +86,46 @@ class Charges:
         Raises:
             EgressError: the ledger keeps none.
         """
-        book = self._book()
-        kept, name = book.releases.get(store.data_version), book.identifiers.get(store.data_version)
+        state = self._state_at()
+        kept, name = state.releases.get(store.data_version), state.identifiers.get(store.data_version)
         if kept is None or name is None:
             raise EgressError("noised counts that the ledger has not paid for")
         return private_release(store, kept, name)
 
     def _reservations(self, round: int) -> "list[Reservation]":
         """Return the reservations for this run and round since the question came, ignoring other runs."""
-        return [found for found in self._reserved if (found.run_id, found.round) == (self.run_name, round)]
+        here = (self.run_name, round)
+        return [found for found in self._read[2] if (found.run_id, found.round) == here]
 
     @cached_property
-    def _reserved(self) -> "tuple[Reservation, ...]":
-        from client.ledger.book import Reservation
-
-        return tuple(Reservation.of(entry) for entry in self._since if entry.kind == Kind.RESERVED)
-
-    @cached_property
-    def _since(self) -> tuple[Entry, ...]:
-        """Return the rows that were written since the question came."""
-        # Older reservations were for older replies. If they counted, one charge could pay for two
-        # updates.
-        return tuple(entry for entry in self._read[1] if entry.seq > self.rows)
-
-    @cached_property
-    def _read(self) -> "tuple[Book, tuple[Entry, ...]]":
-        """Return the newest state carried before the question, and all rows after that one.
+    def _read(self) -> "tuple[LedgerState, tuple[Entry, ...], tuple[Reservation, ...]]":
+        """Return the newest state carried before the question, all later rows, and what they reserve.
 
         Read once, when the answer is there.
         """
-        from client.ledger.book import Book
+        # Imported here: the accountants take seconds, and a run without privacy needs none.
+        from client.ledger.state import LedgerState, Reservation
 
         if self.path is None:
             raise EgressError("a run without privacy has no ledger")
         require_file(self.path, "the privacy ledger", "A site writes it when it first trains with a budget.")
         with reading(self.path) as db:
-            book = Book.begun(db, self.path, self.rows)
-            return book, tuple(read_entries(db, self.path, book.last))
+            state = LedgerState.begun(db, self.path, self.rows)
+            entries = tuple(read_entries(db, self.path, state.last))
+        # Older reservations were for older replies. If they counted, one charge could pay for two updates.
+        since = (entry for entry in entries if entry.seq > self.rows and entry.kind == Kind.RESERVED)
+        return state, entries, tuple(map(Reservation.of, since))
 
-    def _book(self, head: str | None = None) -> "Book":
+    def _state_at(self, head: str | None = None) -> "LedgerState":
         """Return the state as of the row with this hash, or of the newest row if ``head`` is None.
 
         Where no row has the hash, the state goes on to the newest row. It goes forward from call to call, so
         that a caller who wants several states asks for the oldest first.
         """
-        book, entries = self._read
+        state, entries, _ = self._read
         for entry in entries:
-            if book.head == head:
+            if state.head == head:
                 break
-            if entry.seq > book.rows:
-                book.add(entry)
-        return book
+            if entry.seq > state.rows:
+                state.add(entry)
+        return state

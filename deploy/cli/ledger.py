@@ -19,9 +19,9 @@ with lazy_imports():
     from client import site as site_file
     from client.data import site_files
     from client.ledger import anchor as ledger_anchor
-    from client.ledger import book as ledger_book
     from client.ledger import check, loss
     from client.ledger import ledger as site_ledger
+    from client.ledger import state as ledger_state
     from common.privacy import events
     from deploy.cli import tables
 
@@ -45,7 +45,7 @@ def show(file: File) -> None:
 
     Example: fedbags ledger show runs/demo/sites/site-1/ledger.sqlite
     """
-    book = ledger_book.Book.read(file)
+    book = ledger_state.LedgerState.read(file)
     spent, add_remove, cap = book.spent(), book.spent(events.Adjacency.ADD_REMOVE), book.cap
     rows = tables.table(f"ledger of {book.site}", "row", "what", "run", "round", "event", "time (UTC)")
     for entry in book.entries:
@@ -90,7 +90,7 @@ def verify(
     anchor = ledger_anchor.anchor_file(file, kit)
     problems = check.verify(file, head=_head(head), site=site, anchor=anchor)
     # A ledger that does not hold up may not be readable at all.
-    losses = 0 if problems else ledger_book.Book.read(file).losses
+    losses = 0 if problems else ledger_state.LedgerState.read(file).losses
     if json_:
         found = [{"row": problem.row, "reason": problem.reason} for problem in problems]
         typer.echo(json.dumps({"intact": not problems, "losses": losses, "problems": found}, indent=2))
@@ -130,7 +130,7 @@ def accept_version(
     accepted = site_ledger.Ledger.accept_version(
         file, config.name, version, anchor=ledger_anchor.anchor_file(file, kit)
     )
-    book = ledger_book.Book.read(file)
+    book = ledger_state.LedgerState.read(file)
     if json_:
         result = {"accepted": accepted, "data_version": version, "versions": list(book.versions)}
         typer.echo(json.dumps(result, indent=2))
@@ -193,7 +193,7 @@ def accept_loss(
             )
             tables.console().print(f"nothing is lost; nothing was changed{hint}")
         return
-    book = ledger_book.Book.read(file)
+    book = ledger_state.LedgerState.read(file)
     spent = book.spent()
     # Where nobody knows what was spent, an event without noise is charged, whose epsilon is infinite. JSON
     # has no such number.
@@ -219,7 +219,7 @@ def export(file: File, json_: Json = False) -> None:
 
     Example: fedbags ledger export ledger.sqlite --json
     """
-    exported = ledger_book.Book.read(file).export()
+    exported = ledger_state.LedgerState.read(file).export()
     if json_:
         typer.echo(json.dumps(exported, indent=2))
         return

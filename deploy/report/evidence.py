@@ -37,7 +37,7 @@ from deploy.report.model import (
 from deploy.runs.reading import read_summary, run_events
 
 if TYPE_CHECKING:  # loads torch, which a report from statements alone does not need
-    from client.ledger.book import Book
+    from client.ledger.state import LedgerState
 
 LEDGER = "ledger.sqlite"
 
@@ -77,7 +77,7 @@ class Evidence:
     """Hold what is known of one site."""
 
     name: str
-    book: "Book | None" = None
+    book: "LedgerState | None" = None
     ledger: Path | None = None
     """The ledger's file; without a ``book`` it cannot be believed."""
     named: bool = False
@@ -179,21 +179,21 @@ def _read_named_ledger(path: Path, found: Collected) -> None:
     evidence.named = True
 
 
-def _read_book(path: Path) -> "Book | None":
+def _read_book(path: Path) -> "LedgerState | None":
     """Return the ledger's content, or None where it is damaged or was tampered with."""
-    from client.ledger.book import Book
+    from client.ledger.state import LedgerState
 
     # A file that is no ledger, or is of another release, is the user's mistake and no sign of tampering.
     # It raises here and is not taken for a damaged ledger.
     with reading(path):
         pass
     try:
-        return Book.read(path)
+        return LedgerState.read(path)
     except LedgerError:
         return None
 
 
-def _name_of(path: Path, book: "Book | None") -> str:
+def _name_of(path: Path, book: "LedgerState | None") -> str:
     """Return the name of the site that a ledger belongs to, or of its folder where it cannot be read."""
     return book.site if book else path.resolve().parent.name or path.name
 
@@ -349,7 +349,7 @@ class Charge:
     """Whether it is one noised figure of held-back bags."""
 
 
-def charges(book: "Book") -> list[Charge]:
+def charges(book: "LedgerState") -> list[Charge]:
     """Return every charge in the order of the rows, with the events of ``book.events``."""
     # A row may charge several events, which book.events lists one by one.
     rows = [entry for entry in book.entries for _ in range(_events_of(entry))]
@@ -419,7 +419,7 @@ def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
     )
 
 
-def releases_of(book: "Book") -> tuple[Release, ...]:
+def releases_of(book: "LedgerState") -> tuple[Release, ...]:
     """Return every release, without its counts."""
     return tuple(
         Release(
@@ -435,7 +435,7 @@ def releases_of(book: "Book") -> tuple[Release, ...]:
     )
 
 
-def refusals_of(book: "Book") -> tuple[Refusal, ...]:
+def refusals_of(book: "LedgerState") -> tuple[Refusal, ...]:
     """Return the requests that the cap did not allow."""
     return tuple(
         Refusal(
@@ -450,7 +450,7 @@ def refusals_of(book: "Book") -> tuple[Refusal, ...]:
     )
 
 
-def rows_of(book: "Book") -> tuple[Row, ...]:
+def rows_of(book: "LedgerState") -> tuple[Row, ...]:
     """Return every row of the ledger."""
     return tuple(_row(entry, book) for entry in book.entries)
 
@@ -465,7 +465,9 @@ def name_event(body: Mapping[str, Any]) -> str:
     return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
 
 
-def events_up_to(book: "Book", head: str, unit: Unit) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
+def events_up_to(
+    book: "LedgerState", head: str, unit: Unit
+) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
     """Return the merged events when ``head`` was the newest row, or None where no row has that hash."""
     for number, entry in enumerate(book.entries, start=1):
         if entry.hash == head:
@@ -474,7 +476,7 @@ def events_up_to(book: "Book", head: str, unit: Unit) -> Sequence[PoissonGaussia
     return None
 
 
-def _row(entry: Entry, book: "Book") -> Row:
+def _row(entry: Entry, book: "LedgerState") -> Row:
     body = entry.body
     open_ = entry.seq in book.open_reservations
     return Row(

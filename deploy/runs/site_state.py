@@ -112,10 +112,10 @@ class LedgerReader:
         return self._found
 
     def _read(self) -> tuple[Spending | None, str]:
-        from client.ledger.book import Book
+        from client.ledger.state import LedgerState
 
         try:
-            book = Book.read(self.path)
+            book = LedgerState.read(self.path)
         # Shown and exported instead of raised, because a ledger that cannot be trusted must be noticed.
         except FedbagsError as error:
             return None, str(error)

@@ -19,17 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from client.ledger import book
+from client.ledger import state
 from client.ledger.anchor import anchor_file
-from client.ledger.book import Book, untally
 from client.ledger.file import Entry, Kind
 from client.ledger.ledger import Ledger, LedgerLostError, verify
+from client.ledger.state import LedgerState, untally
 from common.privacy.accounting import spent as epsilon
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import SecureRandomness
 
-LEDGER = str(Path(book.__file__).parent)
+LEDGER = str(Path(state.__file__).parent)
 EVENT = PoissonGaussian(sample_rate=0.1, noise_multiplier=4.0, steps=20)
 RELEASE = release_counts(np.array([[3, 5], [4, 4]]), scale=4.0, randomness=SecureRandomness())
 
@@ -73,7 +73,7 @@ def kill_at(point: int, counter: list[int]) -> Callable[[FrameType, str, Any], A
 def count_confirmed_only() -> None:
     """The planted bug: an unconfirmed reservation is taken for one that never happened."""
 
-    def forgetful(self: Book, entry: Entry) -> None:
+    def forgetful(self: LedgerState, entry: Entry) -> None:
         if entry.kind == Kind.RESERVED:
             self.open_reservations.add(entry.seq)
         elif entry.kind == Kind.CONFIRMED:
@@ -83,8 +83,8 @@ def count_confirmed_only() -> None:
         else:
             right(self, entry)
 
-    right = book.Book._take
-    book.Book._take = forgetful  # type: ignore[method-assign]
+    right = LedgerState._take
+    LedgerState._take = forgetful  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -93,17 +93,17 @@ def main() -> None:
     if "--count-confirmed-only" in sys.argv:
         count_confirmed_only()
     copy, started = template.with_name("copy.sqlite"), template.with_name("started")
-    before = Book.read(template).spent()
+    before = LedgerState.read(template).spent()
     charge: list[PoissonGaussian | DiscreteLaplace] = [EVENT]
     if kind == "release":
-        charge = [RELEASE.event(Book.read(template).unit)]
+        charge = [RELEASE.event(LedgerState.read(template).unit)]
 
     renew(template, copy)
     counter = [0]
     sys.settrace(kill_at(0, counter))
     work(copy, kind, started)
     sys.settrace(None)
-    after = Book.read(copy).spent()  # also fills the caches that the children inherit
+    after = LedgerState.read(copy).spent()  # also fills the caches that the children inherit
 
     points = range(1, counter[0] + 1, stride)
     understated, forgotten, refused, problems, killed, charged = [], [], [], [], 0, 0
@@ -119,7 +119,7 @@ def main() -> None:
         killed += os.WIFSIGNALED(status)
         # The anchor is never ahead of the chain, and what it alone would charge is never too little.
         problems += [str(problem) for problem in verify(copy, anchor=anchor_file(copy))]
-        spent = Book.read(copy).spent(Adjacency.REPLACE_ONE)
+        spent = LedgerState.read(copy).spent(Adjacency.REPLACE_ONE)
         charged += spent > before
         due = after if started.exists() else before
         if spent < due:

@@ -12,7 +12,6 @@ from flwr.app import Context, RecordDict
 from client.budget import PLAN_FILE, Budget, SigmaCache, open_budget
 from client.data.bags import CACHE_FOLDER, BagStore
 from client.ledger import ledger as ledger_module
-from client.ledger.book import Book
 from client.ledger.file import (
     Kind,
     append,
@@ -21,6 +20,7 @@ from client.ledger.file import (
     writing,
 )
 from client.ledger.ledger import BudgetRefused, Ledger
+from client.ledger.state import LedgerState
 from client.session import SiteSession
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from common.config import RunConfig
@@ -103,7 +103,7 @@ def test_a_changed_plan_file_charges_for_the_noise_that_it_names(
         take_rounds(budget, 1)
     assert all(
         event.noise_multiplier == sigma
-        for event in Book.read(site / "ledger.sqlite").events
+        for event in LedgerState.read(site / "ledger.sqlite").events
         if isinstance(event, PoissonGaussian)
     )
 
@@ -213,9 +213,9 @@ def test_a_new_process_reads_few_rows_of_a_long_ledger(
             ledger.reserve(PoissonGaussian(sample_rate=0.01, noise_multiplier=4.0, steps=1), "r", 1)
         )
     monkeypatch.undo()
-    whole, carried = Book.read(path), Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
-    assert carried.book.state() == whole.state()
-    assert carried.book.head == whole.head
+    whole, carried = LedgerState.read(path), Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
+    assert carried.state.as_json() == whole.as_json()
+    assert carried.state.head == whole.head
     assert [entry.kind for entry in whole.entries].count("carried") >= 3
     assert ledger_module.verify(path) == []
 
@@ -240,20 +240,20 @@ def test_a_row_that_carries_the_ledger_counts_no_event_anew(
         return right(self, other)
 
     monkeypatch.setattr(PoissonGaussian, "__eq__", counted)
-    book = Book.read(path)
+    book = LedgerState.read(path)
     assert [entry.kind for entry in book.entries].count("carried") == 8
     assert len(compared) <= 4 * book.rows
-    assert len(book.state()["events"]) == len(book.state()["bag_events"]) == 2
-    begun = Ledger.open(path, "site-1", "v1", 50.0, 1e-5).book
-    assert begun.state() == book.state()
+    assert len(book.as_json()["events"]) == len(book.as_json()["bag_events"]) == 2
+    begun = Ledger.open(path, "site-1", "v1", 50.0, 1e-5).state
+    assert begun.as_json() == book.as_json()
     assert begun.spent() == book.spent()
 
 
 def test_a_row_that_carries_less_than_was_spent_is_found(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     long_ledger(path, 200)
-    book = Book.read(path)
-    state = book.state()
+    book = LedgerState.read(path)
+    state = book.as_json()
     state["events"] = state["events"][:1] and [[state["events"][0][0], 1]]
     with writing(path) as db:
         append(db, book.last, Kind.CARRIED, {"state": state, "data_version": "v1", "time": "t"})

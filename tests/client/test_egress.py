@@ -17,9 +17,9 @@ from client import egress
 from client.app import app
 from client.egress import SiteError
 from client.ledger import file
-from client.ledger.book import Book
 from client.ledger.file import LEDGER_FILE, Kind
 from client.ledger.ledger import CARRY_EVERY, Ledger
+from client.ledger.state import LedgerState
 from client.ledger.view import Charges
 from client.session import SiteSession
 from common.config import RunConfig
@@ -399,7 +399,7 @@ def test_what_another_run_is_charged_meanwhile_changes_nothing(
     assert not answered[0].has_error(), answered[0].error
     assert not reply.has_error(), reply.error
     stated = from_records(reply.content, PrivacyStatement)
-    assert stated.ledger_head in {entry.hash for entry in Book.read(first.site / LEDGER_FILE).entries}
+    assert stated.ledger_head in {entry.hash for entry in LedgerState.read(first.site / LEDGER_FILE).entries}
 
 
 def before(right: Callable[..., Any], first: Callable[[], None], done: list[Message]) -> Callable[..., Any]:
@@ -461,7 +461,7 @@ def test_the_guard_reads_the_ledger_once_a_reply_and_from_the_newest_row_that_ca
         with ledger.transaction() as db:
             for _ in range(CARRY_EVERY):
                 ledger.append(db, Kind.RESERVED, body)
-    rows = ledger.book.rows
+    rows = ledger.state.rows
     ledger.confirm(ledger.reserve(event, "r", 2))
     statement = ledger.statement(2)
     read: list[int] = []

@@ -12,8 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.app import app
 from client.data.site_files import data_version, read_listing
-from client.ledger.book import Book
 from client.ledger.file import NO_ROW, canonical, chain_hash
+from client.ledger.state import LedgerState
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
@@ -99,7 +99,7 @@ def versions(site: Path, scratch: Path) -> dict[tuple[int, int, int], str]:
 def heads(ledger: Path, version: str, *, salted: bool) -> set[str]:
     """Every head of the ledger if its rows were those of ``version``; salts are known only if ``salted``."""
     previous, found = NO_ROW, set()
-    for entry in Book.read(ledger).entries:
+    for entry in LedgerState.read(ledger).entries:
         body = {**entry.body, "data_version": version}
         if not salted:
             body.pop("salt", None)
@@ -194,6 +194,6 @@ def test_a_private_run_sends_the_ledgers_name_of_the_version(private_site: Path)
         ).data_version
         for _ in range(2)
     }
-    book = Book.read(private_site / "ledger.sqlite")
+    book = LedgerState.read(private_site / "ledger.sqlite")
     assert names == set(book.identifiers.values())
     assert not names & set(book.versions)

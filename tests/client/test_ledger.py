@@ -18,7 +18,6 @@ import pytest
 from client.ledger import file
 from client.ledger import ledger as ledger_module
 from client.ledger.anchor import anchor_file
-from client.ledger.book import Book
 from client.ledger.file import Kind, canonical, chain_hash
 from client.ledger.ledger import (
     BudgetRefused,
@@ -28,6 +27,7 @@ from client.ledger.ledger import (
     LedgerError,
     verify,
 )
+from client.ledger.state import LedgerState
 from common.errors import ConfigError, RunError, UserError
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
@@ -105,9 +105,9 @@ def test_rounds_are_granted_up_to_the_cap_and_not_beyond(open_ledger: Opener) ->
     assert spent([EVENT] * (granted + 1), DELTA, Adjacency.REPLACE_ONE) > 3.0
     refusal = caught.value
     assert (refusal.site, refusal.cap) == ("site-1", 3.0)
-    assert refusal.left == pytest.approx(3.0 - ledger.book.spent())
+    assert refusal.left == pytest.approx(3.0 - ledger.state.spent())
     assert refusal.asked > refusal.left
-    assert ledger.book.refusals == 2
+    assert ledger.state.refusals == 2
     assert len(ledger.events()) == granted
     assert verify(ledger.path) == []
 
@@ -148,35 +148,37 @@ def test_a_ledger_of_an_earlier_release_is_read_and_goes_on_salted(
         # An earlier release opens a version without naming it; here that opening would repeat for ever.
         path = fill(open_ledger(), 2)
     anchor_file(path).path.unlink()
-    old = Book.read(path)
+    old = LedgerState.read(path)
     assert not old.identifiers
     assert all("salt" not in entry.body for entry in old.entries)
     assert verify(path) == []
     ledger = open_ledger()
     assert ledger.events() == (EVENT,) * 2
     assert len(ledger.identifier) == 64
-    newest = Book.read(path).entries[-1]
+    newest = LedgerState.read(path).entries[-1]
     assert len(newest.body["salt"]) == 32
     assert ledger.statement(2).ledger_head == newest.hash != old.head
     assert anchor_file(path).path.exists()
     assert verify(path, head=old.head, anchor=anchor_file(path)) == []
-    salts = [entry.body["salt"] for entry in Book.read(fill(ledger, 2)).entries if "salt" in entry.body]
+    salts = [
+        entry.body["salt"] for entry in LedgerState.read(fill(ledger, 2)).entries if "salt" in entry.body
+    ]
     assert len(set(salts)) == len(salts) == 5
 
 
 def test_another_data_version_is_refused_until_the_owner_accepts_it(open_ledger: Opener) -> None:
     path = fill(open_ledger(), 1)
-    head = Book.read(path).head
+    head = LedgerState.read(path).head
     with pytest.raises(DataVersionError) as caught:
         open_ledger(data_version="v2")
-    since = Book.read(path).versions["v1"]
+    since = LedgerState.read(path).versions["v1"]
     for part in ("v2", f"v1 since {since}", "fedbags ledger accept-version", "keeps counting"):
         assert part in str(caught.value)
-    assert Book.read(path).head == head
+    assert LedgerState.read(path).head == head
     assert Ledger.accept_version(path, "site-1", "v2")
     assert not Ledger.accept_version(path, "site-1", "v2")
     assert not Ledger.accept_version(path, "site-1", "v1")
-    assert [entry.kind for entry in Book.read(path).entries].count("accepted") == 1
+    assert [entry.kind for entry in LedgerState.read(path).entries].count("accepted") == 1
     assert verify(path) == []
     for version in ("v2", "v1"):
         open_ledger(data_version=version)
@@ -202,11 +204,11 @@ def test_runs_and_data_versions_compose(open_ledger: Opener) -> None:
     assert len(second.events()) == 3
     assert use_up(second) > 0
     assert second.export()["data_version"] == second.identifier != open_ledger(cap_epsilon=4.0).identifier
-    assert 3.5 < second.book.spent() <= 4.0
+    assert 3.5 < second.state.spent() <= 4.0
     third = open_ledger(cap_epsilon=4.0, data_version="v2")
     with pytest.raises(BudgetRefused):
         third.reserve(EVENT, "third", 1)
-    assert [entry.body["run_id"] for entry in third.book.entries if entry.kind == "refused"] == [
+    assert [entry.body["run_id"] for entry in third.state.entries if entry.kind == "refused"] == [
         "run",
         "third",
     ]
@@ -219,7 +221,7 @@ def test_copies_are_charged_together_or_not_at_all(open_ledger: Opener) -> None:
     assert ledger.events() == (figure,) * 3
     with pytest.raises(BudgetRefused):
         ledger.reserve(figure, "run", 2, copies=2)
-    assert Book.read(ledger.path).events == [figure] * 3
+    assert LedgerState.read(ledger.path).events == [figure] * 3
     ledger.reserve(figure, "run", 2)
     assert ledger.statement(2).budget_left == pytest.approx(0, abs=1e-9)
     assert ledger.export()["events"] == [figure.model_dump()] * 4
@@ -230,20 +232,20 @@ def test_an_unconfirmed_reservation_is_spent(open_ledger: Opener) -> None:
     reservation = open_ledger().reserve(EVENT, "run", 1)
     again = open_ledger()
     assert again.events() == (EVENT,)
-    assert again.book.open_reservations == {reservation.row}
+    assert again.state.open_reservations == {reservation.row}
     again.confirm(reservation)
-    assert not again.book.open_reservations
+    assert not again.state.open_reservations
     with pytest.raises(RunError, match="no open reservation"):
         again.confirm(reservation)
 
 
 def test_a_refusal_is_no_spending_and_says_no_data(open_ledger: Opener) -> None:
     ledger = open_ledger(cap_epsilon=0.1)
-    before = ledger.book.spent()
+    before = ledger.state.spent()
     with pytest.raises(BudgetRefused, match=r"site 'site-1' refuses: .* budget of 0\.1"):
         ledger.reserve(EVENT, "run", 1)
-    assert ledger.book.spent() == before
-    assert [entry.kind for entry in ledger.book.entries] == ["opened", "refused"]
+    assert ledger.state.spent() == before
+    assert [entry.kind for entry in ledger.state.entries] == ["opened", "refused"]
 
 
 def test_a_release_is_made_once_and_reused(open_ledger: Opener) -> None:
@@ -270,10 +272,10 @@ def test_a_release_scaled_to_an_image_costs_a_bag_as_many_times_more(open_ledger
     for_images = draw_release(unit=Unit.IMAGE, granularity=Granularity.PER_BAG)
     bags = open_ledger()
     bags.store_release(for_images, "run")
-    assert bags.book.spent() == pytest.approx(16 / 4, rel=0.01)
+    assert bags.state.spent() == pytest.approx(16 / 4, rel=0.01)
     images = open_ledger(path=bags.path.with_name("images.sqlite"), unit=Unit.IMAGE)
     images.store_release(for_images, "run")
-    assert images.book.spent() == pytest.approx(2 / 4, rel=0.01)
+    assert images.state.spent() == pytest.approx(2 / 4, rel=0.01)
     assert "not a whole bag" in images.export()["unit"]
     statement = images.statement(1)
     assert statement.unit == "bag"
@@ -289,7 +291,7 @@ def test_statements_carry_the_figures_and_cross_the_network(open_ledger: Opener)
     events = [event_from_dict(event) for event in statement.events]
     assert statement.epsilon == spent(events, DELTA, Adjacency.REPLACE_ONE)
     assert statement.budget_left == pytest.approx(8.0 - statement.epsilon)
-    assert statement.ledger_head == ledger.export()["head"] == Book.read(ledger.path).head
+    assert statement.ledger_head == ledger.export()["head"] == LedgerState.read(ledger.path).head
 
 
 def test_the_export_is_enough_to_recompute_what_is_spent(open_ledger: Opener) -> None:
@@ -477,21 +479,21 @@ def test_a_refusal_stands_on_a_full_disk(open_ledger: Opener, monkeypatch: pytes
     monkeypatch.setattr(ledger_module, "append_row", _full)
     with pytest.raises(BudgetRefused):
         ledger.reserve(EVENT, "run", 1)
-    assert ledger.book.refusals == 0
+    assert ledger.state.refusals == 0
 
 
 def test_a_reservation_that_fails_late_is_not_remembered(
     open_ledger: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = open_ledger()
-    right = Book.add
+    right = LedgerState.add
 
-    def late(self: Book, entry: Any) -> None:
+    def late(self: LedgerState, entry: Any) -> None:
         right(self, entry)
         if entry.seq == 2:
             raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(Book, "add", late)
+    monkeypatch.setattr(LedgerState, "add", late)
     with pytest.raises(LedgerBusyError):
         ledger.reserve(EVENT, "run", 1)
     monkeypatch.undo()
@@ -548,7 +550,7 @@ def test_processes_that_make_the_ledger_at_once_make_one(tmp_path: Path) -> None
     ]
     assert [child.wait(120) for child in children] == [0, 0]
     assert verify(path) == []
-    assert len(Book.read(path).events) == 10
+    assert len(LedgerState.read(path).events) == 10
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ledger.anchor.json", "ledger.sqlite"]
 
 
@@ -634,7 +636,7 @@ def test_the_site_of_a_ledger_can_be_asked_for(open_ledger: Opener) -> None:
 def test_a_raised_or_lowered_cap_is_recorded_and_the_newest_holds(open_ledger: Opener) -> None:
     old = open_ledger(cap_epsilon=100.0)
     fill(old, 2)
-    open_ledger(cap_epsilon=old.book.spent() * 1.01)
+    open_ledger(cap_epsilon=old.state.spent() * 1.01)
     with pytest.raises(BudgetRefused):
         old.reserve(EVENT, "run", 3)
     fill(open_ledger(cap_epsilon=20.0), 1)
@@ -646,4 +648,4 @@ def test_a_missing_folder_or_file_is_a_users_mistake(open_ledger: Opener, tmp_pa
     with pytest.raises(UserError, match="not found"):
         verify(tmp_path / "none.sqlite")
     with pytest.raises(UserError, match="not found"):
-        Book.read(tmp_path / "none.sqlite")
+        LedgerState.read(tmp_path / "none.sqlite")

@@ -12,7 +12,6 @@ from flwr.app import Context, Message, RecordDict
 
 from client.journal import JOURNAL_FILE, LOGS, newest_mark
 from client.ledger.anchor import Anchor, AnchorFile, anchor_file
-from client.ledger.book import Book
 from client.ledger.file import LedgerBusyError, Mark
 from client.ledger.ledger import (
     BudgetRefused,
@@ -22,6 +21,7 @@ from client.ledger.ledger import (
     verify,
 )
 from client.ledger.loss import accept_loss
+from client.ledger.state import LedgerState
 from common.errors import ConfigError
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
@@ -68,7 +68,7 @@ def fill(ledger: Ledger, rounds: int = 2) -> float:
         ledger.confirm(ledger.reserve(EVENT, "run", round))
     ledger.reserve(LOOK, "run", rounds, copies=2)
     ledger.reserve(OTHER, "run", rounds + 1)
-    return ledger.book.spent()
+    return ledger.state.spent()
 
 
 def delete(path: Path) -> None:
@@ -124,17 +124,17 @@ def test_an_accepted_loss_is_charged_recorded_and_stated(
     assert accept_loss(ledger.path, "site-1", "v1", anchor)
     assert not accept_loss(ledger.path, "site-1", "v1", anchor)
     again = reopen()
-    assert again.book.spent() == pytest.approx(cost, rel=1e-9)
-    (row,) = [entry for entry in again.book.entries if entry.kind == "lost"]
+    assert again.state.spent() == pytest.approx(cost, rel=1e-9)
+    (row,) = [entry for entry in again.state.entries if entry.kind == "lost"]
     assert (row.body["heads"], row.body["rows"]) == ([lost.head], [lost.rows])
     statement = again.statement(1)
     assert statement.losses == 1
     assert statement.epsilon == pytest.approx(cost, rel=1e-9)
     assert again.export()["losses"] == 1
     assert verify(ledger.path, anchor=anchor) == []
-    assert anchor.read() == Anchor.of(again.book)
+    assert anchor.read() == Anchor.of(again.state)
     again.reserve(EVENT, "run", 2)
-    assert Book.read(ledger.path).losses == 1
+    assert LedgerState.read(ledger.path).losses == 1
 
 
 def test_what_is_left_after_a_loss_is_what_was_left_before(reopen: Reopen, anchor: AnchorFile) -> None:
@@ -168,7 +168,7 @@ def test_without_an_anchor_the_journal_tells_and_the_whole_budget_counts_as_spen
 ) -> None:
     ledger = reopen()
     fill(ledger)
-    seen = (Mark(ledger.book.rows, ledger.book.head),)
+    seen = (Mark(ledger.state.rows, ledger.state.head),)
     ledger.path.unlink()
     anchor.path.unlink()
     with pytest.raises(LedgerLostError, match="missing"):
@@ -176,7 +176,7 @@ def test_without_an_anchor_the_journal_tells_and_the_whole_budget_counts_as_spen
     assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
     with pytest.raises(ConfigError, match="has spent epsilon inf"):
         reopen(seen=seen)
-    assert math.isinf(Book.read(ledger.path).spent())
+    assert math.isinf(LedgerState.read(ledger.path).spent())
 
 
 def keep(*files: Path) -> None:
@@ -210,15 +210,15 @@ def test_rows_that_only_the_journal_names_use_up_the_whole_budget(
         ledger.reserve(EVENT, "run", 2)
         keep(anchor.path)
     fill(ledger)
-    seen = (Mark(ledger.book.rows, ledger.book.head),)
+    seen = (Mark(ledger.state.rows, ledger.state.head),)
     ledger_from(ledger.path)
     put_back(anchor.path)
     with pytest.raises(LedgerLostError):
         reopen(seen=seen)
     assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
     assert not accept_loss(ledger.path, "site-1", "v1", anchor, seen)
-    assert math.isinf(Book.read(ledger.path).spent())
-    assert Book.read(ledger.path).losses == 1
+    assert math.isinf(LedgerState.read(ledger.path).spent())
+    assert LedgerState.read(ledger.path).losses == 1
     refuses_all(ledger.path, anchor, seen)
 
 
@@ -229,21 +229,21 @@ def test_a_chain_beside_the_one_that_ledger_and_anchor_agree_on_uses_up_the_whol
     ledger = reopen()
     keep(ledger.path, anchor.path)
     ledger.reserve(EVENT, "run", 1)
-    seen = (Mark(ledger.book.rows, ledger.book.head),)
+    seen = (Mark(ledger.state.rows, ledger.state.head),)
     put_back(ledger.path, anchor.path)
     fill(reopen())
     assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
-    assert math.isinf(Book.read(ledger.path).spent())
+    assert math.isinf(LedgerState.read(ledger.path).spent())
 
 
 def test_a_journal_behind_the_anchor_costs_nothing_on_top(reopen: Reopen, anchor: AnchorFile) -> None:
     """A crash after the anchor and before the journal's line: the anchor knows all that was spent."""
     ledger = reopen()
-    seen = (Mark(ledger.book.rows, ledger.book.head),)
+    seen = (Mark(ledger.state.rows, ledger.state.head),)
     cost = fill(ledger)
     ledger.path.unlink()
     assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
-    assert reopen(seen=seen).book.spent() == pytest.approx(cost, rel=1e-9)
+    assert reopen(seen=seen).state.spent() == pytest.approx(cost, rel=1e-9)
 
 
 def test_a_head_that_only_the_coordinator_holds_uses_up_the_whole_budget(
@@ -262,7 +262,7 @@ def test_a_head_that_only_the_coordinator_holds_uses_up_the_whole_budget(
     assert not accept_loss(ledger.path, "site-1", "v1", anchor, head=again.statement(1).ledger_head)
     assert accept_loss(ledger.path, "site-1", "v1", anchor, head=told)
     assert not accept_loss(ledger.path, "site-1", "v1", anchor, head=told)
-    statement = Book.read(ledger.path).statement(1)
+    statement = LedgerState.read(ledger.path).statement(1)
     assert (statement.losses, statement.epsilon, statement.budget_left) == (1, None, 0.0)
     refuses_all(ledger.path, anchor)
 
@@ -273,8 +273,8 @@ def test_the_coordinators_head_costs_nothing_on_top_where_the_anchor_has_it(
     ledger = reopen()
     cost = fill(ledger)
     ledger.path.unlink()
-    assert accept_loss(ledger.path, "site-1", "v1", anchor, head=ledger.book.head)
-    assert reopen().book.spent() == pytest.approx(cost, rel=1e-9)
+    assert accept_loss(ledger.path, "site-1", "v1", anchor, head=ledger.state.head)
+    assert reopen().state.spent() == pytest.approx(cost, rel=1e-9)
 
 
 def test_a_site_of_which_only_the_coordinator_knows_starts_with_its_budget_used_up(
@@ -282,7 +282,7 @@ def test_a_site_of_which_only_the_coordinator_knows_starts_with_its_budget_used_
 ) -> None:
     path = tmp_path / "ledger.sqlite"
     assert accept_loss(path, "site-1", "v1", anchor, head="ab" * 32)
-    assert math.isinf(Book.read(path).spent())
+    assert math.isinf(LedgerState.read(path).spent())
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"rows": 1}'])
@@ -295,10 +295,10 @@ def test_a_damaged_anchor_refuses_until_the_loss_is_accepted(
     with pytest.raises(LedgerLostError, match="cannot be read"):
         reopen()
     assert accept_loss(ledger.path, "site-1", "v1", anchor)
-    assert Book.read(ledger.path).losses == 1
+    assert LedgerState.read(ledger.path).losses == 1
     found = anchor.read()
     assert found is not None
-    assert found.head == Book.read(ledger.path).head
+    assert found.head == LedgerState.read(ledger.path).head
 
 
 def test_an_anchor_behind_the_ledger_is_no_loss_and_catches_up(reopen: Reopen, anchor: AnchorFile) -> None:
@@ -314,16 +314,16 @@ def test_an_anchor_behind_the_ledger_is_no_loss_and_catches_up(reopen: Reopen, a
         assert len(reopen().events()) == 2
         found = anchor.read()
         assert found is not None
-        assert (found.rows, found.head) == (ledger.book.rows, ledger.book.head)
+        assert (found.rows, found.head) == (ledger.state.rows, ledger.state.head)
 
 
 def test_an_older_process_does_not_turn_the_anchor_back(reopen: Reopen, anchor: AnchorFile) -> None:
     first, second = reopen(), reopen()
     first.reserve(EVENT, "run", 1)
-    old = Book.read(first.path)
+    old = LedgerState.read(first.path)
     second.reserve(EVENT, "run", 2)
     anchor.advance(old)
-    assert anchor.read() == Anchor.of(Book.read(first.path))
+    assert anchor.read() == Anchor.of(LedgerState.read(first.path))
 
 
 def test_a_full_disk_for_the_anchor_grants_nothing(
@@ -381,7 +381,7 @@ def test_the_journal_keeps_the_mark(with_kit: bool, tmp_path: Path) -> None:
     place = anchor_file(site / "ledger.sqlite", kit)
     ledger = Ledger.open(site / "ledger.sqlite", "site-1", "v1", 8.0, DELTA, anchor=place)
     journal.record(message, context, answer)
-    mark = (Mark(ledger.book.rows, ledger.book.head),)
+    mark = (Mark(ledger.state.rows, ledger.state.head),)
     assert newest_mark(file) == mark
     with file.open("a") as stream:
         stream.write("{\n[]\n" + json.dumps({"ledger_rows": 0, "ledger_head": ""}) + '\n{"torn')

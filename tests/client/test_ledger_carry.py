@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger import book, check
+from client.ledger import check, state
 from client.ledger import ledger as ledger_module
 from client.ledger.check import SEAL_BYTES, CarryFile
 from client.ledger.file import hash_of, reading
@@ -213,7 +213,7 @@ def test_the_ledger_of_an_image_keeps_what_a_bag_comes_to_as_well(tmp_path: Path
     forget_all()
     ledger = opened(path, unit=Unit.IMAGE)
     with ledger.transaction():
-        book = ledger.book
+        book = ledger.state
         book.bag_events.append(DiscreteLaplace(scale=3.0))
     assert composition.kept_for(amounts_of(book.bag_events), REPLACE_ONE)
     expected = accounting._epsilon.__wrapped__(merge(book.bag_events), DELTA, REPLACE_ONE, True)
@@ -245,12 +245,12 @@ def test_only_new_events_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number in (0, 1, 0):
         ledger.reserve(step(number), "run", 1, copies=50)
     sizes: list[int] = []
-    monkeypatch.setattr(book, "merge", lambda events: sizes.append(len(events)) or merge(events))
+    monkeypatch.setattr(state, "merge", lambda events: sizes.append(len(events)) or merge(events))
     ledger.reserve(step(0), "run", 2)
     ledger.statement(2)
     assert sizes
     assert max(sizes) <= 3
-    assert ledger.book.events_for(Unit.BAG) == merge(ledger.events())
+    assert ledger.state.events_for(Unit.BAG) == merge(ledger.events())
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), UserError("no secret")])

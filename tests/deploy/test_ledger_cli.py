@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from client.data.bags import BagStore
 from client.ledger.anchor import anchor_file
-from client.ledger.book import Book
 from client.ledger.ledger import DataVersionError, Ledger, LedgerLostError
+from client.ledger.state import LedgerState
 from common.errors import UserError
 from common.privacy.events import PoissonGaussian
 from deploy.cli.ledger import app
@@ -31,17 +31,18 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_show_says_what_is_spent_and_every_row(ledger: Ledger) -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["show", str(ledger.path)])
     assert result.exit_code == 0, result.output
-    assert f"epsilon {ledger.book.spent():.4g} of 8" in result.output
+    assert f"epsilon {ledger.state.spent():.4g} of 8" in result.output
     assert "reserved, not confirmed" in result.output
     assert "10 steps, q 0.05, sigma 1" in result.output
-    assert ledger.book.head in result.output
+    assert ledger.state.head in result.output
 
 
 def test_export_prints_one_json_object(ledger: Ledger) -> None:
     result = CliRunner().invoke(app, ["export", str(ledger.path), "--json"])
     assert json.loads(result.output) == ledger.export()
     assert (
-        ledger.book.head in CliRunner(env={"COLUMNS": "200"}).invoke(app, ["export", str(ledger.path)]).output
+        ledger.state.head
+        in CliRunner(env={"COLUMNS": "200"}).invoke(app, ["export", str(ledger.path)]).output
     )
 
 
@@ -58,9 +59,9 @@ def test_a_new_data_version_is_accepted_by_hand(sites_dir: Path, tmp_path: Path)
     assert told == {"accepted": True, "data_version": version, "versions": ["old", version]}
     again = runner.invoke(app, ["accept-version", str(site), "--ledger", str(path)])
     assert "nothing was changed" in again.output
-    assert f"epsilon {Book.read(path).spent():.4g} of 8" in again.output
+    assert f"epsilon {LedgerState.read(path).spent():.4g} of 8" in again.output
     assert Ledger.open(path, name, version, 8.0, 1e-5).events() == (EVENT,)
-    assert Book.read(path).identifiers[version][:12] in runner.invoke(app, ["show", str(path)]).output
+    assert LedgerState.read(path).identifiers[version][:12] in runner.invoke(app, ["show", str(path)]).output
 
 
 @pytest.mark.parametrize("with_kit", [False, True])
@@ -76,7 +77,7 @@ def test_a_loss_is_accepted_by_hand_and_shown(with_kit: bool, sites_dir: Path, t
     assert json.loads(told.output) == {"accepted": False}
     ledger = Ledger.open(path, "hospital-1", version, 8.0, 1e-5, anchor=anchor)
     ledger.reserve(EVENT, "first", 1)
-    spent = ledger.book.spent()
+    spent = ledger.state.spent()
     path.unlink()
     with pytest.raises(LedgerLostError):
         Ledger.open(path, "hospital-1", version, 8.0, 1e-5, anchor=anchor)
@@ -103,7 +104,7 @@ def test_the_coordinators_head_is_a_loss_where_the_site_itself_sees_none(
     told = runner.invoke(app, ["accept-loss", str(site)])
     assert "nothing is lost" in told.output
     assert "give the head that it names with --head" in told.output
-    own = runner.invoke(app, ["accept-loss", str(site), "--head", ledger.book.head.upper()])
+    own = runner.invoke(app, ["accept-loss", str(site), "--head", ledger.state.head.upper()])
     assert own.output == "nothing is lost; nothing was changed\n"
     told = runner.invoke(app, ["accept-loss", str(site), "--head", "AB" * 32, "--json"])
     assert json.loads(told.output) == {"accepted": True, "losses": 1, "spent": None}

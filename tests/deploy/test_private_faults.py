@@ -9,8 +9,8 @@ import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
-from client.ledger.book import Book
 from client.ledger.ledger import verify
+from client.ledger.state import LedgerState
 from client.site import PrivacyBudget, SiteConfig
 from common.config import RunConfig
 from common.files import read_json_lines
@@ -65,7 +65,7 @@ def test_a_lost_reply_is_paid_again_by_that_site_alone_and_every_statement_agree
     for name, trained in (("hospital-1", 2), ("hospital-2", 3), ("hospital-3", 2)):
         path = sites / name / "ledger.sqlite"
         verify(path)
-        book = Book.read(path)
+        book = LedgerState.read(path)
         rounds = [e.body["round"] for e in book.entries if e.kind == "reserved"]
         assert len(rounds) == trained
         assert len([e for e in book.entries if e.kind == "confirmed"]) == trained

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from client import app as client_app
 from client.data.bags import BagStore
-from client.ledger.book import Book
 from client.ledger.ledger import Ledger, verify
+from client.ledger.state import LedgerState
 from client.site import PrivacyBudget, PrivateMetrics, SiteConfig
 from common.config import RunConfig
 from common.errors import RunError
@@ -46,9 +46,9 @@ def run(config: RunConfig) -> dict:
     return json.loads((Path(config.run_dir) / "summary.json").read_text())
 
 
-def ledgers(config: RunConfig) -> dict[str, Book]:
+def ledgers(config: RunConfig) -> dict[str, LedgerState]:
     found = sorted(Path(config.run_dir).glob("sites/*/ledger.sqlite"))
-    return {path.parent.name: Book.read(path) for path in found}
+    return {path.parent.name: LedgerState.read(path) for path in found}
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_a_look_beyond_the_cap_is_refused_and_costs_nothing(
     context = Context(1, 7, {"partition-id": 0}, RecordDict(), flat)
     reply = client_app.app(Message(request, 7, "evaluate.bags"), context)
     assert reply.error.code == SiteError.BUDGET
-    book = Book.read(site / "ledger.sqlite")
+    book = LedgerState.read(site / "ledger.sqlite")
     assert (book.events, book.refusals) == ([], 1)
 
 
@@ -222,12 +222,12 @@ def test_runs_on_the_same_data_compose_and_one_too_many_is_refused(
     run(first)
     run(first.with_changes({"run-dir": str(tmp_path / "two")}))
     ledger = sites / "hospital-1" / "ledger.sqlite"
-    after_two = Book.read(ledger)
+    after_two = LedgerState.read(ledger)
     assert 4.0 < after_two.spent() <= 8.0
     third = first.with_changes({"run-dir": str(tmp_path / "three"), "dp.epsilon": 8.0})
     with pytest.raises(RunError, match="quorum"):
         run(third)
-    after_three = Book.read(ledger)
+    after_three = LedgerState.read(ledger)
     assert after_three.spent() <= 8.0
     assert after_three.refusals >= 1
     events = read_json_lines(tmp_path / "three" / "metrics.jsonl")
@@ -247,7 +247,7 @@ def test_changed_data_takes_part_only_when_accepted_and_the_cap_counts_both_vers
     first = small_config(PRIVATE | {"sites-dir": str(sites), "run-dir": str(tmp_path / "one")})
     run(first)
     site = sites / "hospital-1"
-    spent_before = Book.read(site / "ledger.sqlite").spent()
+    spent_before = LedgerState.read(site / "ledger.sqlite").spent()
     for image in sorted((site / "images").iterdir())[:3]:
         image.touch()
     (site / "site.toml").touch()  # a process that holds the folder open looks at its tables only
@@ -258,17 +258,17 @@ def test_changed_data_takes_part_only_when_accepted_and_the_cap_counts_both_vers
     assert sorted(summary["statements"]) == ["hospital-2", "hospital-3"]
     (refused,) = summary["left_out"]
     assert (refused["phase"], "accept-version" in refused["reason"]) == ("enrol", True)
-    assert Book.read(site / "ledger.sqlite").spent() == spent_before
+    assert LedgerState.read(site / "ledger.sqlite").spent() == spent_before
     Ledger.accept_version(site / "ledger.sqlite", "hospital-1", BagStore.open(site, 16).data_version)
     third = second.with_changes({"run-dir": str(tmp_path / "three")})
     assert "hospital-1" in run(third)["statements"]
-    book = Book.read(site / "ledger.sqlite")
+    book = LedgerState.read(site / "ledger.sqlite")
     assert spent_before < book.spent() <= 4.5
     assert len(book.versions) == 2
     fourth = first.with_changes({"run-dir": str(tmp_path / "four")})
     with pytest.raises(RunError, match="quorum"):
         run(fourth)
-    assert Book.read(site / "ledger.sqlite").spent() <= 4.5
+    assert LedgerState.read(site / "ledger.sqlite").spent() <= 4.5
 
 
 def test_a_site_whose_budget_is_used_up_leaves_and_the_run_goes_on(
@@ -285,7 +285,7 @@ def test_a_site_whose_budget_is_used_up_leaves_and_the_run_goes_on(
     summary = run(config)
     assert summary["sites"] == 2
     assert [(item["site"], item["phase"]) for item in summary["left_out"]] == [("hospital-2", "train")]
-    assert Book.read(sites / "hospital-2" / "ledger.sqlite").spent() <= 1.0
+    assert LedgerState.read(sites / "hospital-2" / "ledger.sqlite").spent() <= 1.0
 
 
 def test_a_site_with_a_budget_takes_no_part_in_a_run_without_privacy(

@@ -20,8 +20,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import deploy.report.accounts
-from client.ledger.book import Book
 from client.ledger.ledger import BudgetRefused, Ledger
+from client.ledger.state import LedgerState
 from common.errors import UserError
 from common.privacy.accounting import opacus_rdp, spent, without_amplification
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
@@ -162,7 +162,7 @@ def test_every_figure_on_the_page_is_the_json_which_is_the_ledger(run: Path, tmp
     assert written["problems"] == []
     shown = {path for path, _, _ in Fields(page).found}
     for site in SIGMAS:
-        book = Book.read(run / "sites" / site / "ledger.sqlite")
+        book = LedgerState.read(run / "sites" / site / "ledger.sqlite")
         figures = data["sites"][site]
         assert figures["epsilon"] == book.spent()
         assert figures["add_remove"] == book.spent(Adjacency.ADD_REMOVE)
@@ -196,7 +196,7 @@ def test_looks_at_held_back_bags_are_told_apart_and_counted(run: Path, tmp_path:
     ledger.reserve(look, "demo", 4, copies=3, generator=Generator.OPENDP)
     report([path], tmp_path / "out")
     data, page = read(tmp_path / "out")
-    figures, book = data["sites"]["north"], Book.read(path)
+    figures, book = data["sites"]["north"], LedgerState.read(path)
     (told,) = figures["looks"]
     assert (told["figures"], told["looks"], told["unconfirmed_looks"]) == (6, 2, 1)
     assert told["epsilon_alone"] == 6 * 2 / 50
@@ -224,7 +224,7 @@ def test_a_ledger_alone_tells_every_row(run: Path, tmp_path: Path) -> None:
     ledger = run / "sites" / "south" / "ledger.sqlite"
     report([ledger], tmp_path / "out")
     data, _ = read(tmp_path / "out")
-    book = Book.read(ledger)
+    book = LedgerState.read(ledger)
     figures = data["sites"]["south"]
     assert data["scope"] == "site"
     assert [row["row"] for row in figures["rows"]] == [entry.seq for entry in book.entries]
@@ -244,7 +244,7 @@ def test_two_runs_on_the_same_data_are_one_spending(run: Path, tmp_path: Path) -
     assert [part["run"] for part in data["sites"]["north"]["training"]] == ["demo", "again"]
     assert (
         data["sites"]["north"]["epsilon"]
-        == Book.read(path).spent()
+        == LedgerState.read(path).spent()
         > data["sites"]["north"]["stated"]["epsilon"]
     )
     assert data["problems"] == []

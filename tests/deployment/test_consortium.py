@@ -11,7 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from client.ledger.book import Book
+from client.ledger.state import LedgerState
 from deploy.consortium import exporter
 from deploy.consortium.bundle import unpack_bundle
 from deploy.simulation.flower_engine import free_port, program
@@ -30,7 +30,7 @@ def assert_a_whole_run(consortium: Consortium, run: Run, rounds: int) -> None:
     assert report["problems"] == []
     stated = run.summary["statements"]
     for site, path in ledgers.items():
-        book = Book.read(path)
+        book = LedgerState.read(path)
         assert not book.open_reservations
         assert stated[site]["epsilon"] == pytest.approx(book.spent(), abs=1e-9)
         assert stated[site]["ledger_head"] == book.head
@@ -47,7 +47,7 @@ def test_three_sites_train_privately(consortium: Consortium) -> None:
         address, port = exporter.endpoint(kit)
         scraped = httpx.get(f"http://{address}:{port}/metrics").text
         figures = {s.name: s.value for f in text_string_to_metric_families(scraped) for s in f.samples}
-        epsilon = Book.read(consortium.data / SITES[0] / "ledger.sqlite").spent()
+        epsilon = LedgerState.read(consortium.data / SITES[0] / "ledger.sqlite").spent()
         assert figures["fedbags_epsilon_spent"] == pytest.approx(epsilon, rel=0.2)  # of one of three alike
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from client.ledger.book import Book
+from client.ledger.state import LedgerState
 from client.site import SiteConfig
 from common.files import read_json_lines
 from deploy.simulation.flower_engine import descendants, free_port
@@ -216,7 +216,7 @@ def test_the_quickstart_from_an_empty_folder_to_a_finished_run(empty: Path) -> N
     assert set(report["sites"]) == set(SITES)
     stated = json.loads((run / "summary.json").read_text())["statements"]
     for site, figures in report["sites"].items():
-        book = Book.read(empty / "DATA" / site / "ledger.sqlite")
+        book = LedgerState.read(empty / "DATA" / site / "ledger.sqlite")
         assert not book.open_reservations
         assert 0 < book.spent() <= 4 < book.cap.epsilon
         assert figures["epsilon"] == pytest.approx(book.spent(), abs=1e-9)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger.book import Book
+from client.ledger.state import LedgerState
 from deploy.consortium.processes import lookup
 from deploy.simulation.flower_engine import free_port
 from tests.deployment.conftest import SITES, Consortium, Run, wait_until
@@ -23,8 +23,8 @@ FIRST, SECOND, THIRD = SITES
 FOURTH = "hospital-4"
 
 
-def ledger(consortium: Consortium, site: str) -> Book:
-    return Book.read(consortium.data / site / "ledger.sqlite")
+def ledger(consortium: Consortium, site: str) -> LedgerState:
+    return LedgerState.read(consortium.data / site / "ledger.sqlite")
 
 
 def assert_ledgers_hold(consortium: Consortium, run: Run, *sites: str) -> None:

@@ -13,8 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from client.journal import Done, append
-from client.ledger.book import Book
 from client.ledger.file import LEDGER_FILE
+from client.ledger.state import LedgerState
 from client.session import SiteSession
 from client.site import SiteConfig
 from common.errors import UserError
@@ -116,7 +116,7 @@ def test_epsilon_at_the_coordinator_is_what_the_sites_ledgers_say(
 ) -> None:
     samples = read(scrape(watched_run))
     for site in ("hospital-1", "hospital-2"):
-        book = Book.read(watched_run / "sites" / site / LEDGER_FILE)
+        book = LedgerState.read(watched_run / "sites" / site / LEDGER_FILE)
         spent = at(samples, "fedbags_epsilon_spent", site=site, delta="0.001")
         assert spent == pytest.approx(book.spent(), abs=1e-9)
         assert at(samples, "fedbags_epsilon_left", site=site, delta="0.001") == pytest.approx(4.0 - spent)
@@ -142,7 +142,7 @@ def test_a_site_exports_its_journal_and_its_own_ledger(site_kit: Path, scrape: C
     assert at(samples, "fedbags_bytes_total", direction="received") == 150
     assert at(samples, "fedbags_refusals_total", reason="budget") == 1
     assert at(samples, "fedbags_last_message_timestamp_seconds") == 1e9 + 3
-    book = Book.read(site_kit / "data" / LEDGER_FILE)
+    book = LedgerState.read(site_kit / "data" / LEDGER_FILE)
     assert at(samples, "fedbags_epsilon_spent", site="hospital-1", delta="0.001") == book.spent() > 0
     assert at(samples, "fedbags_epsilon_left", site="hospital-1", delta="0.001") == 4.0 - book.spent()
     assert at(samples, "fedbags_ledger_readable") == 1
@@ -247,14 +247,14 @@ def test_the_command_serves_on_loopback_until_it_is_ended(watched_run: Path) -> 
 def test_a_ledger_that_could_not_be_read_once_is_read_again(
     site_kit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watched, read_book = source(site_kit), Book.read
+    watched, read_book = source(site_kit), LedgerState.read
 
-    def busy(path: Path) -> Book:
+    def busy(path: Path) -> LedgerState:
         raise UserError("locked")
 
-    monkeypatch.setattr(Book, "read", busy)
+    monkeypatch.setattr(LedgerState, "read", busy)
     assert watched.look().spending is None
-    monkeypatch.setattr(Book, "read", read_book)
+    monkeypatch.setattr(LedgerState, "read", read_book)
     state = watched.look()
     assert isinstance(state, SiteState)
     assert (state.ledger_fault, state.spending is not None) == ("", True)

@@ -105,7 +105,7 @@ class Reservation:
 
 
 @dataclass
-class Book:
+class LedgerState:
     """Hold the ledger state, brought forward row by row with ``add``."""
 
     site: str = ""
@@ -115,7 +115,7 @@ class Book:
     """Every data version that was trained on or accepted, with the time of its first row."""
     cap: Cap = field(default_factory=lambda: Cap(0.0, 0.5))
     entries: list[Entry] = field(default_factory=list)
-    """The rows since the book was begun: all of them, unless it was carried forward (``Book.carried``)."""
+    """The rows since the state was begun: all of them, unless it was carried forward (see ``carried``)."""
     rows: int = 0
     """Number of the newest row."""
     head: str = ""
@@ -139,7 +139,7 @@ class Book:
     lost: set[str] = field(default_factory=set)
     """The heads of the chains that were lost then."""
     carried_at: int = 0
-    """The newest row that carries the book forward."""
+    """The newest row that carries the state forward."""
     merged: dict[Unit, tuple[int, tuple[PoissonGaussian | DiscreteLaplace, ...]]] = field(
         default_factory=dict, compare=False
     )
@@ -164,10 +164,10 @@ class Book:
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Self:
         """Return the state after these rows."""
-        book = cls()
+        state = cls()
         for entry in entries:
-            book.add(entry)
-        return book
+            state.add(entry)
+        return state
 
     @classmethod
     def begun(cls, db: Connection, path: Path, rows: int | None = None) -> Self:
@@ -197,30 +197,30 @@ class Book:
         Raises:
             LedgerError: the row says something that no ledger says.
         """
-        book = cls()
+        state = cls()
         try:
-            state = entry.body["state"]
-            book.site, book.unit = str(state["site"]), Unit(state["unit"])
-            book.data_version = str(state["data_version"])
-            book.versions = {str(version): str(since) for version, since in state["versions"]}
-            book.identifiers = {str(version): str(name) for version, name in state["identifiers"]}
-            book.cap = Cap(float(state["cap"][0]), float(state["cap"][1]))
-            book._spend(untally(state["events"]), untally(state["bag_events"]))
-            book.release_rows = {str(version): int(number) for version, number in state["releases"]}
-            for version, number in book.release_rows.items():
+            content = entry.body["state"]
+            state.site, state.unit = str(content["site"]), Unit(content["unit"])
+            state.data_version = str(content["data_version"])
+            state.versions = {str(version): str(since) for version, since in content["versions"]}
+            state.identifiers = {str(version): str(name) for version, name in content["identifiers"]}
+            state.cap = Cap(float(content["cap"][0]), float(content["cap"][1]))
+            state._spend(untally(content["events"]), untally(content["bag_events"]))
+            state.release_rows = {str(version): int(number) for version, number in content["releases"]}
+            for version, number in state.release_rows.items():
                 # The state names the row of a release only; its counts, maybe one row per bag, stay there.
-                book.releases[version] = _release(row(number).body)
-            book.open_reservations = set(map(int, state["open"]))
-            book.generators = tuple(map(Generator, state["generators"]))
-            book.refusals, book.losses = int(state["refusals"]), int(state["losses"])
-            book.lost = set(map(str, state["lost"]))
+                state.releases[version] = _release(row(number).body)
+            state.open_reservations = set(map(int, content["open"]))
+            state.generators = tuple(map(Generator, content["generators"]))
+            state.refusals, state.losses = int(content["refusals"]), int(content["losses"])
+            state.lost = set(map(str, content["lost"]))
         except (KeyError, TypeError, ValueError, ValidationError) as error:
             raise _unusable(entry, error) from error
-        book._end_with(entry)
-        book.carried_at = entry.seq
-        return book
+        state._end_with(entry)
+        state.carried_at = entry.seq
+        return state
 
-    def state(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return all that later rows build on as JSON, which a row of kind ``carried`` holds."""
         return {
             "site": self.site,
@@ -300,7 +300,7 @@ class Book:
             case Kind.CARRIED:
                 # Whoever reads from the first row on checks each carried state against the rows. A state
                 # that left spending out would hide it from all processes that begin there.
-                if body["state"] != self.state():
+                if body["state"] != self.as_json():
                     raise ValueError("it carries forward something else than the rows before it say")
                 self.carried_at = entry.seq
 
