@@ -257,10 +257,10 @@ def test_only_new_events_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_where_the_file_cannot_be_written_everything_is_charged_all_the_same(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(CarryFile, "_write", fail)
+    monkeypatch.setattr(check, "write_bytes", fail)
     (tmp_path / "site-1").mkdir()
     ledger = opened(tmp_path / "site-1" / "ledger.sqlite")
     for number in range(ROUNDS):
