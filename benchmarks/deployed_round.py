@@ -44,12 +44,12 @@ from common.errors import UserError
 from common.files import read_json_lines
 from deploy.consortium.bundle import build_bundle, unpack_bundle
 from deploy.consortium.control import control
-from deploy.consortium.daemon import COMMAND
+from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.preflight import nginx_program
 from deploy.consortium.submit import COMPLETED, changes, wait_for_end
 from deploy.datasets.synthetic import write_synthetic_sites
-from deploy.simulation.flower_engine import free_port
+from deploy.flower.processes import free_port
 
 APPS = Path(__file__).with_name("deployed_apps.py")
 PIXELS, BAG = 16, 4
@@ -107,8 +107,19 @@ class Consortium:
         for site in self.sites:
             kit = self.kit(site) / "kit.toml"
             kit.write_text(kit.read_text().replace('data-path = ""', f'data-path = "{self.data / site}"'))
-        self.fedbags(["server", "up", self.coordinator.folder])
-        self.fedbags(*(["site", "up", self.kit(site), "--wait", 120, "--skip-data"] for site in self.sites))
+        self.start("server", "up", self.coordinator.folder)
+        self.fedbags(["server", "status", self.coordinator.folder, "--wait", 120])
+        for site in self.sites:
+            self.start("site", "up", self.kit(site), "--skip-data")
+        self.fedbags(*(["site", "status", self.kit(site), "--wait", 120] for site in self.sites))
+
+    def start(self, *command: object) -> None:
+        """Start a command that stays, and which `down` ends."""
+        with (self.root / "up.log").open("ab") as log:
+            subprocess.Popen(
+                [*COMMAND, *map(str, command)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+            )  # fmt: skip
 
     def down(self) -> None:
         """End all processes."""

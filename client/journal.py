@@ -149,7 +149,7 @@ def append(path: Path, done: Done) -> None:
 def _log_lines() -> Iterator[None]:
     """Send our log lines to standard error as JSON while a message is handled.
 
-    The supervisor of the site's processes keeps them.
+    The executor's log keeps them.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())

@@ -1,4 +1,4 @@
-"""Start, show and end the programs of a consortium, and run a training in it.
+"""Run, show and end the programs of a consortium, and run a training in it.
 
 These are ``fedbags server``, ``fedbags site up|status|down`` and ``fedbags run``. They read options and print
 tables. ``deploy.consortium`` does the work.
@@ -10,69 +10,76 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.errors import RunError
+from common.errors import RunError, UserError
 from deploy.cli.say import say
-from deploy.lazy import lazy_imports
 
-with lazy_imports():
-    from deploy import configuration
-    from deploy.cli import tables
-    from deploy.consortium import control, coordinator, daemon, hospital, submit
-    from deploy.consortium import kit as kit_folder
-    from deploy.datasets import site_check
+if TYPE_CHECKING:
+    from deploy.consortium.kit import Kit
 
-Coordinator = Annotated[Path, typer.Argument(metavar="KIT", help="The coordinator's kit: KITS/coordinator.")]
-Site = Annotated[Path, typer.Argument(metavar="KIT", help="The site's kit, as it came from the coordinator.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Foreground = Annotated[
-    bool, typer.Option("--foreground", help="Stay in the foreground, as systemd and compose want it.")
+_Coordinator = Annotated[Path, typer.Argument(metavar="KIT", help="The coordinator's kit, KITS/coordinator.")]
+_Site = Annotated[
+    Path, typer.Argument(metavar="KIT", help="The site's kit, as it came from the coordinator.")
 ]
-Checked = Annotated[bool, typer.Option("--checked", hidden=True)]
-SERVER_WAIT, SITE_WAIT = 60.0, 30.0
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+_Foreground = Annotated[bool, typer.Option("--foreground", hidden=True)]
+"""Accepted and without meaning: the units and compose files of kits of 0.1 give it."""
+_Wait = Annotated[float, typer.Option(help="Seconds to wait until everything is ready.", min=0)]
+
+
+def _refuse_wait(wait: float | None) -> None:
+    if wait is not None:
+        raise UserError(
+            "`up` has no --wait any more, as it stays in the foreground: `status --wait SECONDS` waits until "
+            "everything is ready"
+        )
+
+
+_NoWait = Annotated[float | None, typer.Option("--wait", hidden=True, callback=_refuse_wait)]
+
+POLL = 0.3
 
 server_app = typer.Typer(help="Run the coordinator's side of a consortium.", no_args_is_help=True)
 
 
 @server_app.command("up")
-def server_up(
-    kit: Coordinator,
-    foreground: Foreground = False,
-    wait: Annotated[float, typer.Option(help="Seconds to wait until everything is ready.")] = SERVER_WAIT,
-    checked: Checked = False,
-) -> None:
-    """Start nginx, the SuperLink and its SuperExec, and keep them running.
+def server_up(kit: _Coordinator, foreground: _Foreground = False, wait: _NoWait = None) -> None:
+    """Run nginx, the SuperLink and its SuperExec until Ctrl-C or until one of them ends.
 
-    Sites with a key are registered. Sites reach nginx on the kit's port, and there the Fleet API only. What
-    ended is started again. A key that `fedbags provision` adds or revokes later is taken up while it runs.
+    Sites with a key are registered. Sites reach nginx on the kit's port, and there the Fleet API only. A key
+    that `fedbags provision` adds or revokes later is taken up while it runs. To start it with the machine,
+    and again when it ends: the kit's systemd unit or compose file.
 
     Example: fedbags server up KITS/coordinator
     """
-    loaded = kit_folder.CoordinatorKit.load(kit)
-    if not checked:
-        _refuse_running(loaded)
-        coordinator.check(loaded)
-    if foreground:
-        _log_to_standard_error()
-        coordinator.supervise(loaded)
-    else:
-        _start("server", loaded, wait)
+    from deploy.consortium import coordinator
+    from deploy.consortium.foreground import end_left_behind
+    from deploy.consortium.kit import CoordinatorKit
+
+    loaded = CoordinatorKit.load(kit)
+    _log_to_standard_error()
+    end_left_behind(loaded)
+    coordinator.check(loaded)
+    coordinator.serve(loaded)
 
 
 @server_app.command("status")
-def server_status(kit: Coordinator, json_: Json = False) -> None:
+def server_status(kit: _Coordinator, wait: _Wait = 0.0, json_: _Json = False) -> None:
     """Show the coordinator's programs, and which sites are connected.
 
     Exit status 1 if something is not ready.
     """
-    loaded = kit_folder.CoordinatorKit.load(kit)
-    found = _describe(loaded)
+    from deploy.consortium.control import control
+    from deploy.consortium.kit import CoordinatorKit
+
+    loaded = CoordinatorKit.load(kit)
+    found = _describe(loaded, wait)
     if found["ready"]:
         try:
-            with control.control(loaded) as api:
+            with control(loaded) as api:
                 found["sites"] = {node.site: node.status for node in api.nodes()}
         except RunError as error:
             found |= {"ready": False, "problem": str(error)}
@@ -80,63 +87,71 @@ def server_status(kit: Coordinator, json_: Json = False) -> None:
 
 
 @server_app.command("down")
-def server_down(kit: Coordinator) -> None:
+def server_down(kit: _Coordinator) -> None:
     """End the coordinator's programs.
 
     A run under way ends too; `fedbags run --resume` goes on with it.
     """
-    _stop(kit_folder.CoordinatorKit.load(kit))
+    from deploy.consortium.kit import CoordinatorKit
+
+    _stop(CoordinatorKit.load(kit))
 
 
 def site_up(
-    kit: Site,
-    foreground: Foreground = False,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for the coordinator.")] = SITE_WAIT,
+    kit: _Site,
+    foreground: _Foreground = False,
+    wait: _NoWait = None,
     skip_data: Annotated[bool, typer.Option("--skip-data", help="Do not check the data first.")] = False,
-    checked: Checked = False,
 ) -> None:
-    """Connect this site to its consortium, and keep it connected.
+    """Connect this site to its consortium until Ctrl-C or until one of its programs ends.
 
     Checks the kit, the data (`fedbags site check`), the coordinator's certificate and the clocks first.
-    Nothing is opened to the network: the site calls the coordinator. Only the approved app is run.
+    Nothing is opened to the network: the site calls the coordinator. Only the approved app is run. To start
+    it with the machine, and again when it ends: the kit's systemd unit or compose file.
 
     Example: fedbags site up KIT
     """
-    loaded = kit_folder.SiteKit.load(kit)
-    if not checked:
-        _refuse_running(loaded)
-        problem = hospital.check(loaded)
-        if not skip_data and (metrics := hospital.check_data(loaded)):
-            say(site_check.say_beyond_default(metrics), err=True)
-        # No error: the coordinator may come up later, and the SuperNode tries again by itself.
-        if problem:
-            say(f"{problem}; trying on", err=True)
-    if foreground:
-        _log_to_standard_error()
-        hospital.supervise(loaded)
-    else:
-        _start("site", loaded, wait)
+    from deploy.consortium import hospital
+    from deploy.consortium.foreground import end_left_behind
+    from deploy.consortium.kit import SiteKit
+
+    loaded = SiteKit.load(kit)
+    _log_to_standard_error()
+    end_left_behind(loaded)
+    problem = hospital.check(loaded)
+    if not skip_data and (metrics := hospital.check_data(loaded)):
+        from deploy.datasets.site_check import say_beyond_default
+
+        say(say_beyond_default(metrics), err=True)
+    # No error: the coordinator may come up later, and the SuperNode tries again by itself.
+    if problem:
+        say(f"{problem}; trying on", err=True)
+    hospital.serve(loaded)
 
 
-def site_status(kit: Site, json_: Json = False) -> None:
+def site_status(kit: _Site, wait: _Wait = 0.0, json_: _Json = False) -> None:
     """Show this site's programs and whether it is connected.
 
     Exit status 1 if it is not.
     """
-    loaded = kit_folder.SiteKit.load(kit)
-    _show(_describe(loaded), f"site {loaded.site} of {loaded.consortium}", json_)
+    from deploy.consortium.kit import SiteKit
+
+    loaded = SiteKit.load(kit)
+    _show(_describe(loaded, wait), f"site {loaded.site} of {loaded.consortium}", json_)
 
 
-def site_down(kit: Site) -> None:
+def site_down(kit: _Site) -> None:
     """Disconnect this site.
 
     Privacy that a run has reserved stays spent in the ledger.
     """
-    _stop(kit_folder.SiteKit.load(kit))
+    from deploy.consortium.kit import SiteKit
+
+    _stop(SiteKit.load(kit))
 
 
 def run_command(
-    kit: Coordinator,
+    kit: _Coordinator,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: KIT/state/runs/NAME-TIME].")] = None,
     rounds: Annotated[int | None, typer.Option(help="Federated rounds.", min=1)] = None,
     dp: Annotated[
@@ -149,11 +164,8 @@ def run_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
-    preset: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Settings of `fedbags config --preset NAME`.")
-    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    json_: Json = False,
+    json_: _Json = False,
 ) -> None:
     """Train with the connected sites, and show the rounds as they are done.
 
@@ -166,13 +178,16 @@ def run_command(
       fedbags run KITS/coordinator --dp epsilon=8 --set secure-aggregation.enabled=true --out runs/first
       fedbags run KITS/coordinator --resume --out runs/first
     """
-    options = configuration.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
+    from deploy.consortium import submit
+    from deploy.consortium.kit import CoordinatorKit
+    from deploy.simulation import simulate
+
+    options = simulate.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
     summary = submit.run(
-        kit_folder.CoordinatorKit.load(kit),
+        CoordinatorKit.load(kit),
         options,
         settings=set_ or [],
         config_file=config,
-        presets=preset or [],
         out=out,
         resume=resume,
         # Without a terminal nobody can answer, and an interruption stops the run.
@@ -192,34 +207,19 @@ def register(app: typer.Typer, site_app: typer.Typer) -> None:
     app.command("run")(run_command)
 
 
-def _refuse_running(kit: "kit_folder.Kit") -> None:
+def _describe(kit: "Kit", wait: float) -> dict[str, Any]:
+    from deploy.consortium.foreground import describe
 
-    daemon.refuse_running(kit.state)
-
-
-def _start(role: str, kit: "kit_folder.Kit", wait: float) -> None:
-
-    # --checked: this process has made the checks, whose errors the user sees on the terminal.
-    arguments = [role, "up", str(kit.folder), "--foreground", "--checked"]
-    if daemon.start(arguments, kit.state, kit.logs, wait):
-        say(f"{role} of {kit.consortium} is up; logs in {kit.logs}")
-        return
-    waiting = [program for program in _describe(kit)["programs"] if program["status"] != "ready"]
-    lines = [f"  {program['name']}: {program['status']} {program['reason']}".rstrip() for program in waiting]
-    raise RunError(
-        f"not everything is ready after {wait:g} s. It goes on trying: `fedbags {role} status {kit.folder}`\n"
-        + "\n".join(lines)
-    )
+    until = time.monotonic() + wait
+    while not (found := describe(kit))["ready"] and time.monotonic() < until:
+        time.sleep(POLL)
+    return found
 
 
-def _describe(kit: "kit_folder.Kit") -> dict[str, Any]:
+def _stop(kit: "Kit") -> None:
+    from deploy.consortium.foreground import stop
 
-    return daemon.describe(kit.state, kit.logs)
-
-
-def _stop(kit: "kit_folder.Kit") -> None:
-
-    ended = daemon.stop(kit.state)
+    ended = stop(kit)
     say(f"ended {ended} process(es)" if ended else "nothing was running")
 
 
@@ -233,24 +233,23 @@ def _show(found: dict[str, Any], title: str, json_: bool) -> None:
 
 
 def _print(found: dict[str, Any], title: str) -> None:
+    from deploy.cli.tables import console, table
 
-    out = tables.console()
-    rows = tables.table(title, "program", "status", "pid", "since (UTC)", "restarts")
+    out = console()
+    rows = table(title, "program", "status", "pid", "since (UTC)")
     for program in found["programs"]:
         since = program["since"].replace("T", " ").removesuffix("+00:00")
-        rows.add_row(
-            program["name"], program["status"], str(program["pid"] or ""), since, str(program["restarts"])
-        )
+        rows.add_row(program["name"], program["status"], str(program["pid"] or ""), since)
     out.print(rows if found["programs"] else f"{title}: was never started")
     for program in found["programs"]:
         if program["reason"]:
             out.print(f"{program['name']}: {program['reason']}")
     if found["left_behind"]:
-        out.print(f"{found['left_behind']} process(es) of a supervisor that was killed; `down` ends them")
+        out.print(f"{found['left_behind']} process(es) of a command that was killed; `down` ends them")
     if "problem" in found:
         out.print(found["problem"])
     if "sites" in found:
-        sites = tables.table("sites", "site", "connection")
+        sites = table("sites", "site", "connection")
         for site, status in sorted(found["sites"].items()):
             sites.add_row(site, status)
         out.print(sites)

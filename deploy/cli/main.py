@@ -28,8 +28,9 @@ from deploy.cli import (
     watch,
 )
 from deploy.cli.say import say
+from deploy.flower.processes import without_proxy
 from deploy.lazy import lazy_imports
-from deploy.simulation import interrupt, loopback, prerequisites
+from deploy.simulation import interrupt, prerequisites
 
 with lazy_imports():
     from deploy import configuration
@@ -309,7 +310,7 @@ def main() -> None:
     """
     with interrupt.told():
         # Before any command, because the processes that it starts inherit this environment.
-        os.environ.update(loopback.without_proxy(os.environ))
+        os.environ.update(without_proxy(os.environ))
         try:
             app()
         except UserError as error:

@@ -18,7 +18,7 @@ import httpx
 from common.config import Scalar
 from common.errors import RunError
 from deploy.consortium.kit import CoordinatorKit
-from deploy.simulation.loopback import without_proxy
+from deploy.flower.processes import without_proxy
 
 if TYPE_CHECKING:
     from flwr.supercore.control import ControlHttpClient

@@ -15,12 +15,11 @@ from pathlib import Path
 from common.errors import FedbagsError, RunError, UserError
 from deploy.consortium import exporter
 from deploy.consortium.control import Control, control, flower_key
-from deploy.consortium.flower import environment, explain
+from deploy.consortium.foreground import Program, answers, logs_text, run
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.kit_check import check_coordinator
-from deploy.consortium.preflight import flower_program, nginx_program, require_ports
-from deploy.consortium.program import Program, answers, says
-from deploy.consortium.supervisor import Supervisor
+from deploy.consortium.preflight import nginx_program, require_ports
+from deploy.flower.processes import program
 
 log = logging.getLogger("fedbags.coordinator")
 
@@ -37,7 +36,7 @@ def check(kit: CoordinatorKit) -> None:
     """
     check_coordinator(kit)
     nginx_program()
-    flower_program("flower-superlink")
+    program("flower-superlink")
     server = kit.server
     require_ports(
         [
@@ -56,7 +55,7 @@ def programs(kit: CoordinatorKit) -> list[Program]:
         Program(
             SUPERLINK,
             (
-                flower_program("flower-superlink"),
+                program("flower-superlink"),
                 "--host", server.admin_address, "--port", str(server.admin_port),
                 "--ssl-ca-certfile", str(kit.ca_certificate),
                 "--ssl-certfile", str(kit.server_certificate),
@@ -67,23 +66,21 @@ def programs(kit: CoordinatorKit) -> list[Program]:
                 "--database", str(kit.database),
             ),
             ready=answers(server.admin_address, server.admin_port),
-            explain=explain,
         ),
         Program(
             REGISTRATION,
             (sys.executable, "-P", "-m", "deploy.consortium.coordinator", str(kit.folder)),
-            ready=says(WATCHING),
+            ready=logs_text(WATCHING),
             after=(SUPERLINK,),
         ),
         Program(
             SUPEREXEC,
             (
-                flower_program("flower-superexec"),
+                program("flower-superexec"),
                 "--runtime-api-address", server.superlink_address,
                 "--root-certificates", str(kit.ca_certificate), *secret,
             ),
             after=(SUPERLINK,),
-            explain=explain,
         ),
         Program(
             NGINX,
@@ -91,17 +88,20 @@ def programs(kit: CoordinatorKit) -> list[Program]:
             ready=answers(_local(server.address), server.port),
             # Opened last: until its key is registered, every site that calls is refused.
             after=(SUPERLINK, REGISTRATION),
-            # Workers that outlive a killed nginx would keep the port.
-            sweep=True,
         ),
         *exporter.programs(kit),
     ]  # fmt: skip
 
 
-def supervise(kit: CoordinatorKit) -> None:
-    """Run everything until SIGTERM or SIGINT."""
+def serve(kit: CoordinatorKit) -> None:
+    """Run everything until SIGTERM or SIGINT, or until one of the programs ends.
+
+    Raises:
+        UserError: they run already, or one ended by a mistake that starting again does not mend.
+        RunError: one of them ended.
+    """
     (kit.state / "nginx").mkdir(parents=True, exist_ok=True)
-    Supervisor(programs(kit), kit.state, kit.logs, environment(kit)).run()
+    run(kit, programs(kit))
 
 
 def synchronise(kit: CoordinatorKit, api: Control) -> None:

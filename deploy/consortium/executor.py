@@ -1,6 +1,6 @@
 """Take tasks from a site's SuperNode and run each in a process of its own, behind the gate.
 
-The supervisor starts it in place of ``flower-superexec``::
+``fedbags site up`` starts it in place of ``flower-superexec``::
 
     python -P -m deploy.consortium.executor --kit KIT --runtime-api-address 127.0.0.1:9094 \
         --superexec-auth-secret-file KIT/superexec.secret

@@ -3,9 +3,8 @@
 The figures are those of the coordinator's newest run, or of the site.
 """
 
-from deploy.consortium.daemon import COMMAND
+from deploy.consortium.foreground import COMMAND, Program, answers
 from deploy.consortium.kit import CoordinatorKit, SiteKit
-from deploy.consortium.program import Program, answers
 
 EXPORTER = "metrics"
 

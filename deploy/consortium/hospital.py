@@ -11,19 +11,17 @@ import sys
 from client.site import SITE_FILE
 from common.errors import UserError
 from deploy.consortium import exporter
-from deploy.consortium.daemon import COMMAND
-from deploy.consortium.flower import NODE_ID_TEXT, SUPERNODE_CONNECTION, environment, explain
+from deploy.consortium.foreground import COMMAND, Diagnosis, Exit, Program, diagnose, logs_text, run
 from deploy.consortium.kit import SiteKit
 from deploy.consortium.kit_check import check_site
 from deploy.consortium.preflight import reach_server, require_ports
-from deploy.consortium.program import Ending, Program, Remedy, says
 from deploy.consortium.settings import LOOPBACK
-from deploy.consortium.supervisor import Supervisor
+from deploy.flower.processes import SUPERNODE_CONNECTION
 
 SUPERNODE, EXECUTOR = "supernode", "executor"
 EXECUTOR_MISTAKE = 2
-REFUSAL_PATIENCE, REFUSAL_PAUSE = 100.0, 5.0
-"""Seconds. The SuperLink refuses a node whose last life it still believes in: up to 60 s after a SIGKILL."""
+NODE_ID_TEXT = "SuperNode ID:"
+"""What Flower's SuperNode logs once the SuperLink has let it in."""
 
 
 def check(kit: SiteKit) -> str:
@@ -86,8 +84,8 @@ def programs(kit: SiteKit) -> list[Program]:
                 "--host", LOOPBACK, "--port", str(kit.ports.runtime_port),
                 "--node-config", node_config(kit),
             ),
-            ready=says(NODE_ID_TEXT),
-            explain=explain_supernode,
+            ready=logs_text(NODE_ID_TEXT),
+            diagnose=diagnose_supernode,
         ),
         Program(
             EXECUTOR,
@@ -96,7 +94,7 @@ def programs(kit: SiteKit) -> list[Program]:
                 "--runtime-api-address", kit.runtime_address, *secret,
             ),
             after=(SUPERNODE,),
-            explain=explain_executor,
+            diagnose=diagnose_executor,
         ),
         *exporter.programs(kit),
     ]  # fmt: skip
@@ -115,38 +113,37 @@ def node_config(kit: SiteKit) -> str:
     return " ".join(f'{key}="{value}"' for key, value in values.items())
 
 
-def supervise(kit: SiteKit) -> None:
-    """Run everything until SIGTERM or SIGINT."""
-    Supervisor(programs(kit), kit.state, kit.logs, environment(kit)).run()
+def serve(kit: SiteKit) -> None:
+    """Run everything until SIGTERM or SIGINT, or until one of the programs ends.
 
-
-def explain_executor(ending: Ending) -> Remedy | None:
-    """Return the meaning of the executor's end.
-
-    Status 2 names a mistake that a restart does not mend.
+    Raises:
+        UserError: they run already, or one ended by a mistake that starting again does not mend.
+        RunError: one of them ended.
     """
-    if ending.status == EXECUTOR_MISTAKE:
-        return Remedy(ending.tail.strip()[-1000:] or "see its log", hopeless=True)
-    return explain(ending)
+    run(kit, programs(kit))
 
 
-def explain_supernode(ending: Ending) -> Remedy | None:
+def diagnose_executor(end: Exit) -> Diagnosis | None:
+    """Return the meaning of the executor's end, whose status 2 names a mistake to mend."""
+    if end.status == EXECUTOR_MISTAKE:
+        return Diagnosis(end.tail.strip()[-1000:] or "see its log", mistake=True)
+    return diagnose(end)
+
+
+def diagnose_supernode(end: Exit) -> Diagnosis | None:
     """Return the meaning of a SuperNode's end, where exit code 305 has more than one cause."""
-    if ending.code != SUPERNODE_CONNECTION:
-        return explain(ending)
+    if end.code != SUPERNODE_CONNECTION:
+        return diagnose(end)
     # Flower ends with this one code for several causes, and only the text of its log tells them apart.
-    if "401 Unauthorized" in ending.tail:
-        return Remedy(
+    if "401 Unauthorized" in end.tail:
+        return Diagnosis(
             "the coordinator refuses this node's signature: the two clocks differ by more than five minutes "
             "(`timedatectl set-ntp true`)"
         )
-    if "403 Forbidden" in ending.tail:
-        return Remedy("the coordinator's nginx refuses this SuperNode: do both sides run the same Flower?")
-    return Remedy(
+    if "403 Forbidden" in end.tail:
+        return Diagnosis("the coordinator's nginx refuses this SuperNode: do both sides run the same Flower?")
+    return Diagnosis(
         "this node is not registered at the coordinator: send node.pub to the coordinator "
-        "(`fedbags provision add-key KITS SITE node.pub`), or it was revoked. It is tried again every 30 s.",
-        patience=REFUSAL_PATIENCE,
-        meanwhile="refused for now: the coordinator does not know this node's key, or still believes in its "
-        "last life, which it forgets within 60 s",
-        pause=REFUSAL_PAUSE,
+        "(`fedbags provision add-key KITS SITE node.pub`), or it was revoked. After a crash the coordinator "
+        "also refuses it while it believes in the node's last connection, for up to 60 s: start it again."
     )

@@ -9,11 +9,9 @@ import ipaddress
 import shutil
 import socket
 import ssl
-import sys
 import time
 from collections.abc import Iterable
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 
 from common.errors import UserError
 from deploy.consortium.kit import SiteKit
@@ -59,18 +57,6 @@ def _port_fault(what: str, address: str, port: int, error: OSError) -> str:
             return f"{where} cannot be opened: {address} is not an address of this machine."
         case _:
             return f"{where} cannot be opened: {error.strerror or error}"
-
-
-def flower_program(name: str) -> str:
-    """Return the path of a program of this environment, whether or not the environment is activated.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        raise UserError(f"the program {name} is not installed beside {sys.executable}: install fedbags there")
-    return found
 
 
 def nginx_program() -> str:

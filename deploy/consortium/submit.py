@@ -153,7 +153,7 @@ def changes(app: bytes, config: RunConfig) -> Mapping[str, Scalar]:
 def wait_for_end(api: Control, run_id: int, interrupted: Event) -> RunStatus:
     """Poll until the run has finished, or until the user interrupts.
 
-    A SuperLink that is away is waited for: its supervisor restarts it, and the run goes on.
+    A SuperLink that is away is waited for: its service manager may start it again.
 
     Raises:
         RunError: the SuperLink was away for OUTAGE seconds.

@@ -1,6 +1,6 @@
 """Run Flower's SuperNode, and let it ask the coordinator for messages more often while a run goes on.
 
-The supervisor starts it in place of ``flower-supernode``, with the same arguments::
+``fedbags site up`` starts it in place of ``flower-supernode``, with the same arguments::
 
     python -P -m deploy.consortium.supernode ARGUMENTS
 

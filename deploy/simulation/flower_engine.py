@@ -9,11 +9,7 @@ before the app), and the true status of the run, which the exit status of ``flwr
 import contextlib
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -28,18 +24,10 @@ import tomli_w
 from common.config import RunConfig
 from common.errors import RunError
 from deploy import OWN, PACKAGES
-from deploy.simulation.loopback import without_proxy
+from deploy.flower.processes import end, environment, free_port, program, tail, with_variable
 
 CONNECTION = "fedbags"
 START_DEADLINE, POLL = 60.0, 3.0
-SWITCHES = {
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-
-
 APPS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
 
 
@@ -56,16 +44,13 @@ def run_flower(config: RunConfig, apps: Mapping[str, str] = APPS) -> None:
     with tempfile.TemporaryDirectory(prefix="fedbags-flower-") as folder:
         work = Path(folder)
         port = free_port()
-        # Flower starts its other programs by name: those of this environment must be found first.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        here = {"FLWR_HOME": str(work / "home"), "PATH": path, "PYTHONPATH": packages_first(work)}
-        environment = os.environ | SWITCHES | without_proxy(os.environ) | here
+        variables = os.environ | environment(work / "home") | {"PYTHONPATH": packages_first(work)}
         write_app(work / "app" / "fedbags", apps)
         write_connection(work / "home", port)
         (work / "run.toml").write_text(config.to_toml(), encoding="utf-8")
-        with superlink(work, port, environment) as log_file:
-            run_id = submit(work, config.federation.sites, environment)
-            wait_for_end(run_id, work, environment, log_file)
+        with superlink(work, port, variables) as log_file:
+            run_id = submit(work, config.federation.sites, variables)
+            wait_for_end(run_id, work, variables, log_file)
 
 
 def write_app(folder: Path, apps: Mapping[str, str]) -> None:
@@ -151,39 +136,14 @@ def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path)
 
 
 def end_group(process: subprocess.Popen[bytes] | None, work: Path) -> None:
-    """End the SuperLink and everything that it started.
-
-    Flower detaches its helpers and Ray its workers, so they are known by what they inherited: a Flower home
-    inside ``work``.
-    """
+    """End the SuperLink and everything that it started, which has a Flower home inside ``work``."""
     if process is not None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10.0)
-    for sign, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        end = time.monotonic() + patience
-        # Listed anew for each signal, as a process that ends may have started others.
-        for pid in descendants(work):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, sign)
-        while descendants(work) and time.monotonic() < end:
-            time.sleep(0.1)
+    end(lambda: with_variable("FLWR_HOME", f"{work}/"), 5.0)
     if process is not None:
         process.wait()
-
-
-def descendants(work: Path) -> list[int]:
-    """Return the ids of the processes whose environment names ``work``.
-
-    Only Linux tells; elsewhere none are found.
-    """
-    found = []
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        # A process that cannot be read has ended, or is another user's.
-        with contextlib.suppress(OSError):
-            if f"FLWR_HOME={work}/".encode() in environment.read_bytes():
-                found.append(int(environment.parent.name))
-    return found
 
 
 def submit(work: Path, sites: int, environment: dict[str, str]) -> str:
@@ -233,27 +193,3 @@ def flwr(*arguments: str, cwd: Path, environment: dict[str, str]) -> dict[str, A
     if not answer.get("success"):
         raise RunError(f"`flwr {arguments[0]}` failed:\n{result.stdout}{result.stderr}")
     return answer
-
-
-def program(name: str) -> str:
-    """Return the path of a program of this environment, whether or not the environment is activated.
-
-    Raises:
-        RunError: it is not installed.
-    """
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        raise RunError(f"the program {name} is not installed beside {sys.executable}")
-    return found
-
-
-def free_port() -> int:
-    """Return a port of the loopback on which nobody listens just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def tail(path: Path, lines: int = 30) -> str:
-    """Return the last lines of a log."""
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

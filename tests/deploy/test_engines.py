@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from common.config import RunConfig
 from common.errors import RunError
+from deploy.flower.processes import free_port
 from deploy.simulation import flower_engine
 from deploy.simulation.local_grid import LocalGrid, load_app
 from server.app import app
@@ -63,7 +64,7 @@ def test_flower_cannot_start_on_a_taken_port(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(flower_engine, "program", lambda name: "/bin/false")
     with (
         pytest.raises(RunError, match="did not start"),
-        flower_engine.superlink(tmp_path, flower_engine.free_port(), dict(os.environ)),
+        flower_engine.superlink(tmp_path, free_port(), dict(os.environ)),
     ):
         pass
 

@@ -98,7 +98,7 @@ def print_build(name: str) -> None:
 
 
 def print_programs(name: str) -> None:
-    program = {"name": "superlink", "status": "down", "pid": None, "since": "", "restarts": 0, "reason": name}
+    program = {"name": "superlink", "status": "down", "pid": None, "since": "", "reason": name}
     deploy.cli.consortium._print({"programs": [program], "left_behind": 0, "sites": {name: "away"}}, "server")
 
 

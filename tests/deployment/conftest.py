@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,20 @@ import pytest
 
 from common.errors import UserError
 from common.files import read_json_lines
-from deploy.consortium.daemon import COMMAND
+from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import CoordinatorKit, SiteKit
 from deploy.consortium.preflight import nginx_program
 from deploy.datasets.synthetic import write_synthetic_sites
-from deploy.simulation.flower_engine import descendants, free_port
+from deploy.flower.processes import free_port, with_variable
 
 SITES = ("hospital-1", "hospital-2", "hospital-3")
 SIZE = 16
 BUDGET = "epsilon = 900.0\ndelta = 0.0001\n"
 SMALL = {"model.image-size": SIZE, "dp.steps-per-round": 2, "federation.patience": 120.0}
 """Of every run: images of 16 pixels, the colour-histogram backbone of --dp, two steps a round."""
+
+KEEP_UP = 'until "$@"; do [ $? -eq 2 ] && exit 2; sleep 2; done'
+"""What the kits' units say: Restart=on-failure, RestartPreventExitStatus=2."""
 
 Event = dict[str, Any]
 
@@ -97,23 +101,26 @@ class Consortium:
         (kit / "kit.toml").write_text(text.replace('data-path = ""', f'data-path = "{self.data / site}"'))
 
     def server_up(self) -> None:
-        self.fedbags("server", "up", self.coordinator.folder, prefix=self.server_prefix)
+        kit = self.coordinator.folder
+        self.keep_up("server", "up", kit, prefix=self.server_prefix)
+        self.fedbags("server", "status", kit, "--wait", 90, prefix=self.server_prefix)
 
     def site_up(self, *names: str) -> None:
         """Bring sites up, all at once; their data is known to be good."""
-        started = [
+        kits = [self.site(name).folder for name in names or self.sites]
+        for kit in kits:
+            self.keep_up("site", "up", kit, "--skip-data", prefix=self.site_prefix)
+        for kit in kits:
+            self.fedbags("site", "status", kit, "--wait", 90, prefix=self.site_prefix)
+
+    def keep_up(self, *arguments: object, prefix: Sequence[str]) -> None:
+        """Start a command that stays, and start it again when it fails, as a service manager does."""
+        with (self.root / "up.log").open("ab") as log:
             subprocess.Popen(
-                [
-                    *self.site_prefix, *COMMAND, "site", "up", str(self.site(name).folder),
-                    "--wait", "90", "--skip-data",
-                ],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                ["bash", "-c", KEEP_UP, "keep", *prefix, *COMMAND, *map(str, arguments)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            for name in names or self.sites
-        ]  # fmt: skip
-        ended = [(process.communicate(timeout=180)[0], process.returncode) for process in started]
-        assert not any(status for _, status in ended), ended
+            )  # fmt: skip
 
     def down(self) -> None:
         """End everything, sites first."""
@@ -123,7 +130,7 @@ class Consortium:
 
     def left_over(self) -> list[int]:
         """Processes that any kit started and that live."""
-        return descendants(self.root)
+        return with_variable("FLWR_HOME", f"{self.root}/")
 
     def status(self, site: str | None = None) -> dict[str, Any]:
         """`fedbags server status`, or that of a site."""
@@ -208,6 +215,13 @@ def wait_until(what: Callable[[], bool], timeout: float, why: str) -> None:
     while not what():
         assert time.monotonic() < until, f"{why}: not in {timeout:g} s"
         time.sleep(0.3)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process lives; one that waits to be reaped does not."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def write_data(folder: Path, count: int) -> None:

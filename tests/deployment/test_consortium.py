@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from client.ledger.state import LedgerState
 from deploy.consortium import exporter
 from deploy.consortium.bundle import unpack_bundle
-from deploy.simulation.flower_engine import free_port, program
+from deploy.flower.processes import free_port, program
 from tests.deployment.conftest import SITES, Consortium, Run, wait_until
 
 ROUNDS = 3

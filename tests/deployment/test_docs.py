@@ -16,7 +16,7 @@ import pytest
 from client.ledger.state import LedgerState
 from client.site import SiteConfig
 from common.files import read_json_lines
-from deploy.simulation.flower_engine import descendants, free_port
+from deploy.flower.processes import free_port, with_variable
 from tests.deployment import documents
 from tests.deployment.conftest import SITES
 from tests.deployment.documents import PAGES, ROOT
@@ -182,7 +182,7 @@ def empty(tmp_path: Path, nginx: str) -> Iterator[Path]:
 
 
 def working_in(folder: Path) -> list[str]:
-    """Processes whose working directory is below the folder, as supervisors' is."""
+    """Processes whose working directory is below the folder, as a kit's programs' is."""
     found = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
         with suppress(OSError):  # it ended, or is another user's
@@ -200,7 +200,7 @@ def test_the_quickstart_from_an_empty_folder_to_a_finished_run(empty: Path) -> N
         timeout=1200, env=os.environ | {"PATH": PATH, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert not descendants(empty)
+    assert not with_variable("FLWR_HOME", f"{empty}/")
     assert not working_in(empty)
 
     run = empty / "KITS" / "coordinator" / "state" / "runs" / "first"

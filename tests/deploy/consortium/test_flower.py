@@ -1,4 +1,4 @@
-"""What supervising Flower's processes relies on in the pinned Flower: exit codes, texts, switches."""
+"""What running Flower's processes relies on in the pinned Flower: exit codes, texts, switches."""
 
 import inspect
 from pathlib import Path
@@ -11,9 +11,10 @@ from flwr.supercore.exit import ExitCode
 from flwr.supernode import start_client_internal
 
 from common.errors import UserError
-from deploy.consortium import flower, hospital, preflight
+from deploy.consortium import foreground, hospital, preflight
+from deploy.consortium.foreground import Exit
 from deploy.consortium.kit import SiteKit
-from deploy.consortium.program import Ending
+from deploy.flower.processes import MISTAKES, SUPERNODE_CONNECTION
 
 
 def kit(tmp_path: Path, data: str) -> SiteKit:
@@ -29,7 +30,7 @@ def kit(tmp_path: Path, data: str) -> SiteKit:
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        ("SUPERNODE_CONNECTION_ERROR", flower.SUPERNODE_CONNECTION),
+        ("SUPERNODE_CONNECTION_ERROR", SUPERNODE_CONNECTION),
         ("SUPERLINK_DATABASE_SCHEMA_MISMATCH", 105),
         ("SUPERNODE_NODE_AUTH_KEY_INVALID", 302),
         ("SUPEREXEC_AUTH_SECRET_LOAD_FAILED", 401),
@@ -39,18 +40,18 @@ def kit(tmp_path: Path, data: str) -> SiteKit:
 )
 def test_exit_codes_are_flowers(name: str, code: int) -> None:
     assert getattr(ExitCode, name) == code
-    remedy = flower.explain(Ending(1, code, ""))
-    assert (remedy is None) == (code == flower.SUPERNODE_CONNECTION)
-    assert remedy is None or remedy.hopeless
+    found = foreground.diagnose(Exit(1, code, ""))
+    assert (found is None) == (code == SUPERNODE_CONNECTION)
+    assert found is None or found.mistake
 
 
-def test_every_hopeless_code_is_one_of_flowers() -> None:
+def test_every_mistake_is_one_of_flowers() -> None:
     known = {value for value in vars(ExitCode).values() if isinstance(value, int)}
-    assert set(flower._HOPELESS) <= known
+    assert set(MISTAKES) <= known
 
 
 def test_the_text_of_a_connected_supernode_is_flowers() -> None:
-    assert flower.NODE_ID_TEXT in inspect.getsource(start_client_internal)
+    assert hospital.NODE_ID_TEXT in inspect.getsource(start_client_internal)
 
 
 def test_every_switch_is_one_that_flower_reads(tmp_path: Path) -> None:
@@ -59,38 +60,39 @@ def test_every_switch_is_one_that_flower_reads(tmp_path: Path) -> None:
         for path in Path(next(iter(flwr.__path__))).rglob("*.py")
         if "proto" not in path.parts
     )
-    switches = [name for name in flower.environment(kit(tmp_path, "data")) if name.startswith("FLWR_")]
+    variables = foreground.kit_environment(kit(tmp_path, "data"))
+    switches = [name for name in variables if name.startswith("FLWR_")]
     assert len(switches) == 5
     for name in switches:
         assert f'"{name}"' in sources, name
 
 
-def test_a_refused_node_is_tried_for_longer_than_flower_believes_in_its_last_life() -> None:
-    remedy = hospital.explain_supernode(Ending(1, 305, "[code: 1000] could not be activated"))
-    assert remedy is not None
-    assert remedy.patience > HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL
-    assert not remedy.hopeless
-    assert "add-key" in remedy.meaning
+def test_a_refused_node_is_told_what_may_be_the_cause_and_may_be_started_again() -> None:
+    found = hospital.diagnose_supernode(Exit(1, 305, "[code: 1000] could not be activated"))
+    assert found is not None
+    assert not found.mistake
+    assert "add-key" in found.text
+    assert "up to 60 s" in found.text
+    assert HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL <= 60
 
 
 def test_a_wrong_clock_is_told_from_an_unknown_key() -> None:
-    remedy = hospital.explain_supernode(Ending(1, 305, "Client error '401 Unauthorized' for url"))
-    assert remedy is not None
-    assert "clocks differ" in remedy.meaning
-    assert remedy.patience == 0
+    found = hospital.diagnose_supernode(Exit(1, 305, "Client error '401 Unauthorized' for url"))
+    assert found is not None
+    assert "clocks differ" in found.text
     assert TIMESTAMP_TOLERANCE > preflight.CLOCK_SKEW
 
 
-def test_a_crash_is_simply_started_again() -> None:
-    assert hospital.explain_supernode(Ending(-9, None, "")) is None
-    assert hospital.explain_executor(Ending(1, None, "")) is None
+def test_a_crash_has_no_diagnosis() -> None:
+    assert hospital.diagnose_supernode(Exit(-9, None, "")) is None
+    assert hospital.diagnose_executor(Exit(1, None, "")) is None
 
 
-def test_a_mistake_that_the_executor_names_is_not_tried_again() -> None:
-    remedy = hospital.explain_executor(Ending(2, None, "error: superexec.secret is missing\n"))
-    assert remedy is not None
-    assert remedy.hopeless
-    assert "superexec.secret is missing" in remedy.meaning
+def test_a_mistake_that_the_executor_names_is_one() -> None:
+    found = hospital.diagnose_executor(Exit(2, None, "error: superexec.secret is missing\n"))
+    assert found is not None
+    assert found.mistake
+    assert "superexec.secret is missing" in found.text
 
 
 @pytest.mark.parametrize("data", ["data", "with space", "q'uote", "bäckerei", "a=b"])

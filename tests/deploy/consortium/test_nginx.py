@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from deploy.consortium.program import answers
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supernode import fleet_http_client
@@ -23,9 +24,8 @@ from flwr.supernode import fleet_http_client
 from common.errors import UserError
 from deploy.consortium import preflight, supernode
 from deploy.consortium.kit import CoordinatorKit
-from deploy.consortium.program import answers
 from deploy.consortium.provision import provision
-from deploy.simulation.flower_engine import free_port
+from deploy.flower.processes import free_port
 
 SITES_NEED = {
     "/v1/fleet/activate-node", "/v1/fleet/deactivate-node", "/v1/fleet/send-node-heartbeat",

@@ -572,9 +572,9 @@ def test_the_compose_files_are_valid_and_open_one_port(settings: Path, kits: Pat
 
     coordinator, site = read("coordinator"), read("sites/north")
     assert coordinator.ports == ["8443:8443"]
-    assert coordinator.command == ["fedbags", "server", "up", "/kit", "--foreground"]
+    assert coordinator.command == ["fedbags", "server", "up", "/kit"]
     assert (site.ports, site.network_mode) == ([], None)
-    assert site.command == ["fedbags", "site", "up", "/kit", "--foreground"]
+    assert site.command == ["fedbags", "site", "up", "/kit"]
     settings.write_text(
         SETTINGS.replace("[sites.charite]", 'admin-address = "10.0.0.5"\n[sites.charite]'), "utf-8"
     )

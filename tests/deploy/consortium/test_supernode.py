@@ -15,8 +15,8 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
 
-from deploy.consortium import child, supernode
-from deploy.simulation.flower_engine import program
+from deploy.consortium import supernode
+from deploy.flower.processes import exit_code, program
 
 OURS = (sys.executable, "-P", "-m", "deploy.consortium.supernode")
 LOOP = f"import time\n\ndef loop():\n    while True:\n        if True:\n{supernode.FLOWERS_LOOP}"
@@ -163,8 +163,7 @@ def test_arguments_exit_codes_and_words_are_flowers(tmp_path: Path) -> None:
     ours, theirs = run(OURS, *arguments), run((program("flower-supernode"),), *arguments)
     assert ours.returncode == theirs.returncode == 1
     for done in (ours, theirs):
-        codes = child._EXIT_CODE.findall(done.stdout + done.stderr)
-        assert codes == [str(ExitCode.SUPERNODE_NODE_AUTH_KEY_INVALID)]
+        assert exit_code(done.stdout + done.stderr) == ExitCode.SUPERNODE_NODE_AUTH_KEY_INVALID
     assert "its own pause stays" not in ours.stdout + ours.stderr
 
 
