@@ -13,7 +13,7 @@ of a fedbags run:
 
 ``*_overhead_s`` is, for each round, the time from the end of the one before to its own end, less local
 training at the slowest site (the clock of deployed_apps.py around it), less the median trivial round. A
-site asks for messages twice a second in short rounds (deploy/consortium/supernode.py) and as often for
+site asks for messages twice a second in short rounds (deploy/flower/internals.py) and as often for
 its app's reply, so a wave's seconds depend on where in these pauses it falls. The smallest, the median and
 the largest are given. Other work on the machine's cores makes all of them larger.
 

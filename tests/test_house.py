@@ -66,7 +66,7 @@ def test_only_one_module_touches_flowers_task_identity() -> None:
         for path in (ROOT / package).rglob("*.py")
         if "task_identity" in path.read_text(encoding="utf-8")
     }
-    assert users == {"deploy/simulation/local_grid.py"}
+    assert users == {"deploy/flower/internals.py"}
 
 
 def test_only_wire_builds_flower_records_that_travel() -> None:

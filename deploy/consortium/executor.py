@@ -23,18 +23,17 @@ import tempfile
 from multiprocessing import connection, forkserver, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
 from common.errors import UserError, require_file
 from deploy.cli.say import say
 from deploy.consortium import gate
 from deploy.consortium.kit import SiteKit
-
-if TYPE_CHECKING:
-    from flwr.supercore.constant import TaskType
-    from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
+from deploy.flower.internals import run_superexec
 
 log = logging.getLogger("fedbags.executor")
 
@@ -86,19 +85,17 @@ class ForkingExecutor:
 
     def get_eligible_capacity(
         self,
-        supported_task_types: "set[TaskType]",
+        supported_task_types: set[TaskType],
         *,
         insecure: bool = False,
         root_certificates_path: str | None = None,
-    ) -> "tuple[set[TaskType], set[str]]":
+    ) -> tuple[set[TaskType], set[str]]:
         """Accept tasks of ClientApps, and of AgentApps in order to refuse them at once, and no others."""
-        from flwr.supercore.constant import TaskType
-
         return supported_task_types & {TaskType.CLIENT_APP, TaskType.AGENT_APP}, set()
 
     def wait_for_capacity(
         self,
-        task_type: "TaskType | None" = None,
+        task_type: TaskType | None = None,
         *,
         fab_hash: str | None = None,
         insecure: bool = False,
@@ -109,14 +106,11 @@ class ForkingExecutor:
             connection.wait([process.sentinel for process in self._tasks])
             self._reap()
 
-    def launch(self, spec: "ExecutionSpec") -> "LaunchResult":
+    def launch(self, spec: ExecutionSpec) -> LaunchResult:
         """Start a task in a process of its own.
 
         A task that cannot be started is answered by the SuperNode when its token expires.
         """
-        from flwr.supercore.constant import TaskType
-        from flwr.supercore.superexec.executor import LaunchResult
-
         if spec.task_type not in (TaskType.CLIENT_APP, TaskType.AGENT_APP):
             return LaunchResult.failed("a site runs ClientApps only")
         # No app has the empty hash, so an AgentApp is refused like an app that was not approved.
@@ -188,7 +182,7 @@ def run_executor(kit: Path, runtime_api_address: str, secret: bytes) -> None:
             f"--runtime-api-address {runtime_api_address}: give 127.0.0.1:PORT. The SuperNode and its "
             "executor run on one machine, and what they say to each other is not encrypted."
         )
-    gate.run_superexec(lambda: ForkingExecutor(kit), runtime_api_address, secret)
+    run_superexec(lambda: ForkingExecutor(kit), runtime_api_address, secret)
 
 
 def main(

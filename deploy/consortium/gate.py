@@ -1,23 +1,10 @@
-"""Run Flower's own processes with the site's gate in them.
+"""Let Flower's ClientApp process run the app that the site approved, and no other.
 
-Every private part of Flower that the executor relies on is touched here. Four names are replaced, and nothing
-else (``GATED`` lists what that rests on):
-
-- In Flower's ClientApp process, ``install_from_fab`` asks ``admission`` first and then unpacks into a fresh
-  private folder, so that nothing that already lies on the disk is ever run. A refusal becomes an error reply.
-- There too, ``get_load_client_app_fn`` loads from that folder, whatever id, version and hash the server
-  states, and lets no text of an exception out.
-- There too, ``pull_and_inflate_object_from_tree`` is given a pause of its own between two tries.
-- In Flower's SuperExec, ``get_executor`` gives our executor.
-
-``check_flower`` compares the source of what is relied on with what the gate was tested with, and nothing
-starts with anything else. Knows nothing of processes: ``executor`` starts and ends them.
+Flower's own process answers a task, with two of its functions replaced by ``Gate``: how an app is installed
+and how it is loaded. A refusal becomes an error reply. ``deploy.flower.internals`` replaces them, and
+refuses a Flower that this was not tested with. Knows nothing of processes: ``executor`` starts and ends them.
 """
 
-import functools
-import hashlib
-import importlib
-import inspect
 import logging
 import os
 import sys
@@ -25,30 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import RunError, UserError
+from common.errors import RunError
 from deploy.consortium import admission
+from deploy.flower import internals
 
 if TYPE_CHECKING:
-    from flwr.supercore.superexec.executor import ExecutionSpec, Executor
+    from flwr.supercore.superexec.executor import ExecutionSpec
 
 log = logging.getLogger("fedbags.executor")
-
-GATED = {
-    "flwr.supercore.superexec.run_superexec:run_superexec": ("d11f4e7fbc8f0b12", "91e7a33c5b898f33"),
-    "flwr.supernode.runtime.run_clientapp:run_clientapp": ("6ce09559f3a2f5dc",),
-    "flwr.clientapp.utils:get_load_client_app_fn": ("f7790dd641bafaff",),
-    "flwr.supercore.object_ref:load_app": ("ef4c226d0c4f2c4a",),
-    "flwr.cli.install:install_from_fab": ("481bd04cde582322",),
-    "flwr.cli.install:validate_and_install": ("628b69fb852ae858",),
-    "flwr.supercore.inflatable.inflatable_utils:pull_and_inflate_object_from_tree": ("139811483a15e4a6",),
-}
-"""What the gate relies on, and the start of the SHA-256 of its source in Flower 1.41.0 and 1.42.0.
-
-Before adding a hash: read the change, then run tests/deploy/consortium/test_executor.py with that Flower."""
-
-PULL_PAUSE = {"initial_backoff": 0.1, "backoff_cap": 0.5}
-"""Seconds between two tries of a task to get its message. The SuperNode hands a task out before its message
-has arrived, and a forked task is there at once: by Flower's own pauses (1, 2, 4, 8 s) it lost up to 15 s."""
 
 OWN_PACKAGES = frozenset({"common", "client", "server", "deploy"})
 """Taken out of a task's process before the app is loaded: the app brings its own."""
@@ -62,29 +33,6 @@ class AppFailed(RunError):  # noqa: N818 (an answer, not a fault)
 
     def __init__(self) -> None:
         super().__init__("the approved app failed at this site; the site's log says why")
-
-
-def check_flower() -> None:
-    """Refuse a Flower that the gate was not tested with.
-
-    Raises:
-        UserError: names the part that differs.
-    """
-    for reference, known in GATED.items():
-        module, _, name = reference.partition(":")
-        try:
-            # The gate stands between the server and the site's data. A Flower that calls the replaced names
-            # otherwise, or not at all, could pass it by unnoticed, so the text of the source is compared and
-            # not a version number.
-            source = inspect.getsource(getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError, OSError, TypeError):
-            # What cannot be read counts as different.
-            source = ""
-        if hashlib.sha256(source.encode()).hexdigest()[:16] not in known:
-            raise UserError(
-                f"the gate was not tested with this version of Flower: {reference} is not what it was.\n"
-                "Nothing was started. Install the versions of constraints.txt (flwr 1.41.0)."
-            )
 
 
 class Gate:
@@ -111,8 +59,6 @@ class Gate:
             AppNotApproved: another app; nothing is unpacked.
             AppFailed: it cannot be unpacked (the disk is full, say).
         """
-        from flwr.cli.install import install_from_fab
-
         try:
             admission.admit(content, self._approved)
         except admission.AppNotApproved:
@@ -125,7 +71,7 @@ class Gate:
             raise
         try:
             # Unpacked anew for each task: files of an app that were edited on the disk are never run.
-            self._app = install_from_fab(content, install_dir=self._folder, skip_prompt=True)
+            self._app = internals.install_app(content, self._folder)
         except Exception as error:
             raise AppFailed from error
 
@@ -135,7 +81,6 @@ class Gate:
         The arguments are Flower's and are ignored. Flower would look for the app under the id, version and
         hash that the server states, and these can be written to lead to any folder of the disk.
         """
-        from flwr.clientapp.utils import get_load_client_app_fn
 
         def load(*stated: str) -> Callable[..., Any]:
             # Nothing has passed the gate in this process, so nothing is loaded.
@@ -145,7 +90,7 @@ class Gate:
             # instead of those that the site approved with the app.
             for name in [name for name in sys.modules if name.partition(".")[0] in OWN_PACKAGES]:
                 del sys.modules[name]
-            load_app = get_load_client_app_fn(default_app_ref="", app_path=str(self._app), multi_app=True)
+            load_app = internals.app_loader(self._app)
             # Wrapped twice, because loading the app may raise, and so may the loaded app when it is called.
             return _without_words(_without_words(load_app)(*stated))
 
@@ -167,11 +112,6 @@ def _without_words(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def often(pull: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Flower's function that gets a message, with PULL_PAUSE between two tries."""
-    return functools.partial(pull, **PULL_PAUSE)
-
-
 def run_task(spec: "ExecutionSpec", approved: str, folder: str, state: str) -> None:
     """Answer one task with Flower's own ClientApp process, behind the gate.
 
@@ -186,37 +126,9 @@ def run_task(spec: "ExecutionSpec", approved: str, folder: str, state: str) -> N
     Raises:
         SystemExit: always; the status is Flower's.
     """
-    flower: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     # Flower installs apps below its home and Python may import from the working directory. In an empty folder
     # neither holds anything that could be run in place of the approved app.
     os.environ["FLWR_HOME"] = folder
     os.chdir(folder)
     gate = Gate(approved, Path(folder), Path(state))
-    # Set in the module that calls them, where Flower looks the names up. The process ends with this task, so
-    # that no other is affected.
-    flower.install_from_fab = gate.install
-    flower.get_load_client_app_fn = gate.loader
-    flower.pull_and_inflate_object_from_tree = often(flower.pull_and_inflate_object_from_tree)
-    flower.run_clientapp(
-        runtime_api_address=spec.runtime_api_address,
-        token=spec.token,
-        insecure=spec.insecure,
-        parent_pid=spec.parent_pid,
-        runtime_dependency_install=False,
-    )
-
-
-def run_superexec(make_executor: Callable[[], "Executor"], runtime_api_address: str, secret: bytes) -> None:
-    """Run Flower's own SuperExec with an executor of ours, over a connection that stays on this machine.
-
-    Raises:
-        UserError: see check_flower.
-        SystemExit: a signal came.
-    """
-    check_flower()
-    flower: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
-    flower.get_executor = lambda *_, **__: make_executor()
-    # No TLS, because the address is one of this machine's loopback (``run_executor`` refuses any other).
-    flower.run_superexec(
-        runtime_api_address, insecure=True, superexec_auth_secret=secret, runtime_dependency_install=False
-    )
+    internals.run_clientapp(spec, gate.install, gate.loader)

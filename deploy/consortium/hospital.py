@@ -19,6 +19,10 @@ from deploy.consortium.settings import LOOPBACK
 from deploy.flower.processes import SUPERNODE_CONNECTION
 
 SUPERNODE, EXECUTOR = "supernode", "executor"
+SUPERNODE_COMMAND = (
+    sys.executable, "-P", "-c", "from deploy.flower.internals import run_supernode; run_supernode()"
+)  # fmt: skip
+"""Flower's SuperNode, asking more often while messages come. It takes the arguments of flower-supernode."""
 EXECUTOR_MISTAKE = 2
 NODE_ID_TEXT = "SuperNode ID:"
 """What Flower's SuperNode logs once the SuperLink has let it in."""
@@ -76,7 +80,7 @@ def programs(kit: SiteKit) -> list[Program]:
         Program(
             SUPERNODE,
             (
-                sys.executable, "-P", "-m", "deploy.consortium.supernode",
+                *SUPERNODE_COMMAND,
                 "--superlink", kit.server_address,
                 "--root-certificates", str(kit.ca_certificate),
                 "--auth-supernode-private-key", str(kit.node_key),

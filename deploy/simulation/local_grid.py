@@ -3,8 +3,7 @@
 This is Flower's Grid over the very same ClientApp as in a deployment. Each simulated site is a node with its
 own Context; a message to it is serialised, handled (in a worker process, or in this one when there are no
 workers) and its reply serialised back, so that sites and server share no memory. The state of a Context is
-kept from message to message, as a SuperNode does, apart from the server. This is the one place that touches
-Flower's private task identity.
+kept from message to message, as a SuperNode does, apart from the server.
 """
 
 import os
@@ -21,18 +20,9 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.serde import (
-    message_from_proto,
-    message_to_proto,
-    recorddict_from_proto,
-    recorddict_to_proto,
-)
-from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from deploy.flower import internals
 from deploy.simulation.interrupt import held_off
 
 Scalar = bool | int | float | str
@@ -104,7 +94,7 @@ class LocalGrid(Grid):
             )
             for number in range(number_of_sites)
         }
-        self._run = Run.create_empty(RUN_ID)
+        self._run = internals.empty_run(RUN_ID)
         self._client_app = client_app
         self._workers = workers
         self._lifeline = Pipe(duplex=False)[1]
@@ -113,7 +103,7 @@ class LocalGrid(Grid):
         self._waiting: deque[Task] = deque()
         self._running: dict[str, Task] = {}
         self._sent = 0
-        become_server()
+        internals.become_server(RUN_ID, SERVER_NODE)
 
     def __enter__(self) -> "LocalGrid":
         return self
@@ -134,12 +124,12 @@ class LocalGrid(Grid):
         """Return the Context for the ServerApp."""
         return Context(RUN_ID, SERVER_NODE, {}, RecordDict(), run_config)
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, run: internals.Run) -> None:
         """Set the run, as Flower's runtime does."""
         self._run = run
 
     @property
-    def run(self) -> Run:
+    def run(self) -> internals.Run:
         """Return the run, which has no name here unless one was set."""
         return self._run
 
@@ -167,8 +157,7 @@ class LocalGrid(Grid):
         for message in messages:
             self._sent += 1
             message_id = f"message-{self._sent}"
-            # A private field: Flower's own grids set it, too, when they take a message in.
-            message.metadata.__dict__["_message_id"] = message_id
+            internals.name_message(message, message_id)
             self._waiting.append(Task(message_id, message, self._nodes[message.metadata.dst_node_id]))
             ids.append(message_id)
         self._start_work()
@@ -196,7 +185,7 @@ class LocalGrid(Grid):
             self._submit(task)
 
     def _submit(self, task: "Task") -> None:
-        payload = message_to_proto(task.message).SerializeToString()
+        payload = internals.encode_message(task.message)
         node = self._nodes[task.node.node_id]
         # The first call starts the workers, which must not get the terminal's Ctrl-C: the server ends them.
         with held_off():
@@ -211,7 +200,7 @@ class LocalGrid(Grid):
                 payload, state = task.future.result(timeout=PATIENCE)
                 number = task.node.node_id
                 self._nodes[number] = replace(self._nodes[number], state=state)
-                reply = message_from_proto(MessageProto.FromString(payload))
+                reply = internals.decode_message(payload)
                 break
             except TimeoutError:
                 return None
@@ -273,13 +262,12 @@ def handle(payload: bytes, node: Node, client_app: str) -> tuple[bytes, bytes]:
 
     This runs in a worker.
     """
-    message = message_from_proto(MessageProto.FromString(payload))
-    state = recorddict_from_proto(RecordDictProto.FromString(node.state))
+    message = internals.decode_message(payload)
+    state = internals.decode_records(node.state)
     context = Context(RUN_ID, node.node_id, dict(node.node_config), state, dict(node.run_config))
     reply = load_app(client_app)(message, context)
-    reply.metadata.__dict__["_message_id"] = f"reply-{message.metadata.message_id}"
-    kept = bytes(recorddict_to_proto(context.state).SerializeToString())
-    return bytes(message_to_proto(reply).SerializeToString()), kept
+    internals.name_message(reply, f"reply-{message.metadata.message_id}")
+    return internals.encode_message(reply), internals.encode_records(context.state)
 
 
 def start_worker(client_app: str, lifeline: Connection) -> None:
@@ -300,9 +288,3 @@ def load_app(client_app: str) -> ClientApp:
     module, _, attribute = client_app.partition(":")
     app: ClientApp = getattr(import_module(module), attribute)
     return app
-
-
-def become_server() -> None:
-    """Let this process create messages as Flower's server does."""
-    # Flower's processes set these private fields at their start, and a message reads its sender from them.
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE

@@ -57,6 +57,7 @@ class Consortium:
         self.root, self.kits, self.data = root, root / "KITS", root / "DATA"
         self.sites, self.host = list(sites), host
         self.server_prefix, self.site_prefix = tuple(server_prefix), tuple(site_prefix)
+        self._kept_up: list[subprocess.Popen[bytes]] = []
 
     @property
     def coordinator(self) -> CoordinatorKit:
@@ -116,17 +117,20 @@ class Consortium:
     def keep_up(self, *arguments: object, prefix: Sequence[str]) -> None:
         """Start a command that stays, and start it again when it fails, as a service manager does."""
         with (self.root / "up.log").open("ab") as log:
-            subprocess.Popen(
+            started = subprocess.Popen(
                 ["bash", "-c", KEEP_UP, "keep", *prefix, *COMMAND, *map(str, arguments)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
+        self._kept_up.append(started)
 
     def down(self) -> None:
         """End everything, sites first."""
         for site in self.sites:
             self.fedbags("site", "down", self.site(site).folder)
         self.fedbags("server", "down", self.coordinator.folder)
+        for started in self._kept_up:
+            started.wait(30)
 
     def left_over(self) -> list[int]:
         """Processes that any kit started and that live."""
