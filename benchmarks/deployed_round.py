@@ -22,6 +22,7 @@ does. ``flower_trivial_round_s`` is the same through Flower's own ``send_and_rec
 """
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event
@@ -42,11 +44,11 @@ from flwr.cli.build import build_fab_from_files
 from common.config import RunConfig, Scalar
 from common.errors import UserError
 from common.files import read_json_lines
-from deploy.consortium.bundle import build_bundle, unpack_bundle
+from deploy.consortium.app import build_bundle
+from deploy.consortium.checks import nginx_program
 from deploy.consortium.control import control
 from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import CoordinatorKit
-from deploy.consortium.preflight import nginx_program
 from deploy.consortium.submit import COMPLETED, changes, wait_for_end
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.flower.processes import free_port
@@ -173,7 +175,8 @@ def trivial_app() -> bytes:
 
 def clocked_app(folder: Path) -> bytes:
     """Return the bundle of the fedbags app with the clock in it."""
-    unpack_bundle(build_bundle(), folder)
+    with zipfile.ZipFile(io.BytesIO(build_bundle())) as bundle:
+        bundle.extractall(folder)
     project = tomllib.loads((folder / "pyproject.toml").read_text())
     project["tool"]["flwr"]["app"]["components"]["clientapp"] = "deployed_apps:clocked_app"
     project["tool"]["flwr"]["app"]["fab-include"].append(APPS.name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deploy.consortium.admission import pin
 
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from common.files import (
@@ -22,7 +23,6 @@ from common.files import (
     write_text,
 )
 from common.records import PrivacyStatement
-from deploy.consortium.admission import pin
 from deploy.consortium.authority import Authority, Issued
 from deploy.consortium.kit import SiteKit
 from server import checkpoint

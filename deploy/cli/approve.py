@@ -10,7 +10,7 @@ from deploy.cli.say import say
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
-    from deploy.consortium import admission, app_changes
+    from deploy.consortium import app as apps
     from deploy.consortium import kit as kit_folder
 
 
@@ -31,13 +31,13 @@ def approve_command(
     Example: fedbags site approve KIT KIT/state/refused.fab
     """
     site = kit_folder.SiteKit.load(kit)
-    new = app_changes.read_app(app)
+    new = apps.read_app(app)
     kept = site.app.read_bytes() if site.app.is_file() else b""
     # The kit's copy is compared with only if it has the approved hash. A copy that was exchanged would let a
     # hostile app seem unchanged.
-    known = admission.app_hash(kept) == site.app_hash
-    old = app_changes.read_bundle(kept, str(site.app)) if known else None
-    changes = app_changes.compare(old, new)
+    known = kit_folder.app_hash(kept) == site.app_hash
+    old = apps.read_bundle(kept, str(site.app)) if known else None
+    changes = apps.compare(old, new)
     same = new.hash == site.app_hash
     if not json_:
         say(f"approved now: {site.app_hash}\nthis app:     {new.hash}")
@@ -45,14 +45,14 @@ def approve_command(
             say("This is the app that the site has approved.")
         elif not known:
             say("The kit does not hold the app that it approves now: all of this one is shown as added.")
-        for line in app_changes.in_words(changes) if not same else []:
+        for line in apps.in_words(changes) if not same else []:
             say(line)
-        for line in app_changes.unified_diff(old, new) if diff else []:
+        for line in apps.unified_diff(old, new) if diff else []:
             say(line)
     # With --json nobody is asked, so that only --yes approves.
     approve = yes or (not (json_ or same) and typer.confirm("Let this app run on this site's data?"))
     if approve:
-        admission.pin(site, new.content)
+        site.approve(new.content)
     if json_:
         answer = {"before": site.app_hash, "app": new.hash, "approved": approve or same}
         typer.echo(json.dumps(answer | {"changes": changes.to_json()}, indent=2))

@@ -10,15 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from common.errors import RunError, UserError
 from deploy.cli.say import say
+from deploy.lazy import lazy_imports
 
-if TYPE_CHECKING:
-    from deploy.consortium.kit import Kit
+with lazy_imports():
+    from deploy import configuration
+    from deploy.cli import tables
+    from deploy.consortium import control, foreground, programs, submit
+    from deploy.consortium import kit as kit_folder
+    from deploy.datasets import site_check
 
 _Coordinator = Annotated[Path, typer.Argument(metavar="KIT", help="The coordinator's kit, KITS/coordinator.")]
 _Site = Annotated[
@@ -40,13 +45,13 @@ def _refuse_wait(wait: float | None) -> None:
 
 _NoWait = Annotated[float | None, typer.Option("--wait", hidden=True, callback=_refuse_wait)]
 
-POLL = 0.3
+_POLL = 0.3
 
-server_app = typer.Typer(help="Run the coordinator's side of a consortium.", no_args_is_help=True)
+_server_app = typer.Typer(help="Run the coordinator's side of a consortium.", no_args_is_help=True)
 
 
-@server_app.command("up")
-def server_up(kit: _Coordinator, foreground: _Foreground = False, wait: _NoWait = None) -> None:
+@_server_app.command("up")
+def _server_up(kit: _Coordinator, foreground_: _Foreground = False, wait: _NoWait = None) -> None:
     """Run nginx, the SuperLink and its SuperExec until Ctrl-C or until one of them ends.
 
     Sites with a key are registered. Sites reach nginx on the kit's port, and there the Fleet API only. A key
@@ -55,51 +60,42 @@ def server_up(kit: _Coordinator, foreground: _Foreground = False, wait: _NoWait 
 
     Example: fedbags server up KITS/coordinator
     """
-    from deploy.consortium import coordinator
-    from deploy.consortium.foreground import end_left_behind
-    from deploy.consortium.kit import CoordinatorKit
-
-    loaded = CoordinatorKit.load(kit)
+    loaded = kit_folder.CoordinatorKit.load(kit)
     _log_to_standard_error()
-    end_left_behind(loaded)
-    coordinator.check(loaded)
-    coordinator.serve(loaded)
+    foreground.end_left_behind(loaded)
+    programs.check_server_start(loaded)
+    programs.run_coordinator(loaded)
 
 
-@server_app.command("status")
-def server_status(kit: _Coordinator, wait: _Wait = 0.0, json_: _Json = False) -> None:
+@_server_app.command("status")
+def _server_status(kit: _Coordinator, wait: _Wait = 0.0, json_: _Json = False) -> None:
     """Show the coordinator's programs, and which sites are connected.
 
     Exit status 1 if something is not ready.
     """
-    from deploy.consortium.control import control
-    from deploy.consortium.kit import CoordinatorKit
-
-    loaded = CoordinatorKit.load(kit)
+    loaded = kit_folder.CoordinatorKit.load(kit)
     found = _describe(loaded, wait)
     if found["ready"]:
         try:
-            with control(loaded) as api:
+            with control.control(loaded) as api:
                 found["sites"] = {node.site: node.status for node in api.nodes()}
         except RunError as error:
             found |= {"ready": False, "problem": str(error)}
     _show(found, f"coordinator of {loaded.consortium}", json_)
 
 
-@server_app.command("down")
-def server_down(kit: _Coordinator) -> None:
+@_server_app.command("down")
+def _server_down(kit: _Coordinator) -> None:
     """End the coordinator's programs.
 
     A run under way ends too; `fedbags run --resume` goes on with it.
     """
-    from deploy.consortium.kit import CoordinatorKit
-
-    _stop(CoordinatorKit.load(kit))
+    _stop(kit_folder.CoordinatorKit.load(kit))
 
 
-def site_up(
+def _site_up(
     kit: _Site,
-    foreground: _Foreground = False,
+    foreground_: _Foreground = False,
     wait: _NoWait = None,
     skip_data: Annotated[bool, typer.Option("--skip-data", help="Do not check the data first.")] = False,
 ) -> None:
@@ -111,46 +107,36 @@ def site_up(
 
     Example: fedbags site up KIT
     """
-    from deploy.consortium import hospital
-    from deploy.consortium.foreground import end_left_behind
-    from deploy.consortium.kit import SiteKit
-
-    loaded = SiteKit.load(kit)
+    loaded = kit_folder.SiteKit.load(kit)
     _log_to_standard_error()
-    end_left_behind(loaded)
-    problem = hospital.check(loaded)
-    if not skip_data and (metrics := hospital.check_data(loaded)):
-        from deploy.datasets.site_check import say_beyond_default
-
-        say(say_beyond_default(metrics), err=True)
+    foreground.end_left_behind(loaded)
+    problem = programs.check_site_start(loaded)
+    if not skip_data and (metrics := programs.check_data(loaded)):
+        say(site_check.say_beyond_default(metrics), err=True)
     # No error: the coordinator may come up later, and the SuperNode tries again by itself.
     if problem:
         say(f"{problem}; trying on", err=True)
-    hospital.serve(loaded)
+    programs.run_site(loaded)
 
 
-def site_status(kit: _Site, wait: _Wait = 0.0, json_: _Json = False) -> None:
+def _site_status(kit: _Site, wait: _Wait = 0.0, json_: _Json = False) -> None:
     """Show this site's programs and whether it is connected.
 
     Exit status 1 if it is not.
     """
-    from deploy.consortium.kit import SiteKit
-
-    loaded = SiteKit.load(kit)
+    loaded = kit_folder.SiteKit.load(kit)
     _show(_describe(loaded, wait), f"site {loaded.site} of {loaded.consortium}", json_)
 
 
-def site_down(kit: _Site) -> None:
+def _site_down(kit: _Site) -> None:
     """Disconnect this site.
 
     Privacy that a run has reserved stays spent in the ledger.
     """
-    from deploy.consortium.kit import SiteKit
-
-    _stop(SiteKit.load(kit))
+    _stop(kit_folder.SiteKit.load(kit))
 
 
-def run_command(
+def _run_command(
     kit: _Coordinator,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: KIT/state/runs/NAME-TIME].")] = None,
     rounds: Annotated[int | None, typer.Option(help="Federated rounds.", min=1)] = None,
@@ -164,6 +150,9 @@ def run_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Settings of `fedbags config --preset NAME`.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json_: _Json = False,
 ) -> None:
@@ -178,18 +167,10 @@ def run_command(
       fedbags run KITS/coordinator --dp epsilon=8 --set secure-aggregation.enabled=true --out runs/first
       fedbags run KITS/coordinator --resume --out runs/first
     """
-    from deploy.consortium import submit
-    from deploy.consortium.kit import CoordinatorKit
-    from deploy.simulation import simulate
-
-    options = simulate.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
+    options = configuration.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
     summary = submit.run(
-        CoordinatorKit.load(kit),
-        options,
-        settings=set_ or [],
-        config_file=config,
-        out=out,
-        resume=resume,
+        kit_folder.CoordinatorKit.load(kit),
+        submit.RunRequest(options, set_ or [], config, preset or [], out, resume),
         # Without a terminal nobody can answer, and an interruption stops the run.
         ask=sys.stdin.isatty(),
         quiet=json_,
@@ -200,26 +181,22 @@ def run_command(
 
 def register(app: typer.Typer, site_app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    commands: dict[str, Callable[..., None]] = {"up": site_up, "status": site_status, "down": site_down}
+    commands: dict[str, Callable[..., None]] = {"up": _site_up, "status": _site_status, "down": _site_down}
     for name, command in commands.items():
         site_app.command(name)(command)
-    app.add_typer(server_app, name="server")
-    app.command("run")(run_command)
+    app.add_typer(_server_app, name="server")
+    app.command("run")(_run_command)
 
 
-def _describe(kit: "Kit", wait: float) -> dict[str, Any]:
-    from deploy.consortium.foreground import describe
-
+def _describe(kit: "kit_folder.Kit", wait: float) -> dict[str, Any]:
     until = time.monotonic() + wait
-    while not (found := describe(kit))["ready"] and time.monotonic() < until:
-        time.sleep(POLL)
+    while not (found := foreground.describe(kit))["ready"] and time.monotonic() < until:
+        time.sleep(_POLL)
     return found
 
 
-def _stop(kit: "Kit") -> None:
-    from deploy.consortium.foreground import stop
-
-    ended = stop(kit)
+def _stop(kit: "kit_folder.Kit") -> None:
+    ended = foreground.stop(kit)
     say(f"ended {ended} process(es)" if ended else "nothing was running")
 
 
@@ -233,10 +210,8 @@ def _show(found: dict[str, Any], title: str, json_: bool) -> None:
 
 
 def _print(found: dict[str, Any], title: str) -> None:
-    from deploy.cli.tables import console, table
-
-    out = console()
-    rows = table(title, "program", "status", "pid", "since (UTC)")
+    out = tables.console()
+    rows = tables.table(title, "program", "status", "pid", "since (UTC)")
     for program in found["programs"]:
         since = program["since"].replace("T", " ").removesuffix("+00:00")
         rows.add_row(program["name"], program["status"], str(program["pid"] or ""), since)
@@ -249,7 +224,7 @@ def _print(found: dict[str, Any], title: str) -> None:
     if "problem" in found:
         out.print(found["problem"])
     if "sites" in found:
-        sites = table("sites", "site", "connection")
+        sites = tables.table("sites", "site", "connection")
         for site, status in sorted(found["sites"].items()):
             sites.add_row(site, status)
         out.print(sites)

@@ -1,7 +1,7 @@
 """Define ``fedbags provision`` and ``fedbags site keygen``.
 
 Here are the options of each command, and what it prints. Nothing is decided here: ``consortium.provision``
-and ``consortium.membership`` do the work.
+and ``consortium.kits`` do the work.
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ from deploy.cli.say import say
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
-    from deploy.consortium import keys, membership, provision
     from deploy.consortium import kit as kit_folder
     from deploy.consortium import kits as kit_folders
+    from deploy.consortium import pki, provision
     from deploy.consortium import settings as settings_module
 
-BUILD = "build"
+_BUILD = "build"
 
 
 class _BuildByDefault(typer.core.TyperGroup):
@@ -29,7 +29,7 @@ class _BuildByDefault(typer.core.TyperGroup):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = [BUILD, *args]
+            args = [_BUILD, *args]
         return super().parse_args(ctx, args)
 
 
@@ -44,17 +44,25 @@ app = typer.Typer(
 """,
 )
 
-KitsArgument = Annotated[Path, typer.Argument(metavar="KITS", help="The folder of kits.")]
-SiteArgument = Annotated[str, typer.Argument(metavar="SITE", help="The site's name.")]
-PasswordFile = Annotated[
+_KitsArgument = Annotated[Path, typer.Argument(metavar="KITS", help="The folder of kits.")]
+_SiteArgument = Annotated[str, typer.Argument(metavar="SITE", help="The site's name.")]
+_PasswordFile = Annotated[
     Path | None,
     typer.Option(help="File whose first line is the password of the authority's key.", show_default=False),
 ]
-Days = Annotated[int, typer.Option(help="How long the certificate holds.", min=1, max=7300)]
+_Days = Annotated[
+    int | None,
+    typer.Option(
+        help="How long the certificate holds [default: as [validity] of consortium.toml says].",
+        min=1,
+        max=7300,
+        show_default=False,
+    ),
+]
 
 
-@app.command(BUILD)
-def build(
+@app.command(_BUILD)
+def _build(
     settings: Annotated[Path, typer.Argument(metavar="CONSORTIUM.TOML", help="The consortium's settings.")],
     out: Annotated[Path, typer.Option(help="The folder of kits.")],
     keys_here: Annotated[
@@ -63,7 +71,7 @@ def build(
     update: Annotated[
         bool, typer.Option("--update", help="Take over changed settings; keys and app stay.")
     ] = False,
-    password_file: PasswordFile = None,
+    password_file: _PasswordFile = None,
 ) -> None:
     """Make the kits, or add what is missing to those that are there.
 
@@ -80,72 +88,69 @@ def build(
 
 
 @app.command("add-key")
-def add_key(
-    kits: KitsArgument,
-    site: SiteArgument,
+def _add_key(
+    kits: _KitsArgument,
+    site: _SiteArgument,
     public_key: Annotated[Path, typer.Argument(metavar="NODE.PUB", help="What `site keygen` wrote.")],
-    days: Days = 398,
-    password_file: PasswordFile = None,
+    days: _Days = None,
+    password_file: _PasswordFile = None,
 ) -> None:
     """Let a site in by putting its public key into the coordinator's kit and certifying it."""
-    opened = kit_folders.Kits.open(kits, _password(password_file))
-    _print(membership.add_key(opened, site, public_key, days), kits)
+    _print(kit_folders.Kits.open(kits, _password(password_file)).add_key(site, public_key, days), kits)
     # Printed here and by `site keygen`, to compare by telephone: so an exchanged key is noticed.
-    _print_fingerprint(site, keys.fingerprint(keys.read_public_key(public_key)))
+    _print_fingerprint(site, pki.fingerprint(pki.read_public_key(public_key)))
 
 
 @app.command("add-site")
-def add_site(
-    kits: KitsArgument,
-    site: SiteArgument,
+def _add_site(
+    kits: _KitsArgument,
+    site: _SiteArgument,
     runtime_port: Annotated[int, typer.Option(help="Of the SuperNode at the site.", min=1, max=65535)] = 9094,
     metrics_port: Annotated[int, typer.Option(help="Of /metrics there; 0: none.", min=0, max=65535)] = 9095,
-    password_file: PasswordFile = None,
+    password_file: _PasswordFile = None,
 ) -> None:
     """Add a site and make its kit.
 
     Its key comes later with `add-key`.
     """
-    from pydantic import ValidationError
-
     try:
         ports = settings_module.SitePorts(runtime_port=runtime_port, metrics_port=metrics_port)
-    except ValidationError as error:
+    except ValueError as error:
         raise ConfigError("--runtime-port and --metrics-port need two different numbers") from error
-    _print(membership.add_site(kit_folders.Kits.open(kits, _password(password_file)), site, ports), kits)
+    _print(kit_folders.Kits.open(kits, _password(password_file)).add_site(site, ports), kits)
 
 
-@app.command()
-def renew(
-    kits: KitsArgument,
+@app.command("renew")
+def _renew(
+    kits: _KitsArgument,
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[server|SITE]...", help="Whose [default: everyone's].")
     ] = None,
-    days: Days = 398,
-    password_file: PasswordFile = None,
+    days: _Days = None,
+    password_file: _PasswordFile = None,
 ) -> None:
     """Issue certificates anew, for the same keys."""
-    _print(membership.renew(kit_folders.Kits.open(kits, _password(password_file)), names or (), days), kits)
+    _print(kit_folders.Kits.open(kits, _password(password_file)).renew(names or (), days), kits)
 
 
-@app.command()
-def revoke(kits: KitsArgument, site: SiteArgument, password_file: PasswordFile = None) -> None:
+@app.command("revoke")
+def _revoke(kits: _KitsArgument, site: _SiteArgument, password_file: _PasswordFile = None) -> None:
     """Take a site out of the consortium.
 
     A running coordinator refuses it once its files are gone from nodes/ of its kit.
     """
-    _print(membership.revoke(kit_folders.Kits.open(kits, _password(password_file)), site), kits)
+    _print(kit_folders.Kits.open(kits, _password(password_file)).revoke(site), kits)
     say(f"{site} is out, as soon as its files are gone from nodes/ in the server's copy of the kit")
 
 
 @app.command("update-app")
-def update_app(kits: KitsArgument, password_file: PasswordFile = None) -> None:
+def _update_app(kits: _KitsArgument, password_file: _PasswordFile = None) -> None:
     """Bundle the app of this fedbags in place of the one before.
 
     Every site has to approve it.
     """
     # The app of the kits is not checked (with_app=False), because it is about to be replaced.
-    changes = membership.update_app(kit_folders.Kits.open(kits, _password(password_file), with_app=False))
+    changes = kit_folders.Kits.open(kits, _password(password_file), with_app=False).update_app()
     _print(changes, kits)
     say("send coordinator/app/fedbags.fab to every site: `fedbags site approve` shows them what changed")
 
@@ -158,9 +163,9 @@ def keygen(
     Only node.pub leaves the machine; an existing key is never overwritten.
     """
     opened = kit_folder.SiteKit.load(kit)
-    public_key = membership.make_node_key(opened)
+    public_key = kit_folders.make_node_key(opened)
     say(f"send this file to the coordinator: {public_key}")
-    _print_fingerprint(opened.site, keys.fingerprint(keys.read_public_key(public_key)))
+    _print_fingerprint(opened.site, pki.fingerprint(pki.read_public_key(public_key)))
 
 
 def _password(path: Path | None) -> bytes | None:

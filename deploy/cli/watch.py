@@ -21,17 +21,17 @@ with lazy_imports():
     from deploy.cli import tables
     from deploy.runs import prometheus, site_state, table, tracking
 
-INTERVAL = 1.0
+_INTERVAL = 1.0
 """Seconds between two looks of the live table."""
 
-Watched = Annotated[
+_Watched = Annotated[
     Path,
     typer.Argument(help="A run folder, a folder of runs (its newest), a kit, or a site's data folder."),
 ]
 
 
 def status(
-    path: Watched = Path("runs"),
+    path: _Watched = Path("runs"),
     once: Annotated[bool, typer.Option("--once", help="Print the table and end.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object and end.")] = False,
 ) -> None:
@@ -63,7 +63,7 @@ def status(
     with live.Live(shown, console=tables.console(), auto_refresh=False) as screen:
         try:
             while not ended:
-                time.sleep(INTERVAL)
+                time.sleep(_INTERVAL)
                 shown, ended = look()
                 screen.update(shown, refresh=True)
         except KeyboardInterrupt:
@@ -71,7 +71,7 @@ def status(
 
 
 def metrics(
-    path: Watched = Path("runs"),
+    path: _Watched = Path("runs"),
     port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 9464,
     address: Annotated[str, typer.Option(help="Listen here; there is no password.")] = "127.0.0.1",
 ) -> None:

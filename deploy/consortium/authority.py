@@ -19,21 +19,24 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from common.errors import UserError, require_file
 from common.files import new_folder, write_json
-from deploy.consortium.certificates import (
+from deploy.consortium.pki import (
+    KeyForm,
     certificate_builder,
     check_certificate,
     distinguished_name,
+    fingerprint,
     general_name,
     key_usage,
+    make_private_key,
     organisation,
     read_certificate,
+    read_private_key,
     utc_now,
     write_certificate,
 )
-from deploy.consortium.keys import KeyForm, fingerprint, make_private_key, read_private_key
 
-KEY_FILE, CERTIFICATE_FILE, ISSUED_FILE = "ca.key", "ca.crt", "issued.json"
-SERVER = "(server)"
+_KEY_FILE, CERTIFICATE_FILE, _ISSUED_FILE = "ca.key", "ca.crt", "issued.json"
+_SERVER = "(server)"
 """The subject of the server's own records in issued.json; no site can have this name."""
 
 
@@ -81,17 +84,17 @@ class Authority:
             raise UserError(f"{folder} exists: an authority is never overwritten")
         # Built under another name and renamed at the end, so that a failure leaves no half of an authority.
         with new_folder(folder, 0o700) as work:
-            key = make_private_key(work / KEY_FILE, KeyForm.PKCS8, password)
+            key = make_private_key(work / _KEY_FILE, KeyForm.PKCS8, password)
             name = distinguished_name(consortium, f"{consortium} authority")
             certificate = (
-                certificate_builder(name, name, key.public_key(), key.public_key(), days, None)
+                certificate_builder(name, key.public_key(), days)
                 # With path_length 0 it may certify keys, but no further authority.
                 .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
                 .add_extension(key_usage(signs_certificates=True), critical=True)
                 .sign(key, hashes.SHA384())
             )
             write_certificate(work / CERTIFICATE_FILE, certificate)
-            write_json(work / ISSUED_FILE, [], mode=0o644)
+            write_json(work / _ISSUED_FILE, [], mode=0o644)
         return cls(folder, certificate, key)
 
     @classmethod
@@ -102,7 +105,7 @@ class Authority:
             UserError: a file is missing or readable by others, the password is wrong, key and certificate do
                 not belong together, or the certificate does not hold now.
         """
-        for name in (CERTIFICATE_FILE, KEY_FILE, ISSUED_FILE):
+        for name in (CERTIFICATE_FILE, _KEY_FILE, _ISSUED_FILE):
             require_file(
                 folder / name,
                 "the consortium's authority is incomplete: a file",
@@ -110,7 +113,7 @@ class Authority:
                 "issued: then provision a new consortium into an empty folder.",
             )
         certificate = read_certificate(folder / CERTIFICATE_FILE)
-        key = read_private_key(folder / KEY_FILE, password)
+        key = read_private_key(folder / _KEY_FILE, password)
         if key.public_key() != certificate.public_key():
             raise UserError(
                 f"{folder}: ca.key is not the key of ca.crt. Bring back the pair that belongs together."
@@ -129,7 +132,9 @@ class Authority:
     ) -> x509.Certificate:
         """Issue a TLS certificate for ``hosts`` (DNS names and IP addresses) and record it in issued.json."""
         names = x509.SubjectAlternativeName([general_name(host) for host in hosts])
-        return self._issue(SERVER, hosts[0], key, days, ExtendedKeyUsageOID.SERVER_AUTH, names)
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        name = distinguished_name(self.consortium, hosts[0])
+        return self._issue(_SERVER, certificate_builder(name, key, days, self.certificate), names, usage)
 
     def issue_site(self, site: str, key: ec.EllipticCurvePublicKey, days: int) -> x509.Certificate:
         """Issue a certificate that ``key`` belongs to ``site`` (its CN) and record it in issued.json.
@@ -152,7 +157,9 @@ class Authority:
                     f"this key of site {site!r} was revoked on {record.revoked:%Y-%m-%d}: let the site make "
                     "a new one (move node.key away, then `fedbags site keygen`)"
                 )
-        return self._issue(site, site, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, None)
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
+        name = distinguished_name(self.consortium, site)
+        return self._issue(site, certificate_builder(name, key, days, self.certificate), usage)
 
     def revoke(self, subject: str) -> int:
         """Mark every certificate of a site as revoked and return how many were changed."""
@@ -173,7 +180,7 @@ class Authority:
         Raises:
             UserError: issued.json is damaged.
         """
-        path = self.folder / ISSUED_FILE
+        path = self.folder / _ISSUED_FILE
         try:
             return _RECORDS.validate_json(path.read_bytes())
         except ValidationError as error:
@@ -182,30 +189,17 @@ class Authority:
             ) from error
 
     def _issue(
-        self,
-        subject: str,
-        common_name: str,
-        key: ec.EllipticCurvePublicKey,
-        days: int,
-        usage: x509.ObjectIdentifier,
-        names: x509.SubjectAlternativeName | None,
+        self, subject: str, builder: x509.CertificateBuilder, *extensions: x509.ExtensionType
     ) -> x509.Certificate:
-        builder = certificate_builder(
-            distinguished_name(self.consortium, common_name),
-            self.certificate.subject,
-            key,
-            self._key.public_key(),
-            days,
-            self.certificate.not_valid_after_utc,
-        )
-        if names is not None:
-            builder = builder.add_extension(names, critical=False)
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=False)
         certificate = (
             builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(key_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .sign(self._key, hashes.SHA384())
         )
+        key = certificate.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
         # Recorded before it is handed out, so that issued.json lists every certificate issued here.
         record = Issued(
             subject=subject,
@@ -219,4 +213,4 @@ class Authority:
 
     def _save(self, records: Sequence[Issued]) -> None:
         rows = [record.model_dump(mode="json") for record in records]
-        write_json(self.folder / ISSUED_FILE, rows, mode=0o644)
+        write_json(self.folder / _ISSUED_FILE, rows, mode=0o644)

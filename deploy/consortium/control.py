@@ -28,14 +28,14 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from common.config import Scalar
 from common.errors import FedbagsError, RunError, UserError
-from deploy.consortium.coordinator import WATCHING
-from deploy.consortium.keys import read_public_key
 from deploy.consortium.kit import CoordinatorKit
+from deploy.consortium.pki import read_public_key
+from deploy.consortium.programs import NODES_LOGGED
 from deploy.flower.processes import without_proxy
 
 log = logging.getLogger("fedbags.coordinator")
 
-UNREGISTERED = "unregistered"
+_UNREGISTERED = "unregistered"
 _POLL, _AGAIN = 1.0, 30.0
 _RUNNING_MEANS = "is `fedbags server up` running?"
 
@@ -80,7 +80,7 @@ class Control:
         return [
             Node(node.node_id, node.name, node.status, node.public_key)
             for node in answer.nodes_info
-            if node.status != UNREGISTERED
+            if node.status != _UNREGISTERED
         ]
 
     def register(self, site: str, public_key: Path) -> int:
@@ -154,7 +154,7 @@ def control(kit: CoordinatorKit) -> Iterator[Control]:
         yield Control(client, kit.server.superlink_address)
 
 
-def synchronise(kit: CoordinatorKit, api: Control) -> None:
+def _synchronise(kit: CoordinatorKit, api: Control) -> None:
     """Register the keys in nodes/ that are not registered, and unregister nodes whose key is not there.
 
     A site whose key changed is unregistered with its old key and registered with the new one.
@@ -175,7 +175,7 @@ def synchronise(kit: CoordinatorKit, api: Control) -> None:
             log.info("registered site %s", site)
 
 
-def watch(kit: CoordinatorKit) -> None:
+def _keep_registered(kit: CoordinatorKit) -> None:
     """Synchronise the registered nodes at once, at every change in nodes/, and every 30 seconds."""
     seen: object = None
     done_at = 0.0
@@ -186,14 +186,14 @@ def watch(kit: CoordinatorKit) -> None:
             first = seen is None
             try:
                 with control(kit) as api:
-                    synchronise(kit, api)
+                    _synchronise(kit, api)
                 seen, done_at = now, time.monotonic()
             # Logged only: nodes that are registered already go on, and the loop tries again.
             except (RunError, UserError) as error:
                 log.warning("%s", error)
             else:
                 if first:
-                    log.info("%s %s", WATCHING, kit.nodes)
+                    log.info("%s %s", NODES_LOGGED, kit.nodes)
         time.sleep(_POLL)
 
 
@@ -206,6 +206,6 @@ if __name__ == "__main__":
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel("WARNING")
     try:
-        watch(CoordinatorKit.load(Path(sys.argv[1])))
+        _keep_registered(CoordinatorKit.load(Path(sys.argv[1])))
     except FedbagsError as failure:
         sys.exit(str(failure))

@@ -37,7 +37,7 @@ from deploy.flower.internals import run_superexec
 
 log = logging.getLogger("fedbags.executor")
 
-PRELOADED = (
+_PRELOADED = (
     "flwr.supernode.runtime.run_clientapp",
     "flwr.supercore.superexec.executor",
     "numpy",
@@ -52,7 +52,7 @@ PRELOADED = (
 """Loaded once. In ENVIRONMENT, importing them starts no thread and touches no accelerator, which a process
 must not have done before it forks."""
 
-ENVIRONMENT = {
+_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "OMP_NUM_THREADS": "1",  # an app sets torch's threads itself, from the run's configuration
@@ -60,15 +60,15 @@ ENVIRONMENT = {
 }
 """Of the executor and its tasks."""
 
-MAX_TASKS = 4
+_MAX_TASKS = 4
 """Tasks at a time; more wait at the SuperNode."""
 
-POLL_SECONDS = "0.1"
-GRACE_SECONDS = 3.0
+_POLL_SECONDS = "0.1"
+_GRACE_SECONDS = 3.0
 """How long a task may take to end when the executor ends."""
 
 
-class ForkingExecutor:
+class _ForkingExecutor:
     """Implement Flower's Executor protocol with tasks forked from a process that has the libraries loaded.
 
     Args:
@@ -80,7 +80,7 @@ class ForkingExecutor:
         self._tasks: dict[BaseProcess, Path] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="fedbags-site-", ignore_cleanup_errors=True)
         self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOADED))
+        self._context.set_forkserver_preload(list(_PRELOADED))
         forkserver.ensure_running()
 
     def get_eligible_capacity(
@@ -102,7 +102,7 @@ class ForkingExecutor:
         root_certificates_path: str | None = None,
     ) -> None:
         """Wait until fewer than MAX_TASKS run."""
-        while len(self._tasks) >= MAX_TASKS:
+        while len(self._tasks) >= _MAX_TASKS:
             connection.wait([process.sentinel for process in self._tasks])
             self._reap()
 
@@ -136,7 +136,7 @@ class ForkingExecutor:
         for process in self._tasks:
             process.terminate()
         for process in self._tasks:
-            process.join(GRACE_SECONDS)
+            process.join(_GRACE_SECONDS)
             if process.exitcode is None:
                 process.kill()
                 process.join()
@@ -160,7 +160,7 @@ class ForkingExecutor:
             process.close()
 
 
-def run_executor(kit: Path, runtime_api_address: str, secret: bytes) -> None:
+def _run_executor(kit: Path, runtime_api_address: str, secret: bytes) -> None:
     """Take tasks until a signal comes.
 
     Args:
@@ -182,10 +182,10 @@ def run_executor(kit: Path, runtime_api_address: str, secret: bytes) -> None:
             f"--runtime-api-address {runtime_api_address}: give 127.0.0.1:PORT. The SuperNode and its "
             "executor run on one machine, and what they say to each other is not encrypted."
         )
-    run_superexec(lambda: ForkingExecutor(kit), runtime_api_address, secret)
+    run_superexec(lambda: _ForkingExecutor(kit), runtime_api_address, secret)
 
 
-def main(
+def _main(
     kit: Annotated[Path, typer.Option(help="The site's kit folder.")],
     runtime_api_address: Annotated[str, typer.Option(help="127.0.0.1:PORT of the SuperNode's Runtime API.")],
     superexec_auth_secret_file: Annotated[Path, typer.Option(help="The secret that the SuperNode has too.")],
@@ -200,14 +200,14 @@ def main(
     SiteKit.load(kit)
     # Before the fork server starts and imports the libraries: with more threads allowed, importing would
     # start some, and a process with threads must not be forked.
-    os.environ |= ENVIRONMENT
-    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", POLL_SECONDS)
-    run_executor(kit.absolute(), runtime_api_address, secret)
+    os.environ |= _ENVIRONMENT
+    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", _POLL_SECONDS)
+    _run_executor(kit.absolute(), runtime_api_address, secret)
 
 
 if __name__ == "__main__":
     try:
-        typer.run(main)
+        typer.run(_main)
     except UserError as error:
         say(f"error: {error}", err=True)
         sys.exit(2)

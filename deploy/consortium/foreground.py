@@ -24,8 +24,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from common.errors import RunError, UserError
-from deploy.consortium.kit import CoordinatorKit, Kit
 from common.files import write_text
+from deploy.consortium.kit import CoordinatorKit, Kit
 from deploy.flower.processes import MISTAKES, end, environment, exit_code, tail, with_variable
 
 log = logging.getLogger("fedbags.programs")
@@ -33,15 +33,15 @@ log = logging.getLogger("fedbags.programs")
 COMMAND = (sys.executable, "-P", "-c", "from deploy.cli.main import main; main()")
 """The fedbags command of this installation, whatever the PATH and the working directory."""
 
-KIT_VARIABLE = "FEDBAGS_KIT"
+_KIT_VARIABLE = "FEDBAGS_KIT"
 """Environment variable by which the processes of a kit are found, also those that left their parents."""
 
-POLL, GRACE, END_DEADLINE = 0.25, 8.0, 90.0
-TASK_POLL_SECONDS = "0.2"
-STATE_FILE, LOCK_FILE = "programs.json", "programs.lock"
+_POLL, _GRACE, _END_DEADLINE = 0.25, 8.0, 90.0
+_TASK_POLL_SECONDS = "0.2"
+_STATE_FILE, _LOCK_FILE = "programs.json", "programs.lock"
 _LOG_START, _END_LINES, _SAID_LINES = 2**20, 60, 12
 
-Probe = Callable[[str], bool]
+_Probe = Callable[[str], bool]
 """Whether a program is ready, given what it has logged since it was started."""
 
 
@@ -79,13 +79,13 @@ class Program:
 
     name: str
     command: tuple[str, ...]
-    ready: Probe = lambda _: True
+    ready: _Probe = lambda _: True
     after: tuple[str, ...] = ()
     """Programs that must be ready before this one is started."""
     diagnose: Callable[[Exit], Diagnosis | None] = diagnose
 
 
-class Status(StrEnum):
+class _Status(StrEnum):
     """Name the states of a program."""
 
     WAITING = "waiting"
@@ -94,13 +94,13 @@ class Status(StrEnum):
     STOPPED = "stopped"
 
 
-class ProgramState(BaseModel):
+class _ProgramState(BaseModel):
     """Hold the state of one program as programs.json records it."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    status: Status = Status.WAITING
+    status: _Status = _Status.WAITING
     pid: int | None = None
     since: float = 0.0
     """Unix time, seconds."""
@@ -112,11 +112,11 @@ class _State(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     pid: int
-    programs: list[ProgramState]
+    programs: list[_ProgramState]
 
     @property
     def ready(self) -> bool:
-        return all(program.status is Status.READY for program in self.programs)
+        return all(program.status is _Status.READY for program in self.programs)
 
 
 def run(kit: Kit, programs: Sequence[Program]) -> None:
@@ -149,7 +149,7 @@ def end_left_behind(kit: Kit) -> None:
     # They still hold ports and files that the programs need.
     if left := _processes(kit):
         log.warning("ending %d process(es) that were left behind", len(left))
-        end(lambda: _processes(kit), GRACE)
+        end(lambda: _processes(kit), _GRACE)
 
 
 def stop(kit: Kit) -> int:
@@ -165,13 +165,13 @@ def stop(kit: Kit) -> int:
     if found is not None and _is_running(kit):
         running += 1
         os.kill(found.pid, signal.SIGTERM)
-        until = time.monotonic() + END_DEADLINE
+        until = time.monotonic() + _END_DEADLINE
         while _is_running(kit) and time.monotonic() < until:
-            time.sleep(POLL)
+            time.sleep(_POLL)
         if _is_running(kit):
             with suppress(ProcessLookupError):
                 os.kill(found.pid, signal.SIGKILL)
-    if left := end(lambda: _processes(kit), GRACE):
+    if left := end(lambda: _processes(kit), _GRACE):
         raise RunError(f"these processes would not end: {', '.join(map(str, left))}")
     return running
 
@@ -187,7 +187,7 @@ def describe(kit: Kit) -> dict[str, Any]:
     programs = [
         {
             "name": program.name,
-            "status": program.status.value if running else Status.STOPPED.value,
+            "status": program.status.value if running else _Status.STOPPED.value,
             "pid": program.pid if running else None,
             "since": datetime.fromtimestamp(program.since, UTC).isoformat(timespec="seconds"),
             "reason": program.reason,
@@ -203,18 +203,18 @@ def describe(kit: Kit) -> dict[str, Any]:
     }
 
 
-def kit_environment(kit: Kit) -> dict[str, str]:
+def _kit_environment(kit: Kit) -> dict[str, str]:
     """Return what is set in the environment of every program of a kit."""
     own = (kit.server.admin_address,) if isinstance(kit, CoordinatorKit) else ()
     return environment(kit.flower_home, *own) | {
-        KIT_VARIABLE: _mark(kit),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": TASK_POLL_SECONDS,
+        _KIT_VARIABLE: _mark(kit),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _TASK_POLL_SECONDS,
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
 
 
-def answers(host: str, port: int) -> Probe:
+def port_answers(host: str, port: int) -> _Probe:
     """Return a probe that finds a program ready when a TCP port answers."""
 
     def probe(_: str) -> bool:
@@ -226,7 +226,7 @@ def answers(host: str, port: int) -> Probe:
     return probe
 
 
-def logs_text(text: str) -> Probe:
+def logs_text(text: str) -> _Probe:
     """Return a probe that finds a program ready when it has logged this text."""
     return lambda logged: text in logged
 
@@ -236,7 +236,7 @@ class _Foreground:
         self._kit = kit
         before = _read(kit)
         reasons = {program.name: program.reason for program in before.programs} if before else {}
-        variables = os.environ | kit_environment(kit)
+        variables = os.environ | _kit_environment(kit)
         self._children = [
             _Child(program, variables, kit, reasons.get(program.name, "")) for program in programs
         ]
@@ -248,16 +248,16 @@ class _Foreground:
             signal.signal(sign, self._stop)
         try:
             while not self._stopping:
-                ready = {child.state.name for child in self._children if child.state.status is Status.READY}
+                ready = {child.state.name for child in self._children if child.state.status is _Status.READY}
                 for child in self._children:
                     child.step(ready)
                 self._write()
-                time.sleep(POLL)
+                time.sleep(_POLL)
         finally:
             for child in reversed(self._children):
                 child.stop()
             self._write()
-            if left := end(lambda: _processes(self._kit), GRACE):
+            if left := end(lambda: _processes(self._kit), _GRACE):
                 log.error("these processes would not end: %s", left)
 
     def _stop(self, _sign: int, _frame: FrameType | None) -> None:
@@ -269,16 +269,16 @@ class _Foreground:
         if text == self._written:
             return
         try:
-            write_text(self._kit.state / STATE_FILE, text, 0o600)
+            write_text(self._kit.state / _STATE_FILE, text, 0o600)
             self._written = text
         # A full disk must not end what runs. The next change is written again.
         except OSError as error:
-            log.error("%s cannot be written: %s", STATE_FILE, error.strerror)
+            log.error("%s cannot be written: %s", _STATE_FILE, error.strerror)
 
 
 class _Child:
     def __init__(self, program: Program, environment: Mapping[str, str], kit: Kit, reason: str) -> None:
-        self.state = ProgramState(name=program.name, since=time.time(), reason=reason)
+        self.state = _ProgramState(name=program.name, since=time.time(), reason=reason)
         self._program, self._environment, self._cwd = program, environment, kit.state
         self._log = kit.logs / f"{program.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -290,20 +290,20 @@ class _Child:
                 self._start()
         elif (status := self._process.poll()) is not None:
             self._ended(status)
-        elif self.state.status is not Status.READY and self._program.ready(self._logged()):
-            self._become(Status.READY, "")
+        elif self.state.status is not _Status.READY and self._program.ready(self._logged()):
+            self._become(_Status.READY, "")
 
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(GRACE)
+                self._process.wait(_GRACE)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
             self._process = None
         self.state.pid = None
-        self._become(Status.STOPPED, self.state.reason)
+        self._become(_Status.STOPPED, self.state.reason)
 
     def _start(self) -> None:
         self._offset = self._log.stat().st_size if self._log.exists() else 0
@@ -316,7 +316,7 @@ class _Child:
             )  # fmt: skip
         self.state.pid = self._process.pid
         # The last reason stays until it is ready: a site that is refused again and again shows why.
-        self._become(Status.STARTING, self.state.reason)
+        self._become(_Status.STARTING, self.state.reason)
 
     def _ended(self, status: int) -> None:
         self._process = None
@@ -330,7 +330,7 @@ class _Child:
         error = UserError if found and found.mistake else RunError
         raise error(f"{text}\nIts log is {self._log}{said}")
 
-    def _become(self, status: Status, reason: str) -> None:
+    def _become(self, status: _Status, reason: str) -> None:
         if (status, reason) == (self.state.status, self.state.reason):
             return
         self.state.status, self.state.reason, self.state.since = status, reason, time.time()
@@ -357,18 +357,18 @@ def _mark(kit: Kit) -> str:
 
 
 def _processes(kit: Kit) -> list[int]:
-    return with_variable(KIT_VARIABLE, _mark(kit))
+    return with_variable(_KIT_VARIABLE, _mark(kit))
 
 
 def _read(kit: Kit) -> _State | None:
-    path = kit.state / STATE_FILE
+    path = kit.state / _STATE_FILE
     return _State.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
 @contextmanager
 def _lock(kit: Kit) -> Iterator[bool]:
     """Hold the lock of a kit's programs, and yield False if somebody holds it already."""
-    with (kit.state / LOCK_FILE).open("a") as stream:
+    with (kit.state / _LOCK_FILE).open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,10 +1,12 @@
 """Let Flower's ClientApp process run the app that the site approved, and no other.
 
-Flower's own process answers a task, with two of its functions replaced by ``Gate``: how an app is installed
-and how it is loaded. A refusal becomes an error reply. ``deploy.flower.internals`` replaces them, and
+A site runs the one app whose SHA-256 stands in its kit.toml. Flower's own process answers a task, with two of
+its functions replaced by ``_Gate``: how an app is installed and how it is loaded. Nothing of another app is
+unpacked, and a refusal becomes an error reply. ``deploy.flower.internals`` replaces the functions, and
 refuses a Flower that this was not tested with. Knows nothing of processes: ``executor`` starts and ends them.
 """
 
+import hmac
 import logging
 import os
 import sys
@@ -13,15 +15,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import RunError
-from deploy.consortium import admission
+from common.files import write_bytes
+from deploy.consortium.kit import app_hash
 from deploy.flower import internals
+
+_REFUSED_APP = "refused.fab"
+"""The app refused last, in the kit's state/, for `fedbags site approve` to show; it is never unpacked."""
+
+
+class AppNotApproved(RunError):  # noqa: N818 (a refusal is an answer, not a fault)
+    """Report that an app is not the one that this site approved.
+
+    The text is fixed, because it is sent to the server.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("this site runs only the app that it approved, and this is another one")
+
+
+def _admit(content: bytes, approved: str) -> None:
+    """Refuse every app but the approved one.
+
+    Args:
+        content: the bytes that would be unpacked.
+        approved: the kit's ``app-hash``; empty refuses everything.
+
+    Raises:
+        AppNotApproved: any other app.
+    """
+    # The hash of these very bytes: a server could state the approved hash and send another app with it.
+    if not hmac.compare_digest(app_hash(content), approved):
+        raise AppNotApproved
+
+
+def _keep_refused(content: bytes, state: Path) -> Path:
+    """Keep the bytes of a refused app for the site to inspect, in place of those refused before.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    write_bytes(state / _REFUSED_APP, content, 0o600)
+    return state / _REFUSED_APP
+
 
 if TYPE_CHECKING:
     from flwr.supercore.superexec.executor import ExecutionSpec
 
 log = logging.getLogger("fedbags.executor")
 
-OWN_PACKAGES = frozenset({"common", "client", "server", "deploy"})
+_OWN_PACKAGES = frozenset({"common", "client", "server", "deploy"})
 """Taken out of a task's process before the app is loaded: the app brings its own."""
 
 
@@ -35,7 +81,7 @@ class AppFailed(RunError):  # noqa: N818 (an answer, not a fault)
         super().__init__("the approved app failed at this site; the site's log says why")
 
 
-class Gate:
+class _Gate:
     """Install and load an app in place of two functions of Flower's ClientApp process.
 
     Args:
@@ -60,12 +106,12 @@ class Gate:
             AppFailed: it cannot be unpacked (the disk is full, say).
         """
         try:
-            admission.admit(content, self._approved)
-        except admission.AppNotApproved:
+            _admit(content, self._approved)
+        except AppNotApproved:
             log.error("refused an app that this site has not approved; it is kept in the kit's state folder")
             try:
                 # Kept unread, for the site to compare and to approve, or not, with `fedbags site approve`.
-                admission.keep_refused(content, self._state)
+                _keep_refused(content, self._state)
             except OSError as error:
                 log.error("the refused app could not be kept: error %d", error.errno or 0)
             raise
@@ -85,10 +131,10 @@ class Gate:
         def load(*stated: str) -> Callable[..., Any]:
             # Nothing has passed the gate in this process, so nothing is loaded.
             if self._app is None:
-                raise admission.AppNotApproved
+                raise AppNotApproved
             # Importing this module has loaded the site's own packages. Left in place, they would be used
             # instead of those that the site approved with the app.
-            for name in [name for name in sys.modules if name.partition(".")[0] in OWN_PACKAGES]:
+            for name in [name for name in sys.modules if name.partition(".")[0] in _OWN_PACKAGES]:
                 del sys.modules[name]
             load_app = internals.app_loader(self._app)
             # Wrapped twice, because loading the app may raise, and so may the loaded app when it is called.
@@ -130,5 +176,5 @@ def run_task(spec: "ExecutionSpec", approved: str, folder: str, state: str) -> N
     # neither holds anything that could be run in place of the approved app.
     os.environ["FLWR_HOME"] = folder
     os.chdir(folder)
-    gate = Gate(approved, Path(folder), Path(state))
+    gate = _Gate(approved, Path(folder), Path(state))
     internals.run_clientapp(spec, gate.install, gate.loader)

@@ -4,16 +4,19 @@ A kit is the folder that one party starts from. Everything that runs from a kit 
 here reads a key or a certificate, or starts a process. There is no key that switches TLS or node keys off.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
 from common.errors import UserError, require_file
-from common.files import write_text
+from common.files import write_bytes, write_text
 from common.settings_file import Section, commented, read_toml, validated
 from deploy.consortium.settings import (
+    CERTIFICATE_DAYS,
     LOOPBACK,
+    Days,
     Hash,
     Host,
     Name,
@@ -24,7 +27,7 @@ from deploy.consortium.settings import (
 )
 
 KIT_FILE = "kit.toml"
-KIT_VERSION = 1
+_KIT_VERSION = 1
 """Raised whenever a kit of the version before can no longer be run as it is."""
 
 
@@ -32,7 +35,7 @@ class Kit(Section):
     """Hold what both kinds of kit.toml have in common, and the folder that they were read from."""
 
     role: str
-    kit_version: int = Field(KIT_VERSION, description="form of this folder")
+    kit_version: int = Field(_KIT_VERSION, description="form of this folder")
     consortium: Name = Field(description="the consortium that this kit belongs to")
     app_hash: Hash = Field(description="SHA-256 of the approved app (app/fedbags.fab)")
     _folder: Path = PrivateAttr(default=Path())
@@ -120,6 +123,7 @@ class CoordinatorKit(Kit):
 
     role: Literal["coordinator"] = "coordinator"
     sites: tuple[Name, ...] = Field((), description="every site of the consortium, with or without its key")
+    certificate_days: Days = Field(CERTIFICATE_DAYS, description="how long new certificates hold")
     server: ServerSettings
 
     @property
@@ -152,14 +156,14 @@ class CoordinatorKit(Kit):
         return self.nodes / f"{site}.crt"
 
     @property
-    def nginx_configuration(self) -> Path:
-        """Return the path of the configuration that nginx is started with."""
-        return self.folder / "nginx.conf"
-
-    @property
     def database(self) -> Path:
         """Return the path of the SuperLink's SQLite state."""
         return self.state / "flower.db"
+
+    @property
+    def metrics_endpoint(self) -> tuple[str, int] | None:
+        """Return address and port of /metrics, or None where the kit wants none (port 0)."""
+        return (self.server.admin_address, self.server.metrics_port) if self.server.metrics_port else None
 
     @property
     def statements(self) -> Path:
@@ -203,6 +207,11 @@ class SiteKit(Kit):
         return join_address(LOOPBACK, self.ports.runtime_port)
 
     @property
+    def metrics_endpoint(self) -> tuple[str, int] | None:
+        """Return address and port of /metrics, or None where the kit wants none (port 0)."""
+        return (self.ports.metrics_address, self.ports.metrics_port) if self.ports.metrics_port else None
+
+    @property
     def node_key(self) -> Path:
         """Return the path of the node's private key (0600, OpenSSH form), made by ``fedbags site keygen``."""
         return self.folder / "node.key"
@@ -211,6 +220,24 @@ class SiteKit(Kit):
     def node_public_key(self) -> Path:
         """Return the path of the node's public key, the one file that goes back to the coordinator."""
         return self.folder / "node.pub"
+
+    def approve(self, content: bytes) -> Self:
+        """Approve an app by storing its bytes in app/ and its hash in kit.toml.
+
+        A running executor reads kit.toml before each task, so the approval holds from the next one.
+
+        Returns:
+            The kit as it is now.
+
+        Raises:
+            OSError: the kit cannot be written; it approves what it approved before.
+        """
+        self.app.parent.mkdir(parents=True, exist_ok=True)
+        # The bytes go first. If the second step fails, kit.toml still pins the hash that it pinned before.
+        write_bytes(self.app, content, 0o600)
+        approved = self.model_copy(update={"app_hash": app_hash(content)}).at(self.folder)
+        approved.save()
+        return approved
 
     @property
     def data(self) -> Path:
@@ -233,6 +260,11 @@ class SiteKit(Kit):
         return folder
 
 
+def app_hash(content: bytes) -> str:
+    """Return the SHA-256 of an app's bytes as 64 hexadecimal digits, the form of ``app-hash`` in kit.toml."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def read_kit(folder: Path) -> CoordinatorKit | SiteKit:
     """Read the kit in ``folder``, be it the coordinator's or a site's.
 
@@ -245,17 +277,17 @@ def read_kit(folder: Path) -> CoordinatorKit | SiteKit:
 
 
 def _check_version(version: Any, path: Path) -> None:
-    if version == KIT_VERSION:
+    if version == _KIT_VERSION:
         return
-    if isinstance(version, int) and version < KIT_VERSION:
+    if isinstance(version, int) and version < _KIT_VERSION:
         raise UserError(
-            f"{path} has kit-version {version}, and this fedbags runs version {KIT_VERSION}: "
+            f"{path} has kit-version {version}, and this fedbags runs version {_KIT_VERSION}: "
             "the kit is older. Ask the coordinator for a new kit (`fedbags provision` writes it) and move "
             "node.key into it."
         )
     if isinstance(version, int):
         raise UserError(
-            f"{path} has kit-version {version}, and this fedbags knows version {KIT_VERSION}: "
+            f"{path} has kit-version {version}, and this fedbags knows version {_KIT_VERSION}: "
             "the kit is newer. Upgrade fedbags on this machine."
         )
     raise UserError(f"{path} has no kit-version: it is not a kit that `fedbags provision` wrote")

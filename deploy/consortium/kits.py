@@ -1,28 +1,58 @@
-"""Open a consortium's folder of kits, and add what is missing in it.
+"""Open a consortium's folder of kits, add what is missing in it, and change sites, keys and certificates.
 
 ``KITS/authority`` stays with the coordinator, ``KITS/coordinator`` goes to the server, ``KITS/sites/NAME`` to
-each site. Every step adds what is missing and leaves keys as they are. Nothing here reads consortium.toml.
+each site. Every step adds what is missing and leaves keys as they are. A running coordinator takes up keys
+that come or go in its nodes/ by itself; every other change takes effect when its kit is brought up again.
+A kit's plain files come from the package's templates and name each other relative to the kit, so that it can
+be moved. Nothing here reads consortium.toml or talks to a process.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
+import jinja2
+import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import UserError
-from common.files import write_bytes
+from common.files import write_bytes, write_text
 from common.settings_file import nearest
+from deploy.consortium.app import build_bundle
 from deploy.consortium.authority import CERTIFICATE_FILE, Authority
-from deploy.consortium.certificates import write_certificate
-from deploy.consortium.keys import fingerprint, read_private_key, read_public_key, write_public_key
-from deploy.consortium.kit import KIT_FILE, CoordinatorKit, Kit, SiteKit
-from deploy.consortium.kit_check import check_bundle, check_node, check_server
-from deploy.consortium.render import render_kit
-from deploy.consortium.settings import SitePorts
+from deploy.consortium.checks import check_authority, check_bundle, check_node, check_server
+from deploy.consortium.kit import KIT_FILE, CoordinatorKit, Kit, SiteKit, app_hash
+from deploy.consortium.pki import (
+    KeyForm,
+    fingerprint,
+    make_private_key,
+    make_secret,
+    read_private_key,
+    read_public_key,
+    write_certificate,
+    write_public_key,
+)
+from deploy.consortium.settings import SitePorts, valid_site
 
-CERTIFICATE_DAYS = 398
-"""How long a certificate holds, unless consortium.toml or --days says otherwise."""
+_COORDINATOR_FILES = {
+    "nginx.conf": "nginx.conf.j2",
+    "compose.yaml": "coordinator-compose.yaml.j2",
+    "systemd/fedbags-coordinator.service": "coordinator.service.j2",
+    "README.md": "coordinator-README.md.j2",
+}
+_SITE_FILES = {
+    "run.sh": "run.sh.j2",
+    "site.toml": "site.toml.j2",
+    "compose.yaml": "site-compose.yaml.j2",
+    "fedbags-site.service": "site.service.j2",
+    "README.md": "site-README.md.j2",
+}
+"""Path in the kit -> template."""
+
+_SERVER = "server"
+"""The server, among the names that ``Kits.renew`` takes."""
 
 
 @dataclass
@@ -57,10 +87,10 @@ class Kits:
         """
         kit = CoordinatorKit.load(folder / "coordinator")
         kits = cls(folder, Authority.open(folder / "authority", password), kit)
-        kits.require_whole(with_app=with_app)
+        kits.check_consistent(with_app=with_app)
         return kits
 
-    def require_whole(self, *, with_app: bool = True) -> None:
+    def check_consistent(self, *, with_app: bool = True) -> None:
         """Check that no kit was changed halfway or mixed with another consortium's.
 
         Expired certificates pass: they are what ``renew`` is for.
@@ -106,7 +136,96 @@ class Kits:
             f"Its sites: {', '.join(sites) or 'none'}. `fedbags provision add-site` adds one."
         )
 
-    def with_sites(self, sites: tuple[str, ...]) -> Self:
+    def add_site(self, site: str, ports: SitePorts) -> Changes:
+        """Add a site and make its kit.
+
+        Raises:
+            UserError: the name is taken, or not a name.
+        """
+        try:
+            valid_site(site)
+        except ValueError as error:
+            raise UserError(f"site name {site!r}: {error}") from error
+        if site.lower() in {name.lower() for name in self.coordinator.sites}:
+            raise UserError(f"consortium {self.coordinator.consortium!r} has a site {site!r} already")
+        self.complete_site(site, ports)
+        return self._with_sites((*self.coordinator.sites, site)).finished()
+
+    def add_key(self, site: str, public_key: Path, days: int | None = None) -> Changes:
+        """Put a site's public key into the coordinator's kit, with a certificate that it is that site's.
+
+        A site that was revoked comes back with a new key.
+
+        Args:
+            site: whose key it is.
+            public_key: the file that the site sent.
+            days: how long the certificate holds from now; None: as long as the coordinator's kit says.
+
+        Raises:
+            UserError: unknown site, not a public P-384 key, another site's key, or the site has another one.
+        """
+        self.require_site(site)
+        self.register(site, read_public_key(public_key), days or self.coordinator.certificate_days)
+        return self._with_sites(tuple(dict.fromkeys((*self.coordinator.sites, site)))).finished()
+
+    def revoke(self, site: str) -> Changes:
+        """Take a site out of the consortium.
+
+        Its certificates are recorded as revoked, and its key and certificate leave the coordinator's kit.
+
+        Raises:
+            UserError: unknown site.
+        """
+        self.require_site(site)
+        # Recorded before the files go: the key is never certified again, even if the command stops here.
+        self.authority.revoke(site)
+        for path in (self.coordinator.node_public_key(site), self.coordinator.node_certificate(site)):
+            path.unlink(missing_ok=True)
+        return self._with_sites(tuple(name for name in self.coordinator.sites if name != site)).finished()
+
+    def renew(self, names: Iterable[str] = (), days: int | None = None) -> Changes:
+        """Issue certificates anew for the same keys.
+
+        Args:
+            names: ``server`` and sites; empty: the server and every site that has a key.
+            days: how long they hold from now; None: as long as the coordinator's kit says.
+
+        Raises:
+            UserError: unknown site, or one without a key.
+        """
+        named = tuple(names) or (_SERVER, *self.coordinator.registered_sites)
+        for name in named:
+            if name != _SERVER:
+                self.require_site(name)
+                if name not in self.coordinator.registered_sites:
+                    raise UserError(
+                        f"site {name!r} has no key yet: `fedbags provision add-key` brings its certificate"
+                    )
+        days = days or self.coordinator.certificate_days
+        for name in named:
+            if name == _SERVER:
+                self.certify_server(days)
+            else:
+                self.certify_site(name, days)
+        return self.finished()
+
+    def update_app(self) -> Changes:
+        """Bundle the app of this fedbags in place of the one before.
+
+        Every site has to approve the new app.
+
+        Raises:
+            UserError: as ``build_bundle``.
+        """
+        content = build_bundle()
+        kit = self.coordinator.model_copy(update={"app_hash": app_hash(content)})
+        # If it stops between the two writes, check_bundle names the mismatch and a second try mends it.
+        write_bytes(kit.app, content, 0o644)
+        kit.save()
+        self.changes.written += [kit.app, kit.folder / KIT_FILE]
+        return Changes(kit.app_hash, self.changes.written)
+
+    def _with_sites(self, sites: tuple[str, ...]) -> Self:
         """Return the same kits with these sites in the coordinator's kit.toml."""
         kit = self.coordinator.model_copy(update={"sites": sites})
         if sites != self.coordinator.sites:
@@ -212,3 +331,69 @@ class Kits:
         self.changes.app_hash = kit.app_hash
         self.changes.waiting = tuple(site for site in kit.sites if site not in kit.registered_sites)
         return self.changes
+
+
+def make_node_key(kit: SiteKit) -> Path:
+    """Make a site's key pair, and the secret between the site's own processes.
+
+    Run at the site, so that the private key never travels.
+
+    Returns:
+        node.pub, the one file to send to the coordinator.
+
+    Raises:
+        UserError: there is a key already (it is left as it is), or the kit's CA certificate is missing.
+    """
+    check_authority(kit)
+    key = make_private_key(kit.node_key, KeyForm.OPENSSH)
+    write_public_key(kit.node_public_key, key.public_key(), kit.site)
+    if not kit.superexec_secret.exists():
+        make_secret(kit.superexec_secret)
+    return kit.node_public_key
+
+
+def render_kit(kit: Kit, *, keys_here: bool = False, update: bool = False) -> list[Path]:
+    """Write the files of a kit that are not there yet.
+
+    Args:
+        kit: what the files are about.
+        keys_here: the site's key was made by the coordinator, and the site's README says so.
+        update: write the others again too, whatever was changed in them by hand.
+
+    Returns:
+        The files written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("deploy.consortium"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # The templates are configuration files, scripts and Markdown, in which HTML entities would be faults.
+        autoescape=False,
+    )
+    values = {"kit": kit, "version": version("fedbags"), "keys_here": keys_here}
+    written = []
+    for name, template in (_SITE_FILES if isinstance(kit, SiteKit) else _COORDINATOR_FILES).items():
+        path = kit.folder / name
+        if path.exists() and not update:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = environment.get_template(template).render(values)
+        write_text(path, text, 0o755 if path.suffix == ".sh" else 0o644)
+        written.append(path)
+    return written
+
+
+def write_flower_connection(kit: CoordinatorKit) -> Path:
+    """Write flower/config.toml with the connection named as the consortium, for ``flwr run``.
+
+    Flower finds it with FLWR_HOME=KIT/flower. It takes only an absolute path of the CA certificate, so a kit
+    that was moved needs this again.
+    """
+    connection = {"address": kit.server.superlink_address, "root-certificates": str(kit.ca_certificate)}
+    path = kit.flower_home / "config.toml"
+    path.parent.mkdir(exist_ok=True)
+    text = tomli_w.dumps({"superlink": {"default": kit.connection, kit.connection: connection}})
+    write_text(path, text, 0o644)
+    return path

@@ -9,22 +9,20 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import UserError
-from deploy.consortium.admission import app_hash
+from deploy.consortium.app import build_bundle
 from deploy.consortium.authority import Authority
-from deploy.consortium.bundle import build_bundle
-from deploy.consortium.certificates import certified_hosts, read_certificate
-from deploy.consortium.keys import (
+from deploy.consortium.kit import KIT_FILE, CoordinatorKit, app_hash
+from deploy.consortium.kits import Changes, Kits, make_node_key, render_kit, write_flower_connection
+from deploy.consortium.pki import (
     KeyForm,
+    certified_hosts,
     fingerprint,
     make_private_key,
     make_secret,
+    read_certificate,
     read_node_key,
     read_public_key,
 )
-from deploy.consortium.kit import KIT_FILE, CoordinatorKit
-from deploy.consortium.kits import Changes, Kits
-from deploy.consortium.membership import make_node_key
-from deploy.consortium.render import render_kit, write_flower_connection
 from deploy.consortium.settings import ConsortiumSettings, SitePorts
 
 
@@ -54,7 +52,7 @@ def provision(
     # Read before the folder is opened, which makes a new authority: a faulty key leaves nothing written.
     keys = _public_keys(settings, settings_file.parent)
     kits, app = _open(settings, out, password, update)
-    _complete_coordinator(kits, app, settings.validity.certificate_days, update)
+    _complete_coordinator(kits, app, update)
     for name, site in settings.sites.items():
         ports = SitePorts.model_validate(site.model_dump(include=set(SitePorts.model_fields)))
         kit = kits.complete_site(name, ports, keys_here=keys_here, update=update)
@@ -64,7 +62,7 @@ def provision(
                 kits.changes.written.append(make_node_key(kit))
             key = read_node_key(kit.node_key).public_key()
         if key is not None:
-            kits.register(name, key, settings.validity.certificate_days)
+            kits.register(name, key, kits.coordinator.certificate_days)
     return kits.finished()
 
 
@@ -107,6 +105,7 @@ def _open(
         consortium=settings.name,
         app_hash=app_hash(app),
         sites=tuple(settings.sites),
+        certificate_days=settings.validity.certificate_days,
         server=settings.server,
     ).at(folder)
     if authority.consortium != settings.name:
@@ -116,7 +115,7 @@ def _open(
         )
     if (folder / KIT_FILE).exists():
         found = CoordinatorKit.load(folder)
-        Kits(out, authority, found).require_whole()
+        Kits(out, authority, found).check_consistent()
         # Sites were given the old address in their kits, so a change of it has to be meant.
         if found.server != wanted.server and not update:
             raise UserError(
@@ -137,7 +136,7 @@ def _differences(found: CoordinatorKit, wanted: CoordinatorKit) -> str:
     )
 
 
-def _complete_coordinator(kits: Kits, app: bytes, days: int, update: bool) -> None:
+def _complete_coordinator(kits: Kits, app: bytes, update: bool) -> None:
     kit, written = kits.coordinator, kits.changes.written
     kit.nodes.mkdir(parents=True, exist_ok=True)
     kit.folder.chmod(0o700)
@@ -149,7 +148,7 @@ def _complete_coordinator(kits: Kits, app: bytes, days: int, update: bool) -> No
         update
         and certified_hosts(read_certificate(kit.server_certificate)) != set(kit.server.certificate_hosts)
     ):
-        kits.certify_server(days)
+        kits.certify_server(kit.certificate_days)
     if not kit.superexec_secret.exists():
         make_secret(kit.superexec_secret)
         written.append(kit.superexec_secret)

@@ -15,12 +15,14 @@ from common.errors import require_file
 from common.settings_file import Section, read_toml, validated
 
 LOOPBACK = "127.0.0.1"
-RESERVED = {"server", "coordinator"}
-NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
+CERTIFICATE_DAYS = 398
+"""How long the certificates of server and sites hold, unless consortium.toml or --days says otherwise."""
+_RESERVED = {"server", "coordinator"}
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
-def valid_name(name: str) -> str:
+def _valid_name(name: str) -> str:
     """Return a consortium's or site's name if it has the form of one.
 
     It becomes a folder, a certificate's CN and a part of a unit's name.
@@ -28,14 +30,14 @@ def valid_name(name: str) -> str:
     Raises:
         ValueError: it has another form.
     """
-    if not NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise ValueError(
             "a name has 1 to 63 letters, digits, '-' or '_' and begins and ends with a letter or digit"
         )
     return name
 
 
-def valid_host(host: str) -> str:
+def _valid_host(host: str) -> str:
     """Return a DNS name or an IP address in the form that will stand in the server's certificate.
 
     Raises:
@@ -51,7 +53,7 @@ def valid_host(host: str) -> str:
         return host.lower()
 
 
-def valid_address(address: str) -> str:
+def _valid_address(address: str) -> str:
     """Return an IP address that a process can bind to.
 
     Raises:
@@ -70,18 +72,18 @@ def valid_site(name: str) -> str:
     Raises:
         ValueError: it has another form, or commands mean the coordinator by it.
     """
-    if name.lower() in RESERVED:
+    if name.lower() in _RESERVED:
         raise ValueError(f"a site cannot be called {name!r}: commands mean the coordinator by it")
-    return valid_name(name)
+    return _valid_name(name)
 
 
-Name = Annotated[str, AfterValidator(valid_name)]
-SiteName = Annotated[str, AfterValidator(valid_site)]
-Host = Annotated[str, AfterValidator(valid_host)]
-Address = Annotated[str, AfterValidator(valid_address)]
+Name = Annotated[str, AfterValidator(_valid_name)]
+_SiteName = Annotated[str, AfterValidator(valid_site)]
+Host = Annotated[str, AfterValidator(_valid_host)]
+_Address = Annotated[str, AfterValidator(_valid_address)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-MetricsPort = Annotated[int, Field(ge=0, le=65535, strict=True)]
+_MetricsPort = Annotated[int, Field(ge=0, le=65535, strict=True)]
 Days = Annotated[int, Field(ge=1, le=7300, strict=True)]
 
 
@@ -92,14 +94,14 @@ class ServerSettings(Section):
         description="names and addresses in the server's certificate; sites connect to the first"
     )
     port: Port = Field(8443, description="nginx with TLS: the sites' Fleet API and nothing else")
-    address: Address = Field(
+    address: _Address = Field(
         "0.0.0.0", description="address that nginx listens on; 0.0.0.0 is every IPv4 address, :: also IPv6"
     )
-    admin_address: Address = Field(
+    admin_address: _Address = Field(
         LOOPBACK, description="address of the SuperLink itself (Control and Runtime API): never a public one"
     )
     admin_port: Port = Field(9091, description="the SuperLink's own port on admin-address")
-    metrics_port: MetricsPort = Field(9092, description="Prometheus /metrics on admin-address; 0: none")
+    metrics_port: _MetricsPort = Field(9092, description="Prometheus /metrics on admin-address; 0: none")
 
     @model_validator(mode="after")
     def _closed(self) -> Self:
@@ -111,7 +113,7 @@ class ServerSettings(Section):
                 f"admin-address = {self.admin_address!r} would open the Control API, which has no login, to "
                 "everyone: give 127.0.0.1 or the address of a network that only administrators reach"
             )
-        distinct_ports(self, "port", "admin_port", "metrics_port")
+        _distinct_ports(self, "port", "admin_port", "metrics_port")
         return self
 
     @property
@@ -145,16 +147,16 @@ class SitePorts(Section):
     """
 
     runtime_port: Port = Field(9094, description="the SuperNode's Runtime API, on 127.0.0.1")
-    metrics_port: MetricsPort = Field(9095, description="Prometheus /metrics, on metrics-address; 0: none")
-    metrics_address: Address = Field(LOOPBACK, description="address that /metrics is served on")
+    metrics_port: _MetricsPort = Field(9095, description="Prometheus /metrics, on metrics-address; 0: none")
+    metrics_address: _Address = Field(LOOPBACK, description="address that /metrics is served on")
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
-        distinct_ports(self, "runtime_port", "metrics_port")
+        _distinct_ports(self, "runtime_port", "metrics_port")
         return self
 
 
-class SiteSettings(SitePorts):
+class _SiteSettings(SitePorts):
     """Hold the settings of one site of consortium.toml."""
 
     public_key: str = Field(
@@ -162,11 +164,11 @@ class SiteSettings(SitePorts):
     )
 
 
-class ValiditySettings(Section):
+class _ValiditySettings(Section):
     """Hold the days that certificates are valid."""
 
     authority_days: Days = 3650
-    certificate_days: Days = 398
+    certificate_days: Days = CERTIFICATE_DAYS
 
 
 class ConsortiumSettings(Section):
@@ -174,8 +176,8 @@ class ConsortiumSettings(Section):
 
     name: Name = Field(description="the consortium's name")
     server: ServerSettings
-    sites: dict[SiteName, SiteSettings] = Field(default_factory=dict)
-    validity: ValiditySettings = ValiditySettings()
+    sites: dict[_SiteName, _SiteSettings] = Field(default_factory=dict)
+    validity: _ValiditySettings = _ValiditySettings()
 
     @model_validator(mode="after")
     def _tell_sites_apart(self) -> Self:
@@ -202,7 +204,7 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def distinct_ports(section: Section, *fields: str) -> None:
+def _distinct_ports(section: Section, *fields: str) -> None:
     """Raise a ValueError where two of the named fields hold one port."""
     first: dict[int, str] = {}
     for field in fields:

@@ -11,6 +11,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
@@ -20,40 +21,44 @@ from common.config import RunConfig, Scalar, flatten
 from common.errors import RunError, UserError
 from common.run_records import Failed, RunSummary
 from deploy.cli.progress import Follower
+from deploy.cli.say import say
 from deploy.cli.tables import console
 from deploy.configuration import compose, say_presets
+from deploy.consortium.checks import check_bundle
 from deploy.consortium.control import Control, RunStatus, control
 from deploy.consortium.kit import CoordinatorKit
-from deploy.consortium.kit_check import check_bundle
 from deploy.runs.reading import read_summary, run_events
 from deploy.runs.runs import print_summary
+from server.run_folder import RunFolder
 
-POLL, OUTAGE = 0.5, 300.0
-COMPLETED, STOPPED = "completed", "stopped"
+_POLL, _OUTAGE = 0.5, 300.0
+COMPLETED, _STOPPED = "completed", "stopped"
 
 
-def run(
-    kit: CoordinatorKit,
-    options: Mapping[str, Scalar],
-    *,
-    settings: Sequence[str] = (),
-    config_file: Path | None = None,
-    presets: Sequence[str] = (),
-    out: Path | None = None,
-    resume: bool = False,
-    ask: bool = True,
-    quiet: bool = False,
-) -> RunSummary:
+@dataclass(frozen=True)
+class RunRequest:
+    """Hold what a user asks of one run."""
+
+    options: Mapping[str, Scalar]
+    """Flat configuration keys that were given as command options."""
+    settings: Sequence[str] = ()
+    """``KEY=VALUE`` texts; they win."""
+    config_file: Path | None = None
+    """A config.toml to start from."""
+    presets: Sequence[str] = ()
+    """Names of presets, beside those that ``options`` bring along."""
+    out: Path | None = None
+    """The run folder; ``state/runs/NAME-TIME`` of the kit when None."""
+    resume: bool = False
+    """Go on with the run in ``out``."""
+
+
+def run(kit: CoordinatorKit, request: RunRequest, *, ask: bool = True, quiet: bool = False) -> RunSummary:
     """Run one federation with the sites that are connected.
 
     Args:
         kit: the coordinator's.
-        options: flat configuration keys that were given as command options.
-        settings: ``KEY=VALUE`` texts; they win.
-        config_file: a config.toml to start from.
-        presets: names of presets, beside those that ``options`` bring along.
-        out: the run folder; ``state/runs/NAME-TIME`` of the kit when None.
-        resume: go on with the run in ``out``.
+        request: what to run.
         ask: whether Ctrl-C asks before it stops the run (a terminal is there to answer).
         quiet: no tables on standard output.
 
@@ -64,43 +69,47 @@ def run(
         UserError: faulty options; nothing was started.
         RunError: the run failed, or was stopped.
     """
-    from server.run_folder import RunFolder
-
     check_bundle(kit)
-    if resume and out is None:
-        raise UserError("--resume needs the run folder: give it with --out")
-    if resume and config_file is None and out is not None and (out / "config.toml").exists():
-        config_file = out / "config.toml"
-    config = compose(expected_sites(kit, options, config_file), settings, config_file, presets)
-    say_presets(config, options, settings, config_file, presets)
-    # Absolute, because the ServerApp has another working directory.
-    path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    here: dict[str, Scalar] = {"run-dir": str(path), "resume": resume}
-    if not config.federation.statements:
-        here["federation.statements"] = str(kit.statements)
-    if config.secure_aggregation.enabled and not config.secure_aggregation.certificates:
-        here["secure-aggregation.certificates"] = str(kit.nodes)
-    config = config.with_changes(here)
-    folder = RunFolder(path)
+    config = _configuration(kit, request)
+    folder = RunFolder(Path(config.run_dir))
     folder.check(config)
-    make_known(kit, path)
-    with control(kit) as api, interrupts() as interrupted:
+    _link_among_runs(kit, folder.path)
+    with control(kit) as api, _interrupts() as interrupted:
         # The stored bytes and no new bundle: these have the hash that the sites approved.
         app = kit.app.read_bytes()
         run_id = api.start_run(app, changes(app, config))
-        say(f"run {run_id} of consortium {kit.consortium}: {path}")
+        say(f"run {run_id} of consortium {kit.consortium}: {folder.path}", err=True)
         while True:
             with Follower(folder.metrics, config.rounds):
                 status = wait_for_end(api, run_id, interrupted)
             if status.finished:
-                return outcome(path, run_id, status, quiet=quiet)
-            if not ask or confirmed(run_id):
-                say(f"stopping run {run_id}")
+                return _outcome(folder.path, run_id, status, quiet=quiet)
+            if not ask or _confirmed(run_id):
+                say(f"stopping run {run_id}", err=True)
                 api.stop_run(run_id)
             interrupted.clear()
 
 
-def make_known(kit: CoordinatorKit, run: Path) -> None:
+def _configuration(kit: CoordinatorKit, request: RunRequest) -> RunConfig:
+    config_file, out = request.config_file, request.out
+    if request.resume and out is None:
+        raise UserError("--resume needs the run folder: give it with --out")
+    if request.resume and config_file is None and out is not None and (out / "config.toml").exists():
+        config_file = out / "config.toml"
+    options, presets = _expected_sites(kit, request.options, config_file), request.presets
+    config = compose(options, request.settings, config_file, presets)
+    say_presets(config, request.options, request.settings, config_file, presets)
+    # Absolute, because the ServerApp has another working directory.
+    path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    here: dict[str, Scalar] = {"run-dir": str(path), "resume": request.resume}
+    if not config.federation.statements:
+        here["federation.statements"] = str(kit.statements)
+    if config.secure_aggregation.enabled and not config.secure_aggregation.certificates:
+        here["secure-aggregation.certificates"] = str(kit.nodes)
+    return config.with_changes(here)
+
+
+def _link_among_runs(kit: CoordinatorKit, run: Path) -> None:
     """Link a run folder that lies elsewhere among the kit's runs, where status and /metrics find it."""
     if run.parent == kit.runs:
         return
@@ -112,7 +121,7 @@ def make_known(kit: CoordinatorKit, run: Path) -> None:
         link.symlink_to(run)
 
 
-def expected_sites(
+def _expected_sites(
     kit: CoordinatorKit, options: Mapping[str, Scalar], config_file: Path | None
 ) -> Mapping[str, Scalar]:
     """Return the options, completed by the number of sites to wait for.
@@ -166,26 +175,26 @@ def wait_for_end(api: Control, run_id: int, interrupted: Event) -> RunStatus:
         except RunError:
             now = time.monotonic()
             away_since = now if away_since is None else away_since
-            if now - away_since > OUTAGE:
+            if now - away_since > _OUTAGE:
                 raise
         else:
             if status.finished or interrupted.is_set():
                 return status
-        time.sleep(POLL)
+        time.sleep(_POLL)
 
 
-def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> RunSummary:
+def _outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> RunSummary:
     """Return the summary of a completed run.
 
     Raises:
         RunError: it was stopped, or failed; carries the ServerApp's reason, and where its log is.
     """
-    if status.outcome == STOPPED:
+    if status.outcome == _STOPPED:
         raise RunError(
             f"run {run_id} was stopped. Its last finished round is kept: go on with --resume --out {path}"
         )
     if status.outcome != COMPLETED:
-        reason = last_failure(path) or status.details or "Flower gives no reason"
+        reason = _last_failure(path) or status.details or "Flower gives no reason"
         raise RunError(
             f"run {run_id} {status.outcome}: {reason}\n"
             f"Its log is {path / 'log.jsonl'}, that of its process logs/superexec.log in the kit."
@@ -197,14 +206,14 @@ def outcome(path: Path, run_id: int, status: RunStatus, *, quiet: bool) -> RunSu
     return summary
 
 
-def last_failure(path: Path) -> str:
+def _last_failure(path: Path) -> str:
     """Return the reason that the ServerApp recorded for its failure, or an empty text."""
     reasons = [event.reason for event in run_events(path) if isinstance(event, Failed)]
     return reasons[-1] if reasons else ""
 
 
 @contextmanager
-def interrupts() -> Iterator[Event]:
+def _interrupts() -> Iterator[Event]:
     """Yield an event that Ctrl-C (or SIGTERM) sets instead of ending this program."""
     # The run goes on at the server whatever ends here, so the user is asked what an interruption means.
     happened = Event()
@@ -219,7 +228,7 @@ def interrupts() -> Iterator[Event]:
             signal.signal(sign, handler)
 
 
-def confirmed(run_id: int) -> bool:
+def _confirmed(run_id: int) -> bool:
     """Ask whether to stop the run at all sites, and take another Ctrl-C for a yes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -228,8 +237,3 @@ def confirmed(run_id: int) -> bool:
         return True
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def say(text: str) -> None:
-    """Print a line on standard error."""
-    console(stderr=True).print(text, soft_wrap=True)

@@ -8,7 +8,7 @@ public interface. Names are replaced in four modules of Flower, each in the proc
 - in SuperExec, the executor that starts tasks (``run_superexec``);
 - in the SuperNode, the pause between two questions for messages (``run_supernode``).
 
-A site's gate rests on the first two, so ``check_flower`` compares the source of all that it relies on with
+A site's gate rests on the first two, so ``_check_flower`` compares the source of all that it relies on with
 what it was tested with, and nothing starts with anything else. The pause decides nothing but speed: with a
 Flower whose loop is another one, Flower's own stays.
 """
@@ -47,7 +47,7 @@ _CLIENT_APP = "flwr.supernode.runtime.run_clientapp"
 _SUPEREXEC = "flwr.supercore.superexec.run_superexec"
 _SUPERNODE = "flwr.supernode.start_client_internal"
 
-PINNED = {
+_PINNED = {
     "flwr.supercore.superexec.run_superexec:run_superexec": ("d11f4e7fbc8f0b12", "91e7a33c5b898f33"),
     "flwr.supernode.runtime.run_clientapp:run_clientapp": ("6ce09559f3a2f5dc",),
     "flwr.clientapp.utils:get_load_client_app_fn": ("f7790dd641bafaff",),
@@ -64,15 +64,15 @@ _PULL_PAUSE = {"initial_backoff": 0.1, "backoff_cap": 0.5}
 """Seconds between two tries of a task to get its message. The SuperNode hands a task out before its message
 has arrived, and a forked task is there at once: by Flower's own pauses (1, 2, 4, 8 s) it lost up to 15 s."""
 
-SHORTEST_PAUSE = 0.5
+_SHORTEST_PAUSE = 0.5
 """Seconds between two questions right after a message. Each question costs the SuperLink some 14 ms of a
-core: too much for many sites to ask so often for long, so ``PAUSE_SHARE`` lets the pause grow."""
+core: too much for many sites to ask so often for long, so ``_PAUSE_SHARE`` lets the pause grow."""
 
-PAUSE_SHARE = 0.1
+_PAUSE_SHARE = 0.1
 """The pause as a share of the time that was waited since the last message: a site loses no more of it."""
 
-FLOWERS_PAUSE = 3
-FLOWERS_LOOP = """
+_FLOWERS_PAUSE = 3
+_FLOWERS_LOOP = """
             # No message has been pulled therefore we can skip the push stage.
             if run_id is None:
                 # If no message was received, wait for a while
@@ -82,13 +82,13 @@ FLOWERS_LOOP = """
 """The place, as it is in Flower 1.41.0 and 1.42.0; nothing else in its module sleeps as long."""
 
 
-def check_flower() -> None:
+def _check_flower() -> None:
     """Refuse a Flower that the gate was not tested with.
 
     Raises:
         UserError: names the part that differs.
     """
-    for reference, known in PINNED.items():
+    for reference, known in _PINNED.items():
         module, _, name = reference.partition(":")
         try:
             # The gate stands between the server and the site's data. A Flower that calls the replaced names
@@ -163,7 +163,7 @@ def run_superexec(make_executor: Callable[[], "Executor"], runtime_api_address: 
         UserError: see check_flower.
         SystemExit: a signal came.
     """
-    check_flower()
+    _check_flower()
     flower = _module(_SUPEREXEC)
     flower.get_executor = lambda *_, **__: make_executor()
     flower.run_superexec(
@@ -180,7 +180,7 @@ def run_supernode() -> None:
     Raises:
         SystemExit: it ended; the status is Flower's.
     """
-    if not shorten_pause(import_module(_SUPERNODE)):
+    if not _shorten_pause(import_module(_SUPERNODE)):
         log.warning(
             "this version of Flower waits for messages in another way than fedbags knows: its own pause "
             "stays, and rounds take some seconds longer"
@@ -188,7 +188,7 @@ def run_supernode() -> None:
     _module("flwr.supernode.cli").flower_supernode()
 
 
-def shorten_pause(flower: ModuleType) -> bool:
+def _shorten_pause(flower: ModuleType) -> bool:
     """Shorten the pause in the module of Flower's main loop.
 
     Returns:
@@ -199,7 +199,7 @@ def shorten_pause(flower: ModuleType) -> bool:
     except (OSError, TypeError):
         return False
     # The pause is recognised by its length alone, so nothing else in the module may sleep as long.
-    known = FLOWERS_LOOP in source and source.count(f"time.sleep({FLOWERS_PAUSE})") == 1
+    known = _FLOWERS_LOOP in source and source.count(f"time.sleep({_FLOWERS_PAUSE})") == 1
     # Set in this one module: the library's own ``time`` stays as it is for everybody else.
     if known and getattr(flower, "time", None) is time:
         flower.time = _PausingTime()  # type: ignore[attr-defined]
@@ -251,8 +251,8 @@ class _PausingTime:
 
     def sleep(self, seconds: float) -> None:
         """Sleep, for less long where the loop asks for its pause without a message."""
-        if seconds == FLOWERS_PAUSE:
-            seconds = min(max(SHORTEST_PAUSE, PAUSE_SHARE * self._waited), FLOWERS_PAUSE)
+        if seconds == _FLOWERS_PAUSE:
+            seconds = min(max(_SHORTEST_PAUSE, _PAUSE_SHARE * self._waited), _FLOWERS_PAUSE)
             self._waited += seconds
         # The module's other pauses wait for the app's reply, so a message has come.
         else:

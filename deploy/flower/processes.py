@@ -17,8 +17,8 @@ from pathlib import Path
 
 from common.errors import UserError
 
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-NO_PROXY = ("no_proxy", "NO_PROXY")
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+_NO_PROXY = ("no_proxy", "NO_PROXY")
 """Libraries read one or the other: gRPC only the first, others the second if the first is not set."""
 
 SUPERNODE_CONNECTION = 305
@@ -90,9 +90,9 @@ def without_proxy(environment: Mapping[str, str], *hosts: str) -> dict[str, str]
         environment: of this process.
         hosts: names or IP addresses, without a port, that are this machine's own.
     """
-    found = [part.strip() for name in NO_PROXY for part in environment.get(name, "").split(",")]
-    listed = ",".join(dict.fromkeys(part for part in (*found, *LOOPBACK_HOSTS, *hosts) if part))
-    return dict.fromkeys(NO_PROXY, listed)
+    found = [part.strip() for name in _NO_PROXY for part in environment.get(name, "").split(",")]
+    listed = ",".join(dict.fromkeys(part for part in (*found, *_LOOPBACK_HOSTS, *hosts) if part))
+    return dict.fromkeys(_NO_PROXY, listed)
 
 
 def exit_code(log: str) -> int | None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from client.site import PrivacyBudget, SecureAggregationPolicy, SiteConfig
-from deploy.consortium.hospital import check_data
 from deploy.consortium.kit import SiteKit
+from deploy.consortium.programs import check_data
 from deploy.datasets.site_check import check_site, print_check
 
 SMALL = ["--set", "model.image-size=16", "--set", "model.atoms-per-class=2", "--workers", "0", "--no-figures"]

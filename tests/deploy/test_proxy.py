@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.flower.processes import LOOPBACK_HOSTS, without_proxy
+from deploy.flower.processes import _LOOPBACK_HOSTS, without_proxy
 
 DEAD = "http://127.0.0.1:9"
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy", "grpc_proxy")
@@ -29,7 +29,7 @@ def test_exceptions_are_added_to_those_that_are_there(given: dict[str, str]) -> 
     found = without_proxy(given, "fl.example.org")
     assert found["no_proxy"] == found["NO_PROXY"]
     listed = found["no_proxy"].split(",")
-    assert {*LOOPBACK_HOSTS, "fl.example.org"} <= set(listed)
+    assert {*_LOOPBACK_HOSTS, "fl.example.org"} <= set(listed)
     for value in given.values():
         assert {part.strip() for part in value.split(",")} <= set(listed)
     assert without_proxy(found, "fl.example.org") == found
@@ -57,7 +57,7 @@ def test_the_command_sets_it_for_itself_and_what_it_starts() -> None:
         [sys.executable, "-c", code], env=shell(), capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert all(word.split(",")[:3] == list(LOOPBACK_HOSTS) for word in result.stdout.split())
+    assert all(word.split(",")[:3] == list(_LOOPBACK_HOSTS) for word in result.stdout.split())
 
 
 @pytest.mark.slow

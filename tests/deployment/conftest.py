@@ -18,9 +18,9 @@ import pytest
 
 from common.errors import UserError
 from common.files import read_json_lines
+from deploy.consortium.checks import nginx_program
 from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import CoordinatorKit, SiteKit
-from deploy.consortium.preflight import nginx_program
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.flower.processes import free_port, with_variable
 

@@ -23,8 +23,8 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from common.errors import UserError
+from deploy.consortium.checks import reach_server
 from deploy.consortium.kit import SiteKit
-from deploy.consortium.preflight import reach_server
 from deploy.flower.processes import free_port
 from tests.deployment.conftest import Consortium, write_data
 

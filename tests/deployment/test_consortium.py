@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import zipfile
 from pathlib import Path
 
 import httpx
@@ -12,8 +13,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from client.ledger.state import LedgerState
-from deploy.consortium import exporter
-from deploy.consortium.bundle import unpack_bundle
 from deploy.flower.processes import free_port, program
 from tests.deployment.conftest import SITES, Consortium, Run, wait_until
 
@@ -44,7 +43,8 @@ def test_three_sites_train_privately(consortium: Consortium) -> None:
     run = consortium.run("short", 1)
     assert_a_whole_run(consortium, run, 1)
     for kit in (consortium.coordinator, consortium.site(SITES[0])):
-        address, port = exporter.endpoint(kit)
+        assert kit.metrics_endpoint is not None
+        address, port = kit.metrics_endpoint
         scraped = httpx.get(f"http://{address}:{port}/metrics").text
         figures = {s.name: s.value for f in text_string_to_metric_families(scraped) for s in f.samples}
         epsilon = LedgerState.read(consortium.data / SITES[0] / "ledger.sqlite").spent()
@@ -62,7 +62,7 @@ def test_three_sites_train_privately_for_three_rounds(consortium: Consortium, ma
 def test_flowers_own_command_runs_the_same_kit(consortium: Consortium, tmp_path: Path) -> None:
     """`flwr run APP NAME` with the kit's FLWR_HOME: the sites take the app, for it is the approved one."""
     kit, out = consortium.coordinator, tmp_path / "by-hand"
-    unpack_bundle(kit.app.read_bytes(), tmp_path / "app")
+    zipfile.ZipFile(kit.app).extractall(tmp_path / "app")
     environment = os.environ | {"FLWR_HOME": str(kit.flower_home), "FLWR_TELEMETRY_ENABLED": "0"}
     settings = (
         f'run-dir="{out}" rounds=1 federation.sites=3 model.image-size=16 train.part="head" '

@@ -20,21 +20,19 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from deploy.consortium.authority import Authority
-from deploy.consortium.certificates import (
-    CLOCK_TOLERANCE,
+from deploy.consortium.pki import (
+    _CLOCK_TOLERANCE,
+    KeyForm,
+    _write_secret,
     certified_hosts,
     check_certificate,
-    read_certificate,
-    write_certificate,
-)
-from deploy.consortium.keys import (
-    KeyForm,
     fingerprint,
     make_private_key,
+    read_certificate,
     read_node_key,
     read_public_key,
+    write_certificate,
     write_public_key,
-    write_secret,
 )
 
 PASSWORD = b"correct horse"
@@ -104,7 +102,7 @@ def test_a_server_certificate_is_for_its_hosts_and_ends_with_its_authority(
     ends = certificate.not_valid_after_utc
     assert ends <= authority.certificate.not_valid_after_utc
     if days < 400:
-        assert timedelta(days=days) == ends - certificate.not_valid_before_utc - CLOCK_TOLERANCE
+        assert timedelta(days=days) == ends - certificate.not_valid_before_utc - _CLOCK_TOLERANCE
 
 
 def test_openssl_and_python_accept_the_chain(authority: Authority, tmp_path: Path) -> None:
@@ -143,10 +141,10 @@ def test_a_foreign_certificate_is_refused(authority: Authority, tmp_path: Path) 
 def test_the_clock_decides_whether_a_certificate_holds(authority: Authority) -> None:
     certificate = authority.issue_site("charite", new_key(), 10)
     now = datetime.now(UTC)
-    check_certificate(certificate, authority.certificate, "it", now - CLOCK_TOLERANCE / 2)
+    check_certificate(certificate, authority.certificate, "it", now - _CLOCK_TOLERANCE / 2)
     check_certificate(certificate, authority.certificate, "it", now + timedelta(days=9.9))
     with pytest.raises(UserError, match=r"is valid from .* this machine's clock says .* set the clock"):
-        check_certificate(certificate, authority.certificate, "it", now - 2 * CLOCK_TOLERANCE)
+        check_certificate(certificate, authority.certificate, "it", now - 2 * _CLOCK_TOLERANCE)
     with pytest.raises(UserError, match=r"expired on .* provision renew"):
         check_certificate(certificate, authority.certificate, "it", now + timedelta(days=10.1))
 
@@ -280,7 +278,7 @@ PRIVATE = {
 
 @pytest.mark.parametrize("kind", PRIVATE)
 def test_a_private_key_of_the_wrong_type_is_refused(tmp_path: Path, kind: str) -> None:
-    write_secret(tmp_path / "node.key", PRIVATE[kind])
+    _write_secret(tmp_path / "node.key", PRIVATE[kind])
     with pytest.raises(UserError, match="is not an elliptic-curve P-384 key"):
         read_node_key(tmp_path / "node.key")
 

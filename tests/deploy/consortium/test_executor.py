@@ -15,8 +15,8 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
 
-from deploy.consortium import admission, executor
-from deploy.consortium.executor import ForkingExecutor
+from deploy.consortium import executor, gate
+from deploy.consortium.executor import _ForkingExecutor
 from deploy.consortium.kit import SiteKit
 
 WriteApp = Callable[..., tuple[Path, bytes]]
@@ -32,10 +32,10 @@ def kit(tmp_path: Path) -> SiteKit:
 
 
 @pytest.fixture
-def forking(kit: SiteKit, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkingExecutor]:
-    monkeypatch.setattr(executor, "PRELOADED", ("flwr.supernode.runtime.run_clientapp",))
+def forking(kit: SiteKit, monkeypatch: pytest.MonkeyPatch) -> Iterator[_ForkingExecutor]:
+    monkeypatch.setattr(executor, "_PRELOADED", ("flwr.supernode.runtime.run_clientapp",))
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
-    forking = ForkingExecutor(kit.folder)
+    forking = _ForkingExecutor(kit.folder)
     yield forking
     forking.close()
 
@@ -58,7 +58,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
-def test_only_client_apps_are_taken(forking: ForkingExecutor) -> None:
+def test_only_client_apps_are_taken(forking: _ForkingExecutor) -> None:
     taken, _ = forking.get_eligible_capacity(set(TaskType))
     assert taken == {TaskType.CLIENT_APP, TaskType.AGENT_APP}
     for other in set(TaskType) - taken:
@@ -66,7 +66,7 @@ def test_only_client_apps_are_taken(forking: ForkingExecutor) -> None:
 
 
 def test_what_is_approved_is_read_before_each_task_and_an_agent_never_is(
-    kit: SiteKit, forking: ForkingExecutor, monkeypatch: pytest.MonkeyPatch
+    kit: SiteKit, forking: _ForkingExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pinned: list[str] = []
 
@@ -79,7 +79,7 @@ def test_what_is_approved_is_read_before_each_task_and_an_agent_never_is(
 
     monkeypatch.setattr(forking, "_context", Context())
     assert forking.launch(task()).status is LaunchResultStatus.FAILED
-    new = admission.pin(kit, b"new")
+    new = kit.approve(b"new")
     forking.launch(task())
     forking.launch(task(type_=TaskType.AGENT_APP))
     (kit.folder / "kit.toml").write_text("nonsense")
@@ -89,17 +89,17 @@ def test_what_is_approved_is_read_before_each_task_and_an_agent_never_is(
 
 def test_preloading_starts_no_thread_and_touches_no_accelerator() -> None:
     code = (
-        "import os, importlib\nfrom deploy.consortium.executor import ENVIRONMENT, PRELOADED\n"
+        "import os, importlib\nfrom deploy.consortium.executor import _ENVIRONMENT, _PRELOADED\n"
         "os.environ.pop('OMP_NUM_THREADS', None)\n"
-        "os.environ |= ENVIRONMENT\n"
-        "for name in PRELOADED: importlib.import_module(name)\n"
+        "os.environ |= _ENVIRONMENT\n"
+        "for name in _PRELOADED: importlib.import_module(name)\n"
         "import torch\nprint(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized())\n"
     )
     result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["1", "False"]
 
 
-def test_a_killed_task_leaves_nothing_and_the_end_ends_all(forking: ForkingExecutor) -> None:
+def test_a_killed_task_leaves_nothing_and_the_end_ends_all(forking: _ForkingExecutor) -> None:
     folder = Path(forking._folder.name)
     for _ in range(2):
         assert forking.launch(task(free_port())).status is LaunchResultStatus.ACCEPTED
@@ -117,8 +117,8 @@ def test_a_killed_task_leaves_nothing_and_the_end_ends_all(forking: ForkingExecu
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_no_more_tasks_run_than_allowed(forking: ForkingExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "MAX_TASKS", 1)
+def test_no_more_tasks_run_than_allowed(forking: _ForkingExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "_MAX_TASKS", 1)
     forking.launch(task(free_port()))
     (process,) = forking._tasks
     process.kill()
@@ -129,11 +129,11 @@ def test_no_more_tasks_run_than_allowed(forking: ForkingExecutor, monkeypatch: p
 def test_tasks_end_with_their_executor(kit: SiteKit, tmp_path: Path) -> None:
     code = (
         "import sys, os, time\nfrom pathlib import Path\nfrom deploy.consortium import executor\n"
-        "executor.PRELOADED = ()\n"
+        "executor._PRELOADED = ()\n"
         "from flwr.supercore.constant import TaskType\n"
         "from flwr.supercore.superexec.executor import ExecutionSpec\n"
         "if __name__ == '__main__':\n"
-        f"    forking = executor.ForkingExecutor(Path({str(kit.folder)!r}))\n"
+        f"    forking = executor._ForkingExecutor(Path({str(kit.folder)!r}))\n"
         f"    address = '127.0.0.1:{free_port()}'\n"
         "    forking.launch(ExecutionSpec(TaskType.CLIENT_APP, address, 'token', True, None, False,\n"
         "        os.getpid(), False, task_id=1))\n"
@@ -258,7 +258,7 @@ class Consortium:
 @pytest.mark.slow
 def test_the_gate_holds_with_flowers_own_processes(write_app: WriteApp, kit: SiteKit, tmp_path: Path) -> None:
     app, content = write_app()
-    admission.pin(kit, content)
+    kit.approve(content)
     client = (app / "bare" / "client.py").read_text()
     mark = f"import pathlib\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\n"
     changed, other = write_app("changed", {"bare/client.py": mark + client.replace("approved", "changed")})
@@ -268,12 +268,12 @@ def test_the_gate_holds_with_flowers_own_processes(write_app: WriteApp, kit: Sit
             assert [reply["word"] for reply in wave["said"]] == ["approved"]  # type: ignore[attr-defined]
         (wave,) = consortium.run(changed)
         assert wave["said"] == [
-            "<class 'deploy.consortium.admission.AppNotApproved'>:"
+            "<class 'deploy.consortium.gate.AppNotApproved'>:"
             "<'this site runs only the app that it approved, and this is another one'>"
         ]
         assert float(str(wave["seconds"])) < 20
         assert not (tmp_path / "mark").exists()
-        assert (kit.state / admission.REFUSED_APP).read_bytes() == other
+        assert (kit.state / gate._REFUSED_APP).read_bytes() == other
 
         installed = tmp_path / "home" / "apps"
         for folder in installed.glob("tests.bare.*"):  # by the ServerApp's process, which shares this home
@@ -282,7 +282,7 @@ def test_the_gate_holds_with_flowers_own_processes(write_app: WriteApp, kit: Sit
         assert [reply["word"] for reply in wave["said"]] == ["approved"]  # type: ignore[attr-defined]
         assert not (tmp_path / "mark").exists()
 
-        approve = ["site", "approve", kit.folder, kit.state / admission.REFUSED_APP, "--yes"]
+        approve = ["site", "approve", kit.folder, kit.state / gate._REFUSED_APP, "--yes"]
         fedbags = Path(sys.executable).parent / "fedbags"
         subprocess.run([fedbags, *approve], check=True, capture_output=True)
         (wave,) = consortium.run(changed)

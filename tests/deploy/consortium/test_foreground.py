@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from common.errors import UserError
 from deploy.cli.main import app
 from deploy.consortium import foreground
-from deploy.consortium.foreground import Program, answers, describe, logs_text
+from deploy.consortium.foreground import Program, describe, logs_text, port_answers
 from deploy.consortium.kit import SiteKit
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
@@ -61,11 +61,11 @@ class Running:
 import logging, sys
 from pathlib import Path
 from deploy.consortium import foreground
-from deploy.consortium.foreground import Diagnosis, Program, answers, logs_text
+from deploy.consortium.foreground import Diagnosis, Program, logs_text, port_answers
 from deploy.consortium.kit import SiteKit
 from common.errors import FedbagsError, UserError
 logging.basicConfig(level="INFO", stream=sys.stderr)
-foreground.GRACE = 2.0
+foreground._GRACE = 2.0
 python = lambda code: (sys.executable, "-S", "-c", code)
 SLEEP = {SLEEP!r}
 {settings}
@@ -130,7 +130,7 @@ def test_programs_wait_for_those_that_they_need(run: Callable[..., Running], tmp
         f"s = socket.create_server(('127.0.0.1', {port}))\ntime.sleep(600)"
     )
     running = run(
-        f"Program('a', python({server!r}), ready=answers('127.0.0.1', {port})),"
+        f"Program('a', python({server!r}), ready=port_answers('127.0.0.1', {port})),"
         "Program('b', python(SLEEP), ready=logs_text('up'), after=('a',))"
     )
     wait_for(lambda: running.status("a") == "starting")
@@ -292,7 +292,7 @@ def test_probes() -> None:
     assert logs_text("ID:")("SuperNode ID: 7")
     assert not logs_text("ID:")("")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        probe = answers("127.0.0.1", server.getsockname()[1])
+        probe = port_answers("127.0.0.1", server.getsockname()[1])
         assert probe("")
     assert not probe("")
 

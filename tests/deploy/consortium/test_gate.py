@@ -15,7 +15,8 @@ import pytest
 from flwr.cli.install import install_from_fab
 
 from deploy.consortium import gate
-from deploy.consortium.admission import REFUSED_APP, AppNotApproved, app_hash
+from deploy.consortium.gate import _REFUSED_APP, AppNotApproved
+from deploy.consortium.kit import app_hash
 
 WriteApp = Callable[..., tuple[Path, bytes]]
 
@@ -63,7 +64,7 @@ gate.run_task(spec, task["approved"], task["folder"], task["state"])
 """
 
 REFUSED = (
-    "<class 'deploy.consortium.admission.AppNotApproved'>:"
+    "<class 'deploy.consortium.gate.AppNotApproved'>:"
     "<'this site runs only the app that it approved, and this is another one'>"
 )
 FAILED = (
@@ -132,7 +133,7 @@ def test_another_app_of_the_same_name_is_answered_unrun(
     assert not (tmp_path / "mark").exists()
     assert not list((tmp_path / "task").rglob("*.*"))
     assert not (tmp_path / "home").exists()
-    assert (tmp_path / "state" / REFUSED_APP).read_bytes() == content
+    assert (tmp_path / "state" / _REFUSED_APP).read_bytes() == content
 
 
 def test_files_edited_in_the_apps_folder_are_not_run(
@@ -202,10 +203,10 @@ def test_a_full_disk_is_an_answer(write_app: WriteApp, tmp_path: Path) -> None:
     _, content = write_app()
     (tmp_path / "file").touch()
     with pytest.raises(gate.AppFailed):
-        gate.Gate(app_hash(content), tmp_path / "file", tmp_path).install(content, skip_prompt=True)
+        gate._Gate(app_hash(content), tmp_path / "file", tmp_path).install(content, skip_prompt=True)
 
 
 def test_nothing_is_loaded_that_did_not_pass(tmp_path: Path) -> None:
-    load = gate.Gate("", tmp_path, tmp_path).loader("", None, True)
+    load = gate._Gate("", tmp_path, tmp_path).loader("", None, True)
     with pytest.raises(AppNotApproved):
         load("tests/bare", "1.0.0", "00")

@@ -16,15 +16,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from deploy.consortium.program import answers
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.supernode import fleet_http_client
 
 from common.errors import UserError
-from deploy.consortium import preflight, supernode
+from deploy.consortium import checks
+from deploy.consortium.foreground import port_answers
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.provision import provision
+from deploy.flower import internals
 from deploy.flower.processes import free_port
 
 SITES_NEED = {
@@ -96,7 +97,7 @@ metrics-port = {free_port()}
 @pytest.fixture(scope="module")
 def door(kit: CoordinatorKit) -> Iterator[Door]:
     try:
-        nginx = preflight.nginx_program()
+        nginx = checks.nginx_program()
     except UserError as error:
         pytest.skip(str(error))
     server = ThreadingHTTPServer((kit.server.admin_address, kit.server.admin_port), Echo)
@@ -109,7 +110,7 @@ def door(kit: CoordinatorKit) -> Iterator[Door]:
     command = [nginx, "-p", f"{kit.folder}/", "-c", "nginx.conf", "-e", "stderr"]
     subprocess.run([*command, "-t"], check=True, capture_output=True)
     with (kit.logs / "nginx.log").open("wb") as log, subprocess.Popen(command, stderr=log) as process:
-        ready = answers(kit.server.host, kit.server.port)
+        ready = port_answers(kit.server.host, kit.server.port)
         until = time.monotonic() + 10
         while not ready("") and time.monotonic() < until:
             time.sleep(0.05)
@@ -260,13 +261,13 @@ def test_questions_for_work_do_not_fill_the_disk(door: Door) -> None:
 def test_fifty_sites_behind_one_address_ask_for_work_well_within_the_limit(kit: CoordinatorKit) -> None:
     limit = re.search(r"rate=(\d+)r/s", (kit.folder / "nginx.conf").read_text(encoding="utf-8"))
     assert limit is not None
-    assert int(limit[1]) / 4 >= 50 / supernode.SHORTEST
+    assert int(limit[1]) / 4 >= 50 / internals._SHORTEST_PAUSE
 
 
 def test_a_missing_nginx_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_args, **_kwargs: None)
     with pytest.raises(UserError, match="apt-get install nginx-light"):
-        preflight.nginx_program()
+        checks.nginx_program()
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -275,6 +276,6 @@ def test_a_port_in_use_is_named() -> None:
         with pytest.raises(
             UserError, match=rf"port {port} on 127\.0\.0\.1 \(port, for the sites\) is in use"
         ):
-            preflight.require_ports([("port, for the sites", "127.0.0.1", port)])
+            checks.require_ports([("port, for the sites", "127.0.0.1", port)])
     with pytest.raises(UserError, match=r"192\.0\.2\.1 is not an address of this machine"):
-        preflight.require_ports([("port", "192.0.2.1", 8443)])
+        checks.require_ports([("port", "192.0.2.1", 8443)])

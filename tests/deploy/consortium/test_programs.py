@@ -11,7 +11,7 @@ from flwr.supercore.exit import ExitCode
 from flwr.supernode import start_client_internal
 
 from common.errors import UserError
-from deploy.consortium import foreground, hospital, preflight
+from deploy.consortium import checks, foreground, programs
 from deploy.consortium.foreground import Exit
 from deploy.consortium.kit import SiteKit
 from deploy.flower.processes import MISTAKES, SUPERNODE_CONNECTION
@@ -51,7 +51,7 @@ def test_every_mistake_is_one_of_flowers() -> None:
 
 
 def test_the_text_of_a_connected_supernode_is_flowers() -> None:
-    assert hospital.NODE_ID_TEXT in inspect.getsource(start_client_internal)
+    assert programs._NODE_ID_LOGGED in inspect.getsource(start_client_internal)
 
 
 def test_every_switch_is_one_that_flower_reads(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_every_switch_is_one_that_flower_reads(tmp_path: Path) -> None:
         for path in Path(next(iter(flwr.__path__))).rglob("*.py")
         if "proto" not in path.parts
     )
-    variables = foreground.kit_environment(kit(tmp_path, "data"))
+    variables = foreground._kit_environment(kit(tmp_path, "data"))
     switches = [name for name in variables if name.startswith("FLWR_")]
     assert len(switches) == 5
     for name in switches:
@@ -68,7 +68,7 @@ def test_every_switch_is_one_that_flower_reads(tmp_path: Path) -> None:
 
 
 def test_a_refused_node_is_told_what_may_be_the_cause_and_may_be_started_again() -> None:
-    found = hospital.diagnose_supernode(Exit(1, 305, "[code: 1000] could not be activated"))
+    found = programs._diagnose_supernode(Exit(1, 305, "[code: 1000] could not be activated"))
     assert found is not None
     assert not found.mistake
     assert "add-key" in found.text
@@ -77,19 +77,19 @@ def test_a_refused_node_is_told_what_may_be_the_cause_and_may_be_started_again()
 
 
 def test_a_wrong_clock_is_told_from_an_unknown_key() -> None:
-    found = hospital.diagnose_supernode(Exit(1, 305, "Client error '401 Unauthorized' for url"))
+    found = programs._diagnose_supernode(Exit(1, 305, "Client error '401 Unauthorized' for url"))
     assert found is not None
     assert "clocks differ" in found.text
-    assert TIMESTAMP_TOLERANCE > preflight.CLOCK_SKEW
+    assert TIMESTAMP_TOLERANCE > checks._CLOCK_SKEW
 
 
 def test_a_crash_has_no_diagnosis() -> None:
-    assert hospital.diagnose_supernode(Exit(-9, None, "")) is None
-    assert hospital.diagnose_executor(Exit(1, None, "")) is None
+    assert programs._diagnose_supernode(Exit(-9, None, "")) is None
+    assert programs._diagnose_executor(Exit(1, None, "")) is None
 
 
 def test_a_mistake_that_the_executor_names_is_one() -> None:
-    found = hospital.diagnose_executor(Exit(2, None, "error: superexec.secret is missing\n"))
+    found = programs._diagnose_executor(Exit(2, None, "error: superexec.secret is missing\n"))
     assert found is not None
     assert found.mistake
     assert "superexec.secret is missing" in found.text
@@ -98,7 +98,7 @@ def test_a_mistake_that_the_executor_names_is_one() -> None:
 @pytest.mark.parametrize("data", ["data", "with space", "q'uote", "bäckerei", "a=b"])
 def test_flower_reads_the_node_configuration_back(tmp_path: Path, data: str) -> None:
     made = kit(tmp_path, data)
-    assert parse_config_args([hospital.node_config(made)]) == {
+    assert parse_config_args([programs._node_config(made)]) == {
         "site": "north",
         "data-path": str(tmp_path / data),
         "kit": str(tmp_path),
@@ -108,4 +108,4 @@ def test_flower_reads_the_node_configuration_back(tmp_path: Path, data: str) -> 
 @pytest.mark.parametrize("data", ['a"b', "a\\b", "a\nb"])
 def test_a_path_that_flower_cannot_pass_on_is_a_clear_error(tmp_path: Path, data: str) -> None:
     with pytest.raises(UserError, match="cannot be passed on by Flower"):
-        hospital.node_config(kit(tmp_path, data))
+        programs._node_config(kit(tmp_path, data))

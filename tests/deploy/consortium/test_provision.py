@@ -27,14 +27,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from client.site import SiteConfig, SitePolicy
 from common.errors import UserError
 from deploy.cli import main
-from deploy.consortium import membership
+from deploy.consortium.app import build_bundle
 from deploy.consortium.authority import Authority
-from deploy.consortium.bundle import build_bundle, unpack_bundle
-from deploy.consortium.certificates import certified_hosts, check_certificate, read_certificate
-from deploy.consortium.keys import read_node_key, read_public_key, write_public_key
+from deploy.consortium.checks import check_coordinator, check_site
 from deploy.consortium.kit import CoordinatorKit, SiteKit
-from deploy.consortium.kit_check import check_coordinator, check_site
-from deploy.consortium.kits import Kits
+from deploy.consortium.kits import Kits, make_node_key
+from deploy.consortium.pki import (
+    certified_hosts,
+    check_certificate,
+    read_certificate,
+    read_node_key,
+    read_public_key,
+    write_public_key,
+)
 from deploy.consortium.provision import provision
 from deploy.consortium.settings import SitePorts
 
@@ -259,26 +264,26 @@ def test_one_key_for_two_sites_is_refused_before_anything_is_written(settings: P
 
 def test_a_site_joins_leaves_and_comes_back_with_a_new_key(kits: Path, tmp_path: Path) -> None:
     first, second = public_key(tmp_path, "1.pub"), public_key(tmp_path, "2.pub")
-    membership.add_site(Kits.open(kits), "south", SitePorts())
-    membership.add_key(Kits.open(kits), "south", first)
+    Kits.open(kits).add_site("south", SitePorts())
+    Kits.open(kits).add_key("south", first)
     kit = CoordinatorKit.load(kits / "coordinator")
     assert kit.registered_sites == ("south",)
     check_certificate(
         read_certificate(kit.node_certificate("south")), read_certificate(kit.ca_certificate), "it"
     )
     with pytest.raises(UserError, match="has another key already"):
-        membership.add_key(Kits.open(kits), "south", second)
-    assert membership.add_key(Kits.open(kits), "south", first).written == []
+        Kits.open(kits).add_key("south", second)
+    assert Kits.open(kits).add_key("south", first).written == []
 
-    assert membership.revoke(Kits.open(kits), "south").waiting == ("charite", "north")
+    assert Kits.open(kits).revoke("south").waiting == ("charite", "north")
     kit = CoordinatorKit.load(kits / "coordinator")
     assert (kit.registered_sites, kit.sites) == ((), ("charite", "north"))
     assert not list(kit.nodes.iterdir())
     assert Authority.open(kits / "authority").issued()[-1].revoked is not None
     with pytest.raises(UserError, match="was revoked on"):
-        membership.add_key(Kits.open(kits), "south", first)
+        Kits.open(kits).add_key("south", first)
 
-    membership.add_key(Kits.open(kits), "south", second)
+    Kits.open(kits).add_key("south", second)
     assert CoordinatorKit.load(kits / "coordinator").registered_sites == ("south",)
 
 
@@ -286,55 +291,89 @@ def test_renewal_keeps_the_keys_and_moves_the_end(trial: Path) -> None:
     kit = CoordinatorKit.load(trial / "coordinator")
     paths = [kit.server_certificate, kit.node_certificate("charite"), kit.node_certificate("north")]
     before = [read_certificate(path) for path in paths]
-    membership.renew(Kits.open(trial), days=700)
+    Kits.open(trial).renew(days=700)
     after = [read_certificate(path) for path in paths]
     for old, new in zip(before, after, strict=True):
         assert new.public_key() == old.public_key()
         assert (new.not_valid_after_utc - old.not_valid_after_utc).days in (301, 302)
         assert new.serial_number != old.serial_number
     check_coordinator(kit)
-    assert membership.renew(Kits.open(trial), ["north"], 10).written == [paths[2]]
+    assert Kits.open(trial).renew(["north"], 10).written == [paths[2]]
     assert read_certificate(paths[1]) == after[1]
+
+
+def test_a_certificate_holds_as_long_as_the_settings_say_whoever_issues_it(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when a key comes later and when certificates are renewed, and unless --days says otherwise."""
+    settings.write_text(settings.read_text() + "[validity]\ncertificate-days = 30\n")
+    out = tmp_path / "KITS"
+    provision(settings, out)
+    kit = CoordinatorKit.load(out / "coordinator")
+
+    def days(path: Path) -> int:
+        found = read_certificate(path)
+        return (found.not_valid_after_utc - found.not_valid_before_utc).days
+
+    assert days(kit.server_certificate) == 30
+    assert run(monkeypatch, "provision", "add-key", out, "charite", public_key(tmp_path)) == 0
+    assert days(kit.node_certificate("charite")) == 30
+    kit.server_certificate.unlink()
+    kit.server_key.unlink()
+    provision(settings, out)
+    assert run(monkeypatch, "provision", "renew", out) == 0
+    assert (days(kit.server_certificate), days(kit.node_certificate("charite"))) == (30, 30)
+    assert run(monkeypatch, "provision", "renew", out, "server", "--days", 5) == 0
+    assert days(kit.server_certificate) == 5
+
+
+def test_a_coordinators_kit_of_0_1_certifies_as_it_did(kits: Path, tmp_path: Path) -> None:
+    """It does not say how long."""
+    path = kits / "coordinator" / "kit.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "certificate" not in line))
+    Kits.open(kits).add_key("charite", public_key(tmp_path))
+    kit = CoordinatorKit.load(kits / "coordinator")
+    found = read_certificate(kit.node_certificate("charite"))
+    assert (found.not_valid_after_utc - found.not_valid_before_utc).days == 398
 
 
 def test_an_expired_certificate_stops_a_start_and_not_its_renewal(
     trial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deploy.consortium import certificates
+    from deploy.consortium import pki
 
     kit = CoordinatorKit.load(trial / "coordinator")
-    real = certificates.utc_now
+    real = pki.utc_now
 
-    def last_year() -> certificates.datetime:
-        return real() - certificates.timedelta(days=300)
+    def last_year() -> pki.datetime:
+        return real() - pki.timedelta(days=300)
 
-    monkeypatch.setattr(certificates, "utc_now", last_year)
-    membership.renew(Kits.open(trial), days=200)
-    monkeypatch.setattr(certificates, "utc_now", real)
+    monkeypatch.setattr(pki, "utc_now", last_year)
+    Kits.open(trial).renew(days=200)
+    monkeypatch.setattr(pki, "utc_now", real)
     with pytest.raises(UserError, match="expired on"):
         check_coordinator(kit)
-    membership.renew(Kits.open(trial))
+    Kits.open(trial).renew()
     check_coordinator(kit)
 
 
 MISTAKES: dict[str, Callable[[Kits, Path], object]] = {
-    "has no site 'chartie'; did you mean 'charite'?": lambda kits, key: membership.add_key(
-        kits, "chartie", key
-    ),
-    "holds a private key": lambda kits, _: membership.add_key(kits, "charite", kits.coordinator.server_key),
-    "have one key": lambda kits, key: membership.add_key(kits, "charite", key),
-    "has no key yet": lambda kits, _: membership.renew(kits, ["north", "charite"]),
-    "has a site 'Charite' already": lambda kits, _: membership.add_site(kits, "Charite", SitePorts()),
-    "site name '../x'": lambda kits, _: membership.add_site(kits, "../x", SitePorts()),
-    "site name 'server'": lambda kits, _: membership.add_site(kits, "server", SitePorts()),
-    "has no site 'south'": lambda kits, _: membership.revoke(kits, "south"),
+    "has no site 'chartie'; did you mean 'charite'?": lambda kits, key: kits.add_key("chartie", key),
+    "holds a private key": lambda kits, _: kits.add_key("charite", kits.coordinator.server_key),
+    "have one key": lambda kits, key: kits.add_key("charite", key),
+    "has no key yet": lambda kits, _: kits.renew(["north", "charite"]),
+    "has a site 'Charite' already": lambda kits, _: kits.add_site("Charite", SitePorts()),
+    "site name '../x'": lambda kits, _: kits.add_site("../x", SitePorts()),
+    "site name 'server'": lambda kits, _: kits.add_site("server", SitePorts()),
+    "has no site 'south'": lambda kits, _: kits.revoke("south"),
 }
 
 
 @pytest.mark.parametrize("says", MISTAKES)
 def test_each_mistake_of_the_coordinator_is_one_clear_error(kits: Path, tmp_path: Path, says: str) -> None:
     key = public_key(tmp_path)
-    membership.add_key(Kits.open(kits), "north", key)
+    Kits.open(kits).add_key("north", key)
     before, opened = contents(kits), Kits.open(kits)
     with pytest.raises(UserError, match=re.escape(says)):
         MISTAKES[says](opened, key)
@@ -404,11 +443,11 @@ def test_a_site_makes_its_key_once(kits: Path) -> None:
     kit = SiteKit.load(kits / "sites" / "north")
     with pytest.raises(UserError, match="fedbags site keygen"):
         check_site(kit)
-    assert membership.make_node_key(kit) == kit.node_public_key
+    assert make_node_key(kit) == kit.node_public_key
     check_site(kit)
     before = contents(kit.folder)
     with pytest.raises(UserError, match="never overwritten"):
-        membership.make_node_key(kit)
+        make_node_key(kit)
     assert contents(kit.folder) == before
 
 
@@ -439,7 +478,7 @@ def test_the_app_is_what_flower_makes_of_a_checkout_and_of_the_unpacked_file(
     bundle: bytes, tmp_path: Path
 ) -> None:
     assert build_fab_from_disk(ROOT) == bundle
-    unpack_bundle(bundle, tmp_path / "app")
+    zipfile.ZipFile(io.BytesIO(bundle)).extractall(tmp_path / "app")
     for path in (tmp_path / "app").rglob("*"):
         os.utime(path, (0, 0))
     assert build_fab_from_disk(tmp_path / "app") == bundle
@@ -456,8 +495,8 @@ def test_a_new_app_changes_the_coordinators_pin_and_no_sites(
     kits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = SiteKit.load(kits / "sites" / "north")
-    monkeypatch.setattr(membership, "build_bundle", lambda: b"another app")
-    changes = membership.update_app(Kits.open(kits))
+    monkeypatch.setattr("deploy.consortium.kits.build_bundle", lambda: b"another app")
+    changes = Kits.open(kits).update_app()
     kit = CoordinatorKit.load(kits / "coordinator")
     assert kit.app.read_bytes() == b"another app"
     assert changes.app_hash == kit.app_hash == hashlib.sha256(b"another app").hexdigest()
@@ -501,7 +540,7 @@ def test_flower_reads_the_connection(kits: Path, monkeypatch: pytest.MonkeyPatch
 def test_flwr_run_sends_the_approved_app(kits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`flwr run` with the kit's connection, up to the request that it would send."""
     kit = CoordinatorKit.load(kits / "coordinator")
-    unpack_bundle(kit.app.read_bytes(), tmp_path / "app")
+    zipfile.ZipFile(kit.app).extractall(tmp_path / "app")
     monkeypatch.setenv("FLWR_HOME", str(kit.flower_home))
     sent: list[StartRunRequest] = []
 
@@ -621,7 +660,7 @@ def test_the_run_script_starts_its_own_kit_from_anywhere(kits: Path, tmp_path: P
         text=True,
         check=True,
     )
-    assert result.stdout.splitlines() == ["site", "up", str(moved), "--foreground", "--verbose"]
+    assert result.stdout.splitlines() == ["site", "up", str(moved), "--verbose"]
 
 
 def test_the_commands_of_the_page_work_and_print_no_secret(

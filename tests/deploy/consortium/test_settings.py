@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from common.errors import ConfigError, UserError
 from common.files import write_text
-from deploy.consortium.kit import KIT_VERSION, CoordinatorKit, SiteKit, read_kit
+from deploy.consortium.kit import _KIT_VERSION, CoordinatorKit, SiteKit, read_kit
 from deploy.consortium.settings import (
     ConsortiumSettings,
     ServerSettings,
     SitePorts,
-    valid_host,
-    valid_name,
+    _valid_host,
+    _valid_name,
     valid_site,
 )
 
@@ -94,7 +94,7 @@ def test_missing_settings_are_said_to_be_missing(tmp_path: Path) -> None:
 @given(st.text(max_size=70))
 def test_an_accepted_name_is_safe_as_a_folder_and_a_certificates_name(name: str) -> None:
     try:
-        accepted = valid_name(name)
+        accepted = _valid_name(name)
     except ValueError:
         return
     assert accepted == name
@@ -106,14 +106,14 @@ def test_an_accepted_name_is_safe_as_a_folder_and_a_certificates_name(name: str)
 
 @given(st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,20}[A-Za-z0-9])?", fullmatch=True))
 def test_usual_names_are_accepted(name: str) -> None:
-    assert valid_name(name) == name
+    assert _valid_name(name) == name
 
 
 @given(st.ip_addresses())
 def test_every_ip_address_is_a_host(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> None:
-    assert valid_host(str(address)) == str(address)
+    assert _valid_host(str(address)) == str(address)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_every_ip_address_is_a_host(
 )
 def test_what_is_no_host_is_refused(host: str) -> None:
     with pytest.raises(ValueError, match="a host is"):
-        valid_host(host)
+        _valid_host(host)
 
 
 def test_sites_cannot_have_the_coordinators_names() -> None:
@@ -168,13 +168,13 @@ def test_a_coordinator_kit_survives_being_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (f"kit-version = {KIT_VERSION - 1}", "the kit is older"),
-        (f"kit-version = {KIT_VERSION + 1}", "the kit is newer"),
+        (f"kit-version = {_KIT_VERSION - 1}", "the kit is older"),
+        (f"kit-version = {_KIT_VERSION + 1}", "the kit is newer"),
         ("", "has no kit-version"),
     ],
 )
 def test_a_kit_of_another_version_is_refused(tmp_path: Path, line: str, says: str) -> None:
-    text = site_kit(tmp_path).to_toml().replace(f"kit-version = {KIT_VERSION}", line)
+    text = site_kit(tmp_path).to_toml().replace(f"kit-version = {_KIT_VERSION}", line)
     (tmp_path / "kit.toml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=says):
         SiteKit.load(tmp_path)

@@ -8,7 +8,7 @@ from common.errors import UserError
 from deploy.configuration import compose
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.provision import provision
-from deploy.consortium.submit import expected_sites
+from deploy.consortium.submit import _expected_sites
 
 
 def coordinator(folder: Path, keys_here: bool) -> CoordinatorKit:
@@ -21,17 +21,17 @@ def coordinator(folder: Path, keys_here: bool) -> CoordinatorKit:
 
 def test_all_sites_with_a_key_are_waited_for_and_every_round_is_looked_at(tmp_path: Path) -> None:
     kit = coordinator(tmp_path, keys_here=True)
-    config = compose(expected_sites(kit, {}, None), (), None)
+    config = compose(_expected_sites(kit, {}, None), (), None)
     assert config.federation.sites == 2
     assert all(config.evaluation.is_due(number, 5) for number in range(1, 6))
 
 
 def test_options_and_a_file_win(tmp_path: Path) -> None:
     kit = coordinator(tmp_path, keys_here=True)
-    assert expected_sites(kit, {"federation.sites": 1}, None) == {"federation.sites": 1}
-    assert expected_sites(kit, {"rounds": 2}, tmp_path / "config.toml") == {"rounds": 2}
+    assert _expected_sites(kit, {"federation.sites": 1}, None) == {"federation.sites": 1}
+    assert _expected_sites(kit, {"rounds": 2}, tmp_path / "config.toml") == {"rounds": 2}
 
 
 def test_a_consortium_without_keys_has_nobody_to_wait_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="add-key"):
-        expected_sites(coordinator(tmp_path, keys_here=False), {}, None)
+        _expected_sites(coordinator(tmp_path, keys_here=False), {}, None)

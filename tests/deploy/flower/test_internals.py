@@ -24,11 +24,11 @@ from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
 
 from common.errors import UserError
-from deploy.consortium.hospital import SUPERNODE_COMMAND
+from deploy.consortium.programs import _SUPERNODE_COMMAND
 from deploy.flower import internals
 from deploy.flower.processes import exit_code, program
 
-LOOP = f"import time\n\ndef loop():\n    while True:\n        if True:\n{internals.FLOWERS_LOOP}"
+LOOP = f"import time\n\ndef loop():\n    while True:\n        if True:\n{internals._FLOWERS_LOOP}"
 
 
 class Enough(Exception):  # noqa: N818 (it ends a loop that has no end)
@@ -72,32 +72,32 @@ def ask_in_vain(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 
 def test_flowers_loop_pauses_as_we_say(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
     ask_in_vain(monkeypatch, 3)
-    assert slept == [internals.FLOWERS_PAUSE] * 2
+    assert slept == [internals._FLOWERS_PAUSE] * 2
     slept.clear()
-    assert internals.shorten_pause(flower)
+    assert internals._shorten_pause(flower)
     ask_in_vain(monkeypatch, 3)
-    assert slept == [internals.SHORTEST_PAUSE] * 2
+    assert slept == [internals._SHORTEST_PAUSE] * 2
 
 
 def test_the_longer_nothing_comes_the_longer_the_pause_up_to_flowers_own(slept: list[float]) -> None:
-    assert internals.shorten_pause(flower)
+    assert internals._shorten_pause(flower)
     for _ in range(60):
-        flower.time.sleep(internals.FLOWERS_PAUSE)
+        flower.time.sleep(internals._FLOWERS_PAUSE)
     assert slept == sorted(slept)
-    assert slept[0] == internals.SHORTEST_PAUSE
-    assert slept[-1] == internals.FLOWERS_PAUSE
+    assert slept[0] == internals._SHORTEST_PAUSE
+    assert slept[-1] == internals._FLOWERS_PAUSE
     assert all(
-        pause <= max(internals.SHORTEST_PAUSE, internals.PAUSE_SHARE * sum(slept[:before]))
+        pause <= max(internals._SHORTEST_PAUSE, internals._PAUSE_SHARE * sum(slept[:before]))
         for before, pause in enumerate(slept)
     )
     assert (
-        len([pause for pause in slept if pause < internals.FLOWERS_PAUSE]) < 35
+        len([pause for pause in slept if pause < internals._FLOWERS_PAUSE]) < 35
     )  # questions of a first minute
 
 
 def test_a_message_makes_the_pause_short_again(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
     """Flower's own function waits for a reply between two looks, which come from this list."""
-    assert internals.shorten_pause(flower)
+    assert internals._shorten_pause(flower)
     flower.time._waited = 100.0
     looks: list[list[object]] = [[], []]
 
@@ -109,16 +109,16 @@ def test_a_message_makes_the_pause_short_again(monkeypatch: pytest.MonkeyPatch, 
 
     with pytest.raises(Enough):
         flower._push_messages(state=State(), object_store=None, send=None, push_object=None)
-    flower.time.sleep(internals.FLOWERS_PAUSE)
-    assert slept == [0.5, 0.5, internals.SHORTEST_PAUSE]
+    flower.time.sleep(internals._FLOWERS_PAUSE)
+    assert slept == [0.5, 0.5, internals._SHORTEST_PAUSE]
 
 
 def test_no_other_pause_and_no_other_module_is_touched(slept: list[float]) -> None:
-    assert internals.shorten_pause(flower)
+    assert internals._shorten_pause(flower)
     flower.time.sleep(0.5)
     flower.time.sleep(30)
-    time.sleep(internals.FLOWERS_PAUSE)
-    assert slept == [0.5, 30, internals.FLOWERS_PAUSE]
+    time.sleep(internals._FLOWERS_PAUSE)
+    assert slept == [0.5, 30, internals._FLOWERS_PAUSE]
     assert flower.time.monotonic is time.monotonic
 
 
@@ -140,7 +140,7 @@ def module(tmp_path: Path) -> Callable[[str], ModuleType]:
 
 
 def test_the_loop_is_known_by_its_text(module: Callable[[str], ModuleType]) -> None:
-    assert internals.shorten_pause(module(LOOP))
+    assert internals._shorten_pause(module(LOOP))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_loop_is_known_by_its_text(module: Callable[[str], ModuleType]) -> N
 def test_another_loop_keeps_its_pause(module: Callable[[str], ModuleType], source: str) -> None:
     other = module(source)
     before = other.time
-    assert not internals.shorten_pause(other)
+    assert not internals._shorten_pause(other)
     assert other.time is before
 
 
@@ -169,7 +169,7 @@ def test_arguments_exit_codes_and_words_are_flowers(tmp_path: Path) -> None:
     key = tmp_path / "node.key"
     key.write_text("no key")
     arguments = ("--superlink", "127.0.0.1:1", "--insecure", "--auth-supernode-private-key", str(key))
-    ours, theirs = run(SUPERNODE_COMMAND, *arguments), run((program("flower-supernode"),), *arguments)
+    ours, theirs = run(_SUPERNODE_COMMAND, *arguments), run((program("flower-supernode"),), *arguments)
     assert ours.returncode == theirs.returncode == 1
     for done in (ours, theirs):
         assert exit_code(done.stdout + done.stderr) == ExitCode.SUPERNODE_NODE_AUTH_KEY_INVALID
@@ -210,10 +210,10 @@ def test_a_task_that_is_there_before_its_message_has_it_soon_after() -> None:
 
 
 def test_this_flower_is_one_that_the_gate_was_tested_with() -> None:
-    internals.check_flower()
+    internals._check_flower()
 
 
-@pytest.mark.parametrize("reference", sorted(internals.PINNED))
+@pytest.mark.parametrize("reference", sorted(internals._PINNED))
 def test_a_flower_that_differs_anywhere_in_what_is_relied_on_is_refused(
     reference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,4 +227,4 @@ def test_a_flower_that_differs_anywhere_in_what_is_relied_on_is_refused(
         internals.run_superexec(lambda: pytest.fail("started"), "127.0.0.1:1", b"secret")
     monkeypatch.delattr(importlib.import_module(module), name)
     with pytest.raises(UserError, match=name):
-        internals.check_flower()
+        internals._check_flower()

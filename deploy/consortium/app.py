@@ -1,30 +1,74 @@
-"""Describe what an app would change at a site, compared with the app that the site approved.
+"""Bundle the app, describe what another app would change at a site, and record the app that it approves.
 
-The changes are those of its files, its configuration keys and its components. An app is a Flower App Bundle
-(FAB), a zip file. It is read here without being unpacked, and nothing of it is run. It may be hostile, so
-names and values are shown with everything unprintable escaped.
+An app is a Flower App Bundle (FAB), a zip file of the common, client and server packages. It is built once,
+when a consortium is provisioned, and its SHA-256 is what sites approve. It holds the same bytes as ``flwr
+run`` would make of a checkout of the same sources, since it depends on names and contents only and its
+entries have a fixed date in place of the files' times. Another's app may be hostile: it is read without being
+unpacked, nothing of it is run, and names and values are shown with everything unprintable escaped.
 """
 
 import difflib
+import importlib
 import io
 import tomllib
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from common.config import flatten
 from common.errors import UserError, require_file
-from deploy.consortium.admission import app_hash
+from deploy.consortium.kit import app_hash
 
-PROJECT_FILE = "pyproject.toml"
+_PACKAGES = ("common", "client", "server")
+_PACKAGED = "app.toml"
+"""pyproject.toml inside an installed wheel (pyproject.toml's own force-include puts it there)."""
+
+
+def build_bundle() -> bytes:
+    """Build the app of the running fedbags, from a checkout or an installed wheel.
+
+    Raises:
+        UserError: Flower cannot build it (too large, say), or the installation is incomplete.
+    """
+    from flwr.cli.build import build_fab_from_files
+
+    sources: dict[str, bytes | Path] = {"pyproject.toml": _project_file()}
+    for package in _PACKAGES:
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            sources[f"{package}/{path.relative_to(folder).as_posix()}"] = path
+    try:
+        content, _ = build_fab_from_files(sources)
+    except ValueError as error:
+        raise UserError(f"Flower cannot bundle the app: {error}") from error
+    return content
+
+
+def _project_file() -> bytes:
+    checkout = Path(__file__).parents[2] / "pyproject.toml"
+    for path in (checkout, files("deploy.consortium") / _PACKAGED):
+        if path.is_file():
+            text = path.read_bytes()
+            # In an installed wheel, a pyproject.toml two folders up would belong to something else.
+            if tomllib.loads(text.decode()).get("project", {}).get("name") == "fedbags":
+                return text
+    raise UserError(
+        "this installation of fedbags has no description of its app (pyproject.toml): provision from a "
+        "checkout "
+        "of fedbags (`pip install -e .`), or from a wheel built from one"
+    )
+
+
+_PROJECT_FILE = "pyproject.toml"
 _TABLE = "tool.flwr.app."
 _MANIFEST = ".info/"
 """Flower's list of the files: it follows from them, and is deleted when an app is installed."""
 
-MAX_UNPACKED = 64 * 2**20
+_MAX_UNPACKED = 64 * 2**20
 """Bytes; Flower's limit for the bundle itself is 10 MiB."""
 
 
@@ -52,14 +96,14 @@ class App:
         Empty where the app has none that can be read.
         """
         try:
-            table = tomllib.loads(self.files.get(PROJECT_FILE, b"").decode())
+            table = tomllib.loads(self.files.get(_PROJECT_FILE, b"").decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError):
             return {}
         return {key: repr(value) for key, value in flatten(table).items()}
 
 
 @dataclass(frozen=True)
-class FileChange:
+class _FileChange:
     """Describe the change of one file.
 
     The numbers of lines are 0 for a file that is not text.
@@ -74,7 +118,7 @@ class FileChange:
 
 
 @dataclass(frozen=True)
-class SettingChange:
+class _SettingChange:
     """Describe the change of one key of pyproject.toml.
 
     A value is None on the side that does not have the key.
@@ -89,12 +133,12 @@ class SettingChange:
 class Changes:
     """Hold all that differs between two apps."""
 
-    files: tuple[FileChange, ...]
-    configuration: tuple[SettingChange, ...]
+    files: tuple[_FileChange, ...]
+    configuration: tuple[_SettingChange, ...]
     """Defaults of a run, which a server may override within the app's own bounds."""
-    components: tuple[SettingChange, ...]
+    components: tuple[_SettingChange, ...]
     """Where the app is entered."""
-    project: tuple[SettingChange, ...]
+    project: tuple[_SettingChange, ...]
     """The rest of pyproject.toml: name, version, dependencies, what is bundled."""
     unchanged: int
     """Files that are the same in both."""
@@ -131,8 +175,8 @@ def read_bundle(content: bytes, name: str) -> App:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             # A small archive can unpack to gigabytes, so sizes are summed before decompressing.
-            if sum(entry.file_size for entry in entries) > MAX_UNPACKED:
-                raise UserError(f"{name} unpacks to more than {MAX_UNPACKED // 2**20} MiB: not an app")
+            if sum(entry.file_size for entry in entries) > _MAX_UNPACKED:
+                raise UserError(f"{name} unpacks to more than {_MAX_UNPACKED // 2**20} MiB: not an app")
             names = [entry.filename for entry in entries]
             # What is shown must be what would be unpacked. A name given twice, or a path that leads out of
             # the folder, would be shown otherwise than it unpacks.
@@ -148,7 +192,7 @@ def compare(old: App | None, new: App) -> Changes:
     """Return the differences between two apps, with all of ``new`` as added where there is no old one."""
     before = old.files if old else {}
     changes, same = [], 0
-    for path in sorted((before.keys() | new.files.keys()) - {PROJECT_FILE}):
+    for path in sorted((before.keys() | new.files.keys()) - {_PROJECT_FILE}):
         first, second = before.get(path), new.files.get(path)
         if first == second:
             same += 1
@@ -170,7 +214,7 @@ def in_words(changes: Changes) -> list[str]:
     lines = []
     for change in changes.files:
         size = f"+{change.lines_added} -{change.lines_removed} lines" if change.text else "not a text file"
-        lines.append(f"  {change.change:<8} {printable(change.path)}  ({size})")
+        lines.append(f"  {change.change:<8} {_printable(change.path)}  ({size})")
     lines = [f"Files ({changes.unchanged} are as before):", *(lines or ["  none differ"])]
     for title, part in (
         ("Components (where the app is entered)", changes.components),
@@ -188,10 +232,10 @@ def unified_diff(old: App | None, new: App) -> list[str]:
     for path in sorted(before.keys() | new.files.keys()):
         first, second = (_lines(side.get(path, b"")) or [] for side in (before, new.files))
         lines += difflib.unified_diff(first, second, f"approved/{path}", f"new/{path}", lineterm="")
-    return [printable(line) for line in lines]
+    return [_printable(line) for line in lines]
 
 
-def printable(text: str) -> str:
+def _printable(text: str) -> str:
     """Escape every character that could move a terminal's cursor or hide what follows."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
@@ -209,37 +253,37 @@ def _lines(content: bytes) -> list[str] | None:
         return None
 
 
-def _file_change(path: str, first: bytes | None, second: bytes | None) -> FileChange:
+def _file_change(path: str, first: bytes | None, second: bytes | None) -> _FileChange:
     change = "added" if first is None else "removed" if second is None else "changed"
     old, new = _lines(first or b""), _lines(second or b"")
     if old is None or new is None:
-        return FileChange(path, change, 0, 0, text=False)
+        return _FileChange(path, change, 0, 0, text=False)
     # With autojunk, lines that are frequent in a long file are not matched, and are counted as changed.
     steps = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     edits = [step[1:] for step in steps if step[0] != "equal"]
-    return FileChange(
+    return _FileChange(
         path, change, sum(j2 - j1 for _, _, j1, j2 in edits), sum(i2 - i1 for i1, i2, _, _ in edits)
     )
 
 
-def _setting_changes(old: dict[str, str], new: dict[str, str]) -> list[SettingChange]:
+def _setting_changes(old: dict[str, str], new: dict[str, str]) -> list[_SettingChange]:
     return [
-        SettingChange(key, old.get(key), new.get(key))
+        _SettingChange(key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
 
 
-def _below(settings: list[SettingChange], prefix: str) -> tuple[SettingChange, ...]:
+def _below(settings: list[_SettingChange], prefix: str) -> tuple[_SettingChange, ...]:
     return tuple(
-        SettingChange(change.key.removeprefix(prefix), change.before, change.after)
+        _SettingChange(change.key.removeprefix(prefix), change.before, change.after)
         for change in settings
         if change.key.startswith(prefix)
     )
 
 
-def _setting_in_words(change: SettingChange) -> str:
-    key, before, after = (printable(text or "") for text in (change.key, change.before, change.after))
+def _setting_in_words(change: _SettingChange) -> str:
+    key, before, after = (_printable(text or "") for text in (change.key, change.before, change.after))
     if change.before is None:
         return f"  added    {key} = {after}"
     if change.after is None:

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from common.errors import ConfigError, UserError
 from deploy.cli.main import app as fedbags
-from deploy.consortium import admission, app_changes
-from deploy.consortium.kit import SiteKit
+from deploy.consortium import app, gate
+from deploy.consortium.kit import SiteKit, app_hash
 
 WriteApp = Callable[..., tuple[Path, bytes]]
 
@@ -39,26 +39,26 @@ def approve(kit: SiteKit, app: Path, *options: str, answer: str = "") -> tuple[i
 
 def test_one_app_passes_and_every_other_one_is_refused() -> None:
     approved = hashlib.sha256(b"app").hexdigest()
-    admission.admit(b"app", approved)
+    gate._admit(b"app", approved)
     for content, pinned in ((b"apq", approved), (b"", approved), (b"app", ""), (b"app", approved.upper())):
-        with pytest.raises(admission.AppNotApproved):
-            admission.admit(content, pinned)
+        with pytest.raises(gate.AppNotApproved):
+            gate._admit(content, pinned)
 
 
 def test_what_a_refusal_tells_the_server_is_fixed() -> None:
-    with pytest.raises(admission.AppNotApproved) as refusal:
-        admission.admit(b"secret", "")
+    with pytest.raises(gate.AppNotApproved) as refusal:
+        gate._admit(b"secret", "")
     assert str(refusal.value) == "this site runs only the app that it approved, and this is another one"
 
 
 def test_the_newest_refused_app_is_kept(tmp_path: Path) -> None:
-    admission.keep_refused(b"first", tmp_path / "state")
-    assert admission.keep_refused(b"second", tmp_path / "state").read_bytes() == b"second"
-    assert os.listdir(tmp_path / "state") == [admission.REFUSED_APP]  # noqa: PTH208
+    gate._keep_refused(b"first", tmp_path / "state")
+    assert gate._keep_refused(b"second", tmp_path / "state").read_bytes() == b"second"
+    assert os.listdir(tmp_path / "state") == [gate._REFUSED_APP]  # noqa: PTH208
 
 
 def test_approving_pins_the_bytes_and_their_hash(kit: SiteKit) -> None:
-    admission.pin(kit, b"app")
+    kit.approve(b"app")
     now = SiteKit.load(kit.folder)
     assert now.app_hash == hashlib.sha256(b"app").hexdigest()
     assert now.app.read_bytes() == b"app"
@@ -67,7 +67,7 @@ def test_approving_pins_the_bytes_and_their_hash(kit: SiteKit) -> None:
 
 def test_differences_are_told_in_words(kit: SiteKit, write_app: WriteApp) -> None:
     first, content = write_app()
-    admission.pin(kit, content)
+    kit.approve(content)
     project, client = ((first / name).read_text() for name in ("pyproject.toml", "bare/client.py"))
     for old, new in (
         ("bare.client:app", "bare.extra:app"),
@@ -92,7 +92,7 @@ def test_differences_are_told_in_words(kit: SiteKit, write_app: WriteApp) -> Non
     ):
         assert line in output.splitlines(), output
     assert "Not approved; nothing was changed." in output
-    assert SiteKit.load(kit.folder).app_hash == admission.app_hash(content)
+    assert SiteKit.load(kit.folder).app_hash == app_hash(content)
     assert "+import evil" not in output
     assert "+import evil" in approve(kit, other, "--diff", answer="n\n")[1]
 
@@ -102,21 +102,21 @@ def test_a_yes_approves_a_folder_or_a_bundle(kit: SiteKit, write_app: WriteApp, 
     status, output = approve(kit, folder, answer="y\n")
     assert status == 0
     assert "all of this one is shown as added" in output
-    assert SiteKit.load(kit.folder).app_hash == admission.app_hash(content)
+    assert SiteKit.load(kit.folder).app_hash == app_hash(content)
     bundle = tmp_path / "new.fab"
     bundle.write_bytes(write_app("new", {"bare/new.py": "x = 1\n"})[1])
     answer = json.loads(approve(kit, bundle, "--json")[1])
     assert answer["approved"] is False
     assert [file["path"] for file in answer["changes"]["files"]] == ["bare/new.py"]
-    assert SiteKit.load(kit.folder).app_hash == admission.app_hash(content)
+    assert SiteKit.load(kit.folder).app_hash == app_hash(content)
     assert json.loads(approve(kit, bundle, "--json", "--yes")[1])["approved"] is True
-    assert SiteKit.load(kit.folder).app_hash == admission.app_hash(bundle.read_bytes())
+    assert SiteKit.load(kit.folder).app_hash == app_hash(bundle.read_bytes())
     assert "This is the app that the site has approved." in approve(kit, bundle)[1]
 
 
 def test_the_kits_copy_of_the_app_is_not_believed(kit: SiteKit, write_app: WriteApp) -> None:
     _, content = write_app()
-    admission.pin(kit, content)
+    kit.approve(content)
     evil, other = write_app("evil", {"bare/evil.py": "x = 1\n"})
     kit.app.write_bytes(other)
     assert "  added    bare/client.py" in approve(kit, evil, answer="n\n")[1]
@@ -138,7 +138,7 @@ def bundle_of(*entries: tuple[str, bytes]) -> bytes:
         ([("a.py", b"1"), ("a.py", b"2")], "a file is in it twice"),
         ([("../a.py", b"1")], "lies outside"),
         ([("/a.py", b"1")], "lies outside"),
-        ([("a.py", bytes(app_changes.MAX_UNPACKED + 1))], "unpacks to more than 64 MiB"),
+        ([("a.py", bytes(app._MAX_UNPACKED + 1))], "unpacks to more than 64 MiB"),
     ],
 )
 def test_what_could_be_shown_otherwise_than_it_unpacks_is_refused(
@@ -146,12 +146,12 @@ def test_what_could_be_shown_otherwise_than_it_unpacks_is_refused(
 ) -> None:
     content = bundle_of(*entries) if entries else b"no zip"
     with pytest.raises(UserError, match=complaint):
-        app_changes.read_bundle(content, "app.fab")
+        app.read_bundle(content, "app.fab")
 
 
 def test_an_app_cannot_hide_lines_from_a_terminal() -> None:
-    new = app_changes.read_bundle(bundle_of(("a\x1b[2K\r.py", b"1"), ("b\u202e.py", b"\xff")), "app.fab")
-    text = "\n".join(app_changes.in_words(app_changes.compare(None, new)))
+    new = app.read_bundle(bundle_of(("a\x1b[2K\r.py", b"1"), ("b\u202e.py", b"\xff")), "app.fab")
+    text = "\n".join(app.in_words(app.compare(None, new)))
     assert "a\\x1b[2K\\r.py  (+1 -0 lines)" in text
     assert "b\\u202e.py  (not a text file)" in text
 
