@@ -70,8 +70,12 @@ def write_json(path: Path, value: Any, indent: int | None = 2, mode: int | None 
     write_text(path, json.dumps(value, indent=indent) + "\n", mode)
 
 
-def create_bytes(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone may read, unless it is there already."""
+def create_bytes(path: Path, content: bytes) -> bool:
+    """Write a file that its owner alone may read, unless it is there already.
+
+    Returns:
+        Whether it was written.
+    """
     temporary = _beside(path, 0o600)
     try:
         temporary.write_bytes(content)
@@ -80,8 +84,9 @@ def create_bytes(path: Path, content: bytes) -> None:
         try:
             os.link(temporary, path)  # unlike a rename, this never replaces a file
         except FileExistsError:
-            return
+            return False
         sync_path(path.parent)
+        return True
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -45,7 +45,7 @@ def site_with_budget(folder: Path, version: int) -> None:
 
 def app_pin(folder: Path, version: int) -> None:
     kit = SiteKit(consortium="c", app_hash="0" * 64, site="a", server="127.0.0.1", port=8443).at(folder)
-    pin(kit, f"app {version}".encode())
+    kit.approve(f"app {version}".encode())
 
 
 def revocations(folder: Path, version: int) -> None:

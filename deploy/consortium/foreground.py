@@ -5,7 +5,6 @@ supervisor package). What runs is in the kit's state/programs.json, from which a
 ends it. Nothing here knows the programs' arguments.
 """
 
-import fcntl
 import logging
 import os
 import signal
@@ -13,14 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import FrameType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from common.errors import RunError, UserError
@@ -132,10 +132,15 @@ def run(kit: Kit, programs: Sequence[Program]) -> None:
     """
     for folder in (kit.state, kit.logs):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _lock(kit) as free:
-        if not free:
-            raise _running_already(kit)
+    lock = _lock(kit)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise _running_already(kit) from None
+    try:
         _Foreground(kit, programs).run()
+    finally:
+        lock.release()
 
 
 def end_left_behind(kit: Kit) -> None:
@@ -347,8 +352,11 @@ def _is_running(kit: Kit) -> bool:
     if not kit.state.is_dir():
         return False
     # The lock and not the file: the kernel frees it when its holder is killed, and the file stays.
-    with _lock(kit) as free:
-        return not free
+    try:
+        with _lock(kit):
+            return False
+    except Timeout:
+        return True
 
 
 def _mark(kit: Kit) -> str:
@@ -365,16 +373,8 @@ def _read(kit: Kit) -> _State | None:
     return _State.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
-@contextmanager
-def _lock(kit: Kit) -> Iterator[bool]:
-    """Hold the lock of a kit's programs, and yield False if somebody holds it already."""
-    with (kit.state / _LOCK_FILE).open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def _lock(kit: Kit) -> FileLock:
+    return FileLock(kit.state / _LOCK_FILE, timeout=0)
 
 
 def _running_already(kit: Kit) -> UserError:

@@ -6,7 +6,6 @@ here knows of kits.
 """
 
 import ipaddress
-import os
 import secrets
 import stat
 from datetime import UTC, datetime, timedelta
@@ -21,11 +20,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
 from common.errors import UserError, require_file
-from common.files import write_bytes, write_text
+from common.files import create_bytes, write_bytes, write_text
 
 _CURVE = ec.SECP384R1
 _SECRET_BYTES = 32
-_OWNER_ONLY = 0o600
 
 
 class KeyForm(StrEnum):
@@ -63,27 +61,9 @@ def make_secret(path: Path) -> None:
 
 
 def _write_secret(path: Path, content: bytes) -> None:
-    """Write a new file that only its owner can read.
-
-    A file that exists is never touched.
-
-    Raises:
-        UserError: there is a file already.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    # Created with mode 0600, not changed to it later: others can never read it, whatever the umask.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        # A link fails where there is a file. A rename would replace the old key, which nothing restores.
-        os.link(temporary, path)
-    except FileExistsError:
-        raise UserError(
-            f"{path} exists and is never overwritten. Move it away first if you want a new one."
-        ) from None
-    finally:
-        temporary.unlink()
+    # A private key is never overwritten, as nothing restores the old one.
+    if not create_bytes(path, content):
+        raise UserError(f"{path} exists and is never overwritten. Move it away first if you want a new one.")
 
 
 def read_private_key(path: Path, password: bytes | None = None) -> ec.EllipticCurvePrivateKey:
