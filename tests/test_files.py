@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deploy.consortium.admission import pin
 
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
 from common.files import (

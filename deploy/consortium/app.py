@@ -22,6 +22,10 @@ from typing import Any
 from common.config import flatten
 from common.errors import UserError, require_file
 from deploy.consortium.kit import app_hash
+from deploy.lazy import lazy_imports
+
+with lazy_imports():
+    from deploy.flower import internals
 
 _PACKAGES = ("common", "client", "server")
 _PACKAGED = "app.toml"
@@ -34,18 +38,15 @@ def build_bundle() -> bytes:
     Raises:
         UserError: Flower cannot build it (too large, say), or the installation is incomplete.
     """
-    from flwr.cli.build import build_fab_from_files
-
     sources: dict[str, bytes | Path] = {"pyproject.toml": _project_file()}
     for package in _PACKAGES:
         folder = Path(str(importlib.import_module(package).__file__)).parent
         for path in sorted(folder.rglob("*.py")):
             sources[f"{package}/{path.relative_to(folder).as_posix()}"] = path
     try:
-        content, _ = build_fab_from_files(sources)
+        return internals.build_app(sources)
     except ValueError as error:
         raise UserError(f"Flower cannot bundle the app: {error}") from error
-    return content
 
 
 def _project_file() -> bytes:
@@ -155,10 +156,8 @@ def read_app(path: Path) -> App:
         UserError: neither, or not a sound bundle.
     """
     if path.is_dir():
-        from flwr.cli.build import build_fab_from_disk
-
         try:
-            return read_bundle(build_fab_from_disk(path), str(path))
+            return read_bundle(internals.build_app_of_folder(path), str(path))
         except ValueError as error:
             raise UserError(f"{path} is not the folder of a Flower app: {error}") from error
     require_file(path, "the app", "Give a .fab file, or the folder of a Flower app.")

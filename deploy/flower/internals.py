@@ -18,7 +18,7 @@ import hashlib
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +33,7 @@ from flwr.common.serde import (
 )
 from flwr.proto.message_pb2 import Message as _MessageProto
 from flwr.proto.recorddict_pb2 import RecordDict as _RecordDictProto
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run as Run  # the simulation names it, too
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import UserError
@@ -133,6 +133,28 @@ def run_clientapp(
         parent_pid=spec.parent_pid,
         runtime_dependency_install=False,
     )
+
+
+def build_app(files: Mapping[str, bytes | Path]) -> bytes:
+    """Return the Flower App Bundle of these files.
+
+    Args:
+        files: path inside the app to its content or to the file that has it; pyproject.toml is one.
+
+    Raises:
+        ValueError: they are no app, or are too large.
+    """
+    content, _ = _module("flwr.cli.build").build_fab_from_files(dict(files))
+    return bytes(content)
+
+
+def build_app_of_folder(folder: Path) -> bytes:
+    """Return the Flower App Bundle that ``flwr run`` would make of a folder.
+
+    Raises:
+        ValueError: it is not the folder of an app.
+    """
+    return bytes(_module("flwr.cli.build").build_fab_from_disk(folder))
 
 
 def install_app(content: bytes, folder: Path) -> Path:
