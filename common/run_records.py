@@ -50,6 +50,19 @@ class Cause(StrEnum):
     OTHER = "other"
 
 
+FLOWER_ERRORS = {
+    1: "the site could not load the app",
+    2: "the app failed at the site, or the site has not approved it (fedbags site approve)",
+    3: "the message was no longer there for the site",
+    4: "the reply was lost",
+    5: "the site is not connected",
+    6: "the site was not ready for the message",
+    7: "the site holds another app",
+    8: "the app died at the site (killed, or out of memory)",
+}
+"""Flower's error codes in words (``flwr.common.constant.ErrorCode``)."""
+
+
 def cause_of_code(code: int) -> Cause:
     """Return the cause of an error code that a site or Flower sent in place of a reply."""
     if code in set(SiteError):

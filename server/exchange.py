@@ -17,22 +17,10 @@ from flwr.serverapp import Grid
 
 from common.errors import FedbagsError
 from common.records import SITE_ERRORS, SiteError
-from common.run_records import Cause, Exchanged, cause_of_code
+from common.run_records import FLOWER_ERRORS, Cause, Exchanged, cause_of_code
 from common.wire import size
 
 log = logging.getLogger("fedbags.server")
-
-FLOWER_ERRORS = {
-    1: "the site could not load the app",
-    2: "the app failed at the site, or the site has not approved it (fedbags site approve)",
-    3: "the message was no longer there for the site",
-    4: "the reply was lost",
-    5: "the site is not connected",
-    6: "the site was not ready for the message",
-    7: "the site holds another app",
-    8: "the app died at the site (killed, or out of memory)",
-}
-"""Flower's error codes in words (``flwr.common.constant.ErrorCode``)."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 

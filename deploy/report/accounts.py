@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Self
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import log_ndtr, ndtr
 
 from common.privacy.accounting import epsilon_curve, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
@@ -204,8 +206,6 @@ def _without_amplification(events: Events, delta: float) -> float:
 
 def _gaussian_epsilon(distance: float, delta: float) -> float:
     """Return the smallest epsilon of a Gaussian mechanism that moves by ``distance`` standard deviations."""
-    from scipy.optimize import brentq
-    from scipy.special import log_ndtr, ndtr
 
     def over(epsilon: float) -> float:
         first = ndtr(distance / 2 - epsilon / distance)

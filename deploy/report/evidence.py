@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from client.ledger.check import verify
 from client.ledger.file import Entry, Kind, LedgerError, reading
+from client.ledger.state import LedgerState
 from common.config import RunConfig
 from common.config_tables import DPConfig
 from common.errors import RunError, UserError
@@ -35,9 +37,7 @@ from deploy.report.model import (
     Training,
 )
 from deploy.runs.reading import read_summary, run_events
-
-if TYPE_CHECKING:  # loads torch, which a report from statements alone does not need
-    from client.ledger.state import LedgerState
+from server import checkpoint
 
 LEDGER = "ledger.sqlite"
 
@@ -77,7 +77,7 @@ class Evidence:
     """Hold what is known of one site."""
 
     name: str
-    book: "LedgerState | None" = None
+    book: LedgerState | None = None
     ledger: Path | None = None
     """The ledger's file; without a ``book`` it cannot be believed."""
     named: bool = False
@@ -155,8 +155,6 @@ def check_ledgers(found: Collected) -> None:
     for evidence in found.sites.values():
         if evidence.ledger is None:
             continue
-        from client.ledger.check import verify
-
         # The stated head must be a row of the ledger: a ledger that was rolled back, or replaced, is
         # consistent in itself and lacks that row.
         head = evidence.statement.ledger_head if evidence.statement else ""
@@ -179,10 +177,8 @@ def _read_named_ledger(path: Path, found: Collected) -> None:
     evidence.named = True
 
 
-def _read_book(path: Path) -> "LedgerState | None":
+def _read_book(path: Path) -> LedgerState | None:
     """Return the ledger's content, or None where it is damaged or was tampered with."""
-    from client.ledger.state import LedgerState
-
     # A file that is no ledger, or is of another release, is the user's mistake and no sign of tampering.
     # It raises here and is not taken for a damaged ledger.
     with reading(path):
@@ -193,7 +189,7 @@ def _read_book(path: Path) -> "LedgerState | None":
         return None
 
 
-def _name_of(path: Path, book: "LedgerState | None") -> str:
+def _name_of(path: Path, book: LedgerState | None) -> str:
     """Return the name of the site that a ledger belongs to, or of its folder where it cannot be read."""
     return book.site if book else path.resolve().parent.name or path.name
 
@@ -264,8 +260,6 @@ def _summary(path: Path) -> tuple[RunSummary, bool]:
         summary = read_summary(path)
         if {"statements", "releases"} <= summary.model_fields_set:
             return summary, True
-    from server import checkpoint
-
     try:
         newest = checkpoint.load_newest(path / "checkpoints")
     except RunError as error:
@@ -349,7 +343,7 @@ class Charge:
     """Whether it is one noised figure of held-back bags."""
 
 
-def charges(book: "LedgerState") -> list[Charge]:
+def charges(book: LedgerState) -> list[Charge]:
     """Return every charge in the order of the rows, with the events of ``book.events``."""
     # A row may charge several events, which book.events lists one by one.
     rows = [entry for entry in book.entries for _ in range(_events_of(entry))]
@@ -419,7 +413,7 @@ def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
     )
 
 
-def releases_of(book: "LedgerState") -> tuple[Release, ...]:
+def releases_of(book: LedgerState) -> tuple[Release, ...]:
     """Return every release, without its counts."""
     return tuple(
         Release(
@@ -435,7 +429,7 @@ def releases_of(book: "LedgerState") -> tuple[Release, ...]:
     )
 
 
-def refusals_of(book: "LedgerState") -> tuple[Refusal, ...]:
+def refusals_of(book: LedgerState) -> tuple[Refusal, ...]:
     """Return the requests that the cap did not allow."""
     return tuple(
         Refusal(
@@ -450,7 +444,7 @@ def refusals_of(book: "LedgerState") -> tuple[Refusal, ...]:
     )
 
 
-def rows_of(book: "LedgerState") -> tuple[Row, ...]:
+def rows_of(book: LedgerState) -> tuple[Row, ...]:
     """Return every row of the ledger."""
     return tuple(_row(entry, book) for entry in book.entries)
 
@@ -466,7 +460,7 @@ def name_event(body: Mapping[str, Any]) -> str:
 
 
 def events_up_to(
-    book: "LedgerState", head: str, unit: Unit
+    book: LedgerState, head: str, unit: Unit
 ) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
     """Return the merged events when ``head`` was the newest row, or None where no row has that hash."""
     for number, entry in enumerate(book.entries, start=1):
@@ -476,7 +470,7 @@ def events_up_to(
     return None
 
 
-def _row(entry: Entry, book: "LedgerState") -> Row:
+def _row(entry: Entry, book: LedgerState) -> Row:
     body = entry.body
     open_ = entry.seq in book.open_reservations
     return Row(

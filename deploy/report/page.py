@@ -141,7 +141,7 @@ def spending_plot(points: Points, cap: float | None, confirmed: float | None) ->
     # At least one round wide, and with some height, so that a plot of no spending has a scale.
     x = _Axis(0, max(last_round, 1), LEFT, WIDTH - RIGHT)
     y = _Axis(0, highest * 1.08 or 1, HEIGHT - BOTTOM, TOP)
-    parts = _frame(x, y, "round", "epsilon", _ticks(x, whole=True), _ticks(y))
+    parts = _frame(x, y, _ticks(x, whole=True), _ticks(y), "round")
     if confirmed is not None and confirmed < last:
         top, height = y.at(last), y.at(confirmed) - y.at(last)
         parts.append(
@@ -166,7 +166,7 @@ def curve_plot(points: Points, delta: float) -> str:
     y = _Axis(0, max(epsilon for _, epsilon in logs) * 1.08 or 1, HEIGHT - BOTTOM, TOP)
     exponents = range(math.ceil(x.low), math.floor(x.high) + 1, 2)
     labels = [(float(exponent), f"1e{exponent}") for exponent in exponents]
-    parts = _frame(x, y, "delta", "epsilon", labels, _ticks(y))
+    parts = _frame(x, y, labels, _ticks(y), "delta")
     parts.append(_line(x, y, sorted(logs)))
     epsilon = dict(points)[delta]
     parts.append(
@@ -199,10 +199,9 @@ def _ticks(axis: _Axis, *, whole: bool = False) -> list[tuple[float, str]]:
 def _frame(
     x: _Axis,
     y: _Axis,
-    below: str,
-    beside: str,
     ticks: Sequence[tuple[float, str]],
     rows: Sequence[tuple[float, str]],
+    below: str,
 ) -> list[str]:
     floor = HEIGHT - BOTTOM
     parts = [
@@ -218,7 +217,7 @@ def _frame(
     )
     middle = (TOP + floor) / 2
     parts.append(
-        f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{beside}</text>'
+        f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">epsilon</text>'
     )
     return parts
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import JsonLinesFile, read_json_lines
-from common.run_records import ENROL, Cause, RunEvent, RunSummary, SiteLeftOut, read_event
+from common.records import SITE_ERRORS
+from common.run_records import ENROL, FLOWER_ERRORS, Cause, RunEvent, RunSummary, SiteLeftOut, read_event
 from deploy.runs.state import RunState, fold
 from server.run_folder import RunFolder
 
@@ -104,10 +105,6 @@ def _event(line: Mapping[str, Any]) -> RunEvent:
 
 def _cause_in_text(phase: str, reason: str) -> Cause:
     """Return the cause in an event of 0.1, which held the reason as text only."""
-    # Loads Flower, which only a run of 0.1 needs here.
-    from common.records import SITE_ERRORS
-    from server.exchange import FLOWER_ERRORS
-
     for code, text in SITE_ERRORS.items():
         if reason == text:
             return Cause[code.name]

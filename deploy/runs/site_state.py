@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from client.journal import JOURNAL_FILE
 from client.ledger.file import LEDGER_FILE
+from client.ledger.state import LedgerState
 from client.site import SITE_FILE, SiteConfig
 from common.errors import FedbagsError, UserError
 from common.files import JsonLinesFile
@@ -112,8 +113,6 @@ class LedgerReader:
         return self._found
 
     def _read(self) -> tuple[Spending | None, str]:
-        from client.ledger.state import LedgerState
-
         try:
             book = LedgerState.read(self.path)
         # Shown and exported instead of raised, because a ledger that cannot be trusted must be noticed.

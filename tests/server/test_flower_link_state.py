@@ -12,8 +12,9 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
+from common.run_records import FLOWER_ERRORS
 from deploy.simulation import local_grid
-from server.exchange import FLOWER_ERRORS, ask
+from server.exchange import ask
 
 
 @pytest.fixture

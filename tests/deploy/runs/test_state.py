@@ -11,14 +11,13 @@ from rich.console import Console
 
 from common.files import JsonLinesFile, read_json_lines
 from common.records import SITE_ERRORS, SiteError
-from common.run_records import Cause, RoundDone, SiteLeftOut, cause_of_code, read_event
+from common.run_records import FLOWER_ERRORS, Cause, RoundDone, SiteLeftOut, cause_of_code, read_event
 from deploy.runs import state as run_state
 from deploy.runs.prometheus import run_metrics
 from deploy.runs.reading import RunSource, run_events
 from deploy.runs.state import RunState, Stage
 from deploy.runs.table import run_table
 from server.checkpoint import load_newest
-from server.exchange import FLOWER_ERRORS
 from server.run_folder import RunFolder
 
 NAMES = st.sampled_from(["a", "b", "c", "node 7"])
