@@ -32,7 +32,7 @@ from common.model.model_file import trainable_arrays
 from common.wire import size
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.simulation.local_grid import LocalGrid
-from server.app import begin
+from server.app import _begin
 from server.rounds import Rounds
 from server.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ def prepare(folder: Path, sites: int, secure: bool) -> tuple[Rounds, CountingGri
     run = RunFolder(Path(config.run_dir))
     run.open(config)
     grid = CountingGrid(sites, config.to_flat())
-    return begin(grid, config, run), grid
+    return _begin(grid, config, run), grid
 
 
 def main() -> None:

@@ -28,21 +28,21 @@ from common.wire import check_only, from_records
 
 log = logging.getLogger("fedbags.server")
 
-Arrays = Mapping[str, FloatArray]
+_Arrays = Mapping[str, FloatArray]
 
-MOST_BAGS = 10**6
+_MOST_BAGS = 10**6
 """As a release can say."""
 LARGEST_FIGURE = 1e12
 """Beyond every count and figure of a hospital, and far from where sums overflow."""
 
 
-class UnreadableReply(MessageError):  # noqa: N818 (named for what came)
+class _UnreadableReply(MessageError):  # noqa: N818 (named for what came)
     """Report a reply that is not what its sender was asked for."""
 
 
 def cause_of(error: MessageError) -> Cause:
     """Return the cause of leaving out a reply for this error."""
-    return Cause.UNREADABLE if isinstance(error, UnreadableReply) else Cause.UNUSABLE
+    return Cause.UNREADABLE if isinstance(error, _UnreadableReply) else Cause.UNUSABLE
 
 
 @contextmanager
@@ -58,14 +58,14 @@ def reading(what: str) -> Iterator[None]:
     try:
         yield
     except (MessageError, RunError) as error:
-        raise UnreadableReply(one_line(f"{what}: {error}")) from None
+        raise _UnreadableReply(one_line(f"{what}: {error}")) from None
     except Exception as error:
         kind = type(error).__name__
         # An exception that nobody expected may be a fault of ours: its class and its place are logged, not
         # its text, which the site may have chosen.
         place = RuntimeError(kind).with_traceback(error.__traceback__)
         log.error("reading a reply failed with %(error)s", {"error": kind}, exc_info=place)
-        raise UnreadableReply(f"{what}: {kind} while it was read") from None
+        raise _UnreadableReply(f"{what}: {kind} while it was read") from None
 
 
 def read_release(content: RecordDict) -> tuple[ProportionRelease, Hierarchy]:
@@ -120,7 +120,9 @@ def check_statement(statement: PrivacyStatement, site: str, round: int) -> None:
         raise MessageError(one_line(f"privacy statement of {statement.site!r} for round {statement.round}"))
 
 
-def fault_of(update: ModelUpdate, reference: Arrays, config: FederationConfig, bags: int = MOST_BAGS) -> str:
+def fault_of(
+    update: ModelUpdate, reference: _Arrays, config: FederationConfig, bags: int = _MOST_BAGS
+) -> str:
     """Return the reason why an update cannot be used, or an empty text.
 
     Args:
@@ -164,7 +166,7 @@ def usable_loss(loss: object) -> float | None:
     return float(loss) if isinstance(loss, int | float) and abs(loss) <= LARGEST_FIGURE else None
 
 
-def is_replay(update: ModelUpdate, sent: Arrays, seen: dict[str, list[str]]) -> bool:
+def is_replay(update: ModelUpdate, sent: _Arrays, seen: dict[str, list[str]]) -> bool:
     """Return True if the site sent these very arrays in an earlier round.
 
     The digest of the arrays is added to ``seen[site]``. Honest training never sends the same arrays twice,

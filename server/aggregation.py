@@ -47,7 +47,7 @@ class Aggregator(Protocol):
         """Return the input of Flower's strategy."""
 
 
-class StreamingMean:
+class _StreamingMean:
     """Accumulate a weighted mean in float64, with one model in memory however many sites report."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class StreamingMean:
         return [_reply(mean, self._weight)]
 
 
-class Collected:
+class _Collected:
     """Hold every update, for strategies that compare them."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class ServerOptimiser:
 
     def aggregator(self) -> Aggregator:
         """Return a fresh collector for one round."""
-        return Collected() if self._compares else StreamingMean()
+        return _Collected() if self._compares else _StreamingMean()
 
     def step(self, current: Arrays, collected: Aggregator, round: int, rounds: int) -> dict[str, FloatArray]:
         """Return the next model from the current one and the round's updates (at least one).
@@ -199,7 +199,7 @@ def _reply(arrays: Arrays, weight: float) -> Message:
 _SUM_TO_ONE = 1e3
 
 
-def label_marginal_weights(
+def _label_marginal_weights(
     marginals: NDArray[np.float64],
     target: NDArray[np.float64],
     sizes: NDArray[np.float64],
@@ -270,5 +270,5 @@ def fedpals_weights(
     pooled = counts.sum(axis=0) / counts.sum()
     goal = np.full(counts.shape[1], 1 / counts.shape[1]) if target == "uniform" else pooled
     sizes = np.array([release.bags for release in releases.values()], dtype=np.float64)
-    weights = label_marginal_weights(marginals, goal, sizes, regularisation)
+    weights = _label_marginal_weights(marginals, goal, sizes, regularisation)
     return dict(zip(totals, weights.tolist(), strict=True))

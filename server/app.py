@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     The files that it leaves are described in run_folder.py.
     """
     config = RunConfig.from_flat(context.run_config)
-    folder = RunFolder(run_path(config, context.run_id))
+    folder = RunFolder(_run_path(config, context.run_id))
     folder.open(config)
     handler = folder.log_handler()
     logger = logging.getLogger("fedbags")
@@ -50,9 +50,9 @@ def main(grid: Grid, context: Context) -> None:
     logger.setLevel(logging.INFO)
     code = code_version()  # now: a checkout may move on while the run goes on with what was loaded
     try:
-        rounds = begin(grid, config, folder)
+        rounds = _begin(grid, config, folder)
         rounds.run()
-        finish(rounds, code)
+        _finish(rounds, code)
     except RunError as error:
         # The disk may be what failed: then this event fails too, and the first error is the one to tell.
         with contextlib.suppress(RunError):
@@ -63,7 +63,7 @@ def main(grid: Grid, context: Context) -> None:
         handler.close()
 
 
-def run_path(config: RunConfig, run_id: int) -> Path:
+def _run_path(config: RunConfig, run_id: int) -> Path:
     """Return the run folder.
 
     It is ``run-dir``, or a folder named after the run below the user's home.
@@ -73,7 +73,7 @@ def run_path(config: RunConfig, run_id: int) -> Path:
     return Path.home() / ".fedbags" / "runs" / f"{config.name}-{run_id}"
 
 
-def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
+def _begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     """Enrol the sites and build the model, or restore both from the newest checkpoint.
 
     Raises:
@@ -110,7 +110,7 @@ def begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     return rounds
 
 
-def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
+def _finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     """Test the selected model, save it, and write the summary.
 
     ``code`` identifies the code that ran (see provenance.py).
@@ -123,7 +123,7 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
         save_model(folder.path, rounds.model, card)
     except UserError as error:
         raise RunError(f"{error}\nThe last checkpoint is intact: go on with --resume.") from error
-    counts, smallest = confusion_counts(rounds)
+    counts, smallest = _confusion_counts(rounds)
     tree = rounds.model.hierarchy
     bounds = accuracy_bounds(tree, list(counts.values()), list(smallest.values()))
     site_bounds = {site: accuracy_bounds(tree, [counts[site]], [smallest[site]]) for site in counts}
@@ -167,7 +167,7 @@ def finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     folder.record(Finished(round=state.round, seconds=state.seconds))
 
 
-def confusion_counts(rounds: Rounds) -> tuple[dict[str, tuple[Confusion, Confusion]], dict[str, int]]:
+def _confusion_counts(rounds: Rounds) -> tuple[dict[str, tuple[Confusion, Confusion]], dict[str, int]]:
     """Return the selected model's confusion counts (argmax, path) and the least count shown, by site.
 
     Sites without any are absent.

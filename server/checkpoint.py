@@ -33,7 +33,7 @@ _MODEL, _BEST, _OPTIMISER = "model/", "best/", "optimiser/"
 _STATE = "state"
 """The array of the state's JSON; in a checkpoint of 0.1, the entry of the header."""
 
-Arrays = Mapping[str, NDArray[Any]]
+_Arrays = Mapping[str, NDArray[Any]]
 
 
 class ServerState(BaseModel):
@@ -56,7 +56,7 @@ class ServerState(BaseModel):
     """Why the run ended before its last round, and well: its sites' privacy budgets are used up."""
 
 
-def save(folder: Path, state: ServerState, model: Arrays, best: Arrays, optimiser: Arrays) -> Path:
+def save(folder: Path, state: ServerState, model: _Arrays, best: _Arrays, optimiser: _Arrays) -> Path:
     """Write ``round-NNNNN.safetensors`` atomically and drop all but the newest two.
 
     Raises:
@@ -139,7 +139,7 @@ def _load(path: Path) -> tuple[ServerState, dict[str, dict[str, NDArray[Any]]]]:
     return ServerState.model_validate_json(text), groups
 
 
-def _digest(arrays: Arrays, text: bytes) -> str:
+def _digest(arrays: _Arrays, text: bytes) -> str:
     digest = hashlib.sha256(text)
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())

@@ -28,7 +28,7 @@ from server.statements import StatementBook
 
 log = logging.getLogger("fedbags.server")
 
-TRAIN, EVALUATE_BAGS, EVALUATE_TEST = "train", "evaluate.bags", "evaluate.test"
+_TRAIN, EVALUATE_BAGS, EVALUATE_TEST = "train", "evaluate.bags", "evaluate.test"
 
 
 class Collector:
@@ -79,14 +79,14 @@ class Collector:
         while collected.count < self.config.federation.quorum:
             sites = cohort.sites()
             weights = self._weights()
-            for site, update in self._ask(TRAIN, number, dict.fromkeys(sites, model), cohort):
+            for site, update in self._ask(_TRAIN, number, dict.fromkeys(sites, model), cohort):
                 bags = self.roster.releases[site].bags
                 fault = fault_of(update, reference, self.config.federation, bags)
                 # An update of an earlier round, sent again, would move the model twice for one training.
                 if not fault and is_replay(update, sent, self.state.digests):
                     fault = "the very same arrays as in an earlier round (replayed)"
                 if fault:
-                    self._left_out(_unusable(site, TRAIN, fault), cohort)
+                    self._left_out(_unusable(site, _TRAIN, fault), cohort)
                     continue
                 trained = update.metrics["num-bags"]
                 assert isinstance(trained, int)  # fault_of checked it
@@ -161,7 +161,7 @@ class Collector:
         self, kind: str, number: int, requests: Mapping[str, RecordDict], cohort: RoundCohort | None
     ) -> Iterator[tuple[str, ModelUpdate]]:
         """Send the model to the sites and yield readable replies, in the order of ``requests``."""
-        stated = kind == TRAIN or (kind == EVALUATE_BAGS and self.config.dp.epsilon > 0)
+        stated = kind == _TRAIN or (kind == EVALUATE_BAGS and self.config.dp.epsilon > 0)
         for site, content in self._exchange(kind, number, requests, cohort):
             try:
                 update, statement = read_update(content, site, number, private=stated)

@@ -126,7 +126,7 @@ def enrol(
         else:
             offered[release.site] = (reply.node, release, tree)
     if roster.hierarchy is None and offered:
-        roster.hierarchy = most_common([tree for _, (_, _, tree) in sorted(offered.items())])
+        roster.hierarchy = _most_common([tree for _, (_, _, tree) in sorted(offered.items())])
     added = []
     # In the order of names, so that the result does not depend on which node answered first.
     for site, (node, release, tree) in sorted(offered.items()):
@@ -159,10 +159,10 @@ def allowed_names(config: FederationConfig) -> set[str]:
 
 def majority_tree(releases: list[ProportionRelease]) -> Hierarchy:
     """Return the label tree of most sites, and on a tie the first by site name."""
-    return most_common([release.tree() for release in sorted(releases, key=lambda release: release.site)])
+    return _most_common([release.tree() for release in sorted(releases, key=lambda release: release.site)])
 
 
-def most_common(trees: list[Hierarchy]) -> Hierarchy:
+def _most_common(trees: list[Hierarchy]) -> Hierarchy:
     """Return the tree that occurs most often, and on a tie the first."""
     return Counter(trees).most_common(1)[0][0]
 

@@ -38,7 +38,7 @@ class Reply:
     """The error code of the failure: one of ``SiteError``, or Flower's; 0 where there is none."""
 
 
-Note = Callable[[Exchanged], None]
+_Note = Callable[[Exchanged], None]
 """Called once all replies of an exchange are in."""
 
 
@@ -49,7 +49,7 @@ def ask(
     *,
     round: int,
     deadline: float,
-    note: Note | None = None,
+    note: _Note | None = None,
 ) -> Iterator[Reply]:
     """Send one request to each node and yield one reply per node, in the order of ``requests``.
 

@@ -61,7 +61,7 @@ class Quorum:
         Returns:
             The names that were added.
         """
-        connected = {node.node_id: fingerprint(node.public_key) for node in self.grid.get_nodes()}
+        connected = {node.node_id: _fingerprint(node.public_key) for node in self.grid.get_nodes()}
         for site in self.roster.drop_disconnected(connected):
             self.left(round, site)
         fresh = self.roster.newcomers(connected)
@@ -110,7 +110,7 @@ class Quorum:
         )
 
 
-def fingerprint(public_key: bytes) -> str:
+def _fingerprint(public_key: bytes) -> str:
     """Return a short name of a node's public key (PEM, as Flower keeps it), empty without a key."""
     return hashlib.sha256(public_key).hexdigest()[:16] if public_key else ""
 

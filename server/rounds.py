@@ -26,7 +26,7 @@ from server.secure_aggregation import UselessSum
 
 log = logging.getLogger("fedbags.server")
 
-SERVER = "server"
+_SERVER = "server"
 
 
 class Rounds:
@@ -155,5 +155,5 @@ class Rounds:
 
     def _request(self, number: int) -> RecordDict:
         """Return the request that holds the model, the same for every site."""
-        update = ModelUpdate(sender=SERVER, round=number, arrays=all_arrays(self.model))
+        update = ModelUpdate(sender=_SERVER, round=number, arrays=all_arrays(self.model))
         return to_records(update, transport=self.config.federation.transport)

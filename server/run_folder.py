@@ -106,12 +106,12 @@ class RunFolder:
         """
         fields = event.model_dump(mode="json", exclude_unset=True)
         line = {"event": event.event, "time": round(time.time(), 3)}
-        append_line(self.metrics, json.dumps(line | {k: v for k, v in fields.items() if k not in line}))
+        _append_line(self.metrics, json.dumps(line | {k: v for k, v in fields.items() if k not in line}))
 
     def forget_events_after(self, last_round: int) -> None:
         """Drop the events of rounds that a resumed run will do again."""
         kept = [e for e in read_json_lines(self.metrics) if e.get("round", 0) <= last_round]
-        with written(self.metrics):
+        with _written(self.metrics):
             write_text(self.metrics, "".join(json.dumps(event) + "\n" for event in kept))
 
     def log_handler(self) -> logging.Handler:
@@ -126,7 +126,7 @@ class RunFolder:
         Raises:
             RunError: the disk is full or not writable.
         """
-        with written(self.summary):
+        with _written(self.summary):
             write_json(self.summary, summary.to_dict())
 
     def write_confusion(self, argmax: "Confusion", path: "Confusion") -> None:
@@ -136,7 +136,7 @@ class RunFolder:
             RunError: the disk is full or not writable.
         """
         counts = {"argmax": [m.tolist() for m in argmax], "path": [m.tolist() for m in path]}
-        with written(self.confusion):
+        with _written(self.confusion):
             write_json(self.confusion, counts, indent=None)
 
 
@@ -150,11 +150,11 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # The handlers of the standard library swallow such an error; here a full disk ends the run, as with
         # every other file.
-        append_line(self._path, self.format(record))
+        _append_line(self._path, self.format(record))
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
+def _written(path: Path) -> Iterator[None]:
     """Turn an OSError while writing ``path`` into the one RunError that says what to do."""
     try:
         yield
@@ -165,7 +165,7 @@ def written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def append_line(path: Path, line: str) -> None:
+def _append_line(path: Path, line: str) -> None:
     """Append one line completely or not at all.
 
     Raises:
@@ -174,7 +174,7 @@ def append_line(path: Path, line: str) -> None:
     data = (line + "\n").encode()
     # Unbuffered, so that a line is one write: a reader that follows the file sees complete lines, and a
     # failure is known here.
-    with written(path), path.open("ab", buffering=0) as stream:
+    with _written(path), path.open("ab", buffering=0) as stream:
         before = stream.seek(0, os.SEEK_END)
         try:
             if (count := stream.write(data)) != len(data):  # a disk that is nearly full takes a part
@@ -185,8 +185,8 @@ def append_line(path: Path, line: str) -> None:
             raise
 
 
-ROOT = Path(__file__).resolve().parents[1]
-GIT_SECONDS = 10
+_ROOT = Path(__file__).resolve().parents[1]
+_GIT_SECONDS = 10
 
 
 def code_version() -> dict[str, str | None]:
@@ -199,10 +199,10 @@ def code_version() -> dict[str, str | None]:
         package: str | None = version("fedbags")
     except PackageNotFoundError:
         package = None
-    return {"version": package, "commit": git_commit(ROOT)}
+    return {"version": package, "commit": _git_commit(_ROOT)}
 
 
-def git_commit(root: Path) -> str | None:
+def _git_commit(root: Path) -> str | None:
     """Return the commit of the checkout whose top folder is ``root``, or None.
 
     It is None without a checkout or without git. Code that is installed below some other project's checkout
@@ -218,7 +218,7 @@ def _git(root: Path, *arguments: str) -> str | None:
     """Return git's output, or None where git fails, is missing or takes too long."""
     command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

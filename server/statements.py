@@ -28,7 +28,7 @@ _Site = tuple[str, str]
 """A site's name, and the fingerprint of its node's key (empty: nodes have no keys)."""
 
 
-def rolled_back(newest: PrivacyStatement) -> str:
+def _rolled_back(newest: PrivacyStatement) -> str:
     """Return the fault of a statement that leaves out what ``newest`` states, and the remedy."""
     told = f" --head {newest.ledger_head}" if newest.ledger_head else ""
     return (
@@ -37,7 +37,7 @@ def rolled_back(newest: PrivacyStatement) -> str:
     )
 
 
-class Memory(BaseModel):
+class _Memory(BaseModel):
     """Hold what is kept of one site."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,7 +74,7 @@ class StatementBook:
         self._folder, self._run = folder, run
         self._left_out: dict[_Site, PrivacyStatement] = {}
         """Of a site whose ledger was rolled back: a statement that its own leaves out."""
-        self._own = {(site, (keys or {}).get(site, "")): Memory(last=last) for site, last in known.items()}
+        self._own = {(site, (keys or {}).get(site, "")): _Memory(last=last) for site, last in known.items()}
         """What sites said in this run."""
         self._asked: dict[_Site, PrivacyStatement | None] = {}
         """What the folder held of sites when they were asked."""
@@ -146,12 +146,12 @@ class StatementBook:
                 self._left_out.pop(site, None)
             # Such a ledger goes on growing: what it left out stays left out, whatever comes on top of it.
             if site in self._left_out:
-                raise MessageError(rolled_back(self._left_out[site]))
+                raise MessageError(_rolled_back(self._left_out[site]))
             taken = [*dict.fromkeys(digest for memory in before for digest in memory.taken), digest][
                 -_REPEATS:
             ]
-            self._own[site] = Memory(last=statement, taken=taken)
-            self._keep(site, Memory(last=newer[0] if newer else statement, taken=taken))
+            self._own[site] = _Memory(last=statement, taken=taken)
+            self._keep(site, _Memory(last=newer[0] if newer else statement, taken=taken))
         return declares[0] if declares else None
 
     def last(self, site: str, key: str = "") -> PrivacyStatement | None:
@@ -164,12 +164,12 @@ class StatementBook:
         told = statement.model_dump_json(include={"site", "events", "ledger_head", "losses"})
         return hashlib.sha256(f"{self._run} {told}".encode()).hexdigest()[:32]
 
-    def _kept(self, site: _Site) -> Memory | None:
+    def _kept(self, site: _Site) -> _Memory | None:
         """Return what the folder holds of a site, or None."""
         file = self._file(site)
         return self._read(file) if file is not None and file.exists() else None
 
-    def _keep(self, site: _Site, memory: Memory) -> None:
+    def _keep(self, site: _Site, memory: _Memory) -> None:
         if (file := self._file(site)) is not None:
             try:
                 write_text(file, memory.model_dump_json() + "\n")
@@ -183,9 +183,9 @@ class StatementBook:
         name, key = site
         return None if self._folder is None else self._folder / f"{name}{'@' if key else ''}{key}.json"
 
-    def _read(self, file: Path) -> Memory:
+    def _read(self, file: Path) -> _Memory:
         try:
-            return Memory.model_validate_json(file.read_bytes())
+            return _Memory.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
             raise RunError(
                 f"the statements kept of site {file.stem} cannot be read ({type(error).__name__}): {file}\n"

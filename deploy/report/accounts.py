@@ -28,10 +28,10 @@ from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
 Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
 
 ACCOUNTANT = "PLD (dp-accounting)"
-FEW = 6
+_FEW = 6
 """Questions that are not worth a worker's start."""
-MOST_WORKERS = 8
-ORDERS = (*(1 + tenths / 10 for tenths in range(1, 100)), *range(12, 64))
+_MOST_WORKERS = 8
+_ORDERS = (*(1 + tenths / 10 for tenths in range(1, 100)), *range(12, 64))
 """The Renyi orders of Opacus's accountant."""
 
 
@@ -84,8 +84,8 @@ class Accountants:
 
     def __init__(self, expected: int) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        workers = min(os.cpu_count() or 1, MOST_WORKERS)
-        if expected > FEW and workers > 1:
+        workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+        if expected > _FEW and workers > 1:
             # Fresh interpreters: forking a process that runs torch's threads can hang.
             self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
             for _ in range(workers):
@@ -112,11 +112,11 @@ class Accountants:
         """
         distinct = list(dict.fromkeys(questions))
         if self._pool is not None:
-            answers = self._pool.map(answer, distinct)
+            answers = self._pool.map(_answer, distinct)
             meanwhile()
         else:
             meanwhile()
-            answers = map(answer, distinct)
+            answers = map(_answer, distinct)
         # Computed while the workers answer: a pool's map has started, and its results are read below.
         second = [_second_opinion(question) for question in distinct]
         return {q: replace(a, opacus_rdp=rdp) for q, a, rdp in zip(distinct, answers, second, strict=True)}
@@ -127,7 +127,7 @@ def _load() -> None:
     spent((PoissonGaussian(sample_rate=1.0, noise_multiplier=9.0, steps=1),), 0.5, Adjacency.ADD_REMOVE)
 
 
-def answer(question: Question) -> Answer:
+def _answer(question: Question) -> Answer:
     """Return all figures of a question by the accountant of record."""
     events, delta = question.events, question.delta
     whole = spent(events, delta, Adjacency.REPLACE_ONE)
@@ -164,11 +164,11 @@ def _second_opinion(question: Question) -> float | None:
         warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
         losses = sum(
             rdp.compute_rdp(
-                q=e.sample_rate, noise_multiplier=e.noise_multiplier, steps=e.steps, orders=ORDERS
+                q=e.sample_rate, noise_multiplier=e.noise_multiplier, steps=e.steps, orders=_ORDERS
             )
             for e in steps
         )
-        return float(rdp.get_privacy_spent(orders=ORDERS, rdp=losses, delta=question.delta)[0])
+        return float(rdp.get_privacy_spent(orders=_ORDERS, rdp=losses, delta=question.delta)[0])
 
 
 @functools.cache

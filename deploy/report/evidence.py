@@ -39,7 +39,7 @@ from deploy.report.model import (
 from deploy.runs.reading import read_summary, run_events
 from server import checkpoint
 
-LEDGER = "ledger.sqlite"
+_LEDGER = "ledger.sqlite"
 
 
 class Statement(BaseModel):
@@ -60,7 +60,7 @@ class Statement(BaseModel):
     losses: int = Field(0, ge=0)
 
 
-class ReleaseStatement(BaseModel):
+class _ReleaseStatement(BaseModel):
     """Hold what the server keeps of a site's release, without the counts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,7 +83,7 @@ class Evidence:
     named: bool = False
     """Whether its ledger is itself a source, so that every row is shown."""
     statement: Statement | None = None
-    release: ReleaseStatement | None = None
+    release: _ReleaseStatement | None = None
     stated: dict[int, float] = field(default_factory=dict)
     """Stated epsilon by round of the run."""
     training_bags: int | None = None
@@ -126,8 +126,8 @@ def collect(sources: Sequence[Path]) -> Collected:
     for path in sorted(sources, key=lambda path: not (path / "config.toml").is_file()):
         if (path / "config.toml").is_file():
             _read_run(path, found)
-        elif path.is_file() or (path / LEDGER).is_file():
-            _read_named_ledger(path if path.is_file() else path / LEDGER, found)
+        elif path.is_file() or (path / _LEDGER).is_file():
+            _read_named_ledger(path if path.is_file() else path / _LEDGER, found)
         else:
             raise UserError(
                 f"neither a run folder nor a ledger: {path}\n"
@@ -243,7 +243,7 @@ def _read_run(path: Path, found: Collected) -> None:
 
 def _read_run_ledgers(path: Path, found: Collected) -> None:
     """Read the ledgers that simulated sites keep below the run folder."""
-    for file in sorted((path / "sites").glob(f"*/{LEDGER}")):
+    for file in sorted((path / "sites").glob(f"*/{_LEDGER}")):
         book = _read_book(file)
         name = _name_of(file, book)
         evidence = found.sites.setdefault(name, Evidence(name))
@@ -280,10 +280,10 @@ def _summary(path: Path) -> tuple[RunSummary, bool]:
     ), finished
 
 
-def _release(data: Mapping[str, Any]) -> ReleaseStatement:
+def _release(data: Mapping[str, Any]) -> _ReleaseStatement:
     kept = {key: data[key] for key in ("mechanism", "granularity", "bags")}
     version = data.get("data_version", "")
-    return ReleaseStatement.model_validate({**kept, "event": data["event"] or None, "data_version": version})
+    return _ReleaseStatement.model_validate({**kept, "event": data["event"] or None, "data_version": version})
 
 
 def _settings(dp: DPConfig) -> Settings:
@@ -437,7 +437,7 @@ def refusals_of(book: LedgerState) -> tuple[Refusal, ...]:
             run=str(entry.body.get("run_id", "")),
             round=int(entry.body.get("round", 0)),
             time=str(entry.body.get("time", "")),
-            asked=name_event(entry.body),
+            asked=_name_event(entry.body),
         )
         for entry in book.entries
         if entry.kind == Kind.REFUSED
@@ -449,7 +449,7 @@ def rows_of(book: LedgerState) -> tuple[Row, ...]:
     return tuple(_row(entry, book) for entry in book.entries)
 
 
-def name_event(body: Mapping[str, Any]) -> str:
+def _name_event(body: Mapping[str, Any]) -> str:
     """Return the event of a reserved or refused row in words."""
     event = event_from_dict(body["event"])
     if isinstance(event, DiscreteLaplace):
@@ -501,4 +501,4 @@ def _what(kind: str, body: Mapping[str, Any]) -> str:
             scale = f"scale {release['scale']:g} per {release['unit']}"
             return f"{release['granularity']} counts, discrete Laplace, {scale}"
         case Kind.RESERVED | Kind.REFUSED:
-            return name_event(body)
+            return _name_event(body)

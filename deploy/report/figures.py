@@ -41,19 +41,19 @@ from deploy.report.model import (
     Worst,
 )
 
-ALL_POINTS = 120
+_ALL_POINTS = 120
 """Rounds at which spending is computed, all sites together: many for one site, few each for several."""
-MANY = 20
+_MANY = 20
 """Sites from which on only the worst gets every figure, so that the report takes seconds."""
-TOLERANCE = 1e-3
+_TOLERANCE = 1e-3
 """How far, relatively, a stated figure may be from the one computed from its own events."""
 
-MOST_STATED = 100
+_MOST_STATED = 100
 """Events of different noise in a statement whose cost is computed again: each takes a while."""
 
 
 @dataclass(frozen=True)
-class Extent:
+class _Extent:
     """Set how much is asked about a site."""
 
     points: int
@@ -64,17 +64,17 @@ class Extent:
     """Where the curve is read, beside the site's own delta."""
 
 
-FULL = Extent(24, (1, 10, 100), tuple(10.0**-exponent for exponent in range(2, 11)))
-BRIEF = Extent(4, (), (1e-2, 1e-6, 1e-10))
+_FULL = _Extent(24, (1, 10, 100), tuple(10.0**-exponent for exponent in range(2, 11)))
+_BRIEF = _Extent(4, (), (1e-2, 1e-6, 1e-10))
 
 
 def assemble(found: Collected, accountants: Accountants) -> tuple[dict[str, Site], list[Problem]]:
     """Return every site with its figures, in the order of the names, and all problems of the records."""
     run = found.runs[0] if len(found.runs) == 1 else None
     every = [found.sites[name] for name in sorted(found.sites)]
-    extent = BRIEF
-    if len(every) < MANY:
-        extent = replace(FULL, points=min(FULL.points, ALL_POINTS // max(len(every), 1)))
+    extent = _BRIEF
+    if len(every) < _MANY:
+        extent = replace(_FULL, points=min(_FULL.points, _ALL_POINTS // max(len(every), 1)))
     asked = {item.name: _ask(item, run, extent) for item in every}
     questions = [inquiry.question for inquiry in asked.values() if inquiry.question is not None]
     answers = accountants.answer_all(questions, meanwhile=lambda: check_ledgers(found))
@@ -88,9 +88,9 @@ def assemble(found: Collected, accountants: Accountants) -> tuple[dict[str, Site
     # Of many sites only the worst is asked about in full, since a report must take seconds and the
     # federation's figure is that of its worst site.
     worst = worst_of(sites.values())
-    if worst is not None and extent is BRIEF:
+    if worst is not None and extent is _BRIEF:
         item = found.sites[worst.site]
-        inquiry = _ask(item, run, FULL)
+        inquiry = _ask(item, run, _FULL)
         assert inquiry.question is not None
         answers = accountants.answer_all([inquiry.question], meanwhile=lambda: None)
         sites[item.name] = _site(item, inquiry, answers[inquiry.question])
@@ -133,7 +133,7 @@ def _told_by_statements(item: Evidence) -> bool:
 
 
 @dataclass(frozen=True)
-class Inquiry:
+class _Inquiry:
     """Hold what is asked about a site, without a question where no figure could be believed."""
 
     question: Question | None
@@ -141,7 +141,7 @@ class Inquiry:
     """What the question's prefixes are of."""
 
 
-def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
+def _ask(item: Evidence, run: RunEvidence | None, extent: _Extent) -> _Inquiry:
     statement, release = item.statement, item.release
     stated = merge(statement.events) if statement else ()
     if item.book is not None:
@@ -158,25 +158,25 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: Extent) -> Inquiry:
             deltas=extent.deltas,
             stated=() if _too_many(stated) else stated,
         )
-        return Inquiry(question, tuple(rounds))
+        return _Inquiry(question, tuple(rounds))
     if item.ledger is not None:
-        return Inquiry(None)
+        return _Inquiry(None)
     if statement is not None:
         if statement.epsilon is None or statement.delta is None or _too_many(stated):
-            return Inquiry(None)
+            return _Inquiry(None)
         more = _usual_round(stated, run), extent.more_rounds
-        return Inquiry(Question(stated, stated, statement.delta, *more, (), extent.deltas, stated))
+        return _Inquiry(Question(stated, stated, statement.delta, *more, (), extent.deltas, stated))
     if run is None or run.settings.delta is None or release is None or release.mechanism == "exact":
-        return Inquiry(None)
+        return _Inquiry(None)
     # It enrolled and never trained: the release, if there was one, is all that it sent.
     events = () if release.event is None else (release.event,)
-    return Inquiry(Question(events, events, run.settings.delta, (), (), (), extent.deltas))
+    return _Inquiry(Question(events, events, run.settings.delta, (), (), (), extent.deltas))
 
 
 def _too_many(stated: Events) -> bool:
     """Return whether a statement has too many different events to compute their epsilon again."""
     # The events are the site's word alone, and could keep the accountant busy for minutes or hours.
-    return len(stated) > MOST_STATED
+    return len(stated) > _MOST_STATED
 
 
 def _last_round(spent: Sequence[Charge]) -> Events:
@@ -213,7 +213,7 @@ def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
     # Epsilons can be compared at one delta only.
     compared = item.book is None or item.book.cap.delta == statement.delta
     compared = compared and not _too_many(merge(statement.events))
-    if compared and not math.isclose(statement.epsilon, answer.stated, rel_tol=TOLERANCE, abs_tol=1e-9):
+    if compared and not math.isclose(statement.epsilon, answer.stated, rel_tol=_TOLERANCE, abs_tol=1e-9):
         reasons.append(f"{where} says epsilon {statement.epsilon:.4g}; its events cost {answer.stated:.4g}")
     if item.book is not None:
         then = events_up_to(item.book, statement.ledger_head, Unit.BAG)
@@ -224,7 +224,7 @@ def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
     return [Problem(site=item.name, row=None, reason=reason) for reason in reasons]
 
 
-def _site(item: Evidence, inquiry: Inquiry, answer: Answer | None) -> Site:
+def _site(item: Evidence, inquiry: _Inquiry, answer: Answer | None) -> Site:
     question = inquiry.question
     book, run_bags = item.book, item.release.bags if item.release else None
     bags = item.training_bags or run_bags
@@ -298,7 +298,7 @@ def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
     kinds = merge(item.statement.events) if item.statement else ()
     if answer is None and _too_many(kinds):
         return Status.UNKNOWN, (
-            f"Its statement names {len(kinds)} events of different noise, more than the {MOST_STATED} that "
+            f"Its statement names {len(kinds)} events of different noise, more than the {_MOST_STATED} that "
             "are computed again from a statement alone; give its ledger."
         )
     if answer is None:

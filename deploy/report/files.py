@@ -31,10 +31,10 @@ from deploy.report.prose import (
     summary,
 )
 
-JSON, HTML, SCHEMA, PDF = "report.json", "report.html", "report.schema.json", "report.pdf"
-PACKAGES = ("fedbags", "dp-accounting", "opacus", "opendp", "torch", "numpy", "scipy", "flwr")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-PRINT_SECONDS = 120
+_JSON, _HTML, _SCHEMA, _PDF = "report.json", "report.html", "report.schema.json", "report.pdf"
+_PACKAGES = ("fedbags", "dp-accounting", "opacus", "opendp", "torch", "numpy", "scipy", "flwr")
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_PRINT_SECONDS = 120
 
 
 def report(sources: Sequence[Path], out: Path, pdf: bool = False) -> dict[str, Any]:
@@ -50,31 +50,31 @@ def report(sources: Sequence[Path], out: Path, pdf: bool = False) -> dict[str, A
         RunError: Chromium could not print the page.
     """
     # Looked for first, because computing the report of many sites and rounds takes time.
-    browser = find_browser() if pdf else None
+    browser = _find_browser() if pdf else None
     if pdf and browser is None:
         raise UserError(
-            f"--pdf needs Chromium ({', '.join(BROWSERS)}) on the PATH.\n"
+            f"--pdf needs Chromium ({', '.join(_BROWSERS)}) on the PATH.\n"
             "Install it, or leave --pdf out and print report.html from any browser."
         )
-    made = build(sources, _now(), {name: _version(name) for name in PACKAGES})
+    made = _build(sources, _now(), {name: _version(name) for name in _PACKAGES})
     texts = {
-        JSON: made.model_dump_json(indent=2) + "\n",
-        SCHEMA: json.dumps(json_schema(), indent=2) + "\n",
-        HTML: render(made),
+        _JSON: made.model_dump_json(indent=2) + "\n",
+        _SCHEMA: json.dumps(json_schema(), indent=2) + "\n",
+        _HTML: render(made),
     }
     printed = _write(out, texts, browser)
     return {
-        "html": str(out / HTML),
-        "json": str(out / JSON),
-        "schema": str(out / SCHEMA),
-        "pdf": str(out / PDF) if printed else None,
+        "html": str(out / _HTML),
+        "json": str(out / _JSON),
+        "schema": str(out / _SCHEMA),
+        "pdf": str(out / _PDF) if printed else None,
         **made.model_dump(mode="json", include={"status", "headline", "worst", "problems"}),
     }
 
 
-def find_browser() -> str | None:
+def _find_browser() -> str | None:
     """Return the path of a Chromium on the PATH, or None."""
-    return next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    return next((found for name in _BROWSERS if (found := shutil.which(name))), None)
 
 
 def _write(out: Path, texts: dict[str, str], browser: str | None) -> bool:
@@ -113,14 +113,16 @@ def _print(browser: str, folder: Path) -> None:
             # Without update checks and other traffic, and with a profile of its own instead of the user's.
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={profile}", "--no-pdf-header-footer", f"--print-to-pdf={folder / PDF}",
-            (folder / HTML).resolve().as_uri(),
+            f"--user-data-dir={profile}", "--no-pdf-header-footer", f"--print-to-pdf={folder / _PDF}",
+            (folder / _HTML).resolve().as_uri(),
         ]  # fmt: skip
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PRINT_SECONDS, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_PRINT_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired as error:
-            raise RunError(f"{browser} did not print the report within {PRINT_SECONDS} s") from error
-    if not (folder / PDF).is_file():
+            raise RunError(f"{browser} did not print the report within {_PRINT_SECONDS} s") from error
+    if not (folder / _PDF).is_file():
         raise RunError(f"{browser} did not print the report: {done.stderr.strip()[-300:]}")
 
 
@@ -135,7 +137,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) -> Report:
+def _build(sources: Sequence[Path], created: str, packages: Mapping[str, str]) -> Report:
     """Return the report of these sources.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Part(BaseModel):
+class _Part(BaseModel):
     """Provide the frozen base of the report's parts, without unknown fields and infinite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -28,7 +28,7 @@ class Status(StrEnum):
     """The records cannot be trusted, so no figure is given."""
 
 
-class Problem(Part):
+class Problem(_Part):
     """Describe a fault of the records."""
 
     site: str
@@ -48,7 +48,7 @@ class GeneratorKind(StrEnum):
     """Seeded: whoever knows the seed can remove all noise."""
 
 
-class Training(Part):
+class Training(_Part):
     """Describe equal training steps of one run on one data version."""
 
     run: str = Field(description="empty when only the server's statement is known")
@@ -60,7 +60,7 @@ class Training(Part):
     unconfirmed_rounds: int = Field(description="reserved, and never confirmed; they count")
 
 
-class Release(Part):
+class Release(_Part):
     """Describe one release of label counts."""
 
     data_version: str
@@ -72,7 +72,7 @@ class Release(Part):
     epsilon_alone: float | None = Field(description="2 / b: replace-one, delta 0, of this release alone")
 
 
-class Looks(Part):
+class Looks(_Part):
     """Describe equal evaluations on held-back bags, of one run on one data version, as noised figures."""
 
     run: str = Field(description="empty when only the server's statement is known")
@@ -84,7 +84,7 @@ class Looks(Part):
     epsilon_alone: float = Field(description="2 / b a figure: replace-one, delta 0, as charged")
 
 
-class Refusal(Part):
+class Refusal(_Part):
     """Describe an event that the site's cap did not allow, and that cost nothing."""
 
     row: int
@@ -94,7 +94,7 @@ class Refusal(Part):
     asked: str
 
 
-class LeftOut(Part):
+class LeftOut(_Part):
     """Describe something of a site that the server did not use."""
 
     site: str
@@ -103,21 +103,21 @@ class LeftOut(Part):
     reason: str
 
 
-class Spending(Part):
+class Spending(_Part):
     """Hold the epsilon of everything up to and including a round."""
 
     round: int = Field(description="rounds of training counted over the ledger's life, or of the run")
     epsilon: float
 
 
-class CurvePoint(Part):
+class CurvePoint(_Part):
     """Hold the epsilon of the same spending at another delta."""
 
     delta: float
     epsilon: float
 
 
-class WhatIf(Part):
+class WhatIf(_Part):
     """Hold the epsilon of the whole spending after more rounds like the last one."""
 
     rounds: int
@@ -125,7 +125,7 @@ class WhatIf(Part):
     fits: bool = Field(description="whether the site's cap would allow it")
 
 
-class Row(Part):
+class Row(_Part):
     """Describe one row of a ledger."""
 
     row: int
@@ -136,7 +136,7 @@ class Row(Part):
     what: str
 
 
-class LedgerState(Part):
+class LedgerState(_Part):
     """Describe the ledger file that was read, and whether it can be believed."""
 
     head: str
@@ -144,7 +144,7 @@ class LedgerState(Part):
     intact: bool
 
 
-class Loss(Part):
+class Loss(_Part):
     """Describe a site's declaration that rows of its ledger are lost, with what it had stated until then."""
 
     round: int
@@ -152,7 +152,7 @@ class Loss(Part):
     delta: float | None
 
 
-class Stated(Part):
+class Stated(_Part):
     """Hold the newest privacy statement that the site sent to the server."""
 
     round: int
@@ -165,7 +165,7 @@ class Stated(Part):
     generator: str
 
 
-class Site(Part):
+class Site(_Part):
     """Hold everything about one site."""
 
     name: str
@@ -210,7 +210,7 @@ class Site(Part):
     rows: tuple[Row, ...] = Field(description="of ledgers that were named as a source")
 
 
-class Settings(Part):
+class Settings(_Part):
     """Hold the privacy settings of the run, each null where it was not recorded."""
 
     target_epsilon: float | None
@@ -223,7 +223,7 @@ class Settings(Part):
     forced_delta: bool
 
 
-class Audit(Part):
+class Audit(_Part):
     """Hold the result of an empirical attack, which shows epsilon to be at least ``lower_bound``."""
 
     lower_bound: float
@@ -231,7 +231,7 @@ class Audit(Part):
     details: dict[str, str] = Field(description="whatever else the audit wrote down")
 
 
-class Worst(Part):
+class Worst(_Part):
     """Hold the federation's figure, which is that of its worst site and never a mean."""
 
     site: str
@@ -245,7 +245,7 @@ class Worst(Part):
     guess_right: float
 
 
-class Provenance(Part):
+class Provenance(_Part):
     """Record the sources, the software and the time of the report."""
 
     created: str
@@ -256,7 +256,7 @@ class Provenance(Part):
     sources: tuple[str, ...] = Field(description="names of the files and folders, without their folder")
 
 
-class Disclosure(Part):
+class Disclosure(_Part):
     """Hold one of the seventeen texts that a report must contain."""
 
     key: str
@@ -264,7 +264,7 @@ class Disclosure(Part):
     text: tuple[str, ...]
 
 
-class Report(Part):
+class Report(_Part):
     """Hold the whole content of report.json."""
 
     schema_version: Literal[3] = 3

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from common.text import visible_lines
 from deploy.report.model import Report, Site
 
-MOST_ROWS = 2000
+_MOST_ROWS = 2000
 """Ledger rows that the page shows; the JSON file holds all."""
 
 
@@ -31,19 +31,19 @@ def render(report: Report) -> str:
         .render(
             r=data,
             value=functools.partial(_value, data),
-            path=field_path,
+            path=_field_path,
             plots={name: _plots(site) for name, site in report.sites.items()},
-            show_rows=rows <= MOST_ROWS,
+            show_rows=rows <= _MOST_ROWS,
         )
     )
 
 
-def field_path(*keys: str | int) -> str:
+def _field_path(*keys: str | int) -> str:
     """Return the path of a figure, in which a dot within a name is written %2E."""
     return ".".join(str(key).replace("%", "%25").replace(".", "%2E") for key in keys)
 
 
-EPSILONS = frozenset(
+_EPSILONS = frozenset(
     {
         "epsilon", "confirmed", "left", "cap", "add_remove", "opacus_rdp", "without_amplification",
         "epsilon_alone", "budget_left", "replace_one",
@@ -52,7 +52,7 @@ EPSILONS = frozenset(
 """Fields that hold an epsilon. Nobody reads more of one than its thousandths; report.json has them all."""
 
 
-def shown(value: Any, name: str = "") -> str:
+def _shown(value: Any, name: str = "") -> str:
     """Return a figure as the page shows it.
 
     It has four digits, and no exponent where a few zeros do.
@@ -63,7 +63,7 @@ def shown(value: Any, name: str = "") -> str:
     """
     if not isinstance(value, float):
         return str(value)
-    if name in EPSILONS and 0 < value < 1e-3:
+    if name in _EPSILONS and 0 < value < 1e-3:
         return "< 0.001"
     text = f"{value:.4g}"
     if "e-" in text and value >= 1e-7:
@@ -78,12 +78,12 @@ def _value(data: Any, *keys: str | int, absent: str = "not recorded") -> Markup:
         data = data[key]
     if data is None:
         return Markup('<span class="absent" data-field="{}" data-value="null">{}</span>').format(
-            field_path(*keys), absent
+            _field_path(*keys), absent
         )
     # repr is the shortest text that reads back as exactly the same number.
     exact = repr(data) if isinstance(data, float) else str(data)
     return Markup('<span data-field="{}" data-value="{}">{}</span>').format(
-        field_path(*keys), exact, visible_lines(shown(data, str(keys[-1])))
+        _field_path(*keys), exact, visible_lines(_shown(data, str(keys[-1])))
     )
 
 
@@ -92,10 +92,10 @@ def _plots(site: Site) -> dict[str, Markup]:
     if len(site.spending) > 1:
         points = [(float(point.round), point.epsilon) for point in site.spending]
         # Unescaped, because a plot holds numbers and constant words only.
-        plots["spending"] = Markup(spending_plot(points, site.cap, site.confirmed))
+        plots["spending"] = Markup(_spending_plot(points, site.cap, site.confirmed))
     if site.curve and site.delta is not None:
         curve = [(point.delta, point.epsilon) for point in site.curve]
-        plots["curve"] = Markup(curve_plot(curve, site.delta))
+        plots["curve"] = Markup(_curve_plot(curve, site.delta))
     return plots
 
 
@@ -125,13 +125,13 @@ def _environment() -> Environment:
     return environment
 
 
-WIDTH, HEIGHT = 380.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 14.0, 38.0
+_WIDTH, _HEIGHT = 380.0, 220.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 14.0, 38.0
 
-Points = Sequence[tuple[float, float]]
+_Points = Sequence[tuple[float, float]]
 
 
-def spending_plot(points: Points, cap: float | None, confirmed: float | None) -> str:
+def _spending_plot(points: _Points, cap: float | None, confirmed: float | None) -> str:
     """Return a plot of epsilon over rounds, with the cap as a dashed line.
 
     What was reserved and not confirmed is drawn as a band.
@@ -139,31 +139,32 @@ def spending_plot(points: Points, cap: float | None, confirmed: float | None) ->
     highest = max([epsilon for _, epsilon in points] + ([cap] if cap is not None else []))
     last_round, last = points[-1]
     # At least one round wide, and with some height, so that a plot of no spending has a scale.
-    x = _Axis(0, max(last_round, 1), LEFT, WIDTH - RIGHT)
-    y = _Axis(0, highest * 1.08 or 1, HEIGHT - BOTTOM, TOP)
+    x = _Axis(0, max(last_round, 1), _LEFT, _WIDTH - _RIGHT)
+    y = _Axis(0, highest * 1.08 or 1, _HEIGHT - _BOTTOM, _TOP)
     parts = _frame(x, y, _ticks(x, whole=True), _ticks(y), "round")
     if confirmed is not None and confirmed < last:
         top, height = y.at(last), y.at(confirmed) - y.at(last)
         parts.append(
-            f'<rect class="reserved" x="{LEFT}" y="{top:.1f}" width="{WIDTH - LEFT - RIGHT}" '
+            f'<rect class="reserved" x="{_LEFT}" y="{top:.1f}" width="{_WIDTH - _LEFT - _RIGHT}" '
             f'height="{height:.1f}"/>'
-            f'<text class="note" x="{LEFT + 6}" y="{max(top - 4, TOP + 8):.1f}">'
+            f'<text class="note" x="{_LEFT + 6}" y="{max(top - 4, _TOP + 8):.1f}">'
             "reserved, not confirmed</text>"
         )
     parts.append(_line(x, y, points))
     if cap is not None:
+        height, end = y.at(cap), _WIDTH - _RIGHT
         parts.append(
-            f'<line class="cap" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(cap):.1f}" y2="{y.at(cap):.1f}"/>'
-            f'<text class="note" x="{WIDTH - RIGHT}" y="{y.at(cap) - 4:.1f}" text-anchor="end">cap</text>'
+            f'<line class="cap" x1="{_LEFT}" x2="{end}" y1="{height:.1f}" y2="{height:.1f}"/>'
+            f'<text class="note" x="{end}" y="{height - 4:.1f}" text-anchor="end">cap</text>'
         )
     return _svg("Epsilon spent over the rounds of training, with the cap", parts)
 
 
-def curve_plot(points: Points, delta: float) -> str:
+def _curve_plot(points: _Points, delta: float) -> str:
     """Return a plot of epsilon over delta on a logarithmic axis, with a mark at the delta of record."""
     logs = [(math.log10(value), epsilon) for value, epsilon in points]
-    x = _Axis(min(place for place, _ in logs), max(place for place, _ in logs), LEFT, WIDTH - RIGHT)
-    y = _Axis(0, max(epsilon for _, epsilon in logs) * 1.08 or 1, HEIGHT - BOTTOM, TOP)
+    x = _Axis(min(place for place, _ in logs), max(place for place, _ in logs), _LEFT, _WIDTH - _RIGHT)
+    y = _Axis(0, max(epsilon for _, epsilon in logs) * 1.08 or 1, _HEIGHT - _BOTTOM, _TOP)
     exponents = range(math.ceil(x.low), math.floor(x.high) + 1, 2)
     labels = [(float(exponent), f"1e{exponent}") for exponent in exponents]
     parts = _frame(x, y, labels, _ticks(y), "delta")
@@ -203,26 +204,26 @@ def _frame(
     rows: Sequence[tuple[float, str]],
     below: str,
 ) -> list[str]:
-    floor = HEIGHT - BOTTOM
+    floor = _HEIGHT - _BOTTOM
     parts = [
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(v):.1f}" y2="{y.at(v):.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{y.at(v) + 4:.1f}" text-anchor="end">{label}</text>'
+        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y.at(v):.1f}" y2="{y.at(v):.1f}"/>'
+        f'<text x="{_LEFT - 6}" y="{y.at(v) + 4:.1f}" text-anchor="end">{label}</text>'
         for v, label in rows
     ]
     parts += [
         f'<text x="{x.at(v):.1f}" y="{floor + 15}" text-anchor="middle">{label}</text>' for v, label in ticks
     ]
     parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{below}</text>'
+        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{below}</text>'
     )
-    middle = (TOP + floor) / 2
+    middle = (_TOP + floor) / 2
     parts.append(
         f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">epsilon</text>'
     )
     return parts
 
 
-def _line(x: _Axis, y: _Axis, points: Points) -> str:
+def _line(x: _Axis, y: _Axis, points: _Points) -> str:
     path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in points)
     dots = "".join(f'<circle class="dot" cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="2"/>' for a, b in points)
     return f'<polyline class="line" points="{path}"/>{dots if len(points) <= 30 else ""}'
@@ -230,5 +231,5 @@ def _line(x: _Axis, y: _Axis, points: Points) -> str:
 
 def _svg(title: str, parts: Sequence[str]) -> str:
     body = "".join(parts)
-    head = f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{title}">'
+    head = f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{title}">'
     return f"{head}<title>{title}</title>{body}</svg>"

@@ -20,7 +20,7 @@ from deploy.report.model import (
     Worst,
 )
 
-UNITS = {
+_UNITS = {
     "bag": "one bag of images (all images and labels of the bag)",
     "image": "one image with its label (a whole bag is protected less)",
 }
@@ -33,11 +33,11 @@ NOT_COVERED = (
     "data that a site gave away by other ways than this software",
 )
 
-NOT_SECURE = (GeneratorKind.INSECURE, GeneratorKind.UNKNOWN)
+_NOT_SECURE = (GeneratorKind.INSECURE, GeneratorKind.UNKNOWN)
 
-STRONG, WEAK = 1.0, 10.0
+_STRONG, _WEAK = 1.0, 10.0
 """Up to the first, an epsilon is commonly held to be strong; above the second, to promise little."""
-NEARLY_SURE = 0.95
+_NEARLY_SURE = 0.95
 """From this chance of being right on, the attacker of the bet is as good as certain."""
 
 
@@ -74,9 +74,9 @@ def headline(context: ReportContext) -> str:
     """Return the one sentence at the top of the report."""
     exposed, unknown, worst = context.of(Status.NOT_PRIVATE), context.of(Status.UNKNOWN), context.worst
     if exposed:
-        return f"No privacy guarantee: {listed([s.name for s in exposed])} sent something without noise."
+        return f"No privacy guarantee: {_listed([s.name for s in exposed])} sent something without noise."
     if unknown:
-        return f"No figure can be given: the records of {listed([s.name for s in unknown])} do not hold up."
+        return f"No figure can be given: the records of {_listed([s.name for s in unknown])} do not hold up."
     if worst is None:
         return "No privacy guarantee: there is no site to report on."
     # Without a known cap it is unknown whether a site kept within its budget.
@@ -97,21 +97,21 @@ def summary(context: ReportContext) -> tuple[str, ...]:
 def cautions(context: ReportContext) -> tuple[str, ...]:
     """Return warnings about true figures that a reader could take for more than they are."""
     found = []
-    seeded, untold = ([s.name for s in context.sites if s.generator is kind] for kind in NOT_SECURE)
+    seeded, untold = ([s.name for s in context.sites if s.generator is kind] for kind in _NOT_SECURE)
     if seeded:
         found.append(
-            f"INSECURE random generator at {listed(seeded)}: this was a simulation, and its noise came from "
+            f"INSECURE random generator at {_listed(seeded)}: this was a simulation, and its noise came from "
             "a seed. Whoever knows the seed can repeat the noise and subtract it. The figures hold for the "
             "method, and protect nobody's data."
         )
     if untold:
         found.append(
-            f"The records of {listed(untold)} do not say which generator drew the noise. Whoever can predict "
-            "noise can subtract it, so the figures promise nothing until that is known."
+            f"The records of {_listed(untold)} do not say which generator drew the noise. Whoever can "
+            "predict noise can subtract it, so the figures promise nothing until that is known."
         )
-    if (worst := context.worst) is not None and worst.epsilon > WEAK:
+    if (worst := context.worst) is not None and worst.epsilon > _WEAK:
         found.append(
-            f"An epsilon above {WEAK:g} is weak: staying within such a budget alone protects little "
+            f"An epsilon above {_WEAK:g} is weak: staying within such a budget alone protects little "
             f"({worst.site}: {figure(worst.epsilon)}, {worst.adjacency} {worst.unit}, delta {worst.delta:g}, "
             f"{worst.accountant})."
         )
@@ -132,7 +132,7 @@ def cautions(context: ReportContext) -> tuple[str, ...]:
 
 
 def _what_was_done(context: ReportContext) -> str:
-    names = listed([site.name for site in context.sites])
+    names = _listed([site.name for site in context.sites])
     if context.run is None:
         opening = (
             f"This report covers everything that {names} ever sent, over all runs and all versions of the "
@@ -163,27 +163,27 @@ def _what_it_means(context: ReportContext) -> tuple[str, ...]:
     who = worst.site if one else f"the worst site, {worst.site}"
     return (
         "What was sent was limited and mixed with random noise, so that there is a bound on what anybody can "
-        f"tell from it about {UNITS[worst.unit]}: whether it was there, or another in its place. The bound "
+        f"tell from it about {_UNITS[worst.unit]}: whether it was there, or another in its place. The bound "
         f"is epsilon: at {who}, epsilon is {figure(worst.epsilon)} at delta {worst.delta:g} (unit: "
         f"{worst.unit}; adjacency: {worst.adjacency}; accountant: {worst.accountant}), over everything that "
         "was ever sent. Smaller is more private; delta is the chance that the bound fails.",
         f"Put as a bet: somebody who knows everything else, sees all that {worst.site} sent and must say "
         f"which of two bags was used, is right at most {100 * worst.guess_right:.4g} % of the time, where a "
-        f"coin is right 50 %. {judgement(worst)}",
+        f"coin is right 50 %. {_judgement(worst)}",
     )
 
 
-def judgement(worst: Worst) -> str:
+def _judgement(worst: Worst) -> str:
     """Return where an epsilon stands on the usual scale, and what that means for an attacker."""
     scale = (
         "On the scale that is usually read (Ponomareva et al. 2023: up to 1 strong, up to "
-        f"{WEAK:g} what private training commonly reaches, above that weak)"
+        f"{_WEAK:g} what private training commonly reaches, above that weak)"
     )
-    if worst.epsilon <= STRONG:
+    if worst.epsilon <= _STRONG:
         return f"{scale} this is strong: even such an attacker does little better than the coin."
-    if worst.epsilon > WEAK:
+    if worst.epsilon > _WEAK:
         return f"{scale} this is weak: the bound alone protects little, and only an audit can say more."
-    if worst.guess_right < NEARLY_SURE:
+    if worst.guess_right < _NEARLY_SURE:
         return f"{scale} this is in the middle: such an attacker has an advantage, and stays in doubt."
     return (
         f"{scale} this is in the middle, and the bet says what that means here: the bound does not hold off "
@@ -197,7 +197,7 @@ def figure(epsilon: float) -> str:
     return "less than 0.001" if 0 < epsilon < 1e-3 else f"{epsilon:.4g}"
 
 
-def listed(names: Sequence[str], most: int = 6) -> str:
+def _listed(names: Sequence[str], most: int = 6) -> str:
     """Return the names as ``a, b and c``, with the rest of a long list counted."""
     shown = list(names[:most])
     if len(names) > most:
@@ -222,7 +222,7 @@ def _epsilon(context: ReportContext) -> list[str]:
 def _unit(context: ReportContext) -> list[str]:
     units = sorted({site.unit for site in context.sites})
     return [
-        *(f"The unit is the {unit}: {UNITS[unit]}." for unit in units),
+        *(f"The unit is the {unit}: {_UNITS[unit]}." for unit in units),
         "An image lies in exactly one bag. A bag's gradient is clipped as a whole, because the loss of a bag "
         "couples its images. A person whose images are in k bags has the k-fold group guarantee.",
     ]
@@ -281,18 +281,18 @@ def _scope(context: ReportContext) -> list[str]:
     text = []
     if ledgers:
         text.append(
-            f"From the ledger ({listed(ledgers)}): all runs, all data versions, and every round that was "
+            f"From the ledger ({_listed(ledgers)}): all runs, all data versions, and every round that was "
             "reserved, also those that broke off, were tried again or were never used by the server."
         )
     if rest:
         text.append(
-            f"From the last statement that the server received ({listed(rest)}): the site's whole ledger at "
+            f"From the last statement that the server received ({_listed(rest)}): the site's whole ledger at "
             "that time. A round that broke off later is only in the site's ledger."
         )
     lost = [site.name for site in context.sites if site.losses]
     if lost:
         text.append(
-            f"Rows of the ledger were lost, and the site's owner accepted that ({listed(lost)}): what the "
+            f"Rows of the ledger were lost, and the site's owner accepted that ({_listed(lost)}): what the "
             "site's second record said of them counts here; what happened beside that record is not known."
         )
     return text
@@ -305,7 +305,7 @@ def _released(context: ReportContext) -> list[str]:
         "allows it, counts of labels with noise; the same noisy counts are sent again when asked again.",
         *(
             [
-                f"Noised figures of held-back bags ({listed(looked)}): sums of distances between predicted "
+                f"Noised figures of held-back bags ({_listed(looked)}): sums of distances between predicted "
                 "and true proportions, one a level and look, paid from the same budget. Each is charged as "
                 "twice what it costs, so that the accountant needs no further kind of event."
             ]
@@ -325,7 +325,7 @@ def _generator(context: ReportContext) -> list[str]:
         return ["No noise was drawn, so no generator was used."]
     return [
         "What sampling and noise were drawn from, as each site recorded it with every charge in its ledger.",
-        *(f"{name} ({listed([s.name for s in context.sites if name in s.generators])})." for name in names),
+        *(f"{name} ({_listed([s.name for s in context.sites if name in s.generators])})." for name in names),
     ]
 
 

@@ -17,11 +17,11 @@ from deploy.datasets.dicom import DicomImages, is_dicom_name
 from deploy.datasets.files import IMAGE_SUFFIXES, find_images
 from deploy.simulation.prerequisites import missing_extra
 
-PREAMBLE, MAGIC = 128, b"DICM"
+_PREAMBLE, _MAGIC = 128, b"DICM"
 
 
 @dataclass(frozen=True)
-class Pictures:
+class _Pictures:
     """Hold what was found under the paths that were named.
 
     Attributes:
@@ -35,7 +35,7 @@ class Pictures:
     notes: tuple[str, ...]
 
 
-def find_pictures(paths: Sequence[Path]) -> Pictures:
+def find_pictures(paths: Sequence[Path]) -> _Pictures:
     """Find every picture under the paths.
 
     Args:
@@ -55,16 +55,16 @@ def find_pictures(paths: Sequence[Path]) -> Pictures:
             continue
         found = find_images(path, lambda ending: ending in IMAGE_SUFFIXES or is_dicom_name(ending))
         # Many other files have no ending: of these only what says that it is DICOM is taken.
-        taken = [file for file in found.images if file.suffix or is_dicom(file)]
+        taken = [file for file in found.images if file.suffix or _is_dicom(file)]
         if not taken:
             bad.append(BadRow(str(path), None, "no image in this folder"))
         files.update(dict.fromkeys(taken))
         notes += [f"{path}: {note}" for note in found.notes()]
         if left := len(found.images) - len(taken):
             notes.append(f"{path}: {left} file(s) without ending are no images and were left out.")
-    if find_spec("pydicom") is None and any(map(is_dicom, files)):
+    if find_spec("pydicom") is None and any(map(_is_dicom, files)):
         raise UserError(missing_extra("pydicom"))
-    return Pictures(tuple(files), tuple(bad), tuple(notes))
+    return _Pictures(tuple(files), tuple(bad), tuple(notes))
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -74,17 +74,17 @@ def open_picture(path: Path) -> Image.Image:
         ValueError: see client.data.decoding.open_image and deploy.datasets.dicom.to_8_bits.
         OSError: the file cannot be read.
     """
-    return DicomImages([path]).read(0) if is_dicom(path) else open_image(path)
+    return DicomImages([path]).read(0) if _is_dicom(path) else open_image(path)
 
 
-def is_dicom(path: Path) -> bool:
+def _is_dicom(path: Path) -> bool:
     """Return whether a file is DICOM by its content, or by an ending that only DICOM files have."""
     # The usual images are many and need not be opened for this.
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return False
     try:
         with path.open("rb") as stream:
-            start = stream.read(PREAMBLE + len(MAGIC))
+            start = stream.read(_PREAMBLE + len(_MAGIC))
     except OSError:
         return False
-    return start[PREAMBLE:] == MAGIC or (path.suffix != "" and is_dicom_name(path.suffix.lower()))
+    return start[_PREAMBLE:] == _MAGIC or (path.suffix != "" and is_dicom_name(path.suffix.lower()))

@@ -31,7 +31,7 @@ from deploy.runs.pictures import find_pictures, open_picture
 
 
 @dataclass(frozen=True)
-class Predictions:
+class _Predictions:
     """Hold a row for each image that could be read, in order, and the images that could not.
 
     A row is::
@@ -107,7 +107,7 @@ class Classifier:
         *,
         skip_bad: bool = False,
         progress: Progress | None = None,
-    ) -> Predictions:
+    ) -> _Predictions:
         """Classify image files, as ``predict_images`` of this module does."""
         pictures = find_pictures(paths)
         rows: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ class Classifier:
                     ]
                 )
             )
-        return Predictions(rows, tuple(bad), pictures.notes)
+        return _Predictions(rows, tuple(bad), pictures.notes)
 
 
 def predict_images(
@@ -152,7 +152,7 @@ def predict_images(
     *,
     skip_bad: bool = False,
     progress: Progress | None = None,
-) -> Predictions:
+) -> _Predictions:
     """Classify images, brought to the model's input exactly as the training images were.
 
     Args:

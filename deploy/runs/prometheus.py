@@ -24,13 +24,13 @@ from deploy.runs.state import (
     Stage,
 )
 
-LOOPBACK = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 
-Key = TypeVar("Key", bound=tuple[str, ...])
+_Key = TypeVar("_Key", bound=tuple[str, ...])
 """The values of a metric's labels."""
 
 
-class WatchCollector(Collector):
+class _WatchCollector(Collector):
     """Collect the metrics of a source whenever it is scraped."""
 
     def __init__(self, source: RunSource | SiteSource) -> None:
@@ -42,16 +42,16 @@ class WatchCollector(Collector):
         # Each scrape has a thread of its own, and the source has one position in its file.
         with self._alone:
             if isinstance(self._source, SiteSource):
-                metrics = site_metrics(self._source.look())
+                metrics = _site_metrics(self._source.look())
             else:
                 # Before the name is read, because look() decides which run is the newest.
                 state = self._source.look()
-                metrics = run_metrics(state, self._source.name)
+                metrics = _run_metrics(state, self._source.name)
         yield from metrics
 
 
 def serve(
-    source: RunSource | SiteSource, port: int, address: str = LOOPBACK
+    source: RunSource | SiteSource, port: int, address: str = _LOOPBACK
 ) -> tuple[HTTPServer, Callable[[], None]]:
     """Serve the metrics at any path, from a thread of its own.
 
@@ -68,7 +68,7 @@ def serve(
     """
     # With auto_describe the registry would collect once at registration, before the first scrape.
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(WatchCollector(source))
+    registry.register(_WatchCollector(source))
     try:
         server, thread = start_http_server(port, addr=address, registry=registry)
     except OSError as error:
@@ -85,7 +85,7 @@ def serve(
     return server, close
 
 
-def run_metrics(state: RunState, run: str) -> Iterator[Metric]:
+def _run_metrics(state: RunState, run: str) -> Iterator[Metric]:
     """Yield the metrics of a run, at the coordinator."""
     yield _gauge("fedbags_run_info", "Which run these metrics are of; always 1.", {(run,): 1.0}, "run")
     stages = {(stage.value,): float(stage is state.stage) for stage in Stage}
@@ -123,7 +123,7 @@ def run_metrics(state: RunState, run: str) -> Iterator[Metric]:
     yield _last(state.last, "fedbags_last_event_timestamp_seconds", "When the run wrote its last event.")
 
 
-def site_metrics(state: SiteState) -> Iterator[Metric]:
+def _site_metrics(state: SiteState) -> Iterator[Metric]:
     """Yield the metrics of a site, at the site."""
     yield _gauge(
         "fedbags_site_info", "Which site these metrics are of; always 1.", {(state.site,): 1.0}, "site"
@@ -170,16 +170,16 @@ def _last(time: float, name: str, text: str) -> Metric:
     return _gauge(name, text, {(): time} if time else {})
 
 
-def _gauge(name: str, text: str, values: Mapping[Key, float | None], *labels: str) -> Metric:
+def _gauge(name: str, text: str, values: Mapping[_Key, float | None], *labels: str) -> Metric:
     metric = GaugeMetricFamily(name, text, labels=labels)
     return _filled(metric, values)
 
 
-def _counter(name: str, text: str, values: Mapping[Key, float], *labels: str) -> Metric:
+def _counter(name: str, text: str, values: Mapping[_Key, float], *labels: str) -> Metric:
     return _filled(CounterMetricFamily(name, text, labels=labels), values)
 
 
-def _filled(metric: GaugeMetricFamily | CounterMetricFamily, values: Mapping[Key, float | None]) -> Metric:
+def _filled(metric: GaugeMetricFamily | CounterMetricFamily, values: Mapping[_Key, float | None]) -> Metric:
     for key, value in values.items():
         if value is not None:
             # A site chooses its own name, which must not carry control characters into the metrics.

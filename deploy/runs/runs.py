@@ -17,7 +17,7 @@ from deploy.runs.state import Stage, fold
 from server.run_folder import RunFolder
 
 
-def known(level: LevelFigures | None, key: str) -> float | None:
+def _known(level: LevelFigures | None, key: str) -> float | None:
     """Return a figure of a level of a summary, or None where suppressed counts leave it open."""
     return None if level is None or level.suppressed else getattr(level, key)
 
@@ -46,9 +46,9 @@ def suppression(level: LevelFigures) -> str:
     return f"{found.cells} cells below {found.below} suppressed" if found else ""
 
 
-LONGEST_NAME = 36
+_LONGEST_NAME = 36
 """Characters of a run's name that fit on one line of 80 with the figures; longer ones are folded."""
-FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
+_FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 "method": summary.method,
                 "sites": summary.sites,
                 "seconds": summary.seconds,
-                "leaf_accuracy": known(leaf, "accuracy"),
+                "leaf_accuracy": _known(leaf, "accuracy"),
                 "leaf_accuracy_bounds": bounds_of(leaf),
             }
         else:
@@ -93,7 +93,7 @@ def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
     runs.box, runs.padding, runs.show_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
     for column in runs.columns:
         column.overflow = "fold"
-    runs.columns[0].no_wrap = max((len(row["run"]) for row in rows), default=0) <= LONGEST_NAME
+    runs.columns[0].no_wrap = max((len(row["run"]) for row in rows), default=0) <= _LONGEST_NAME
     for column in (runs.columns[1], *runs.columns[3:]):
         column.no_wrap = True
     for row in rows:
@@ -134,7 +134,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         "levels": [
             {
                 "level": name,
-                **{key: [known(levels.get(name), key) for levels in found] for key in FIGURES},
+                **{key: [_known(levels.get(name), key) for levels in found] for key in _FIGURES},
                 "accuracy_bounds": [bounds_of(levels.get(name)) for levels in found],
             }
             for name in dict.fromkeys(name for levels in found for name in levels)
@@ -152,7 +152,7 @@ def print_comparison(result: dict[str, Any]) -> None:
     out.print(f"B: {second}", soft_wrap=True)
     figures = table("figures", "", "A", "B")
     for level in result["levels"]:
-        for key, name in FIGURES.items():
+        for key, name in _FIGURES.items():
             bounds = level["accuracy_bounds"] if key == "accuracy" else (None, None)
             figures.add_row(f"{level['level']}, {name}", *map(figure, level[key], bounds))
     epsilons = ("not private" if value is None else f"{value:.3f}" for value in result["epsilon"])
@@ -177,7 +177,7 @@ def _largest_epsilon(summary: RunSummary) -> float | None:
     return max(spent, default=None)
 
 
-def trivial_accuracies(run: Path) -> list[float]:
+def _trivial_accuracies(run: Path) -> list[float]:
     """Return the accuracy per level of always naming the most frequent class of a run's test images.
 
     Empty where the sites kept their confusion counts.
@@ -190,9 +190,9 @@ def trivial_accuracies(run: Path) -> list[float]:
     return [max(counts) / sum(counts) for counts in rows if sum(counts)]
 
 
-def say_baseline(summary: RunSummary, run: Path) -> None:
+def _say_baseline(summary: RunSummary, run: Path) -> None:
     """Print what the accuracies are to be compared with, and why the demo's are low."""
-    out, trivial = console(), trivial_accuracies(run)
+    out, trivial = console(), _trivial_accuracies(run)
     if len(trivial) == len(summary.levels) and trivial:
         named = zip(summary.levels, trivial, strict=True)
         shares = ", ".join(f"{level.name} {share:.3f}" for level, share in named)
@@ -229,7 +229,7 @@ def print_summary(summary: RunSummary, run: Path | None = None) -> None:
                 level.name,
                 str(level.classes),
                 *(
-                    figure(known(level, key), bounds_of(level, key))
+                    figure(_known(level, key), bounds_of(level, key))
                     for key in ("accuracy", "balanced_accuracy", "macro_f1", "consistent_accuracy")
                 ),
                 "-".join(f"{value * level.classes:.1f}" for value in bounds_of(level) or [level.accuracy]),
@@ -242,7 +242,7 @@ def print_summary(summary: RunSummary, run: Path | None = None) -> None:
                     "the others cannot be told."
                 )
         if run is not None:
-            say_baseline(summary, run)
+            _say_baseline(summary, run)
     if summary.bags:
         bags = table("held-back bags of the selected model (label-free)", "level", "KL (nats)", "L1")
         for mean in summary.bags:
@@ -252,7 +252,7 @@ def print_summary(summary: RunSummary, run: Path | None = None) -> None:
     names = [level.name for level in summary.levels]
     sites = table("per site", "site", "bags", "release", "epsilon", *(f"{name} acc." for name in names))
     for site, figures in summary.per_site.items():
-        accuracies = [figure(known(level, "accuracy"), bounds_of(level)) for level in figures.levels]
+        accuracies = [figure(_known(level, "accuracy"), bounds_of(level)) for level in figures.levels]
         epsilon = "not private" if figures.epsilon is None else f"{figures.epsilon:.2f}"
         sites.add_row(site, str(figures.bags), figures.release, epsilon, *(accuracies or ["-"] * len(names)))
     out.print(sites)

@@ -24,7 +24,7 @@ from server.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Spending:
+class _Spending:
     """Hold the spending that the site's ledger records."""
 
     epsilon: float
@@ -56,7 +56,7 @@ class SiteState:
     """Errors that went out, by cause."""
     last: float = 0.0
     """When the last message was answered, seconds since 1970; 0 for never."""
-    spending: Spending | None = None
+    spending: _Spending | None = None
     """None where there is no ledger yet, or none that can be read."""
     ledger_fault: str = ""
     """Why the ledger cannot be read; empty where it can, or there is none."""
@@ -81,7 +81,7 @@ class SiteState:
         )
 
 
-def fold_journal(lines: Iterable[Mapping[str, Any]], start: SiteState) -> SiteState:
+def _fold_journal(lines: Iterable[Mapping[str, Any]], start: SiteState) -> SiteState:
     """Return the state after all of the lines."""
     state = start
     for done in lines:
@@ -89,15 +89,15 @@ def fold_journal(lines: Iterable[Mapping[str, Any]], start: SiteState) -> SiteSt
     return state
 
 
-class LedgerReader:
+class _LedgerReader:
     """Read a ledger's spending, and compute it again when the file has changed or could not be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stamp: tuple[int, int] | None = None
-        self._found: tuple[Spending | None, str] = (None, "")
+        self._found: tuple[_Spending | None, str] = (None, "")
 
-    def read(self) -> tuple[Spending | None, str]:
+    def read(self) -> tuple[_Spending | None, str]:
         """Return the spending, or None and the reason why it is unknown.
 
         The reason is empty where there is no ledger.
@@ -112,14 +112,14 @@ class LedgerReader:
             self._found, self._stamp = self._read(), stamp
         return self._found
 
-    def _read(self) -> tuple[Spending | None, str]:
+    def _read(self) -> tuple[_Spending | None, str]:
         try:
             book = LedgerState.read(self.path)
         # Shown and exported instead of raised, because a ledger that cannot be trusted must be noticed.
         except FedbagsError as error:
             return None, str(error)
         spent, cap = book.spent(), book.cap
-        return Spending(
+        return _Spending(
             epsilon=spent,
             delta=cap.delta,
             left=max(cap.epsilon - spent, 0.0),
@@ -133,14 +133,14 @@ class SiteSource:
     """Keep the state of a site, at the site, brought up to date at every call of look."""
 
     def __init__(self, site: str, journal: Path, ledger: Path) -> None:
-        self._journal, self._ledger = JsonLinesFile(journal), LedgerReader(ledger)
+        self._journal, self._ledger = JsonLinesFile(journal), _LedgerReader(ledger)
         self._empty = SiteState(site=site)
         self._state = self._empty
 
     def look(self) -> SiteState:
         """Return the state now."""
         news = self._journal.poll()
-        self._state = fold_journal(news.lines, self._empty if news.restarted else self._state)
+        self._state = _fold_journal(news.lines, self._empty if news.restarted else self._state)
         spending, fault = self._ledger.read()
         return replace(self._state, spending=spending, ledger_fault=fault)
 

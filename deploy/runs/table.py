@@ -17,7 +17,7 @@ from deploy.runs.state import (
     Stage,
 )
 
-COLOURS = {
+_COLOURS = {
     Stage.STARTING: "yellow",
     Stage.RUNNING: "green",
     Stage.WAITING: "yellow",
@@ -36,7 +36,7 @@ def run_table(state: RunState, run: str, now: float) -> RenderableType:
     """
     if not run:
         return Text("no run yet")
-    head = Text.assemble((run, "bold"), "  ", (state.stage.value, COLOURS[state.stage]))
+    head = Text.assemble((run, "bold"), "  ", (state.stage.value, _COLOURS[state.stage]))
     head.append(f"  round {state.round} of {state.rounds or '?'}")
     if state.loss is not None:
         head.append(f"  loss {state.loss:.3f}")

@@ -18,16 +18,16 @@ from deploy.runs.reading import EventsFile
 from deploy.runs.state import RunState, Stage
 from server.run_folder import RunFolder
 
-INTERVAL = 1.0
+_INTERVAL = 1.0
 """Seconds between two looks at a run that goes on."""
-PATHS = frozenset(
+_PATHS = frozenset(
     {"run-dir", "sites-dir", "model.weights", "federation.statements", "secure-aggregation.certificates"}
 )
 """Keys of the configuration that hold paths of this machine."""
-EXPERIMENT = "fedbags"
+_EXPERIMENT = "fedbags"
 
 
-class Mirror(Protocol):
+class _Mirror(Protocol):
     """Receive the figures of a run."""
 
     def figures(self, round: int, at: float, values: Mapping[str, float]) -> None:
@@ -43,7 +43,7 @@ class Mirror(Protocol):
         """Release everything, whether the run has ended or not."""
 
 
-def figures_of(event: RunEvent, state: RunState) -> dict[str, float]:
+def _figures_of(event: RunEvent, state: RunState) -> dict[str, float]:
     """Return the figures of an event by name, where ``state`` is the run's state after it."""
     values: dict[str, float | None] = {}
     match event:
@@ -74,14 +74,14 @@ def figures_of(event: RunEvent, state: RunState) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-class TensorBoard:
+class _TensorBoard:
     """Write event files below ``folder``, one folder per run."""
 
     def __init__(self, folder: Path, run: str, config: Mapping[str, Any]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise missing_extra("--tensorboard", error) from error
+            raise _missing_extra("--tensorboard", error) from error
         try:
             self._writer: Any = SummaryWriter(folder / run)
         except OSError as error:
@@ -107,7 +107,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class MLflow:
+class _MLflow:
     """Write a new run on a tracking server, or in a local store (``sqlite:///FILE``, ``file:FOLDER``)."""
 
     def __init__(self, url: str, run: str, config: Mapping[str, Any], started: float) -> None:
@@ -122,12 +122,12 @@ class MLflow:
             from mlflow.entities import Metric, Param
             from mlflow.exceptions import MlflowException
         except ImportError as error:
-            raise missing_extra("--mlflow", error) from error
+            raise _missing_extra("--mlflow", error) from error
         self._metric, self._failure = Metric, MlflowException
         try:
             self._client = MlflowClient(tracking_uri=url)
-            experiment = self._client.get_experiment_by_name(EXPERIMENT)
-            number = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
+            experiment = self._client.get_experiment_by_name(_EXPERIMENT)
+            number = experiment.experiment_id if experiment else self._client.create_experiment(_EXPERIMENT)
             created = self._client.create_run(number, start_time=_milliseconds(started), run_name=run)
             self._run: str = created.info.run_id
             params = [Param(key, str(value)) for key, value in config.items()]
@@ -192,17 +192,17 @@ def track(run: Path, tensorboard: Path | None, mlflow: str | None, *, follow: bo
     if not folder.config.is_file():
         raise UserError(f"no run folder: {run}\n`fedbags runs list FOLDER` shows the runs below a folder.")
     flat = RunConfig.from_toml(folder.config).to_flat()
-    config = {key: value for key, value in flat.items() if key not in PATHS}
+    config = {key: value for key, value in flat.items() if key not in _PATHS}
     name = run.resolve().name
-    mirrors: list[Mirror] = []
+    mirrors: list[_Mirror] = []
     if tensorboard is not None:
-        mirrors.append(TensorBoard(tensorboard, name, config))
+        mirrors.append(_TensorBoard(tensorboard, name, config))
     if mlflow is not None:
-        mirrors.append(MLflow(mlflow, name, config, folder.config.stat().st_mtime))
+        mirrors.append(_MLflow(mlflow, name, config, folder.config.stat().st_mtime))
     return _mirror(EventsFile(folder.metrics), mirrors, follow=follow)
 
 
-def _mirror(events: EventsFile, mirrors: Sequence[Mirror], *, follow: bool) -> RunState:
+def _mirror(events: EventsFile, mirrors: Sequence[_Mirror], *, follow: bool) -> RunState:
     state = RunState()
     mirrored: set[RunEvent] = set()
     with ExitStack() as at_the_end:
@@ -216,7 +216,7 @@ def _mirror(events: EventsFile, mirrors: Sequence[Mirror], *, follow: bool) -> R
             for event in news:
                 state = state.after(event)
                 # The state takes every event, and the mirrors each event once.
-                values = {} if event in mirrored else figures_of(event, state)
+                values = {} if event in mirrored else _figures_of(event, state)
                 mirrored.add(event)
                 for mirror in mirrors if values else ():
                     mirror.figures(event.round, state.last, values)
@@ -227,10 +227,10 @@ def _mirror(events: EventsFile, mirrors: Sequence[Mirror], *, follow: bool) -> R
                     mirror.end(state.stage, state.last)
             if state.ended or not follow:
                 return state
-            time.sleep(INTERVAL)
+            time.sleep(_INTERVAL)
 
 
-def missing_extra(option: str, error: ImportError) -> UserError:
+def _missing_extra(option: str, error: ImportError) -> UserError:
     """Return the error to raise where the extra is not installed."""
     return UserError(
         f"{option} needs the extra that is not installed ({error.name} is missing):\n"

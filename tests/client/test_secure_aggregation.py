@@ -41,7 +41,7 @@ from common.secure_aggregation.records import (
 )
 from common.wire import combine, from_records, remember, remembered, to_records
 from deploy.simulation.local_grid import become_server
-from server.app import run_path
+from server.app import _run_path
 
 from .asking import Node, with_policy
 
@@ -312,7 +312,7 @@ def test_simulated_sites_of_runs_without_a_folder_share_nothing_with_another_run
         assert code(nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))) == (
             SiteError.SECURE_AGGREGATION
         )
-        assert run_path(config, number) == runs / f"fedbags-{number}"
+        assert _run_path(config, number) == runs / f"fedbags-{number}"
         assert (runs / f"fedbags-{number}" / FOLDER / "hospital-1" / "node.key").is_file()
     shutil.rmtree(runs / "fedbags-1")  # with the run, its claims are gone
     for context in nodes.contexts.values():

@@ -18,7 +18,7 @@ from deploy.cli.progress import Follower
 from deploy.cli.say import say
 from deploy.datasets import site_check
 from deploy.runs import predict, runs
-from deploy.runs.prometheus import WatchCollector
+from deploy.runs.prometheus import _WatchCollector
 from deploy.runs.state import fold
 from deploy.runs.table import run_table
 from server.run_folder import RunFolder
@@ -162,7 +162,7 @@ def test_metrics_hold_no_control_character(name: str) -> None:
     state = fold([event("enrolled", sites=[name], rounds=3)])
     source: Any = SimpleNamespace(look=lambda: state, name=name)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(WatchCollector(source))
+    registry.register(_WatchCollector(source))
     text = generate_latest(registry).decode()
     assert all(c.isprintable() or c == "\n" for c in text)
     assert shown(name).replace("\\", "\\\\") in text

@@ -29,10 +29,10 @@ from common.privacy.proportions import release_counts
 from common.privacy.randomness import Generator, InsecureSeededRandomness
 from deploy.cli.report import report_command
 from deploy.report.accounts import Accountants, Answer, Question
-from deploy.report.files import find_browser, report
+from deploy.report.files import _find_browser, report
 from deploy.report.model import Report, Worst
-from deploy.report.page import field_path, shown
-from deploy.report.prose import judgement, listed
+from deploy.report.page import _field_path, _shown
+from deploy.report.prose import _judgement, _listed
 
 DELTA = 1e-4
 HOSTILE = '<script>alert("x")</script> & co.'
@@ -160,7 +160,7 @@ def test_every_figure_on_the_page_is_the_json_which_is_the_ledger(run: Path, tmp
     written = report([run], tmp_path / "out")
     data, page = read(tmp_path / "out")
     assert written["problems"] == []
-    shown = {path for path, _, _ in Fields(page).found}
+    _shown = {path for path, _, _ in Fields(page).found}
     for site in SIGMAS:
         book = LedgerState.read(run / "sites" / site / "ledger.sqlite")
         figures = data["sites"][site]
@@ -177,7 +177,7 @@ def test_every_figure_on_the_page_is_the_json_which_is_the_ledger(run: Path, tmp
         again = spent([*book.events, *[book.events[-1]] * 10], DELTA, Adjacency.REPLACE_ONE)
         assert figures["what_if"][1]["epsilon"] == again
         for key in ("epsilon", "delta", "cap", "left", "add_remove", "opacus_rdp", "without_amplification"):
-            assert f"sites.{site}.{key}" in shown
+            assert f"sites.{site}.{key}" in _shown
     assert data["worst"]["site"] == "north"
     assert data["worst"]["epsilon"] == max(figures["epsilon"] for figures in data["sites"].values())
     assert len(data["sites"]["south"]["refusals"]) == 1
@@ -350,7 +350,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     data, page = read(tmp_path / "out")
     assert list(data["sites"]) == [HOSTILE]
     assert "<script" not in page
-    assert at({"sites": {"a.b%": 1}}, field_path("sites", "a.b%")) == 1
+    assert at({"sites": {"a.b%": 1}}, _field_path("sites", "a.b%")) == 1
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_has_both_schemes(run: Path, tmp_path: Path) -> None:
@@ -534,9 +534,9 @@ def test_second_figures_agree_with_the_accountants(sigma: float) -> None:
 
 
 def test_long_lists_are_counted() -> None:
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", "c"]) == "a, b and c"
-    assert listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
+    assert _listed(["a"]) == "a"
+    assert _listed(["a", "b", "c"]) == "a, b and c"
+    assert _listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
 
 
 def screenshot(browser: str, page: Path, picture: Path, width: int) -> np.ndarray[Any, Any]:
@@ -558,7 +558,7 @@ def screenshot(browser: str, page: Path, picture: Path, width: int) -> np.ndarra
 
 @pytest.fixture
 def browser() -> str:
-    found = find_browser()
+    found = _find_browser()
     if found is None:
         pytest.skip("no Chromium on the PATH")
     return found
@@ -621,7 +621,7 @@ def test_events_in_the_json_are_enough_to_recompute(run: Path, tmp_path: Path) -
     ],
 )
 def test_nobody_reads_an_epsilon_beyond_its_thousandths(name: str, value: float, text: str) -> None:
-    assert shown(value, name) == text
+    assert _shown(value, name) == text
 
 
 @pytest.mark.parametrize(
@@ -642,7 +642,7 @@ def test_the_judgement_and_the_bet_follow_from_one_scale(epsilon: float, says: s
         site="north", epsilon=epsilon, delta=1e-4, unit="bag", adjacency="replace-one", accountant="PLD",
         cap=None, left=None, guess_right=guess,
     )  # fmt: skip
-    text = judgement(worst)
+    text = _judgement(worst)
     assert says in text
     assert "reasonable" not in text
     assert ("in the middle" in text) == (1 < epsilon <= 10)

@@ -18,13 +18,13 @@ from deploy.cli.tables import config_rows, print_config, print_preset
 from deploy.configuration import compose, preset_rows, preset_values, say_presets
 from deploy.runs.reading import read_summary
 from deploy.runs.runs import (
+    _trivial_accuracies,
     compare_runs,
     figure,
     list_runs,
     print_comparison,
     print_runs,
     print_summary,
-    trivial_accuracies,
 )
 from deploy.simulation.simulate import run_engine
 
@@ -94,7 +94,7 @@ def test_accuracies_stand_beside_what_the_most_frequent_class_gets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "a", 0.5)
-    assert trivial_accuracies(run) == [0.8, 0.5]
+    assert _trivial_accuracies(run) == [0.8, 0.5]
     print_summary(read_summary(run), run)
     printed = capsys.readouterr().out
     assert "most frequent class would get: top 0.800, leaf 0.500" in printed
@@ -103,7 +103,7 @@ def test_accuracies_stand_beside_what_the_most_frequent_class_gets(
     print_summary(read_summary(demo), demo)
     assert "drawn hospitals are small" in capsys.readouterr().out
     (run / "confusion.json").unlink()
-    assert trivial_accuracies(run) == []
+    assert _trivial_accuracies(run) == []
 
 
 SUPPRESSED = {"cells": 14, "below": 5, "accuracy": [0.612, 0.681], "consistent_accuracy": [0.3, 0.5]}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.config_tables import FederationConfig, Strategy, cosine_decay
 from common.records import FloatArray, ModelUpdate
-from server.aggregation import Collected, ServerOptimiser, StreamingMean
+from server.aggregation import ServerOptimiser, _Collected, _StreamingMean
 
 Arrays = dict[str, FloatArray]
 
@@ -45,7 +45,7 @@ def test_the_streaming_mean_is_the_float64_mean(pairs: list[tuple[float, int]]) 
 
 def test_streaming_equals_flowers_own_aggregation_of_all_replies() -> None:
     updates = [(update(value), weight) for value, weight in ((1.0, 1.0), (3.0, 3.0), (-2.0, 2.0))]
-    kept = Collected()
+    kept = _Collected()
     for item, weight in updates:
         kept.add(item, weight)
     theirs, _ = FedAvg(weighted_by_key="weight").aggregate_train(1, kept.replies())
@@ -114,7 +114,7 @@ def test_the_attributes_that_hold_flowers_state_are_still_there() -> None:
 
 
 def test_memory_of_the_mean_does_not_grow_with_the_number_of_updates() -> None:
-    mean = StreamingMean()
+    mean = _StreamingMean()
     for _ in range(100):
         mean.add(update(1.0), 1.0)
     (reply,) = mean.replies()

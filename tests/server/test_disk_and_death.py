@@ -23,7 +23,7 @@ from deploy.simulation.local_grid import LocalGrid
 from server import app as server_app
 from server import checkpoint, run_folder
 from server.app import app
-from server.run_folder import RunFolder, append_line
+from server.run_folder import RunFolder, _append_line
 
 from .conftest import TREE
 
@@ -100,7 +100,7 @@ def only(name: str, write: Callable[..., Any]) -> Callable[..., Any]:
     ("module", "function", "file", "rounds"),
     [
         (checkpoint, "save_file", None, 0),
-        (run_folder, "append_line", "metrics.jsonl", 1),
+        (run_folder, "_append_line", "metrics.jsonl", 1),
         (server_app, "save_model", None, 3),
         (run_folder, "write_json", "summary.json", 3),
         (run_folder, "write_json", "confusion.json", 3),
@@ -117,10 +117,10 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_space(
     rounds: int,
 ) -> None:
     real = getattr(module, function)
-    if function == "append_line":
+    if function == "_append_line":
 
         def broken(path: Path, line: str) -> None:
-            with run_folder.written(path):
+            with run_folder._written(path):
                 if path.name == file and '"round", ' in line and '"round": 2' in line:
                     full()
             real(path, line)
@@ -141,7 +141,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_space(
     confused = pytest.MonkeyPatch()
     if file == "confusion.json":  # scripted sites hold no labelled images
         empty = [np.zeros((size, size), np.int64) for size in TREE.sizes]
-        confused.setattr("server.app.confusion_counts", lambda rounds: ({"n": (empty, empty)}, {"n": 1}))
+        confused.setattr("server.app._confusion_counts", lambda rounds: ({"n": (empty, empty)}, {"n": 1}))
         confused.setattr("server.app.level_figures", lambda *_: [])
     with pytest.raises(RunError, match="No space left on device") as caught:
         federation.run(federation.sites(dict(three)), quorum=3)
@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_space(
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lines"
-    append_line(path, "one")
+    _append_line(path, "one")
     real = Path.open
 
     class Nearly:
@@ -181,9 +181,9 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "open", lambda *a, **k: Nearly(real(*a, **k)))
     with pytest.raises(RunError, match="lines could not be written"):
-        append_line(path, "two")
+        _append_line(path, "two")
     monkeypatch.undo()
-    append_line(path, "three")
+    _append_line(path, "three")
     assert path.read_text() == "one\nthree\n"
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from common.errors import RunError
 from common.records import ProportionRelease
-from server.aggregation import fedpals_weights, label_marginal_weights
+from server.aggregation import _label_marginal_weights, fedpals_weights
 
 
 def release(
@@ -28,12 +28,12 @@ def release(
 
 
 def test_two_sites_with_one_class_each_balance_whatever_their_size() -> None:
-    weights = label_marginal_weights(np.eye(2), np.array([0.5, 0.5]), np.array([90.0, 10.0]), 0.0)
+    weights = _label_marginal_weights(np.eye(2), np.array([0.5, 0.5]), np.array([90.0, 10.0]), 0.0)
     np.testing.assert_allclose(weights, [0.5, 0.5], atol=1e-3)
 
 
 def test_a_large_regularisation_weighs_by_size() -> None:
-    weights = label_marginal_weights(np.eye(2), np.array([0.5, 0.5]), np.array([90.0, 10.0]), 1e4)
+    weights = _label_marginal_weights(np.eye(2), np.array([0.5, 0.5]), np.array([90.0, 10.0]), 1e4)
     np.testing.assert_allclose(weights, [0.9, 0.1], atol=0.02)
 
 
@@ -41,7 +41,7 @@ def test_a_large_regularisation_weighs_by_size() -> None:
 def test_weights_lie_on_the_simplex(sites: int, classes: int, regularisation: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     marginals = rng.dirichlet(np.ones(classes), size=sites)
-    weights = label_marginal_weights(
+    weights = _label_marginal_weights(
         marginals, rng.dirichlet(np.ones(classes)), rng.integers(1, 50, sites).astype(float), regularisation
     )
     assert weights.shape == (sites,)

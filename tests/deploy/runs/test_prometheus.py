@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.records import SiteError
 from common.run_records import Cause, SiteLeftOut, read_event
 from deploy.consortium.kit import SiteKit
-from deploy.runs.prometheus import run_metrics, serve, site_metrics
+from deploy.runs.prometheus import _run_metrics, _site_metrics, serve
 from deploy.runs.reading import RunSource
 from deploy.runs.site_state import SiteSource, SiteState, source
 from deploy.runs.state import Stage, fold
@@ -193,7 +193,7 @@ def test_texts_of_events_never_become_labels() -> None:
         {"event": "left-out", "site": told, "phase": "enrol", "reason": told, "time": 1.0},
         {"event": "failed", "reason": told, "time": 1.0},
     ]
-    for metric in run_metrics(fold(map(read_event, events)), "first"):
+    for metric in _run_metrics(fold(map(read_event, events)), "first"):
         for sample in metric.samples:
             assert not any(canary in value for value in sample.labels.values() for canary in CANARIES)
 
@@ -206,7 +206,7 @@ def test_every_metric_is_documented_and_the_other_way_round(watched_run: Path, s
     state, site = RunSource(watched_run).look(), source(site_kit).look()
     exported = {
         metric.name + {"counter": "_total"}.get(metric.type, "")
-        for metric in (*run_metrics(state, "first"), *site_metrics(site))
+        for metric in (*_run_metrics(state, "first"), *_site_metrics(site))
     }
     # A private run sends no loss.
     assert exported | {"fedbags_loss"} == named

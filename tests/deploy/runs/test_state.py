@@ -13,7 +13,7 @@ from common.files import JsonLinesFile, read_json_lines
 from common.records import SITE_ERRORS, SiteError
 from common.run_records import FLOWER_ERRORS, Cause, RoundDone, SiteLeftOut, cause_of_code, read_event
 from deploy.runs import state as run_state
-from deploy.runs.prometheus import run_metrics
+from deploy.runs.prometheus import _run_metrics
 from deploy.runs.reading import RunSource, run_events
 from deploy.runs.state import RunState, Stage
 from deploy.runs.table import run_table
@@ -252,7 +252,9 @@ def test_a_skipped_round_is_one_of_the_run_and_is_named() -> None:
     state = fold(events)
     assert (state.stage, state.round, state.updates, state.loss) == (Stage.RUNNING, 2, 0, 0.5)
     assert state.skipped == (2,)
-    shown = {sample.name: sample.value for metric in run_metrics(state, "first") for sample in metric.samples}
+    shown = {
+        sample.name: sample.value for metric in _run_metrics(state, "first") for sample in metric.samples
+    }
     assert shown["fedbags_rounds_skipped"] == 1
     text = io.StringIO()
     Console(file=text, width=80).print(run_table(state, "first", now=4.0))

@@ -15,7 +15,7 @@ from common.run_records import BagFigures, BagsEvaluated, Enrolled, Failed, Fini
 from deploy.runs import tracking
 from deploy.runs.reading import EventsFile
 from deploy.runs.state import Stage
-from deploy.runs.tracking import figures_of, track
+from deploy.runs.tracking import _figures_of, track
 from server.run_folder import RunFolder
 
 needs_extra = pytest.mark.skipif(
@@ -106,7 +106,7 @@ def test_mlflow_reads_back_what_the_events_say(
 
 
 def test_a_running_run_is_followed_to_its_end(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "INTERVAL", 0.02)
+    monkeypatch.setattr(tracking, "_INTERVAL", 0.02)
     folder, kept = RunFolder(own_run), Kept()
     folder.forget_events_after(1)
     events = [e for e in read_json_lines(folder.metrics) if e["event"] != "finished"]
@@ -152,7 +152,7 @@ def test_a_resumed_run_is_not_mirrored_twice(own_run: Path, monkeypatch: pytest.
 def test_held_back_figures_have_a_curve_per_level() -> None:
     levels = [BagFigures(level="leaf", kl=0.3, l1=0.4)]
     event = BagsEvaluated(round=1, score=0.5, levels=levels)
-    assert figures_of(event, tracking.RunState()) == {
+    assert _figures_of(event, tracking.RunState()) == {
         "held-back/score": 0.5, "held-back/leaf/kl": 0.3, "held-back/leaf/l1": 0.4,
     }  # fmt: skip
 
