@@ -22,7 +22,7 @@ from deploy.datasets.site_check import check_site as describe_site
 from deploy.figures.draw import draw_figures
 from deploy.report import files as report_files
 from deploy.runs.predict import Classifier
-from deploy.runs.runs import read_summary
+from deploy.runs.reading import read_summary
 from deploy.simulation import simulate as simulation
 
 PathLike = str | Path
@@ -41,7 +41,7 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""
-        return read_summary(self.path)
+        return read_summary(self.path).to_dict()
 
     @cached_property
     def config(self) -> RunConfig:
