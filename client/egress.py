@@ -67,7 +67,7 @@ log = logging.getLogger("fedbags.client")
 
 _SHARE_BYTES = 52
 """As ``common.secure_aggregation.keys``, which a run in clear does not load."""
-_TAG_BYTES = 16
+_SEALED_BYTES = 184
 _ASKED: dict[type[Record], type[InSession]] = {
     KeyAdvert: SessionOffer,
     SealedShares: SessionPlan,
@@ -316,7 +316,7 @@ def _sealed(reply: SealedShares, others: set[SiteName]) -> SealedShares:
     if not reply.shares.keys() <= others:
         raise EgressError("a site's own share stays with it, and others go to members of the plan only")
     # The content is sealed, so its length is all that can be checked; any longer text could carry data.
-    if any(len(sealed) != 2 * _SHARE_BYTES + _TAG_BYTES for sealed in reply.shares.values()):
+    if any(len(sealed) != _SEALED_BYTES for sealed in reply.shares.values()):
         raise EgressError("sealed shares have one length")
     return reply.model_copy(update={"shares": _sorted(reply.shares)})
 

@@ -140,7 +140,11 @@ class Member:
         model = digest(sent.arrays)
         self._claim_once(f"{self._round(request)}/model", model.hex(), "for another model")
         claim(self.claims, f"{request.session}/masks")
-        self._keep(member.receive(self._state(), request, model))
+        state = member.receive(self._state(), request, model)
+        for peer in sorted(request.shares.keys() - state.held.keys()):
+            told = {"round": request.round, "site": peer}
+            log.warning("round %(round)d: the shares that %(site)s sealed for this site do not open", told)
+        self._keep(state)
 
     def mask(self, sent: dict[str, FloatArray], trained: dict[str, FloatArray]) -> Words:
         """The update as masked words; the masks are gone from the state afterwards.
@@ -162,7 +166,7 @@ class Member:
         return answer
 
     def unmask(self, request: UnmaskRequest) -> UnmaskShares:
-        """One share per neighbour; asked again, the same ones, and for other survivors none.
+        """One share per neighbour whose shares it holds; asked again, the same, and for other survivors none.
 
         Raises:
             RoundTaken: it has given shares for another sum of this round.

@@ -52,6 +52,10 @@ class ServerState(BaseModel):
     digests: dict[str, list[str]] = {}
     """Of the updates that each site sent, so that none is taken twice."""
     bags: list[BagFigures] = []
+    skipped: int = 0
+    """Rounds that left the model as it was."""
+    expelled: dict[str, str] = {}
+    """Sites that may take no further part in the run, and why: they cost it a sum of masked updates."""
     stopped_early: str = ""
     """Why the run ended before its last round, and well: its sites' privacy budgets are used up."""
 

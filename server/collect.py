@@ -46,6 +46,8 @@ class Collector:
         """Node and round of every site that left because of its privacy budget."""
         self.taken: set[str] = set()
         """Sites that have done their part of this round before (``SiteError.ROUND_TAKEN``)."""
+        self.named = False
+        """Whether a site was expelled in this round."""
 
     def updates(
         self, number: int, model: RecordDict, reference: Arrays, collected: Aggregator
@@ -66,6 +68,7 @@ class Collector:
             UselessSum: the masked sum is not one of updates.
         """
         self.taken.clear()
+        self.named = False
         collect = self._masked if self.config.secure_aggregation.enabled else self._single
         return collect(number, model, reference, collected)
 
@@ -107,6 +110,7 @@ class Collector:
             session = Session(
                 exchange=lambda kind, requests: self._exchange(kind, number, requests, cohort),
                 report=lambda site, kind, reason: self._left_out(_unusable(site, kind, reason), cohort),
+                expel=lambda site, kind, reason: self._expel(site, kind, reason, cohort),
                 spent=self._note_statement,
                 config=self.config.secure_aggregation,
                 round=number,
@@ -200,6 +204,12 @@ class Collector:
         self._quorum.report(left_out)
         if cohort is not None:
             cohort.failed(left_out.site, left_out.reason, final=final)
+
+    def _expel(self, site: str, kind: str, reason: str, cohort: RoundCohort) -> None:
+        """Leave out a site that cost the round its sum, in this round and in every later one."""
+        self._left_out(_unusable(site, kind, f"{reason} (out for the rest of the run)"), cohort)
+        self.roster.expel(site, reason)
+        self.named = True
 
     def _note_statement(self, statement: PrivacyStatement) -> None:
         """Write down what a site has spent.

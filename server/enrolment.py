@@ -35,6 +35,8 @@ class Roster:
     """Nodes whose name is not on the allow-list."""
     rivals: dict[int, str] = field(default_factory=dict)
     """Nodes that gave the name of a site that is there, with that name."""
+    expelled: dict[str, str] = field(default_factory=dict)
+    """By site that is out for the rest of the run, under whatever node it comes back: why."""
     silent: Counter[int] = field(default_factory=Counter)
     """How often a node gave no answer."""
 
@@ -48,6 +50,12 @@ class Roster:
         Its release stays known.
         """
         self.refused[self.nodes.pop(site)] = (site, reason)
+
+    def expel(self, site: str, reason: str) -> None:
+        """Take a site out for the rest of the run."""
+        self.expelled.setdefault(site, reason)
+        if site in self.nodes:
+            self.leave(site, reason)
 
     def drop_disconnected(self, connected: Collection[int]) -> list[str]:
         """Forget the nodes that are gone.
@@ -113,6 +121,10 @@ def enrol(
         release, tree = found
         if config.strategy is Strategy.FEDPALS and not release.leaf_counts:
             reason = "releases no label counts by policy, and strategy fedpals needs them"
+            roster.refused[reply.node] = (release.site, reason)
+            leave_out(release.site, Cause.NOT_ADMITTED, reason)
+        elif release.site in roster.expelled:
+            reason = f"out for the rest of the run: {roster.expelled[release.site]}"
             roster.refused[reply.node] = (release.site, reason)
             leave_out(release.site, Cause.NOT_ADMITTED, reason)
         elif allowed and release.site not in allowed:

@@ -35,7 +35,7 @@ class Quorum:
 
     def __init__(self, grid: Grid, config: FederationConfig, folder: RunFolder, state: ServerState) -> None:
         self.grid, self.config, self.folder, self.state = grid, config, folder, state
-        self.roster = Roster(releases=state.releases)
+        self.roster = Roster(releases=state.releases, expelled=state.expelled)
         if state.releases:
             self.roster.hierarchy = majority_tree(list(state.releases.values()))
 
@@ -81,9 +81,10 @@ class Quorum:
     def expected_names(self) -> list[str]:
         """Return the names that may be waited for.
 
-        They are the allow-list, else every site that took part before.
+        They are the allow-list, else every site that took part before, without those that were expelled.
         """
-        return sorted(allowed_names(self.config) or self.roster.releases)
+        names = allowed_names(self.config) or self.roster.releases.keys()
+        return sorted(names - self.roster.expelled.keys())
 
     def report(self, left_out: LeftOut) -> None:
         """Write down that something of a site was not used in this round."""
@@ -179,7 +180,8 @@ class RoundCohort:
         expected = max(config.sites, len(self._quorum.expected_names()))
         # Only refusals of sites that are connected are final: a site that comes back may have been mended.
         refusing = [site for site in self._refused if site in roster.nodes]
-        if expected - len(refusing) - len(roster.refused) < config.quorum:
+        out = roster.expelled.keys() - {site for site, _ in roster.refused.values()}
+        if expected - len(refusing) - len(roster.refused) - len(out) < config.quorum:
             raise QuorumMissed(
                 self._shortage("Waiting would not help: who answered would answer the same again.")
             )
@@ -206,7 +208,7 @@ class RoundCohort:
         roster, quorum = self._quorum.roster, self._quorum.config.quorum
         names = ", ".join(self._missing()) or "no site that is known by name"
         reasons = {site: "not connected" for site in self._missing() if site not in roster.nodes}
-        reasons |= dict(roster.refused.values())
+        reasons |= roster.expelled | dict(roster.refused.values())
         reasons |= self._silent | self._refused
         lines = "".join(f"  {site}: {reason}\n" for site, reason in sorted(reasons.items()))
         have = f"{len(self.done)} good update(s)" if self._asked else f"{len(roster.nodes)} site(s) enrolled"

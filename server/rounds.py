@@ -40,7 +40,7 @@ class Rounds:
         self.optimiser = ServerOptimiser(self.config.federation)
         self.best: dict[str, FloatArray] = dict(trainable_arrays(model))
         self.skipped = 0
-        """Rounds in a row, up to now, that were skipped for it."""
+        """Rounds in a row, up to now, that were skipped without anybody's being named."""
 
     def restore(self, groups: dict[str, dict[str, Any]]) -> None:
         """Put the arrays of a checkpoint back."""
@@ -83,15 +83,19 @@ class Rounds:
     def _may_skip(self, number: int) -> bool:
         """Return True if this round may be skipped.
 
-        It may not after too many skipped rounds in a row, and not where no round would be trained at all.
+        It may not after too many skipped rounds in a row that nobody was expelled for, and not where no round
+        would be trained at all.
         """
-        return self.skipped < ATTEMPTS and not self.skipped + 1 == number == self.config.rounds
+        if self.state.skipped + 1 == number == self.config.rounds:
+            return False
+        return self.collector.named or self.skipped < ATTEMPTS
 
     def _skip(self, number: int, reason: str) -> None:
         """Leave the model as it is in this round, and go on with the next."""
         # A site unmasks one sum of a round and never a second. Where it did, and the sum was lost before
         # the checkpoint or is of no use, this round cannot be had again, and the next one can.
-        self.skipped += 1
+        self.state.skipped += 1
+        self.skipped += not self.collector.named
         self.folder.record(RoundSkipped(round=number, sites=sorted(self.collector.taken), reason=reason))
         log.warning("round %(round)d skipped: %(reason)s", {"round": number, "reason": reason})
 

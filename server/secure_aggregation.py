@@ -164,6 +164,7 @@ class Session:
     Args:
         exchange: sends requests to sites and yields their replies.
         report: called with unusable replies.
+        expel: called with sites that cost a sum and take no part in the rest of the run, as ``report`` is.
         spent: called with every privacy statement; the budget is spent, whatever becomes of the update.
         config: of the secure aggregation.
         round: its number.
@@ -174,6 +175,7 @@ class Session:
 
     exchange: Exchange
     report: Report
+    expel: Report
     spent: Callable[[PrivacyStatement], None]
     config: SecureAggregationConfig
     round: int
@@ -197,7 +199,7 @@ class Session:
         sealed = self._share(plan)
         # What the sites started from: a 16-bit transport has rounded it.
         sent = from_records(model, ModelUpdate).arrays
-        total = MaskedSum(plan, list(sealed), length(trained), digest(sent))
+        total = MaskedSum(plan, sealed, length(trained), digest(sent))
         metrics = self._add_up(total, sealed, model)
         self._unmask(total, self._agree_on_survivors(total))
         start = {name: sent[name] for name in trained}
@@ -219,10 +221,10 @@ class Session:
         offer = to_records(SessionOffer(session=self.name, round=self.round))
         adverts = {}
         for site, advert in self._replies(KEYS, dict.fromkeys(sites, offer), KeyAdvert):
-            # The site's own may be of an authority that the other sites do not trust; the folder's is not.
-            certificate = self._certificate(site) or advert.certificate
+            # Its own may be of another authority than the other sites trust: with it they would all refuse.
+            certificate = self._certificate(site) if self.config.certificates else advert.certificate
             if not certificate:
-                self.report(site, KEYS, "it sent no certificate, and there is none for it here")
+                self.report(site, KEYS, "there is no certificate for it")
                 continue
             try:
                 with reading("unusable keys"):
@@ -259,6 +261,9 @@ class Session:
             if reply.shares.keys() != set(joined[site]) - {site}:
                 # A neighbour without its share would refuse the session.
                 self.report(site, SHARES, "not one share for each of its neighbours")
+                continue
+            if any(len(shares) != keys.SEALED_BYTES for shares in reply.shares.values()):
+                self.report(site, SHARES, "sealed shares of a wrong length")
                 continue
             sealed[site] = reply
         self._need(len(sealed), "shared their secrets")
@@ -326,15 +331,26 @@ class Session:
         answers = self._repeatable(
             UNMASK, request, UnmaskShares, lambda replies: bool(replies) and not total.missing(replies)
         )
+        self._name(total, answers)
         try:
             total.unmask(answers)
         except RunError as error:
             raise SessionFailed(str(error)) from error
-        # Only after unmasking, since a wrong share that was worked around is no reason to stop.
+
+    def _name(self, total: MaskedSum, answers: Mapping[str, UnmaskShares]) -> None:
+        """Report who gave or sealed shares that are of no use, and expel them where that costs the sum."""
+        blame = self.expel if total.missing(answers) else self.report
         for holder, owner in total.wrong_shares(answers):
-            self.report(
-                holder, UNMASK, f"a wrong share of a secret of {owner}, given to it or by it; not used"
+            blame(
+                holder, UNMASK, f"another share of a secret of {owner} than the one it was sealed; not used"
             )
+        bad = total.bad_owners(answers)
+        for owner in bad:
+            blame(owner, UNMASK, "the shares that it sealed do not give its secret, or too few can be opened")
+        for site, others in total.withheld(answers).items():
+            if site not in bad:
+                reason = "no share of one by the other, badly sealed or kept back"
+                self.report(site, UNMASK, f"between it and {', '.join(others)}: {reason}")
 
     def _repeatable(
         self, kind: str, request: SurvivorList, record: type[T], enough: Callable[[dict[str, T]], bool]
@@ -376,6 +392,6 @@ class Session:
         # Read anew each time, for a site that joins late gets its certificate while the run goes on. The
         # name comes from a site, so it must not lead out of the folder.
         path = Path(self.config.certificates) / f"{site}.crt"
-        if not self.config.certificates or not _FILE_NAME.fullmatch(site) or not path.is_file():
+        if not _FILE_NAME.fullmatch(site) or not path.is_file():
             return ""
         return path.read_text(encoding="ascii")

@@ -21,6 +21,8 @@ from common.errors import SecureAggregationRefused
 SECRET_BYTES = 32
 SHARE_BYTES = 52
 """Of a 32-byte secret: a 4-byte index and three blocks of 16 (Flower pads to whole blocks, always)."""
+SEALED_BYTES = 2 * 32 + 2 * SHARE_BYTES + 16
+"""What a site seals for a neighbour: a digest of each of two shares in clear, both shares, and a tag."""
 _ONCE = bytes(12)
 """The nonce. Every sealing key is derived for one message: session, sender and receiver are in it."""
 
@@ -45,6 +47,14 @@ def commit(seed: bytes) -> bytes:
     """
     # The prefix keeps this hash apart from every other use of SHA-256 on the same bytes.
     return hashlib.sha256(b"fedbags self-mask seed" + seed).digest()
+
+
+def commit_share(share: bytes) -> bytes:
+    """Return the SHA-256 of a share: 256 unknown bits are left in it for whoever holds too few others.
+
+    Shown by the owner in clear, it tells later whether a holder gave the share that it was sealed.
+    """
+    return hashlib.sha256(b"fedbags share" + share).digest()
 
 
 def pairwise_key(private: bytes, peer: bytes, purpose: str, context: bytes) -> bytes:

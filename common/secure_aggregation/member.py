@@ -59,7 +59,7 @@ class MemberState(Record):
     owners: dict[str, bytes] = Field(default={})
     """By site: its certified node key, a compressed point of P-384."""
     held: dict[str, tuple[bytes, bytes]] = Field(default={}, repr=False)
-    """By site, its own name included: the shares it was given, of the self-mask's seed and the mask key."""
+    """By site, its own name included: the shares that it holds, of the self-mask's seed and the mask key."""
     sharing: tuple[str, ...] = ()
     """The sites that it was told share secrets, in all of the session: its masks hold for this list only."""
     model: bytes = b""
@@ -161,7 +161,9 @@ def share(
     mask_keys = keys.split(state.mask_key, needed, members)
     transcript = plan.transcript()
     sealed = {
-        peer: keys.seal(
+        peer: keys.commit_share(seeds[peer])
+        + keys.commit_share(mask_keys[peer])
+        + keys.seal(
             state.seal_key,
             plan.advert(peer).seal_key,
             state.site,
@@ -189,14 +191,17 @@ def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberSta
 
     Neighbours that sent none are no longer part of the session.
 
+    Shares that do not open, or are not those whose digests came with them, are not held: without them the
+    owner's secret is harder to recover, and no other site loses anything. The pair's masks stay as they are.
+
     Args:
         state: after ``share``.
         request: from the server.
         model: SHA-256 of the model that came with it.
 
     Raises:
-        SecureAggregationRefused: too few are left, not one share of each neighbour on the list, or a share is
-            not what its sender sealed.
+        SecureAggregationRefused: too few are left, not one share of each neighbour on the list, or so few
+            that open that most of them must have been told another plan than this site.
     """
     state.belongs_to(request)
     plan = state.agreed()
@@ -217,11 +222,22 @@ def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberSta
     transcript = plan.transcript()
     held = dict(state.held)
     for peer, sealed in sorted(request.shares.items()):
-        public = plan.advert(peer).seal_key
-        opened = keys.unseal(state.seal_key, public, peer, state.site, transcript, sealed)
-        if len(opened) != 2 * keys.SHARE_BYTES:
-            raise SecureAggregationRefused(f"the shares of {peer!r} have a wrong length")
-        held[peer] = (opened[: keys.SHARE_BYTES], opened[keys.SHARE_BYTES :])
+        public, digests, closed = plan.advert(peer).seal_key, sealed[:64], sealed[64:]
+        try:
+            opened = keys.unseal(state.seal_key, public, peer, state.site, transcript, closed)
+        except SecureAggregationRefused:
+            continue
+        pair = (opened[: keys.SHARE_BYTES], opened[keys.SHARE_BYTES :])
+        # A share of another length could not leave this site, and would take its whole answer with it.
+        if len(opened) == 2 * keys.SHARE_BYTES and digests == b"".join(map(keys.commit_share, pair)):
+            held[peer] = pair
+    # Of those that were handed on: sites that are lost do not make the shares of the others suspect.
+    needed = threshold(len(request.shares) + 1, plan.threshold_share)
+    if len(held) < needed:
+        raise SecureAggregationRefused(
+            f"the shares of {len(held)} of {len(request.shares) + 1} sites can be opened, {needed} are "
+            "needed: the others saw another plan, or their shares were changed"
+        )
     return state.model_copy(update={"held": held, "seal_key": b"", "sharing": sharing, "model": model})
 
 
@@ -244,7 +260,8 @@ def mask(state: MemberState, vector: Words) -> MemberState:
     # others count on all, or send all others a model that stops their gradients (Pasquini et al. 2022).
     context = mask_context(plan, state.sharing, state.model)
     add_mask(vector, keys.derive(state.seed, SELF_MASK, context))
-    for peer in sorted(state.held.keys() - {state.site}):
+    # With every neighbour that shares, whether this site holds its shares or not: else nothing would cancel.
+    for peer in sorted(set(state.sharing) & set(neighbourhood(plan, state.site)) - {state.site}):
         key = keys.pairwise_key(state.mask_key, plan.advert(peer).mask_key, PAIR_MASK, context)
         if state.site < peer:
             add_mask(vector, key)
@@ -276,7 +293,7 @@ def agree(
 
 
 def unmask(state: MemberState, request: UnmaskRequest, limits: Limits) -> UnmaskShares:
-    """Give one share per neighbour, of a survivor's self-mask or of a lost site's mask key.
+    """Give one share per neighbour whose shares it holds, of a survivor's self-mask or a lost one's mask key.
 
     Raises:
         SecureAggregationRefused: as for ``agree``, or too few sites have signed the very same list.

@@ -100,7 +100,7 @@ class SessionPlan(InSession):
 
 
 class SealedShares(InSession):
-    """Hold one ciphertext for each neighbour, which only this neighbour can open.
+    """Hold two digests of shares and one ciphertext for each neighbour, which only this neighbour can open.
 
     A site sends it to the server.
     """

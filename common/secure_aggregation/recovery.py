@@ -1,10 +1,10 @@
 """Add up the masked vectors at the server and take the masks off the sum.
 
-This is the server's part of a session apart from waiting and sending. It holds one vector and nothing per
-site, however many sites there are. It knows nothing of Flower.
+This is the server's part of a session apart from waiting and sending. It holds one vector, however
+many sites there are, and digests of the shares that they sealed. It knows nothing of Flower.
 """
 
-import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -14,10 +14,7 @@ from common.secure_aggregation import keys
 from common.secure_aggregation.cohort import neighbourhoods, threshold
 from common.secure_aggregation.masking import add_mask, subtract_mask
 from common.secure_aggregation.member import PAIR_MASK, SELF_MASK, mask_context
-from common.secure_aggregation.records import SessionPlan, UnmaskShares, Words
-
-_ATTEMPTS = 200
-"""Choices of holders that are tried for one secret, where one of them or more gave a wrong share."""
+from common.secure_aggregation.records import SealedShares, SessionPlan, UnmaskShares, Words
 
 
 class MaskedSum:
@@ -25,13 +22,20 @@ class MaskedSum:
 
     Args:
         plan: what all sites agreed on.
-        sharing: the sites whose shares were handed on, and whose masks may therefore be in the vectors.
+        sealed: by site, the shares that were handed on. These sites' masks may be in the vectors.
         length: words of a vector.
         model: SHA-256 of the model that all of them trained.
     """
 
-    def __init__(self, plan: SessionPlan, sharing: list[str], length: int, model: bytes) -> None:
-        self.plan, self.sharing, self.model = plan, sorted(sharing), model
+    def __init__(
+        self, plan: SessionPlan, sealed: Mapping[str, SealedShares], length: int, model: bytes
+    ) -> None:
+        self.plan, self.sharing, self.model = plan, sorted(sealed), model
+        self._digests = {
+            (owner, holder): (shares[:32], shares[32:64])
+            for owner, reply in sealed.items()
+            for holder, shares in reply.shares.items()
+        }
         self._neighbourhoods = neighbourhoods(plan)
         self.survivors: list[str] = []
         self.total: Words = np.zeros(length, np.uint32)
@@ -82,7 +86,7 @@ class MaskedSum:
             if secret is None:
                 raise RunError(
                     f"the {'self-mask' if survived else 'mask key'} of {site!r} cannot be recovered: too few "
-                    "sites gave a share of it, or one gave a wrong one"
+                    "sites gave the share of it that they hold, or what it sealed does not fit together"
                 )
             if survived:
                 subtract_mask(self.total, keys.derive(secret, SELF_MASK, context))
@@ -90,57 +94,79 @@ class MaskedSum:
                 self._remove_pairs(site, secret, context)
 
     def wrong_shares(self, answers: Mapping[str, UnmaskShares]) -> list[tuple[str, str]]:
-        """Return (holder, owner) of shares that stand in the way of recovering the owner's secret.
+        """Return (holder, owner) where a holder gave another share than the owner sealed for it."""
+        return [
+            (holder, owner)
+            for owner in self._secrets_needed()
+            for holder in sorted(self._told(owner, answers).keys() - self._given(owner, answers).keys())
+        ]
 
-        Either may be to blame: the holder gave another share than it has, or the owner sealed it a wrong
-        one. The other shares are examined only where the first ones by name did not fit.
+    def withheld(self, answers: Mapping[str, UnmaskShares]) -> dict[str, list[str]]:
+        """Return by site with whom it has no share, though one was sealed and the holder answered.
+
+        Either the owner sealed none that opens, or the holder keeps it back. Of each such two the one with
+        more of them is named, or else the owner.
         """
-        wrong = []
-        for site in self._secrets_needed():
-            shares, needed = self._given(site, answers), self._needed(site)
-            if self._fitting(site, shares) is not None:
-                continue
-            fit = self._search(site, shares)
-            good = sorted(fit)[: needed - 1]
-            wrong += [
-                (holder, site)
-                for holder in shares
-                if holder not in fit
-                and self._fitting(site, {name: shares[name] for name in [*good, holder]}) is None
-            ]
-        return wrong
+        pairs = [
+            (owner, holder)
+            for owner in self._secrets_needed()
+            for holder in self._without(owner, answers)
+            if holder != owner
+        ]
+        often = Counter(site for pair in pairs for site in pair)
+        named: dict[str, list[str]] = {}
+        for owner, holder in pairs:
+            site, other = (holder, owner) if often[holder] > often[owner] else (owner, holder)
+            named.setdefault(site, []).append(other)
+        return {site: sorted(named[site]) for site in sorted(named)}
+
+    def bad_owners(self, answers: Mapping[str, UnmaskShares]) -> list[str]:
+        """Return the sites whose secret cannot be recovered by their own doing.
+
+        They sealed shares that do not fit together; or, of n in the neighbourhood with a threshold of t, more
+        than n - t have no share of theirs, their own counted too. Fewer holders than that cannot get an
+        honest site named by keeping shares back, nor by giving wrong ones: the digests tell those.
+        """
+        bad = []
+        for owner in self.missing(answers):
+            needed = self._needed(owner)
+            spare = len(self._neighbourhoods[owner]) - needed
+            if len(self._given(owner, answers)) >= needed or len(self._without(owner, answers)) > spare:
+                bad.append(owner)
+        return bad
 
     def _secret(self, site: str, answers: Mapping[str, UnmaskShares]) -> bytes | None:
         """Return a survivor's seed or a lost site's mask key, if it is the one that was advertised."""
         if site not in self._secrets:
-            shares = self._given(site, answers)
-            secret = self._fitting(site, self._search(site, shares))
+            secret = self._fitting(site, self._given(site, answers))
             if secret is None:
                 return None
             self._secrets[site] = secret
         return self._secrets[site]
 
-    def _given(self, site: str, answers: Mapping[str, UnmaskShares]) -> dict[str, bytes]:
-        """Return the shares of one site's secret, by holder."""
-        given = {
-            holder: answers[holder].self_masks if site in self.survivors else answers[holder].mask_keys
-            for holder in sorted(self._holders(site) & answers.keys())
+    def _told(self, owner: str, answers: Mapping[str, UnmaskShares]) -> dict[str, bytes]:
+        """Return the shares of one site's secret, by holder, the owner's own last."""
+        holders = sorted(self._holders(owner) & answers.keys(), key=lambda holder: (holder == owner, holder))
+        told = {
+            holder: answers[holder].self_masks if owner in self.survivors else answers[holder].mask_keys
+            for holder in holders
         }
-        return {holder: shares[site] for holder, shares in given.items() if site in shares}
+        return {holder: shares[owner] for holder, shares in told.items() if owner in shares}
 
-    def _search(self, site: str, shares: dict[str, bytes]) -> dict[str, bytes]:
-        """Return shares that fit, or none where no tried choice leaves out all wrong ones."""
-        if self._fitting(site, shares) is not None:
-            return shares
-        # A fixed seed: which choices are tried is no secret, and a repeated run finds the same shares.
-        needed, draw = self._needed(site), random.Random(0)
-        if len(shares) <= needed:
-            return {}
-        for _ in range(_ATTEMPTS):
-            some = {holder: shares[holder] for holder in draw.sample(sorted(shares), needed)}
-            if self._fitting(site, some) is not None:
-                return some
-        return {}
+    def _given(self, owner: str, answers: Mapping[str, UnmaskShares]) -> dict[str, bytes]:
+        """Return those shares that are the ones which the owner sealed."""
+        # Of the owner's own share nobody else knows. It comes last, and can spoil its own secret only.
+        place = 0 if owner in self.survivors else 1
+        return {
+            holder: share
+            for holder, share in self._told(owner, answers).items()
+            if holder == owner or keys.commit_share(share) == self._digests[owner, holder][place]
+        }
+
+    def _without(self, owner: str, answers: Mapping[str, UnmaskShares]) -> list[str]:
+        """Return who answered without a share of this site's secret, and the site itself if it gave none."""
+        asked = self._holders(owner) & answers.keys() | {owner}
+        return sorted(asked - self._told(owner, answers).keys())
 
     def _fitting(self, site: str, shares: Mapping[str, bytes]) -> bytes | None:
         """Return the secret that the first shares give, if it is what the site committed to."""

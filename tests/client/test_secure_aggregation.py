@@ -1,5 +1,6 @@
 """A site in a secure aggregation: what it demands, what it does once, and what its guard lets out."""
 
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from common.model.build import build_model
 from common.model.model_file import all_arrays
 from common.records import ModelUpdate, PrivacyStatement, Record, SiteError
 from common.secure_aggregation import keys
-from common.secure_aggregation.keys import SHARE_BYTES
+from common.secure_aggregation.keys import SEALED_BYTES, SHARE_BYTES
 from common.secure_aggregation.member import MemberState
 from common.secure_aggregation.records import (
     KeyAdvert,
@@ -388,6 +389,36 @@ def test_secrets_are_in_the_nodes_state_and_leave_it_as_soon_as_they_can(nodes: 
         assert repr(secret)[2:-1] not in repr(state())
 
 
+def with_junk(request: MaskRequest, *peers: str) -> MaskRequest:
+    junk = {peer: os.urandom(SEALED_BYTES) for peer in peers}
+    return request.model_copy(update={"shares": request.shares | junk})
+
+
+def test_shares_that_do_not_open_are_logged_by_name_and_the_site_goes_on(
+    nodes: Nodes, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests, model = nodes.until_masks(), nodes.model()
+    requests["hospital-1"] = with_junk(requests["hospital-1"], "hospital-2")
+    with caplog.at_level("WARNING", "fedbags.client"):
+        assert not any(reply.has_error() for reply in nodes.train(requests, model).values())
+    logged = [record.getMessage() for record in caplog.records if "do not open" in record.getMessage()]
+    assert logged == ["round 1: the shares that hospital-2 sealed for this site do not open"]
+    request = nodes.agreed(*nodes.names)
+    given = {
+        name: from_records(nodes.ask(name, "query.unmask", request).content, UnmaskShares).self_masks.keys()
+        for name in nodes.names
+    }
+    assert given == {name: set(nodes.names) for name in nodes.names} | {
+        "hospital-1": {"hospital-1", "hospital-3"}
+    }
+
+
+def test_a_site_that_can_open_no_share_does_not_train(nodes: Nodes) -> None:
+    requests, model = nodes.until_masks(), nodes.model()
+    junk = with_junk(requests["hospital-1"], "hospital-2", "hospital-3")
+    assert code(nodes.ask("hospital-1", "train.masked", model, junk)) == SiteError.SECURE_AGGREGATION
+
+
 SITE = SiteSession(RunConfig(), SiteConfig(name="north"), Path(), {}, 1, RecordDict())
 GOOD_SHARES = {"a": b"x" * SHARE_BYTES}
 
@@ -433,12 +464,12 @@ def masked(**changes: Any) -> MaskedUpdate:
         (
             "query.shares",
             SessionPlan(**NOW, threshold_share=0.66, neighbours=0, clip_range=1.0, weights={}, adverts=()),
-            SealedShares(**NOW, site="north", shares={"north": b"x" * 120}),
+            SealedShares(**NOW, site="north", shares={"north": b"x" * SEALED_BYTES}),
         ),
         (
             "query.shares",
             SessionPlan(**NOW, threshold_share=0.66, neighbours=0, clip_range=1.0, weights={}, adverts=()),
-            SealedShares(**NOW, site="north", shares={"south": b"x" * 64}),
+            SealedShares(**NOW, site="north", shares={"south": b"x" * 120}),
         ),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from client.data.bags import BagStore
 from client.site import SecureAggregationPolicy, SiteConfig
-from client.throwaway import CERTIFICATE_FILE, FOLDER, KEY_FILE
+from client.throwaway import CERTIFICATE_FILE, FOLDER, KEY_FILE, throwaway_kit
 from common import identity
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
@@ -547,7 +547,7 @@ WRONG: dict[str, tuple[str, Callable[[Message], None], bool]] = {
     "bags beyond a float": ("train.masked", in_metrics(num_bags=10**300), False),
     "a loss that overflows": ("train.masked", in_metrics(loss=1e308), False),
     "a signature of 5.9 MB": ("query.survivors", in_record("survivor-signature", signature=LONG), True),
-    "shares that are none": ("query.unmask", in_record("unmask-shares", self_masks=OTHERS), False),
+    "shares that are none": ("query.unmask", in_record("unmask-shares", self_masks=OTHERS), True),
     "shares of 5.9 MB": ("query.unmask", in_record("unmask-shares", self_masks={LONG: ZEROS}), True),
 }  # fmt: skip
 
@@ -647,6 +647,31 @@ def test_the_server_adds_the_certificates_of_sites_that_send_none(five: Config, 
         f"hospital-{number}" for number in range(1, 5)
     ]
     assert any("no certificate" in e["reason"] for e in events if e["event"] == "left-out")
+
+
+def test_a_certificate_of_another_authority_costs_its_site_and_not_the_run(
+    five: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other site would refuse a list with it, and the coordinator's folder knows no such site."""
+    from client import secure_aggregation
+
+    nodes = tmp_path / "nodes"
+    nodes.mkdir()
+
+    def kit(context: Any, config: RunConfig, site: SiteConfig) -> Path:
+        outside = site.name == "hospital-2"
+        made = throwaway_kit(tmp_path / ("outside" if outside else "inside"), site.name)
+        if not outside:
+            (nodes / f"{site.name}.crt").write_bytes((made / CERTIFICATE_FILE).read_bytes())
+        return made
+
+    monkeypatch.setattr(secure_aggregation, "find_kit", kit)
+    summary = run(five("run", {"secure-aggregation.certificates": str(nodes)}))
+    assert [(item["site"], item["phase"]) for item in summary["left_out"]] == [("hospital-2", "query.keys")]
+    events = read_events(tmp_path / "run" / "metrics.jsonl")
+    assert [e["site"] for e in events if e["event"] == "update"] == [
+        f"hospital-{number}" for number in (1, 3, 4, 5)
+    ]
 
 
 @pytest.mark.parametrize(

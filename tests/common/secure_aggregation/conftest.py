@@ -107,7 +107,7 @@ class Consortium:
         plan = self.plan()
         sealed = {name: self.share(name, plan) for name in self.names if name not in no_shares}
         self.receive(sealed)
-        masked_sum = MaskedSum(plan, list(sealed), len(next(iter(vectors.values()))), self.model)
+        masked_sum = MaskedSum(plan, sealed, len(next(iter(vectors.values()))), self.model)
         for name in sealed:
             if name not in no_vector:
                 masked_sum.add(name, self.masked(name, vectors[name]))
