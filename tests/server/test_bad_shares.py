@@ -92,7 +92,7 @@ def hostile(
 
     def share(self: Member, plan: SessionPlan) -> SealedShares:
         reply = right(self, plan)
-        if not when(self.site.name, plan.round):
+        if not when(self.node.site.name, plan.round):
             return reply
         return reply.model_copy(update={"shares": reply.shares | attack(self, plan, reply)})
 
@@ -106,7 +106,7 @@ def random_for(number: int) -> Attack:
 
 def wrong_for_all(site: Member, plan: SessionPlan, reply: SealedShares) -> dict[str, bytes]:
     """Shares that open, are what their digests say, and give no secret."""
-    private, owner, shares = site._state().seal_key, site.site.name, {}
+    private, owner, shares = site._state().seal_key, site.node.site.name, {}
     for peer in reply.shares:
         one, other = os.urandom(keys.SHARE_BYTES), os.urandom(keys.SHARE_BYTES)
         public = plan.advert(peer).seal_key

@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from safetensors.numpy import load_file
 
 from client.data.bags import BagStore
+from client.session import SiteSession
 from client.site import SecureAggregationPolicy, SiteConfig
 from client.throwaway import CERTIFICATE_FILE, FOLDER, KEY_FILE, throwaway_kit
 from common import identity
@@ -658,11 +659,12 @@ def test_a_certificate_of_another_authority_costs_its_site_and_not_the_run(
     nodes = tmp_path / "nodes"
     nodes.mkdir()
 
-    def kit(context: Any, config: RunConfig, site: SiteConfig) -> Path:
-        outside = site.name == "hospital-2"
-        made = throwaway_kit(tmp_path / ("outside" if outside else "inside"), site.name)
+    def kit(session: SiteSession) -> Path:
+        name = session.site.name
+        outside = name == "hospital-2"
+        made = throwaway_kit(tmp_path / ("outside" if outside else "inside"), name)
         if not outside:
-            (nodes / f"{site.name}.crt").write_bytes((made / CERTIFICATE_FILE).read_bytes())
+            (nodes / f"{name}.crt").write_bytes((made / CERTIFICATE_FILE).read_bytes())
         return made
 
     monkeypatch.setattr(secure_aggregation, "find_kit", kit)
