@@ -635,8 +635,8 @@ def test_the_server_adds_the_certificates_of_sites_that_send_none(five: Config, 
         (kit / CERTIFICATE_FILE).rename(nodes / f"{kit.name}.crt")
     from client import secure_aggregation
 
-    def real_kit(context: Any, config: RunConfig, site: SiteConfig) -> Path:
-        return made / site.name
+    def real_kit(session: SiteSession) -> Path:
+        return made / session.site.name
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(secure_aggregation, "find_kit", real_kit)
