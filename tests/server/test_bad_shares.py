@@ -19,7 +19,7 @@ from common.secure_aggregation.recovery import MaskedSum
 from common.wire import from_records, to_records
 from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.simulation.local_grid import LocalGrid
-from server import attendance, rounds
+from server import quorum, rounds
 from server.app import app
 from server.run_folder import read_events
 
@@ -30,8 +30,8 @@ Attack = Callable[[Member, SessionPlan, SealedShares], dict[str, bytes]]
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attendance, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(attendance, "_LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(quorum, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(quorum, "_LONGEST_PAUSE", 0.02)
 
 
 @pytest.fixture
