@@ -13,6 +13,7 @@ from flwr.app import Message
 from client.secure_aggregation import Member
 from common.config import RunConfig
 from common.errors import RunError
+from common.files import read_json_lines
 from common.secure_aggregation import keys, member
 from common.secure_aggregation.records import SealedShares, SessionPlan, UnmaskShares, Words
 from common.secure_aggregation.recovery import MaskedSum
@@ -21,7 +22,6 @@ from deploy.datasets.synthetic import write_synthetic_sites
 from deploy.simulation.local_grid import LocalGrid
 from server import quorum, rounds
 from server.app import app
-from server.run_folder import read_events
 
 CULPRIT = "hospital-2"
 OTHERS = ["hospital-1", "hospital-3", "hospital-4", "hospital-5"]
@@ -131,7 +131,7 @@ def run(config: RunConfig, bend: Callable[[Message], Message] | None = None) -> 
 
 
 def events(config: RunConfig, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read_events(Path(config.run_dir) / "metrics.jsonl") if e["event"] == kind]
+    return [e for e in read_json_lines(Path(config.run_dir) / "metrics.jsonl") if e["event"] == kind]
 
 
 def keeps_its_own_back(reply: Message) -> Message:

@@ -670,7 +670,7 @@ def test_a_certificate_of_another_authority_costs_its_site_and_not_the_run(
     monkeypatch.setattr(secure_aggregation, "find_kit", kit)
     summary = run(five("run", {"secure-aggregation.certificates": str(nodes)}))
     assert [(item["site"], item["phase"]) for item in summary["left_out"]] == [("hospital-2", "query.keys")]
-    events = read_events(tmp_path / "run" / "metrics.jsonl")
+    events = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [e["site"] for e in events if e["event"] == "update"] == [
         f"hospital-{number}" for number in (1, 3, 4, 5)
     ]
