@@ -1,0 +1,1 @@
+"""Hold the app of a hospital, which it approves by hash."""

@@ -1,4 +1,4 @@
-"""A site's part in secure aggregation, message by message: its keys, its limits, and what it does only once.
+"""Play a site's part in secure aggregation, one message after the other.
 
 The mathematics are in ``common.secure_aggregation.member``. Here are the site's files (node key and CA
 certificate of its kit, the claims), and its secrets between two messages: they wait in ``Context.state``,
@@ -59,7 +59,7 @@ plus or minus the range times the site's weight, and their sum would tell every 
 
 @dataclass(frozen=True)
 class Member:
-    """One site in the session that its state tells of."""
+    """Stand for one site in the session that its state belongs to."""
 
     node: SiteSession
     kit: Path
@@ -67,7 +67,7 @@ class Member:
 
     @classmethod
     def open(cls, session: SiteSession) -> Self:
-        """The member that this node is.
+        """Return the member that this node is.
 
         Raises:
             ConfigError: secure aggregation is off in this run, or a real node has no kit.
@@ -78,13 +78,13 @@ class Member:
 
     @property
     def limits(self) -> Limits:
-        """The stricter of the site's demands and the run's."""
+        """Return the stricter of the site's demands and the run's."""
         own = self.node.site.policy.secure_aggregation
         fewest = max(own.minimum_sites, self.node.config.secure_aggregation.minimum_sites)
         return Limits(fewest, own.largest_share, own.fewest_neighbours)
 
     def advertise(self, offer: SessionOffer) -> KeyAdvert:
-        """Fresh keys, signed with the node key.
+        """Make fresh keys, signed with the node key.
 
         Raises:
             RoundTaken: the site has unmasked a sum of this round already.
@@ -103,7 +103,7 @@ class Member:
         return advert
 
     def share(self, plan: SessionPlan) -> SealedShares:
-        """Sealed shares for the neighbours, once all keys are verified and the plan is the run's."""
+        """Seal shares for the neighbours, once all keys are verified and the plan is the run's."""
         authority = require_file(
             self.kit / CA_FILE, "the consortium's CA certificate", "It came with the site's kit."
         )
@@ -125,11 +125,11 @@ class Member:
 
     @property
     def session(self) -> str:
-        """The session that the site's secrets are of."""
+        """Return the session that the site's secrets belong to."""
         return self._state().session
 
     def receive(self, request: MaskRequest, sent: ModelUpdate) -> None:
-        """Take the neighbours' shares in, beside the model; training it and masking are claimed.
+        """Take in the neighbours' shares, and claim the training and masking of the model beside them.
 
         Raises:
             RoundTaken: the site has unmasked a sum of this round, or begun it with another model.
@@ -147,7 +147,7 @@ class Member:
         self._keep(state)
 
     def mask(self, sent: dict[str, FloatArray], trained: dict[str, FloatArray]) -> Words:
-        """The update as masked words; the masks are gone from the state afterwards.
+        """Return the update as masked words, and erase the masks from the state.
 
         Raises:
             RunError: the update is not finite, or too much of it is beyond the clip range.
@@ -160,13 +160,18 @@ class Member:
         return words
 
     def agree(self, request: SurvivorList) -> SurvivorSignature:
-        """The signed list of survivors; asked again, the same one, and no other list."""
+        """Sign the list of survivors.
+
+        Asked again, the site signs the same list and no other.
+        """
         answer = member.agree(self._state(), request, self._node_key(), self.limits)
         self._claim_survivors(request)
         return answer
 
     def unmask(self, request: UnmaskRequest) -> UnmaskShares:
-        """One share per neighbour whose shares it holds; asked again, the same, and for other survivors none.
+        """Give one share per neighbour whose shares it holds.
+
+        Asked again, it gives the same ones, and for other survivors none.
 
         Raises:
             RoundTaken: it has given shares for another sum of this round.
@@ -181,7 +186,7 @@ class Member:
         claim(self.claims, f"{request.session}/survivors", listed)
 
     def _refuse_second_sum(self, request: InSession) -> None:
-        """Say early, before any work and any budget, what ``unmask`` would refuse in the end."""
+        """Refuse before any work and any budget what ``unmask`` would refuse in the end."""
         if claimed(self.claims, f"{self._round(request)}/sum") is not None:
             raise RoundTaken(f"this site has given its part of a sum of round {request.round} already")
 
@@ -208,7 +213,9 @@ class Member:
 
 
 def find_kit(session: SiteSession) -> Path:
-    """The folder with node.key and ca.crt: the kit that the node names, or a throw-away one in a simulation.
+    """Return the folder with node.key and ca.crt.
+
+    It is the kit that the node names, or an ephemeral one in a simulation.
 
     Raises:
         ConfigError: a real node that names none. It does not take part without an identity.
@@ -223,18 +230,18 @@ def find_kit(session: SiteSession) -> Path:
 
 
 def own_certificate(kit: Path) -> str:
-    """Return the certificate in a kit, PEM; empty where there is none."""
+    """Return the certificate in a kit as PEM, or an empty text where there is none."""
     path = kit / CERTIFICATE_FILE
     return path.read_text(encoding="ascii") if path.is_file() else ""
 
 
 def settings_digest(config: RunConfig) -> bytes:
-    """Return the SHA-256 of a run's configuration: 32 bytes, alike at all sites that were told the same."""
+    """Return the SHA-256 of a run's configuration, 32 bytes that are alike where the configuration is."""
     return hashlib.sha256(canonical(config.to_flat())).digest()
 
 
 def claims_path(session: SiteSession) -> Path:
-    """With the site's data; a simulated site's lies under the run."""
+    """Return the file of claims, which lies with the site's data or under a simulated run."""
     if not session.simulated:
         return session.folder / CLAIMS_FILE
     path = run_folder(session) / "sites" / session.folder.name / CLAIMS_FILE
@@ -243,7 +250,7 @@ def claims_path(session: SiteSession) -> Path:
 
 
 def run_folder(session: SiteSession) -> Path:
-    """Return what the simulated sites of one run share, and no other run does: the folder of the run."""
+    """Return the folder of the run, which its simulated sites share and no other run does."""
     if session.config.run_dir:
         return Path(session.config.run_dir)
     return Path.home() / ".fedbags" / "runs" / session.run_name

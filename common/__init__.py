@@ -1,0 +1,1 @@
+"""Hold what sites and the coordinator agree on."""

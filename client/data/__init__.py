@@ -1,0 +1,1 @@
+"""Read a site's bags, images and tables."""

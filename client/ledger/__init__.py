@@ -1,0 +1,1 @@
+"""Keep the append-only record of the privacy budget that a site has spent."""

@@ -1,0 +1,1 @@
+"""Define the LHFGLP model, its backbones and its file."""

@@ -371,6 +371,7 @@ class LinkedImages(FileImages):
     """Represent image files that are hard-linked into a site folder, so that no pixel is stored twice."""
 
     def write(self, index: int, stem: Path) -> str:
+        """Write an image to ``stem`` plus a suffix, and return the suffix."""
         path = self.paths[index]
         try:
             os.link(path, stem.with_suffix(path.suffix))

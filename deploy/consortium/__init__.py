@@ -1,0 +1,1 @@
+"""Provision and start a consortium of separate machines."""

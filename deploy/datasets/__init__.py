@@ -1,0 +1,1 @@
+"""Turn images and tables of many layouts into site folders."""

@@ -44,6 +44,7 @@ class Steps:
         self._done, self._total, self._progress = 0, total, progress
 
     def __call__(self, number: int = 1) -> None:
+        """Count ``number`` more steps as done."""
         self._done += number
         if self._progress is not None:
             self._progress(self._done, self._total)

@@ -39,15 +39,19 @@ class DicomImages:
     paths: Sequence[Path]
 
     def name(self, index: int) -> str:
+        """Return the name of an image in a message to the local user."""
         return str(self.paths[index])
 
     def read(self, index: int) -> Image.Image:
+        """Decode an image as 8-bit RGB."""
         return Image.fromarray(to_8_bits(self.paths[index])).convert("RGB")
 
     def write(self, index: int, stem: Path) -> str:
+        """Write an image to ``stem`` plus a suffix, and return the suffix."""
         return save_png(self.read(index), stem)
 
     def size(self, index: int) -> int:
+        """Return about how many bytes writing an image needs."""
         return self.paths[index].stat().st_size
 
 
@@ -66,15 +70,19 @@ class MixedImages:
         return DicomImages([path]) if _has_dicom_ending(path) else FileImages([path])
 
     def name(self, index: int) -> str:
+        """Return the name of an image in a message to the local user."""
         return str(self.paths[index])
 
     def read(self, index: int) -> Image.Image:
+        """Decode an image as 8-bit RGB."""
         return self._one(index).read(0)
 
     def write(self, index: int, stem: Path) -> str:
+        """Write an image to ``stem`` plus a suffix, and return the suffix."""
         return self._one(index).write(0, stem)
 
     def size(self, index: int) -> int:
+        """Return about how many bytes writing an image needs."""
         return self.paths[index].stat().st_size
 
 

@@ -220,12 +220,15 @@ class FileImages:
     paths: Sequence[Path]
 
     def name(self, index: int) -> str:
+        """Return the name of an image in a message to the local user."""
         return str(self.paths[index])
 
     def read(self, index: int) -> Image.Image:
+        """Decode an image as 8-bit RGB."""
         return to_rgb(open_image(self.paths[index]))
 
     def write(self, index: int, stem: Path) -> str:
+        """Write an image to ``stem`` plus a suffix, and return the suffix."""
         path = self.paths[index]
         suffix = path.suffix.lower()
         if suffix in KEPT_SUFFIXES:
@@ -235,6 +238,7 @@ class FileImages:
         return save_png(self.read(index), stem)
 
     def size(self, index: int) -> int:
+        """Return about how many bytes writing an image needs."""
         return self.paths[index].stat().st_size
 
 
@@ -249,17 +253,21 @@ class ArrayImages:
     get: Callable[[int], NDArray[np.uint8]]
 
     def name(self, index: int) -> str:
+        """Return the name of an image in a message to the local user."""
         return f"image {index}"
 
     def read(self, index: int) -> Image.Image:
+        """Decode an image as 8-bit RGB."""
         pixels = self.get(index)
         check_pixels(*pixels.shape[:2])
         return to_rgb(Image.fromarray(pixels))
 
     def write(self, index: int, stem: Path) -> str:
+        """Write an image to ``stem`` plus a suffix, and return the suffix."""
         return save_png(Image.fromarray(self.get(index)), stem)
 
     def size(self, index: int) -> int:
+        """Return about how many bytes writing an image needs."""
         return self.get(index).nbytes
 
 

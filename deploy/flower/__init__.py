@@ -1,0 +1,1 @@
+"""Start Flower's programs, and hold what is private of them."""

@@ -1,0 +1,1 @@
+"""Train on simulated sites on this machine."""
