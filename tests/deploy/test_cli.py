@@ -4,19 +4,24 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from client.site import PrivacyBudget, SecureAggregationPolicy, SiteConfig
+from deploy.consortium import programs
+from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import SiteKit
-from deploy.consortium.programs import check_data
+from deploy.datasets import synthetic
 from deploy.datasets.site_check import check_site, print_check
+from tests.deploy import in_process
 
 SMALL = ["--set", "model.image-size=16", "--set", "model.atoms-per-class=2", "--workers", "0", "--no-figures"]
 
 
-def fedbags(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def fedbags(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command as a user gives it, in a process of its own."""
     code = "from deploy.cli.main import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -61,7 +66,7 @@ def test_simulate_leaves_a_run_that_the_other_commands_read(finished: Path) -> N
 
 def test_the_run_can_be_repeated_from_its_configuration(finished: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    result = fedbags(
+    result = in_process.fedbags(
         "simulate", "--config", finished / "config.toml", "--out", again, "--json", "--workers", 0,
         "--no-figures", cwd=tmp_path,
     )  # fmt: skip
@@ -69,22 +74,40 @@ def test_the_run_can_be_repeated_from_its_configuration(finished: Path, tmp_path
     assert (again / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
-def test_synthetic_hospitals_are_drawn_into_the_run(tmp_path: Path) -> None:
-    result = fedbags("simulate", "--sites", 2, "--rounds", 1, "--out", "run", "--json", *SMALL, cwd=tmp_path)
+def test_synthetic_hospitals_are_drawn_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(synthetic.write_synthetic_sites, images_per_site=64, test_images_per_site=24)
+    monkeypatch.setattr(synthetic, "write_synthetic_sites", few)
+    assert_drawn_into_the_run(
+        in_process.fedbags(
+            "simulate", "--sites", 2, "--rounds", 1, "--out", "run", "--json", *SMALL, cwd=tmp_path
+        ),
+        tmp_path / "run",
+    )
+
+
+@pytest.mark.slow
+def test_synthetic_hospitals_of_full_size_are_drawn_into_the_run(tmp_path: Path) -> None:
+    assert_drawn_into_the_run(
+        fedbags("simulate", "--sites", 2, "--rounds", 1, "--out", "run", "--json", *SMALL, cwd=tmp_path),
+        tmp_path / "run",
+    )
+
+
+def assert_drawn_into_the_run(result: subprocess.CompletedProcess[str], run: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["sites"] == 2
-    assert len(list((tmp_path / "run" / "sites").glob("*/site.toml"))) == 2
+    assert len(list((run / "sites").glob("*/site.toml"))) == 2
 
 
 def test_site_check_lists_what_would_leave(sites_dir: Path, tmp_path: Path) -> None:
     site = sites_dir / "hospital-1"
-    result = fedbags("site", "check", site, "--image-size", 16, "--json", cwd=tmp_path)
+    result = in_process.fedbags("site", "check", site, "--image-size", 16, "--json", cwd=tmp_path)
     check = json.loads(result.stdout)
     assert check["site"] == "hospital-1"
     assert check["leaves"]["proportion_release"] == "total"
     assert not check["leaves"]["private"]
     assert sum(check["leaves"]["label_counts"].values()) == check["images"]["used"]
-    table = fedbags("site", "check", site, "--image-size", 16, cwd=tmp_path).stdout
+    table = in_process.fedbags("site", "check", site, "--image-size", 16, cwd=tmp_path).stdout
     for word in ("what would leave", "patient ids", "exact"):
         assert word in table
 
@@ -107,8 +130,12 @@ def test_site_check_of_a_site_with_a_budget_shows_private_runs(sites_dir: Path, 
 
 
 def test_metrics_beyond_the_default_are_named_by_check_and_up(
-    sites_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sites_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert command[: len(COMMAND)] == [*COMMAND]
+        return in_process.fedbags(*command[len(COMMAND) :], cwd=tmp_path)
+
     site = tmp_path / "site"
     shutil.copytree(sites_dir / "hospital-1", site)
     config = SiteConfig.load(site)
@@ -120,7 +147,10 @@ def test_metrics_beyond_the_default_are_named_by_check_and_up(
         kit = SiteKit(
             consortium="c", site=config.name, server="h", port=9443, app_hash="0" * 64, data_path=str(site)
         ).at(tmp_path)
-        assert check_data(kit) == beyond
+        with monkeypatch.context() as patched:
+            if not beyond:  # the other one is checked as a site does, in a process of its own
+                patched.setattr(programs.subprocess, "run", run)
+            assert programs.check_data(kit) == beyond
 
 
 def test_every_key_is_listed_with_its_bounds(tmp_path: Path) -> None:
@@ -148,7 +178,9 @@ def test_every_key_is_listed_with_its_bounds(tmp_path: Path) -> None:
 def test_a_mistake_is_one_clear_error_and_leaves_nothing(
     tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
-    assert_user_mistake(fedbags("simulate", *SMALL, *arguments, cwd=tmp_path), *parts)
+    # The name of a backbone is looked up in torchvision, which takes a process of its own long to load.
+    command = in_process.fedbags if "--backbone" in arguments else fedbags
+    assert_user_mistake(command("simulate", *SMALL, *arguments, cwd=tmp_path), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,9 +197,9 @@ def test_bad_rows_stop_a_run_before_it_starts_or_are_quarantined(sites_dir: Path
     image = next((bad / "hospital-1" / "images").iterdir())
     image.write_bytes(image.read_bytes()[:60])
     run = ["simulate", "--sites-dir", bad, "--rounds", 1, "--out", tmp_path / "run", *SMALL]
-    assert_user_mistake(fedbags(*run, cwd=tmp_path), "manifest.csv, row", image.name, "--skip-bad")
+    assert_user_mistake(in_process.fedbags(*run, cwd=tmp_path), "manifest.csv, row", image.name, "--skip-bad")
     assert not (tmp_path / "run").exists()
-    result = fedbags(*run, "--skip-bad", cwd=tmp_path)
+    result = in_process.fedbags(*run, "--skip-bad", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "quarantined" in result.stderr
     assert (bad / "hospital-1" / "quarantine.csv").exists()

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from common.model.model_file import ModelCard, load_model, save_model
 from deploy.datasets.dicom import to_8_bits
 from deploy.runs import pictures
 from deploy.runs.predict import predict_images, print_predictions, write_csv
+from tests.deploy import in_process
 
 TREE = Hierarchy.from_rows(
     ["top", "middle", "leaf"], [["a", "m", "1"], ["a", "m", "2"], ["a", "n", "3"], ["b", "o", "4"]]
@@ -208,26 +211,38 @@ def test_the_table_is_written_whole_or_not_at_all(
     assert [path.name for path in tmp_path.glob("out*")] == ["out.csv"]
 
 
-def test_the_command_ends_with_2_and_writes_nothing_for_a_bad_image(
-    run: Path, images: list[Path], tmp_path: Path
+def assert_a_bad_image_ends_with_2(
+    predict: Callable[..., subprocess.CompletedProcess[str]], image: Path, folder: Path
 ) -> None:
-    command = [sys.executable, "-P", "-m", "fedbags", "predict", str(run)]
-    table = tmp_path / "out.csv"
-    missing = str(tmp_path / "missing.png")
-
-    def predict(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-
-    refused = predict(str(images[0]), missing, "--csv", str(table))
+    table, missing = folder / "out.csv", folder / "missing.png"
+    refused = predict(image, missing, "--csv", table)
     assert refused.returncode == 2, refused.stderr
-    assert missing in refused.stderr
+    assert str(missing) in refused.stderr
     assert not table.exists()
-    done = predict(str(images[0]), missing, "--csv", str(table), "--skip-bad", "--json")
+    done = predict(image, missing, "--csv", table, "--skip-bad", "--json")
     assert done.returncode == 0, done.stderr
     assert f"left out: {missing}: no such file" in done.stderr
     assert len(json.loads(done.stdout)) == len(table.read_text().splitlines()) - 1 == 1
-    wrong = predict(str(images[0]), "--csv", str(tmp_path / "none" / "out.csv"))
+    wrong = predict(image, "--csv", folder / "none" / "out.csv")
     assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+def test_the_command_ends_with_2_and_writes_nothing_for_a_bad_image(
+    run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    predict = partial(in_process.fedbags, "predict", run, cwd=tmp_path)
+    assert_a_bad_image_ends_with_2(predict, images[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_process_of_the_command_ends_with_2_and_writes_nothing_for_a_bad_image(
+    run: Path, images: list[Path], tmp_path: Path
+) -> None:
+    def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "fedbags", "predict", run, *arguments]
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+    assert_a_bad_image_ends_with_2(predict, images[0], tmp_path)
 
 
 @pytest.mark.parametrize("method", [Method.LHFGLP, Method.DLLP])
