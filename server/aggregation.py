@@ -5,10 +5,8 @@ weighted mean is accumulated in float64 and Flower's strategy receives it as a s
 optimiser is Flower's own and memory does not grow with the number of sites. Median, trimmed mean and Krum
 compare updates with one another and hold them all.
 
-Compute each site's weight in the mean, by its bags or by FedPALS.
-
-FedPALS weighs sites so that their labels complement each other. The functions are pure and see the released
-counts only.
+A site's weight in the mean is its number of bags, or that of FedPALS, which weighs sites so that their labels
+complement each other and sees the released counts only.
 """
 
 from collections.abc import Mapping

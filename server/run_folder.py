@@ -10,9 +10,8 @@ summary.json        the figures of the finished run
 confusion.json      pooled test confusion counts per level, for the pictures
 log.jsonl           what the server logged
 
-Identify the code that runs by the package's version and, in a git checkout, its commit.
-
-This module knows nothing of runs.
+The events and the summary are the records of common/run_records.py. The code that ran is identified by the
+package's version and, in a git checkout, its commit.
 """
 
 import errno

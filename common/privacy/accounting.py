@@ -10,12 +10,9 @@ limit. Accounts of many different events build on what was composed before (``co
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
-
-import numpy as np
 
 from common.errors import UserError
 from common.privacy.composition import amounts_of, compose
@@ -74,16 +71,6 @@ def fits(
     return bool(coarse <= epsilon) or _epsilon(merged, delta, adjacency, afresh) <= epsilon
 
 
-def delta_at(
-    events: Iterable[PoissonGaussian | DiscreteLaplace], epsilon: float, adjacency: Adjacency
-) -> float:
-    """Return the smallest delta that holds at ``epsilon`` (upper bound, dp-accounting PLD)."""
-    merged = merge(events)
-    if not merged or not _is_bounded(merged):
-        return 1.0 if merged else 0.0
-    return float(_fine(merged, adjacency, False).get_delta_for_epsilon(epsilon))
-
-
 def epsilon_curve(
     events: Iterable[PoissonGaussian | DiscreteLaplace], adjacency: Adjacency, deltas: Sequence[float]
 ) -> tuple[tuple[float, float], ...]:
@@ -93,42 +80,6 @@ def epsilon_curve(
     """
     merged = merge(events)
     return tuple((delta, spent(merged, delta, adjacency)) for delta in deltas)
-
-
-def without_amplification(
-    events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float, adjacency: Adjacency
-) -> float:
-    """Return the epsilon as if every bag had been in every step.
-
-    It is what is left of the guarantee if the sampling were known.
-    """
-    always = [
-        event.model_copy(update={"sample_rate": 1.0}) if isinstance(event, PoissonGaussian) else event
-        for event in events
-    ]
-    return spent(always, delta, adjacency)
-
-
-def opacus_rdp(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float) -> float:
-    """Return epsilon for ADD/REMOVE by Opacus's Renyi accountant, looser than the PLD.
-
-    Raises:
-        ValueError: a release is among the events; Opacus's accountants cannot hold it.
-    """
-    from opacus.accountants import RDPAccountant
-
-    return _opacus(RDPAccountant(), events, delta)
-
-
-def opacus_prv(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float) -> float:
-    """Return epsilon for ADD/REMOVE by Opacus's numerical (PRV) accountant, within 0.01.
-
-    Raises:
-        ValueError: a release is among the events; Opacus's accountants cannot hold it.
-    """
-    from opacus.accountants import PRVAccountant
-
-    return _opacus(PRVAccountant(), events, delta)
 
 
 def calibrate(
@@ -195,26 +146,6 @@ def calibrate(
     while over(sigma) > 0:  # the root is as likely just below the target's sigma as above it
         sigma *= 1 + 1e-5
     return sigma
-
-
-def _opacus(accountant: Any, events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float) -> float:
-    merged = merge(events)
-    if any(isinstance(event, DiscreteLaplace) for event in merged):
-        raise ValueError("Opacus's accountants cannot hold a discrete Laplace release")
-    if not _is_bounded(merged):
-        return math.inf
-    accountant.history = [
-        (event.noise_multiplier, event.sample_rate, event.steps)
-        for event in merged
-        if isinstance(event, PoissonGaussian)
-    ]
-    if not accountant.history:
-        return 0.0
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        # Opacus's fixed Renyi orders are too few for some settings (its bound is loose then, not wrong),
-        # and its PRV takes log(0) = -inf on purpose at q = 1.
-        warnings.filterwarnings("ignore", message="Optimal order is the (largest|smallest) alpha")
-        return float(accountant.get_epsilon(delta))
 
 
 def _is_bounded(merged: Events) -> bool:

@@ -152,7 +152,7 @@ def _answer(question: Question) -> Answer:
 
 
 def _second_opinion(question: Question) -> float | None:
-    """Return the epsilon of the training steps by ``accounting.opacus_rdp``, or None where there is none."""
+    """Return the epsilon of the training steps by Opacus's Renyi accountant, or None where there is none."""
     steps = [event for event in question.events if isinstance(event, PoissonGaussian)]
     if not steps or any(event.noise_multiplier == 0 for event in steps):
         return None

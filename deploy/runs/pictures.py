@@ -1,7 +1,7 @@
 """Find and read the pictures that a user names for ``fedbags predict``.
 
-They may be files, folders and DICOM files, and are read as for training. Knows no model. Folders are searched
-as ``bags build`` searches them, and what is left out is listed.
+They may be files, folders and DICOM files, and are read as for training. The module knows no model. Folders
+are searched as ``bags build`` searches them, and what is left out is listed.
 """
 
 from collections.abc import Sequence

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
+from reference_accounting import opacus_prv
 from safetensors.numpy import load_file
 
 from client import app as client_app
@@ -21,7 +22,7 @@ from common.files import read_json_lines
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
 from common.model.model_file import all_arrays
-from common.privacy.accounting import opacus_prv, spent
+from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, event_from_dict
 from common.privacy.proportions import GRID
 from common.records import ModelUpdate, SiteError

@@ -17,13 +17,14 @@ import pytest
 import typer
 from jsonschema import Draft202012Validator
 from PIL import Image
+from reference_accounting import opacus_rdp, without_amplification
 from typer.testing import CliRunner
 
 import deploy.report.accounts
 from client.ledger.ledger import BudgetRefused, Ledger
 from client.ledger.state import LedgerState
 from common.errors import UserError
-from common.privacy.accounting import opacus_rdp, spent, without_amplification
+from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import Generator, InsecureSeededRandomness
