@@ -42,20 +42,20 @@ from common.secure_aggregation.recovery import MaskedSum
 from common.wire import check_only, combine, from_records, to_records
 from server.acceptance import check_statement, reading
 
-KEYS, SHARES, TRAIN_MASKED = "query.keys", "query.shares", "train.masked"
-SURVIVORS, UNMASK = "query.survivors", "query.unmask"
+_KEYS, _SHARES, _TRAIN_MASKED = "query.keys", "query.shares", "train.masked"
+_SURVIVORS, _UNMASK = "query.survivors", "query.unmask"
 _ATTEMPTS = 2
 """How often the survivors are asked for what they may repeat."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
-T = TypeVar("T", bound=InSession)
-Exchange = Callable[[str, Mapping[str, RecordDict]], Iterator[tuple[str, RecordDict]]]
+_T = TypeVar("_T", bound=InSession)
+_Exchange = Callable[[str, Mapping[str, RecordDict]], Iterator[tuple[str, RecordDict]]]
 """Sends each site its request of a message type and yields what came back, in the order of the names."""
-Report = Callable[[str, str, str], None]
+_Report = Callable[[str, str, str], None]
 """Called with (site, message type, reason) for what cannot be used."""
 
 
-def levelled(weights: Mapping[str, float], effective: int) -> dict[str, float]:
+def _levelled(weights: Mapping[str, float], effective: int) -> dict[str, float]:
     """Return the weights, normalised and drawn towards equal ones as far as sites demand it.
 
     Sites refuse weights that count as fewer than ``effective`` equal sites (1 / sum of squares): their sum
@@ -93,7 +93,7 @@ class SessionFailed(RunError):  # noqa: N818 (it failed, and may be tried again)
 
 
 @dataclass(frozen=True)
-class MaskedMean:
+class _MaskedMean:
     """Hold the result of one session."""
 
     update: ModelUpdate
@@ -104,7 +104,7 @@ class MaskedMean:
     """By site in the mean: what its policy let out in clear."""
 
 
-def check_keys(advert: KeyAdvert, certificate: str) -> None:
+def _check_keys(advert: KeyAdvert, certificate: str) -> None:
     """Refuse one site's keys where they would make every other site refuse the session.
 
     The sites check them again, against the authority that they trust; the server is not believed.
@@ -128,7 +128,7 @@ def check_keys(advert: KeyAdvert, certificate: str) -> None:
     identity.verify(owner.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
 
 
-def odd_ones(adverts: Mapping[str, KeyAdvert]) -> list[str]:
+def _of_another_run(adverts: Mapping[str, KeyAdvert]) -> list[str]:
     """Return the sites that state another run or configuration than most sites.
 
     The others would not share secrets with them.
@@ -138,7 +138,7 @@ def odd_ones(adverts: Mapping[str, KeyAdvert]) -> list[str]:
     return [site for site, says in told.items() if says != common[0][0]]
 
 
-def twins(adverts: Mapping[str, KeyAdvert]) -> list[str]:
+def _with_a_shared_key(adverts: Mapping[str, KeyAdvert]) -> list[str]:
     """Return the sites that share a key, or an owner's key, with another.
 
     No site would go on with both.
@@ -173,9 +173,9 @@ class Session:
         name: the session's random text.
     """
 
-    exchange: Exchange
-    report: Report
-    expel: Report
+    exchange: _Exchange
+    report: _Report
+    expel: _Report
     spent: Callable[[PrivacyStatement], None]
     config: SecureAggregationConfig
     round: int
@@ -183,7 +183,7 @@ class Session:
     quorum: int
     name: str = field(default_factory=lambda: secrets.token_hex(16))
 
-    def run(self, sites: Sequence[str], model: RecordDict, trained: Mapping[str, FloatArray]) -> MaskedMean:
+    def run(self, sites: Sequence[str], model: RecordDict, trained: Mapping[str, FloatArray]) -> _MaskedMean:
         """Run all five steps of the session and return the mean.
 
         Args:
@@ -215,29 +215,29 @@ class Session:
             sender="sum", round=self.round, arrays=mean, metrics={"num-bags": len(total.survivors)}
         )
         scale = sum(self.weights[advert.site] for advert in plan.adverts)
-        return MaskedMean(update, weight * scale, metrics)
+        return _MaskedMean(update, weight * scale, metrics)
 
     def _agree(self, sites: Sequence[str]) -> SessionPlan:
         offer = to_records(SessionOffer(session=self.name, round=self.round))
         adverts = {}
-        for site, advert in self._replies(KEYS, dict.fromkeys(sites, offer), KeyAdvert):
+        for site, advert in self._replies(_KEYS, dict.fromkeys(sites, offer), KeyAdvert):
             # Its own may be of another authority than the other sites trust: with it they would all refuse.
             certificate = self._certificate(site) if self.config.certificates else advert.certificate
             if not certificate:
-                self.report(site, KEYS, "there is no certificate for it")
+                self.report(site, _KEYS, "there is no certificate for it")
                 continue
             try:
                 with reading("unusable keys"):
-                    check_keys(advert, certificate)
+                    _check_keys(advert, certificate)
             except MessageError as error:
-                self.report(site, KEYS, str(error))
+                self.report(site, _KEYS, str(error))
                 continue
             adverts[site] = advert.model_copy(update={"certificate": certificate})
-        for site in odd_ones(adverts):
-            self.report(site, KEYS, "it says that it was told another run or configuration than the others")
+        for site in _of_another_run(adverts):
+            self.report(site, _KEYS, "it says that it was told another run or configuration than the others")
             del adverts[site]
-        for site in twins(adverts):
-            self.report(site, KEYS, "it has a key that another site has too")
+        for site in _with_a_shared_key(adverts):
+            self.report(site, _KEYS, "it has a key that another site has too")
             del adverts[site]
         self._need(len(adverts), "made keys")
         weights = {site: self.weights[site] for site in sorted(adverts)}
@@ -249,7 +249,7 @@ class Session:
             threshold_share=self.config.threshold_share,
             neighbours=self.config.neighbours,
             clip_range=self.config.clip_range,
-            weights=levelled(weights, self.config.minimum_sites),
+            weights=_levelled(weights, self.config.minimum_sites),
             adverts=tuple(adverts[site] for site in sorted(adverts)),
         )
 
@@ -257,13 +257,13 @@ class Session:
         request = to_records(plan)
         sealed = {}
         joined = neighbourhoods(plan)
-        for site, reply in self._replies(SHARES, dict.fromkeys(plan.sites, request), SealedShares):
+        for site, reply in self._replies(_SHARES, dict.fromkeys(plan.sites, request), SealedShares):
             if reply.shares.keys() != set(joined[site]) - {site}:
                 # A neighbour without its share would refuse the session.
-                self.report(site, SHARES, "not one share for each of its neighbours")
+                self.report(site, _SHARES, "not one share for each of its neighbours")
                 continue
             if any(len(shares) != keys.SEALED_BYTES for shares in reply.shares.values()):
-                self.report(site, SHARES, "sealed shares of a wrong length")
+                self.report(site, _SHARES, "sealed shares of a wrong length")
                 continue
             sealed[site] = reply
         self._need(len(sealed), "shared their secrets")
@@ -289,7 +289,7 @@ class Session:
             )
             requests[site] = combine(model, to_records(request))
         metrics = {}
-        for site, content in self.exchange(TRAIN_MASKED, requests):
+        for site, content in self.exchange(_TRAIN_MASKED, requests):
             try:
                 with reading("unusable reply"):
                     check_only(content, MaskedUpdate, PrivacyStatement)
@@ -302,7 +302,7 @@ class Session:
                     self._check(site, update.sender, update)
                     total.add(site, update.vector)
             except MessageError as error:
-                self.report(site, TRAIN_MASKED, str(error))
+                self.report(site, _TRAIN_MASKED, str(error))
                 continue
             metrics[site] = dict(update.metrics)
         self._need(len(total.survivors), "sent a masked update")
@@ -317,7 +317,7 @@ class Session:
             raise SessionFailed(f"too few sites are left to unmask what {', '.join(short)} sent")
         told = SurvivorList(session=self.name, round=self.round, survivors=tuple(sorted(total.survivors)))
         signed = self._repeatable(
-            SURVIVORS, told, SurvivorSignature, lambda replies: len(replies) >= total.quorum()
+            _SURVIVORS, told, SurvivorSignature, lambda replies: len(replies) >= total.quorum()
         )
         if len(signed) < total.quorum():
             raise SessionFailed(
@@ -329,7 +329,7 @@ class Session:
 
     def _unmask(self, total: MaskedSum, request: UnmaskRequest) -> None:
         answers = self._repeatable(
-            UNMASK, request, UnmaskShares, lambda replies: bool(replies) and not total.missing(replies)
+            _UNMASK, request, UnmaskShares, lambda replies: bool(replies) and not total.missing(replies)
         )
         self._name(total, answers)
         try:
@@ -342,21 +342,23 @@ class Session:
         blame = self.expel if total.missing(answers) else self.report
         for holder, owner in total.wrong_shares(answers):
             blame(
-                holder, UNMASK, f"another share of a secret of {owner} than the one it was sealed; not used"
+                holder, _UNMASK, f"another share of a secret of {owner} than the one it was sealed; not used"
             )
         bad = total.bad_owners(answers)
         for owner in bad:
-            blame(owner, UNMASK, "the shares that it sealed do not give its secret, or too few can be opened")
+            blame(
+                owner, _UNMASK, "the shares that it sealed do not give its secret, or too few can be opened"
+            )
         for site, others in total.withheld(answers).items():
             if site not in bad:
                 reason = "no share of one by the other, badly sealed or kept back"
-                self.report(site, UNMASK, f"between it and {', '.join(others)}: {reason}")
+                self.report(site, _UNMASK, f"between it and {', '.join(others)}: {reason}")
 
     def _repeatable(
-        self, kind: str, request: SurvivorList, record: type[T], enough: Callable[[dict[str, T]], bool]
-    ) -> dict[str, T]:
+        self, kind: str, request: SurvivorList, record: type[_T], enough: Callable[[dict[str, _T]], bool]
+    ) -> dict[str, _T]:
         """Ask the survivors, and where too few answer ask the missing ones again."""
-        replies: dict[str, T] = {}
+        replies: dict[str, _T] = {}
         content = to_records(request)
         for _ in range(_ATTEMPTS):
             # Asking again is safe: a site repeats its answer to the same list and gives no other.
@@ -366,8 +368,8 @@ class Session:
         return replies
 
     def _replies(
-        self, kind: str, requests: Mapping[str, RecordDict], record: type[T]
-    ) -> Iterator[tuple[str, T]]:
+        self, kind: str, requests: Mapping[str, RecordDict], record: type[_T]
+    ) -> Iterator[tuple[str, _T]]:
         for site, content in self.exchange(kind, requests):
             try:
                 with reading("unusable reply"):
