@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from reference_accounting import opacus_prv
 from safetensors.numpy import load_file
 
 from client import app as client_app
@@ -33,6 +32,7 @@ from deploy.runs.reading import read_summary
 from deploy.runs.runs import print_summary
 from deploy.simulation.local_grid import LocalGrid, become_server
 from server.app import app
+from tests.reference_accounting import opacus_prv
 
 Config = Callable[..., RunConfig]
 PRIVATE = {

@@ -17,7 +17,6 @@ import pytest
 import typer
 from jsonschema import Draft202012Validator
 from PIL import Image
-from reference_accounting import opacus_rdp, without_amplification
 from typer.testing import CliRunner
 
 import deploy.report.accounts
@@ -34,6 +33,7 @@ from deploy.report.files import _find_browser, report
 from deploy.report.model import Report, Worst
 from deploy.report.page import _field_path, _shown
 from deploy.report.prose import _judgement, _listed
+from tests.reference_accounting import opacus_rdp, without_amplification
 
 DELTA = 1e-4
 HOSTILE = '<script>alert("x")</script> & co.'

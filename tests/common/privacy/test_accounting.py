@@ -8,12 +8,12 @@ from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from reference_accounting import delta_at, opacus_prv, opacus_rdp, without_amplification
 
 from common.errors import UserError
 from common.privacy import accounting, composition
 from common.privacy.accounting import calibrate, epsilon_curve, fits, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
+from tests.reference_accounting import delta_at, opacus_prv, opacus_rdp, without_amplification
 
 REPLACE, ADD_REMOVE = Adjacency.REPLACE_ONE, Adjacency.ADD_REMOVE
 

@@ -92,7 +92,7 @@ def test_by_the_exact_distribution_no_shift_of_a_bag_costs_more_than_accounted()
     def shifted(by: int) -> np.ndarray:
         return (1 - a) / (1 + a) * a ** np.abs(z - by)
 
-    from reference_accounting import delta_at
+    from tests.reference_accounting import delta_at
 
     claimed = delta_at(
         [
