@@ -96,9 +96,12 @@ def make_run(
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     counts = [(np.eye(size) * 4).astype(int).tolist() for size in TREE.sizes]
     (folder / "confusion.json").write_text(json.dumps({"argmax": counts, "path": counts}), encoding="utf-8")
+    site_figures = {"bags": 4, "release": "exact", "epsilon": None}
+    shares = ("accuracy", "balanced_accuracy", "macro_f1", "consistent_accuracy")
+    level_figures = {"classes": 5, **dict.fromkeys(shares, 1.0)}
     summary = {
-        "rounds": 3, "selected_round": 2, "per_site": {"east": {}, "west": {}},
-        "levels": [{"name": name} for name in TREE.levels],
+        "rounds": 3, "selected_round": 2, "per_site": dict.fromkeys(("east", "west"), site_figures),
+        "levels": [level_figures | {"name": name} for name in TREE.levels],
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
