@@ -96,8 +96,8 @@ class ClockedApp(ClientApp):
             private_training.train_round_privately = timed(private_training.train_round_privately)
             return train_privately(*args, **kwargs)
 
-        train_privately = app.train_privately
-        app.train_round, app.train_privately = timed(app.train_round), privately
+        train_privately = app._train_privately
+        app.train_round, app._train_privately = timed(app.train_round), privately
         reply = app.app(message, context)
         line = {
             "run": context.run_id,

@@ -40,21 +40,21 @@ def _member(session: SiteSession) -> "Member":
 
 
 @app.answers("query.keys")
-def keys(message: Message, session: SiteSession) -> Message:
+def _keys(message: Message, session: SiteSession) -> Message:
     """Answer the first step of secure aggregation with fresh public keys, signed with the node key."""
     advert = _member(session).advertise(from_records(message.content, SessionOffer))
     return Message(to_records(advert), reply_to=message)
 
 
 @app.answers("query.shares")
-def shares(message: Message, session: SiteSession) -> Message:
+def _shares(message: Message, session: SiteSession) -> Message:
     """Answer the second step of secure aggregation by checking all keys and sealing shares for the others."""
     sealed = _member(session).share(from_records(message.content, SessionPlan))
     return Message(to_records(sealed), reply_to=message)
 
 
 @app.answers("query.survivors")
-def survivors(message: Message, session: SiteSession) -> Message:
+def _survivors(message: Message, session: SiteSession) -> Message:
     """Sign the list of the sites whose masked vectors have arrived, according to the server.
 
     This is the step of secure aggregation after training.
@@ -64,14 +64,14 @@ def survivors(message: Message, session: SiteSession) -> Message:
 
 
 @app.answers("query.unmask")
-def unmask(message: Message, session: SiteSession) -> Message:
+def _unmask(message: Message, session: SiteSession) -> Message:
     """Send the shares with which the masks are taken off the sum, as the last step of secure aggregation."""
     opened = _member(session).unmask(from_records(message.content, UnmaskRequest))
     return Message(to_records(opened), reply_to=message)
 
 
 @app.answers("query.proportions")
-def proportions(message: Message, session: SiteSession) -> Message:
+def _proportions(message: Message, session: SiteSession) -> Message:
     """Answer with the label counts of the site, as far as its policy releases them."""
     store = session.store
     if not session.private or session.site.policy.release_proportions is ReleaseProportions.NONE:
@@ -86,19 +86,19 @@ def proportions(message: Message, session: SiteSession) -> Message:
 
 
 @app.answers("train")
-def train(message: Message, session: SiteSession) -> Message:
+def _train(message: Message, session: SiteSession) -> Message:
     """Train the server's model on the site's bags and send its arrays back."""
-    refuse_in_clear(session)
+    _refuse_in_clear(session)
     request = from_records(message.content, ModelUpdate)
-    model, metrics, statement = train_locally(session, request)
-    update = answer("train", session, request, metrics, model)
+    model, metrics, statement = _train_locally(session, request)
+    update = _answer("train", session, request, metrics, model)
     reply = to_records(update, statement, transport=session.config.federation.transport)
     return Message(reply, reply_to=message)
 
 
 @app.answers("train.masked")
-def train_masked(message: Message, session: SiteSession) -> Message:
-    """Train like ``train``, and send the update under masks that come off only in the sum of many sites."""
+def _train_masked(message: Message, session: SiteSession) -> Message:
+    """Train like ``_train``, and send the update under masks that come off only in the sum of many sites."""
     # The bags are opened before anything is claimed, so that a site with bad rows can be asked again.
     store = session.store
     request = from_records(message.content, ModelUpdate)
@@ -106,8 +106,8 @@ def train_masked(message: Message, session: SiteSession) -> Message:
     # Before training: a second model for the same round must be refused before anything is computed from
     # it.
     member.receive(from_records(message.content, MaskRequest), request)
-    model, metrics, statement = train_locally(session, request)
-    allowed = answer("train.masked", session, request, metrics).metrics
+    model, metrics, statement = _train_locally(session, request)
+    allowed = _answer("train.masked", session, request, metrics).metrics
     update = MaskedUpdate(
         session=member.session,
         round=request.round,
@@ -119,13 +119,13 @@ def train_masked(message: Message, session: SiteSession) -> Message:
     return Message(to_records(update, statement), reply_to=message)
 
 
-def train_locally(
+def _train_locally(
     session: SiteSession, request: ModelUpdate
 ) -> tuple[LHFGLP, dict[str, Metric], PrivacyStatement]:
     """Train one round on the site's bags, and return the model, all metrics and the privacy statement."""
     model = session.receive_model(request.arrays)
     if session.private:
-        result, statement = train_privately(session, model, request.round)
+        result, statement = _train_privately(session, model, request.round)
     else:
         _refuse_few_bags(session)
         result = train_round(model, session.store, session.config, request.round, session.seeds)
@@ -138,7 +138,7 @@ def train_locally(
     return model, metrics, statement
 
 
-def train_privately(
+def _train_privately(
     session: SiteSession, model: LHFGLP, round: int
 ) -> tuple[TrainingResult, PrivacyStatement]:
     """Reserve the round's cost, train, and confirm.
@@ -158,15 +158,15 @@ def train_privately(
 
 
 @app.answers("evaluate.bags")
-def evaluate_on_bags(message: Message, session: SiteSession) -> Message:
+def _evaluate_on_bags(message: Message, session: SiteSession) -> Message:
     """Compare the model's proportions with those of the held-back bags, with noise in a private run."""
     request = from_records(message.content, ModelUpdate)
     model = session.receive_model(request.arrays)
     if not session.private:
         metrics = evaluate_bags(model, session.store, session.config)
-        return Message(to_records(answer("evaluate.bags", session, request, metrics)), reply_to=message)
+        return Message(to_records(_answer("evaluate.bags", session, request, metrics)), reply_to=message)
     metrics, statement = _evaluate_privately(session, model, request.round)
-    update = answer("evaluate.bags", session, request, metrics)
+    update = _answer("evaluate.bags", session, request, metrics)
     return Message(to_records(update, statement), reply_to=message)
 
 
@@ -177,7 +177,7 @@ def _evaluate_privately(
 
     Nothing is evaluated if the site's policy or the run wants no noised figures.
     """
-    from client.budget import open_budget  # see ``proportions``
+    from client.budget import open_budget  # see ``_proportions``
 
     budget = open_budget(session)
     if not budget.plan.look:
@@ -189,7 +189,7 @@ def _evaluate_privately(
 
 
 @app.answers("evaluate.test")
-def evaluate_on_test(message: Message, session: SiteSession) -> Message:
+def _evaluate_on_test(message: Message, session: SiteSession) -> Message:
     """Compare the model's predictions with the labels of the site's test images, if it has any."""
     # Imported here so that training never loads the module that opens instance labels.
     from client.data.labelled import LabelledImages
@@ -201,10 +201,10 @@ def evaluate_on_test(message: Message, session: SiteSession) -> Message:
     model = session.receive_model(request.arrays)
     counts = evaluate_labelled(model, test, session.config) if test else {}
     metrics = suppress(counts, session.terms.minimum_cell_size)
-    return Message(to_records(answer("evaluate.test", session, request, metrics)), reply_to=message)
+    return Message(to_records(_answer("evaluate.test", session, request, metrics)), reply_to=message)
 
 
-def answer(
+def _answer(
     kind: str,
     session: SiteSession,
     request: ModelUpdate,
@@ -221,7 +221,7 @@ def answer(
     )
 
 
-def refuse_in_clear(session: SiteSession) -> None:
+def _refuse_in_clear(session: SiteSession) -> None:
     """Refuse to send an update in clear if the run or the site's own policy demands masked ones.
 
     Raises:

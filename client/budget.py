@@ -42,14 +42,14 @@ from common.privacy.proportions import (
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
 from common.records import PrivacyStatement
 
-PLAN_FILE = "plan.json"
+_PLAN_FILE = "plan.json"
 
 
 class SigmaCache:
     """Find noise multipliers as ``accounting.calibrate`` does, and remember the newest in a file."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / PLAN_FILE
+        self.path = folder / _PLAN_FILE
 
     def __call__(
         self,
@@ -118,7 +118,7 @@ class Budget:
         Raises:
             UserError: the settings make no plan.
         """
-        return plan_of(self.session)
+        return _plan_of(self.session)
 
     def reserve(self, round: int) -> Reservation:
         """Charge a round before it is trained.
@@ -193,7 +193,7 @@ def open_budget(session: SiteSession) -> Budget:
     return Budget(session, ledger)
 
 
-def plan_of(session: SiteSession) -> PrivacyPlan:
+def _plan_of(session: SiteSession) -> PrivacyPlan:
     """Make the plan of a site for its run, around the noise multiplier that was found for it before.
 
     Raises:

@@ -117,7 +117,7 @@ def guard(message: Message, context: Context, call_next: Handler) -> Message:
         records = to_records(*_rebuild(case, answer), transport=session.config.federation.transport)
         return Message(records, reply_to=message)
     except Exception as error:
-        code = classify(error, private=private)
+        code = _classify(error, private=private)
         # The class alone: even the site's log lines carry no path, patient id or label. What a secure
         # aggregation is refused for has none of them in it, and the site must know.
         reason = (
@@ -179,7 +179,7 @@ def _rebuilt(case: _Case, reply: RecordDict, record: Record) -> Record:
                 _check_metrics(case, record.metrics)
                 _check_charge(case)
                 words = sum(math.prod(shape) for shape in session.trained_shapes().values())
-            return rebuild_masked(case.request, record, session, words)
+            return _rebuild_masked(case.request, record, session, words)
         case _:
             raise EgressError("a record that no reply may hold")
 
@@ -254,7 +254,7 @@ def _release(case: _Case, reply: ProportionRelease) -> ProportionRelease:
     return own
 
 
-def rebuild_masked(request: RecordDict, reply: InSession, session: SiteSession, words: int = 0) -> InSession:
+def _rebuild_masked(request: RecordDict, reply: InSession, session: SiteSession, words: int = 0) -> InSession:
     """Return a reply of a secure aggregation made anew, in a fixed order.
 
     Args:
@@ -336,7 +336,7 @@ def _sorted(shares: dict[SiteName, bytes]) -> dict[SiteName, bytes]:
     return {name: shares[name] for name in sorted(shares)}
 
 
-def classify(error: Exception, *, private: bool = False) -> SiteError:
+def _classify(error: Exception, *, private: bool = False) -> SiteError:
     """Return the code under which an exception leaves the site.
 
     Args:

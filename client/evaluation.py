@@ -18,7 +18,7 @@ from common.records import Metric
 if TYPE_CHECKING:  # training must not even load the module that opens instance labels
     from client.data.labelled import LabelledImages
 
-IMAGES_AT_ONCE = 256
+_IMAGES_AT_ONCE = 256
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def _compare_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> tuple[to
     _, held_back = store.split(config.train.held_back, config.seed)
     empty = torch.zeros(len(store.hierarchy.levels), 0)
     kl, l1 = [empty], [empty]
-    for bags in chunks(held_back, max(1, IMAGES_AT_ONCE // int(store.bag_sizes.max()))):
+    for bags in chunks(held_back, max(1, _IMAGES_AT_ONCE // int(store.bag_sizes.max()))):
         batch = make_batch(store, bags).to(device)
         scores = model(batch.images).scores
         pairs = list(zip(scores, batch.level_counts, strict=True))
@@ -111,7 +111,7 @@ def read_predictions(
     model.to(device).eval()
     tree = model.hierarchy
     readings: dict[str, list[torch.Tensor]] = {"argmax": [], "path": [], "rolled-up": []}
-    for rows in chunks(np.arange(len(images)), IMAGES_AT_ONCE):
+    for rows in chunks(np.arange(len(images)), _IMAGES_AT_ONCE):
         output = model(to_tensor(images[rows[0] : rows[-1] + 1]).to(device))
         levels = log_probabilities(output)
         readings["argmax"].append(torch.stack([level.argmax(1) for level in levels], dim=1).cpu())

@@ -29,12 +29,12 @@ log = logging.getLogger("fedbags.client")
 JOURNAL_FILE = "journal.jsonl"
 LOGS = "logs"
 """The kit's folder for logs."""
-OTHER = "other"
+_OTHER = "other"
 """The phase of a message of a type that the site does not know."""
 
 
 @dataclass(frozen=True)
-class Done:
+class _Done:
     """Describe one message that the site handled."""
 
     time: float
@@ -69,12 +69,12 @@ def record(message: Message, context: Context, call_next: Answer) -> Message:
     with _log_lines():
         reply = call_next(message, context)
         group, kind = message.metadata.group_id, message.metadata.message_type
-        done = Done(
+        done = _Done(
             time=round(time.time(), 3),
             run=context.run_id,
             # The server chooses this text: nothing but a short number of it may enter the journal.
             round=int(group) if group.isdecimal() and len(group) < 10 else 0,
-            phase=kind if kind in QUESTIONS else OTHER,
+            phase=kind if kind in QUESTIONS else _OTHER,
             seconds=round(time.monotonic() - started, 3),
             bytes_received=received,
             bytes_sent=0 if reply.has_error() else size(reply.content),
@@ -82,7 +82,7 @@ def record(message: Message, context: Context, call_next: Answer) -> Message:
             **_ledger_mark(context.node_config),
         )
         try:
-            append(path, done)
+            _append(path, done)
         except OSError as error:
             # The reply is worth more than the line about it, and the ledger has its own say on full disks.
             log.warning("the journal cannot be written (%(error)s)", {"error": type(error).__name__})
@@ -134,7 +134,7 @@ def _ledger_mark(node: Mapping[str, Any]) -> dict[str, Any]:
     return {} if anchor is None else {"ledger_rows": anchor.rows, "ledger_head": anchor.head}
 
 
-def append(path: Path, done: Done) -> None:
+def _append(path: Path, done: _Done) -> None:
     """Add a line to the journal.
 
     The journal's folder is made where it is missing, but not the one around it.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from client.data.bags import Bags
-from client.data.batch import make_batch
+from client.data.batch import Batch, make_batch
 from client.objectives import Objective, build_objective
 from client.seeds import TrainingSeeds
 from client.training import (
@@ -32,16 +32,16 @@ from client.training import (
     make_setting,
 )
 from common.config import RunConfig
-from common.config_tables import Strategy, run_progress
+from common.config_tables import Augmentation, Strategy, run_progress
 from common.errors import ConfigError, RunError
 from common.model.lhfglp import LHFGLP
 from common.privacy.plan import PrivacyPlan
 
 log = logging.getLogger("fedbags.client")
 
-PIECE = 4096
+_PIECE = 4096
 """Most numbers whose squares are added up in float32."""
-WITHHELD = math.nan
+_WITHHELD = math.nan
 """Stands for a mean loss, which is computed from private data and is not covered by the plan."""
 
 
@@ -84,7 +84,7 @@ class BagDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         C is the clip norm.
         """
         found = [parameter for parameter in self.params if parameter.grad is not None]
-        norm = total_norm([parameter.grad for parameter in found])
+        norm = _total_norm([parameter.grad for parameter in found])
         # A gradient that is not finite counts as zero, which is within the clip norm. An error instead
         # would tell that such a bag exists.
         finite = math.isfinite(norm)
@@ -127,7 +127,7 @@ class BagDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         return True
 
 
-def total_norm(gradients: Sequence[Tensor]) -> float:
+def _total_norm(gradients: Sequence[Tensor]) -> float:
     """Return the Euclidean norm of several float32 tensors as one vector."""
     if not gradients:
         return 0.0
@@ -135,7 +135,7 @@ def total_norm(gradients: Sequence[Tensor]) -> float:
     # norm of 11 M numbers comes out 2e-5 too small (measured), and each bag would exceed its bound by as
     # much. In pieces the error is 1e-9, in the same time, and in a fifth of what float64 alone takes.
     pieces = [
-        torch.linalg.vector_norm(gradient.reshape(-1, math.gcd(gradient.numel(), PIECE)), dim=1)
+        torch.linalg.vector_norm(gradient.reshape(-1, math.gcd(gradient.numel(), _PIECE)), dim=1)
         for gradient in gradients
     ]
     return float(torch.linalg.vector_norm(torch.cat(pieces), dtype=torch.float64))
@@ -173,14 +173,14 @@ def train_round_privately(
     """
     seeds = seeds or TrainingSeeds(config.seed, store.name)
     model.to(choose_device(config.train.device)).train()
-    refuse_batch_norm(model)
+    _refuse_batch_norm(model)
     training, _ = store.split(config.train.held_back, config.seed)
     if plan.number_of_bags != len(training):
         raise RunError(
             f"the privacy plan is made for {plan.number_of_bags} bags, but site {store.name!r} trains on "
             f"{len(training)}: make the plan from the bags that are left after holding back"
         )
-    refuse_unsound(config)
+    _refuse_unsound(config)
     objective = build_objective(
         make_setting(
             store,
@@ -194,13 +194,14 @@ def train_round_privately(
     progress = run_progress(round, config.rounds)
     optimiser = BagDPOptimizer(build_optimiser(parameters, config, progress), plan, round)
     if config.federation.strategy is Strategy.FEDPROX:
-        pull_towards_server(optimiser, config.federation.proximal_mu)
+        _pull_towards_server(optimiser, config.federation.proximal_mu)
     buffers = {name: buffer._version for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices=[]):
         for step, drawn in enumerate(plan.sampler(round)):
             for bag in training[drawn].tolist():
+                batch = make_batch(store, np.array([bag]))
                 seed = seeds.of_bag(round, step, bag)
-                optimiser.add_bag(bag_loss(objective, model, store, config, bag, seed))
+                optimiser.add_bag(_bag_loss(objective, model, batch, config.train.augmentation, seed))
             optimiser.step()
     # The ledger was charged for the plan's steps: one more would be spending that nobody counted.
     if optimiser.steps != plan.steps_per_round:
@@ -214,30 +215,28 @@ def train_round_privately(
             "%(site)s: %(bags)d bag gradients were not finite",
             {"site": store.name, "bags": optimiser.discarded},
         )
-    return TrainingResult(WITHHELD, optimiser.steps, len(training), 0)
+    return TrainingResult(_WITHHELD, optimiser.steps, len(training), 0)
 
 
-def bag_loss(
-    objective: Objective, model: LHFGLP, store: Bags, config: RunConfig, bag: int, seed: int
+def _bag_loss(
+    objective: Objective, model: LHFGLP, batch: Batch, augmentation: Augmentation, seed: int
 ) -> Tensor:
     """Return the loss of one bag, a scalar, on the model's device.
 
     Args:
         objective: of the round; its loss depends on this bag only.
         model: in training mode.
-        store: the site's bags.
-        config: the run.
-        bag: its index in the store.
+        batch: the bag alone.
+        augmentation: what is done to its images.
         seed: fixes augmentation and dropout. It must be the bag's own: numbers that flow on from bag to
             bag let one bag change the gradients of those after it, beyond what clipping bounds.
     """
     torch.manual_seed(seed)  # dropout and stochastic depth of the backbone
-    batch = make_batch(store, np.array([bag]))
-    batch = batch.augmented(config.train.augmentation, torch.Generator().manual_seed(seed))
+    batch = batch.augmented(augmentation, torch.Generator().manual_seed(seed))
     return objective(model, batch.to(next(model.parameters()).device))
 
 
-def refuse_unsound(config: RunConfig) -> None:
+def _refuse_unsound(config: RunConfig) -> None:
     """Refuse a method whose loss is not a mean of terms that depend on one bag each.
 
     Raises:
@@ -248,7 +247,7 @@ def refuse_unsound(config: RunConfig) -> None:
         raise ConfigError(f"private training cannot use {method.value!r}: {method.why_not_private}")
 
 
-def refuse_batch_norm(model: nn.Module) -> None:
+def _refuse_batch_norm(model: nn.Module) -> None:
     """Refuse a model with BatchNorm in training mode.
 
     Such a layer keeps statistics of private images in buffers that no noise covers.
@@ -264,7 +263,7 @@ def refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
-def pull_towards_server(optimiser: BagDPOptimizer, mu: float) -> None:
+def _pull_towards_server(optimiser: BagDPOptimizer, mu: float) -> None:
     """Add the gradient of FedProx's term, mu (w - w_server), after the noise.
 
     It depends on no data, so it needs neither clipping nor noise.

@@ -20,9 +20,9 @@ import numpy as np
 from common.errors import UserError
 from common.files import create_bytes
 
-SECRET_FILE = "site.secret"
+_SECRET_FILE = "site.secret"
 """The file's name in the folder of a site."""
-SECRET_BYTES = 32
+_SECRET_BYTES = 32
 
 
 def derive(folder: Path, purpose: str, content: bytes) -> bytes:
@@ -45,19 +45,19 @@ def derive(folder: Path, purpose: str, content: bytes) -> bytes:
 
 
 def _read(folder: Path) -> bytes:
-    path = folder / SECRET_FILE
+    path = folder / _SECRET_FILE
     try:
         if not path.exists():
-            create_bytes(path, os.urandom(SECRET_BYTES))  # or a process that was faster has drawn it
+            create_bytes(path, os.urandom(_SECRET_BYTES))  # or a process that was faster has drawn it
         secret = path.read_bytes()
     except OSError as error:
         raise UserError(
             f"the site's secret {path} cannot be read or made: {error.strerror or error}\n"
             "Give whoever runs the site the right to read and write in the site folder."
         ) from error
-    if len(secret) != SECRET_BYTES:
+    if len(secret) != _SECRET_BYTES:
         raise UserError(
-            f"the site's secret {path} is damaged: {len(secret)} bytes, {SECRET_BYTES} expected\n"
+            f"the site's secret {path} is damaged: {len(secret)} bytes, {_SECRET_BYTES} expected\n"
             "Put back the copy of your backup; without one, delete the file and a new one is drawn."
         )
     return secret

@@ -55,7 +55,7 @@ class SiteSession:
             UserError: there is no such site folder.
         """
         config = RunConfig.from_flat(context.run_config)
-        folder = find_site(context.node_config, config.sites_dir)
+        folder = _find_site(context.node_config, config.sites_dir)
         return cls(
             config, SiteConfig.load(folder), folder, context.node_config, context.run_id, context.state
         )
@@ -63,7 +63,7 @@ class SiteSession:
     @property
     def simulated(self) -> bool:
         """Return whether the node belongs to a simulation."""
-        return is_simulated(self.node)
+        return _is_simulated(self.node)
 
     @property
     def private(self) -> bool:
@@ -173,7 +173,7 @@ class SiteSession:
         return model
 
 
-def find_site(node: Mapping[str, Any], sites_dir: str) -> Path:
+def _find_site(node: Mapping[str, Any], sites_dir: str) -> Path:
     """Return the folder of the site that a node belongs to.
 
     A SuperNode started with ``--node-config 'data-path="..."'`` is that site. A simulated node takes
@@ -187,7 +187,7 @@ def find_site(node: Mapping[str, Any], sites_dir: str) -> Path:
         UserError: there is no such folder.
         ConfigError: the node is neither, or is a real site and the run asks for data elsewhere.
     """
-    if not is_simulated(node):
+    if not _is_simulated(node):
         return _own_folder(node, sites_dir)
     if not sites_dir:
         raise ConfigError(
@@ -200,7 +200,7 @@ def find_site(node: Mapping[str, Any], sites_dir: str) -> Path:
     return sites[number]
 
 
-def is_simulated(node: Mapping[str, Any]) -> bool:
+def _is_simulated(node: Mapping[str, Any]) -> bool:
     """Return whether a node belongs to a simulation.
 
     Such a node has a number, and neither data of its own nor a kit.

@@ -36,9 +36,9 @@ KNOWN_METRICS = (
     "confusion",
 )
 """Every metric that a site can send at all; a policy names the ones that it may send."""
-WRITTEN_BY_0_1 = KNOWN_METRICS
+_WRITTEN_BY_0_1 = KNOWN_METRICS
 """The list that release 0.1 wrote into every site.toml, whatever its owner had said."""
-HELD_BACK = 0.1
+_HELD_BACK = 0.1
 """Share of the bags that a real site holds back where its site.toml does not say."""
 
 
@@ -132,7 +132,7 @@ class SitePolicy(Section):
         """Return the terms at a node of this policy, with defaults filled in.
 
         Args:
-            simulated: the node is one of a simulation (``client.session.is_simulated``). It keeps what a
+            simulated: the node is one of a simulation (``client.session._is_simulated``). It keeps what a
                 run asks for; a real site has the strict defaults.
         """
 
@@ -141,14 +141,14 @@ class SitePolicy(Section):
 
         # Release 0.1 wrote the whole list without asking, which would override the safe defaults of a
         # real site.
-        silent = self.metrics in (None, WRITTEN_BY_0_1)
+        silent = self.metrics in (None, _WRITTEN_BY_0_1)
         metrics = self.metrics or ()
         if silent:
             metrics = KNOWN_METRICS if simulated else self.safe_metrics()
         return Terms(
             strict=not simulated,
             metrics=frozenset(metrics),
-            held_back=HELD_BACK if self.held_back is None and not simulated else self.held_back,
+            held_back=_HELD_BACK if self.held_back is None and not simulated else self.held_back,
             minimum_held_back_bags=default(self.minimum_held_back_bags, 8, 1),
             minimum_cell_size=default(self.minimum_cell_size, 5, 0),
             skip_bad=False if self.skip_bad is None and not simulated else self.skip_bad,

@@ -67,12 +67,12 @@ def train_round(
     # Forked, since dropout draws from torch's global generator, which belongs to the caller.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed)  # dropout and stochastic depth of the backbone
-        for seen in passes_of_round(training, config, seeds, round):
+        for seen in _passes_of_round(training, config, seeds, round):
             for bags in chunks(seen, config.train.bags_per_step):
                 batch = make_batch(store, bags).augmented(config.train.augmentation, generator).to(device)
                 loss = objective(model, batch)
                 if anchors:
-                    loss = loss + proximal_term(parameters, anchors, config.federation.proximal_mu)
+                    loss = loss + _proximal_term(parameters, anchors, config.federation.proximal_mu)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(parameters, config.train.clip_gradient)
@@ -86,7 +86,7 @@ def train_round(
     return TrainingResult(mean_loss, len(losses), len(training), images)
 
 
-def passes_of_round(
+def _passes_of_round(
     training: NDArray[np.int64], config: RunConfig, seeds: TrainingSeeds, round: int
 ) -> Iterator[NDArray[np.int64]]:
     """Yield the bags that a round trains on, in order, as whole passes or as this round's part of one.
@@ -144,7 +144,7 @@ def build_optimiser(
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=train.weight_decay)
 
 
-def proximal_term(parameters: list[nn.Parameter], anchors: list[Tensor], mu: float) -> Tensor:
+def _proximal_term(parameters: list[nn.Parameter], anchors: list[Tensor], mu: float) -> Tensor:
     """Return mu/2 * ||w - w_server||^2, a scalar (FedProx, Li et al. 2020, eq. 2)."""
     distances = [(p - a).square().sum() for p, a in zip(parameters, anchors, strict=True)]
     return 0.5 * mu * torch.stack(distances).sum()

@@ -17,11 +17,11 @@ from client.data.bags import Bags, to_tensor
 from common.config_tables import Augmentation
 from common.model.losses import bag_means
 
-JITTER = 0.1
+_JITTER = 0.1
 """Largest relative change of a bag's brightness and of its contrast."""
 
 
-def augment_images(
+def _augment_images(
     images: Tensor, bag_index: Tensor, n_bags: int, augmentation: Augmentation, generator: torch.Generator
 ) -> Tensor:
     """Flip, turn and shift each image at random, and change brightness and contrast of each bag as one.
@@ -55,7 +55,7 @@ def augment_images(
         flips = torch.rand((2, number, 1), generator=generator) < 0.5
         transposed = torch.rand((number, 1, 1, 1), generator=generator) < 0.5
         index = torch.where(flips, index.flip(-1), index)
-    light = 1 + JITTER * (2 * torch.rand((n_bags, 2), generator=generator) - 1)
+    light = 1 + _JITTER * (2 * torch.rand((n_bags, 2), generator=generator) - 1)
 
     rows, columns = index.to(device)
     image = torch.arange(number, device=device).view(-1, 1, 1, 1)
@@ -96,8 +96,8 @@ class Batch:
         return Batch(self.images.to(device), self.bag_index.to(device), counts, self.bags.to(device))
 
     def augmented(self, augmentation: Augmentation, generator: torch.Generator) -> "Batch":
-        """Return the same bags with changed images (see ``augment_images``)."""
-        images = augment_images(self.images, self.bag_index, len(self), augmentation, generator)
+        """Return the same bags with changed images (see ``_augment_images``)."""
+        images = _augment_images(self.images, self.bag_index, len(self), augmentation, generator)
         return replace(self, images=images)
 
 

@@ -1,7 +1,7 @@
 """Decode image files in the same way for building sites, checking them, training and predicting.
 
 Knows formats and pixels, and neither sites nor caches. What is refused here is refused everywhere, with the
-same words; every change here must raise ``client.data.image_cache.FORMAT``.
+same words; every change here must raise ``client.data.image_cache._FORMAT``.
 """
 
 from pathlib import Path
@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "TGA", "AVIF")
+_FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "TGA", "AVIF")
 """What is tried, by content. Other formats that Pillow knows are no photographs, and some start programs."""
 
-MAX_PIXELS = 89_478_485
+_MAX_PIXELS = 89_478_485
 """Pixels of one image, about a quarter of a GiB as RGB."""
 
-ROBUST_SHARE = 0.001
+_ROBUST_SHARE = 0.001
 """Share of a deep image's pixels that may lie outside the range shown, at either end: a hot pixel does."""
 
 _REDUCED_OR_MASK = 0b101
@@ -31,7 +31,7 @@ def open_image(path: Path) -> Image.Image:
         OSError: not an image of FORMATS, or damaged (damaged files make decoders raise nearly anything).
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             # Before any pixel is decoded: a small file can declare an image that fills the memory.
             check_pixels(*image.size)
             if (pages := _pages(image)) > 1:
@@ -55,7 +55,7 @@ def check_pixels(width: int, height: int) -> None:
     Raises:
         ValueError: it has more.
     """
-    if width * height > MAX_PIXELS:
+    if width * height > _MAX_PIXELS:
         raise ValueError(_too_many(f"{width} x {height} pixels are"))
 
 
@@ -100,7 +100,7 @@ def stretch(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     """
     if not np.isfinite(values).all():
         raise ValueError("some of its values are no numbers")
-    low, high = np.quantile(values, [ROBUST_SHARE, 1 - ROBUST_SHARE])
+    low, high = np.quantile(values, [_ROBUST_SHARE, 1 - _ROBUST_SHARE])
     # An image with a few bright pixels on one ground has no range left once both ends are cut.
     if low == high:
         low, high = values.min(), values.max()
@@ -118,7 +118,7 @@ def describe(error: Exception) -> str:
 
 
 def _too_many(what: str) -> str:
-    return f"{what} more than the {MAX_PIXELS:,} pixels that one image may have; reduce it"
+    return f"{what} more than the {_MAX_PIXELS:,} pixels that one image may have; reduce it"
 
 
 def _pages(image: Image.Image) -> int:

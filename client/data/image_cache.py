@@ -34,19 +34,19 @@ from common.errors import UserError
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
 
-FORMAT = 2
+_FORMAT = 2
 """Raised when decoding changes, so that caches of older releases are not taken for this one's."""
 
 CHUNK = 128
 """Images decoded between two writes; bounds memory and sets how often progress is told."""
 
-KEPT = 3
+_KEPT = 3
 """Caches of one kind and version that are kept: sizes of runs that go on at the same time."""
 
-ATTEMPTS = 3
+_ATTEMPTS = 3
 """Times that a cache is built which other processes remove again before it is mapped."""
 
-STALE_SECONDS = 24 * 3600
+_STALE_SECONDS = 24 * 3600
 """A temporary folder older than this was left by a process that was killed."""
 
 
@@ -96,8 +96,8 @@ def open_cache(
     Raises:
         UserError: the folder cannot be written, or the disk is full; no partial cache is left.
     """
-    target = folder / f"{kind}-{image_size}-{FORMAT}.{version[:24]}"
-    for _ in range(ATTEMPTS):
+    target = folder / f"{kind}-{image_size}-{_FORMAT}.{version[:24]}"
+    for _ in range(_ATTEMPTS):
         if not (target / "cache.json").is_file():
             _build_or_say(folder, target, paths, image_size, progress)
             _remove_others(folder, target, kind)
@@ -106,7 +106,7 @@ def open_cache(
         except FileNotFoundError:
             continue  # a process that built another cache removed this one since
     raise UserError(
-        f"the image cache in {folder} is removed by other runs as soon as it is built: more than {KEPT} "
+        f"the image cache in {folder} is removed by other runs as soon as it is built: more than {_KEPT} "
         "image sizes are in use at once. Run fewer at a time."
     )
 
@@ -215,13 +215,13 @@ def _remove_others(folder: Path, target: Path, kind: str) -> None:
         except FileNotFoundError:
             continue  # another process removes as well
         if other.name.startswith("tmp-"):
-            if time_of_use < time.time() - STALE_SECONDS:
+            if time_of_use < time.time() - _STALE_SECONDS:
                 shutil.rmtree(other, ignore_errors=True)
         elif other.name.startswith(f"{kind}-") and other.suffix == target.suffix:
             used.append((time_of_use, other))
         elif other.name.startswith(f"{kind}-"):
             _remove(other)
-    for _, other in sorted(used, reverse=True)[KEPT - 1 :]:
+    for _, other in sorted(used, reverse=True)[_KEPT - 1 :]:
         _remove(other)
 
 

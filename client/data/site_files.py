@@ -34,7 +34,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class ImageRow:
+class _ImageRow:
     """Represent one image of a table with its path as written, its label or bag id, and its line."""
 
     path: str
@@ -55,7 +55,7 @@ class Listing:
         faults: every bad row.
     """
 
-    images: tuple[ImageRow, ...]
+    images: tuple[_ImageRow, ...]
     listed: int
     bag_ids: tuple[str, ...]
     offsets: NDArray[np.int64]
@@ -112,7 +112,7 @@ def read_listing(site_dir: Path, config: SiteConfig) -> tuple[Hierarchy, Listing
     return hierarchy, listing
 
 
-def collect_images(site_dir: Path, table: CsvTable, key: str, faults: list[Fault]) -> list[ImageRow]:
+def collect_images(site_dir: Path, table: CsvTable, key: str, faults: list[Fault]) -> list[_ImageRow]:
     """Return the rows whose path is a regular file inside the site folder, each path once.
 
     Args:
@@ -134,11 +134,11 @@ def collect_images(site_dir: Path, table: CsvTable, key: str, faults: list[Fault
             faults.append(Fault(BadRow(table.file, line, reason), row[key]))
         else:
             first[path] = line
-            images.append(ImageRow(path, row[key], line))
+            images.append(_ImageRow(path, row[key], line))
     return images
 
 
-def fingerprint(site_dir: Path, files: Sequence[str], images: Sequence[ImageRow]) -> str:
+def fingerprint(site_dir: Path, files: Sequence[str], images: Sequence[_ImageRow]) -> str:
     """Hash a data version cheaply, as SHA-256 over tables and over size and time of every image.
 
     The tables enter byte by byte, an image by path, size in bytes and modification time: reading all

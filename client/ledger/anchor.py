@@ -19,9 +19,9 @@ from client.ledger.state import LedgerState, Tally, tally
 from common.files import locked, write_text
 from common.privacy.events import Unit
 
-ANCHOR_SUFFIX = ".anchor.json"
+_ANCHOR_SUFFIX = ".anchor.json"
 """Takes the place of the ledger's own, in the kit's state folder or beside the ledger."""
-STATE = "state"
+_STATE = "state"
 """The kit's folder for what must outlive a restart."""
 
 
@@ -121,8 +121,8 @@ ADVICE = (
 
 def anchor_file(ledger: Path, kit: Path | None = None) -> AnchorFile:
     """Return the anchor of a ledger, in the kit's state folder if there is a kit, else in the ledger's."""
-    folder = ledger.parent if kit is None else kit / STATE
-    return AnchorFile(folder / ledger.with_suffix(ANCHOR_SUFFIX).name)
+    folder = ledger.parent if kit is None else kit / _STATE
+    return AnchorFile(folder / ledger.with_suffix(_ANCHOR_SUFFIX).name)
 
 
 def lost_marks(marks: Iterable[Mark], state: LedgerState, hash_of: Callable[[int], str | None]) -> list[Mark]:

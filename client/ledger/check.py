@@ -182,12 +182,12 @@ def _check_meaning(entries: list[Entry]) -> list[Problem]:
     return []
 
 
-CARRY_SUFFIX = ".composed"
+_CARRY_SUFFIX = ".composed"
 """Takes the place of the ledger's own, beside it."""
-PURPOSE = "composed-privacy-loss"
-FORMAT = 1
+_PURPOSE = "composed-privacy-loss"
+_FORMAT = 1
 """Raise it when grids or bounds are chosen in another way."""
-SEAL_BYTES = 32
+_SEAL_BYTES = 32
 
 
 class CarryFile:
@@ -197,7 +197,7 @@ class CarryFile:
     """
 
     def __init__(self, ledger: Path) -> None:
-        self.path = ledger.with_suffix(CARRY_SUFFIX)
+        self.path = ledger.with_suffix(_CARRY_SUFFIX)
         self._written: tuple[Composition, ...] = ()
 
     def recall(self, state: LedgerState, hash_of: Callable[[int], str | None]) -> None:
@@ -211,7 +211,7 @@ class CarryFile:
             return
         try:
             content = self.path.read_bytes()
-            seal, content = content[:SEAL_BYTES], content[SEAL_BYTES:]
+            seal, content = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
             # The seal is checked before anything is parsed: nothing of a foreign file reaches the
             # unpacking code.
             if not hmac.compare_digest(seal, self._seal(content)):
@@ -241,7 +241,7 @@ class CarryFile:
             self._written = kept
 
     def _seal(self, content: bytes) -> bytes:
-        return seeds.derive(self.path.parent, PURPOSE, content)
+        return seeds.derive(self.path.parent, _PURPOSE, content)
 
 
 def _is_long(state: LedgerState) -> bool:
@@ -258,7 +258,7 @@ def _kept_of(state: LedgerState) -> tuple[Composition, ...]:
 
 def _about(state: LedgerState, rows: int, head: str | None) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": _FORMAT,
         "accountant": version("dp-accounting"),
         "site": state.site,
         "rows": rows,

@@ -23,14 +23,14 @@ from common.errors import RunError, UserError
 
 LEDGER_FILE = "ledger.sqlite"
 """The file's name in the folder of a site."""
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x66646C67
+_SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x66646C67
 """Tells our file from any other SQLite file ("fdlg")."""
 NO_ROW = "0" * 64
 """What stands for the hash before the first row."""
-SALT, SALT_BYTES = "salt", 16
+_SALT, _SALT_BYTES = "salt", 16
 """The key of a row's random part, and its length: a hash that leaves the site tells nothing of the row."""
-WAIT_SECONDS = 60.0
+_WAIT_SECONDS = 60.0
 """How long to wait for another process that holds the file."""
 
 SCHEMA = (
@@ -47,7 +47,7 @@ SCHEMA = (
     "WHEN NEW.seq <> (SELECT coalesce(max(seq), 0) + 1 FROM entries) "
     "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
 )
-PRAGMAS = (
+_PRAGMAS = (
     # A rollback journal rather than a WAL: what is committed is in this one file, and can be copied.
     "PRAGMA journal_mode = DELETE",
     # FULL, and the folder is synced too: a commit that a power cut could undo would hide spending.
@@ -106,15 +106,15 @@ class LedgerBusyError(RunError):
     """
 
 
-def canonical(body: Mapping[str, Any]) -> str:
+def _canonical(body: Mapping[str, Any]) -> str:
     """Return the one JSON text that a row's content is hashed and stored as."""
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def chain_hash(previous: str, seq: int, kind: str, body: str) -> str:
+def _chain_hash(previous: str, seq: int, kind: str, body: str) -> str:
     """Return the SHA-256 over the hash of the row before and this row's canonical JSON, as hexadecimal."""
     # Number and kind are hashed as well: else a row could be moved, or a charge relabelled as a refusal.
-    row = canonical({"seq": seq, "kind": kind, "body": body})
+    row = _canonical({"seq": seq, "kind": kind, "body": body})
     return hashlib.sha256(f"{previous}\n{row}".encode()).hexdigest()
 
 
@@ -140,8 +140,8 @@ def create(path: Path, body: Mapping[str, Any]) -> None:
             db.execute("BEGIN IMMEDIATE")
             for statement in SCHEMA:
                 db.execute(statement)
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             append(db, None, Kind.OPENED, body)
             db.execute("COMMIT")
         temporary.chmod(0o644)
@@ -177,7 +177,7 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
     except sqlite3.OperationalError as error:
         raise LedgerBusyError(f"the ledger {path.name} cannot be written: {error}") from error
     except sqlite3.DatabaseError as error:
-        raise damaged(path, error) from error
+        raise _damaged(path, error) from error
 
 
 @contextmanager
@@ -193,15 +193,15 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
             check_version(db, path)
             yield db
     except sqlite3.DatabaseError as error:
-        raise damaged(path, error) from error
+        raise _damaged(path, error) from error
 
 
 def append(db: sqlite3.Connection, last: Entry | None, kind: Kind, body: Mapping[str, Any]) -> Entry:
     """Add one row with a salt of its own after ``last``, the newest row of the file."""
     seq, previous = (last.seq + 1, last.hash) if last else (1, NO_ROW)
     # Without the salt, whoever knows all of a row but one count would find the count by trying hashes.
-    text = canonical({**body, SALT: secrets.token_hex(SALT_BYTES)})
-    entry = Entry(seq, kind.value, json.loads(text), previous, chain_hash(previous, seq, kind.value, text))
+    text = _canonical({**body, _SALT: secrets.token_hex(_SALT_BYTES)})
+    entry = Entry(seq, kind.value, json.loads(text), previous, _chain_hash(previous, seq, kind.value, text))
     db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (seq, entry.kind, text, previous, entry.hash))
     return entry
 
@@ -289,7 +289,7 @@ def parse_row(row: tuple[Any, ...], seq: int, previous: str) -> tuple[Entry | No
     try:
         body = json.loads(text)
         entry = Entry(int(found), str(kind), body if isinstance(body, dict) else {}, str(before), str(own))
-        recomputed = chain_hash(before, found, kind, text)
+        recomputed = _chain_hash(before, found, kind, text)
     except (TypeError, ValueError):
         return None, "is not a row of the ledger (edited)"
     if recomputed != own:
@@ -309,18 +309,18 @@ def check_version(db: sqlite3.Connection, path: Path) -> None:
     """
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if application != APPLICATION_ID:
+    if application != _APPLICATION_ID:
         raise LedgerError(f"{path} is not a privacy ledger (it may be empty, torn or another file)")
-    if version != SCHEMA_VERSION:
+    if version != _SCHEMA_VERSION:
         raise LedgerError(
-            f"the ledger {path} has schema {version}; this release reads schema {SCHEMA_VERSION}. "
+            f"the ledger {path} has schema {version}; this release reads schema {_SCHEMA_VERSION}. "
             "Use the release that wrote it."
         )
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
         raise LedgerError(f"the ledger {path} is damaged: its table is missing")
 
 
-def damaged(path: Path, error: Exception) -> LedgerError:
+def _damaged(path: Path, error: Exception) -> LedgerError:
     """Return the error for a file that SQLite itself cannot read."""
     return LedgerError(
         f"the ledger {path} is damaged: {error}\nPut back the newest intact copy that agrees with the "
@@ -333,10 +333,10 @@ def open_file(path: Path) -> Iterator[sqlite3.Connection]:
     """Open the file without checking it, and close it at the end of the block."""
     # mode=rw: never creates a file, and can undo what a killed process left half written.
     db = sqlite3.connect(
-        f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
+        f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=_WAIT_SECONDS, isolation_level=None
     )
     try:
-        for pragma in PRAGMAS:
+        for pragma in _PRAGMAS:
             db.execute(pragma)
         yield db
     finally:

@@ -64,10 +64,10 @@ __all__ = [
 ]
 
 
-CARRY_EVERY = 256
+_CARRY_EVERY = 256
 """Rows after which the state is carried forward in a row of its own: what a new process reads at most."""
-IDENTIFIER_BYTES = 32
-LEAST_EVENT = DiscreteLaplace(scale=1e6)
+_IDENTIFIER_BYTES = 32
+_LEAST_EVENT = DiscreteLaplace(scale=1e6)
 """Costs next to nothing: what does not fit beside it leaves no room for any training."""
 
 
@@ -212,10 +212,10 @@ class Ledger:
         with self.transaction():
             state = self._state
             # The least that can be asked for costs something: nothing fits where nothing is left.
-            least = (*state.events_for(state.unit), LEAST_EVENT)
+            least = (*state.events_for(state.unit), _LEAST_EVENT)
             if fits(least, state.cap.epsilon, state.cap.delta, Adjacency.REPLACE_ONE):
                 return
-        self._note_refusal(LEAST_EVENT, {"run_id": run_id, "round": round})
+        self._note_refusal(_LEAST_EVENT, {"run_id": run_id, "round": round})
         raise BudgetRefused(state.site, 0.0, 0.0, state.cap.epsilon)
 
     def reserve(
@@ -364,7 +364,7 @@ class Ledger:
                 yield db
                 # Without these rows, a process that answers a single message would read all of a long
                 # ledger first.
-                if self._state.rows - self._state.carried_at >= CARRY_EVERY:
+                if self._state.rows - self._state.carried_at >= _CARRY_EVERY:
                     self.append(db, Kind.CARRIED, {"state": self._state.as_json()})
         except BaseException:
             # Rows of a transaction that was undone must not stay in memory; the next one reads anew.
@@ -421,7 +421,7 @@ def _not_accepted(path: Path, state: LedgerState, data_version: str) -> DataVers
 
 
 def new_identifier() -> str:
-    return secrets.token_hex(IDENTIFIER_BYTES)
+    return secrets.token_hex(_IDENTIFIER_BYTES)
 
 
 def now() -> str:

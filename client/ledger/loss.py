@@ -25,12 +25,12 @@ from client.ledger.ledger import Ledger, new_identifier, now
 from client.ledger.state import LedgerState, Tally
 from common.privacy.events import PoissonGaussian, Unit
 
-LEAST_CAP = 1e-9
-NO_NOISE = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.0, steps=1)
+_LEAST_CAP = 1e-9
+_NO_NOISE = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.0, steps=1)
 """Stands for spending that nobody knows: no epsilon bounds it."""
 
 
-UNKNOWN_ROWS = 0
+_UNKNOWN_ROWS = 0
 """Stands for the length of a chain of which only the newest hash is known."""
 
 
@@ -81,8 +81,8 @@ def accept_loss(
             "unit": anchored.unit if anchored else Unit.BAG.value,
             "data_version": data_version,
             # Where no cap is known, the smallest: opening with the site's own records that one.
-            "cap_epsilon": anchored.cap_epsilon if anchored else LEAST_CAP,
-            "cap_delta": anchored.cap_delta if anchored else LEAST_CAP,
+            "cap_epsilon": anchored.cap_epsilon if anchored else _LEAST_CAP,
+            "cap_delta": anchored.cap_delta if anchored else _LEAST_CAP,
         }
         create(path, {**opening, "identifier": new_identifier(), "time": now()})
     # Unchecked, because the check would refuse exactly the ledger that is to be mended here.
@@ -99,7 +99,7 @@ def accept_loss(
             and head not in {mark.head for mark in marks} | state.lost
             and not holds(db, head)
         ):
-            lost.append(Mark(UNKNOWN_ROWS, head))
+            lost.append(Mark(_UNKNOWN_ROWS, head))
         if not lost and not unreadable:
             return False
         body = {
@@ -117,12 +117,12 @@ def _charged(lost: Sequence[Mark], anchored: Anchor | None, state: LedgerState) 
     They are what the anchor counts as spent and the ledger does not, and an event without a bound if a mark
     names rows that the anchor does not cover.
     """
-    reaches = anchored.rows if anchored is not None and anchored.mark in lost else UNKNOWN_ROWS
+    reaches = anchored.rows if anchored is not None and anchored.mark in lost else _UNKNOWN_ROWS
     known = (
         lost_events(anchored, state) if anchored is not None and reaches else {"events": [], "bag_events": []}
     )
     # A chain as long as the anchor's, or shorter, is taken for the beginning of the anchor's own, unless the
     # ledger holds the anchor's: then it is another.
-    if anchored is not None and all(UNKNOWN_ROWS < mark.rows <= reaches for mark in lost):
+    if anchored is not None and all(_UNKNOWN_ROWS < mark.rows <= reaches for mark in lost):
         return known
-    return {key: [*told, (NO_NOISE.model_dump(), 1)] for key, told in known.items()}
+    return {key: [*told, (_NO_NOISE.model_dump(), 1)] for key, told in known.items()}

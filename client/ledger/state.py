@@ -58,7 +58,7 @@ def tally(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> Tally:
     return [(event.model_dump(), sum(1 for _ in run)) for event, run in groupby(events)]
 
 
-def untally(runs: Iterable[Iterable[Any]]) -> list[PoissonGaussian | DiscreteLaplace]:
+def _untally(runs: Iterable[Iterable[Any]]) -> list[PoissonGaussian | DiscreteLaplace]:
     """Return the events of a tally, as the inverse of ``tally``.
 
     Raises:
@@ -205,7 +205,7 @@ class LedgerState:
             state.versions = {str(version): str(since) for version, since in content["versions"]}
             state.identifiers = {str(version): str(name) for version, name in content["identifiers"]}
             state.cap = Cap(float(content["cap"][0]), float(content["cap"][1]))
-            state._spend(untally(content["events"]), untally(content["bag_events"]))
+            state._spend(_untally(content["events"]), _untally(content["bag_events"]))
             state.release_rows = {str(version): int(number) for version, number in content["releases"]}
             for version, number in state.release_rows.items():
                 # The state names the row of a release only; its counts, maybe one row per bag, stay there.
@@ -293,7 +293,7 @@ class LedgerState:
             case Kind.REFUSED:
                 self.refusals += 1
             case Kind.LOST:
-                self._spend(untally(body["events"]), untally(body["bag_events"]))
+                self._spend(_untally(body["events"]), _untally(body["bag_events"]))
                 self._drew_from(body)
                 self.lost |= set(map(str, body["heads"]))
                 self.losses += 1

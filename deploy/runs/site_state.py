@@ -62,7 +62,7 @@ class SiteState:
     """Why the ledger cannot be read; empty where it can, or there is none."""
 
     def after(self, done: Mapping[str, Any]) -> Self:
-        """Return the state after one more line of the journal (``client.journal.Done``)."""
+        """Return the state after one more line of the journal (``client.journal._Done``)."""
         phase, code = str(done["phase"]), int(done["code"])
         refusals = dict(self.refusals)
         if code:

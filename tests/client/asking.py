@@ -8,7 +8,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 
 from client.app import app
-from client.seeds import SECRET_FILE
+from client.seeds import _SECRET_FILE
 from client.site import SiteConfig, SitePolicy
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
@@ -41,7 +41,7 @@ PRIVATE: dict[str, Any] = {
 def with_policy(site: Path, to: Path, **policy: Any) -> Path:
     """A copy of a site folder under another policy."""
     # A copy is another site: its secret is its own, whoever opened the original before.
-    shutil.copytree(site, to, ignore=shutil.ignore_patterns(SECRET_FILE))
+    shutil.copytree(site, to, ignore=shutil.ignore_patterns(_SECRET_FILE))
     own = SiteConfig.load(to)
     own.model_copy(update={"policy": SitePolicy.model_validate(policy)}).save(to)
     return to

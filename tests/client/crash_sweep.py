@@ -23,7 +23,7 @@ from client.ledger import state
 from client.ledger.anchor import anchor_file
 from client.ledger.file import Entry, Kind
 from client.ledger.ledger import Ledger, LedgerLostError, verify
-from client.ledger.state import LedgerState, untally
+from client.ledger.state import LedgerState, _untally
 from common.privacy.accounting import spent as epsilon
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict
 from common.privacy.proportions import release_counts
@@ -125,7 +125,7 @@ def main() -> None:
         if spent < due:
             understated.append(point)
         anchor = anchor_file(copy).read()
-        if anchor is None or epsilon(untally(anchor.events), 1e-5, Adjacency.REPLACE_ONE) < due:
+        if anchor is None or epsilon(_untally(anchor.events), 1e-5, Adjacency.REPLACE_ONE) < due:
             forgotten.append(point)
         try:
             Ledger.open(copy, "site-1", "v1", 8.0, 1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.data.batch import JITTER, augment_images
+from client.data.batch import _JITTER, _augment_images
 from common.config_tables import Augmentation
 
 
@@ -15,7 +15,7 @@ def generator(seed: int) -> torch.Generator:
 def augment_bag(
     images: Tensor, source: torch.Generator, augmentation: Augmentation = Augmentation.FULL
 ) -> Tensor:
-    return augment_images(images, torch.zeros(len(images), dtype=torch.int64), 1, augmentation, source)
+    return _augment_images(images, torch.zeros(len(images), dtype=torch.int64), 1, augmentation, source)
 
 
 def test_the_generator_fixes_the_result_and_the_input_is_kept() -> None:
@@ -62,21 +62,21 @@ def test_light_changes_by_at_most_ten_percent_and_alike_in_a_bag() -> None:
         assert torch.allclose(means[0], means[1])
         assert torch.allclose(means[2], means[3])
         contrast = (means[0] - means[2]) / 0.5
-        assert (1 - JITTER) ** 2 - 1e-5 <= contrast <= (1 + JITTER) ** 2 + 1e-5
-        assert 0.5 * (1 - JITTER) - 1e-5 <= means.mean() <= 0.5 * (1 + JITTER) + 1e-5
+        assert (1 - _JITTER) ** 2 - 1e-5 <= contrast <= (1 + _JITTER) ** 2 + 1e-5
+        assert 0.5 * (1 - _JITTER) - 1e-5 <= means.mean() <= 0.5 * (1 + _JITTER) + 1e-5
 
 
 def test_light_is_drawn_for_each_bag_of_a_batch_around_its_own_mean() -> None:
     """Flat bags stay flat, each with a brightness of its own; contrast acts around the bag's mean."""
     bag_index = torch.tensor([0, 0, 1, 2, 2, 2])
     images = torch.tensor([0.2, 0.4, 0.0, -0.6, -0.6, -0.6]).view(-1, 1, 1, 1).expand(6, 3, 12, 12)
-    out = augment_images(images, bag_index, 3, Augmentation.SHIFT, generator(0))
+    out = _augment_images(images, bag_index, 3, Augmentation.SHIFT, generator(0))
     level = (out.mean(dim=(1, 2, 3)) + 1) / 2
     before = (torch.tensor([0.3, 0.0, -0.6]) + 1) / 2
     factors = torch.stack([level[:2].mean(), level[2], level[3:].mean()]) / before
     assert len(factors.unique()) == 3
-    assert ((factors - 1).abs() <= JITTER + 1e-5).all()
-    assert (1 - JITTER) ** 2 <= (level[1] - level[0]) / 0.1 <= (1 + JITTER) ** 2
+    assert ((factors - 1).abs() <= _JITTER + 1e-5).all()
+    assert (1 - _JITTER) ** 2 <= (level[1] - level[0]) / 0.1 <= (1 + _JITTER) ** 2
 
 
 def test_shift_keeps_every_image_upright() -> None:
@@ -104,7 +104,7 @@ def test_a_bag_alone_gets_what_it_got_before_batches_were_made_as_one() -> None:
     shifts = torch.randint(-2, 3, (2, 4, 1), generator=source)
     flips = torch.rand((2, 4, 1), generator=source) < 0.5
     turned = torch.rand((4, 1, 1, 1), generator=source) < 0.5
-    brightness, contrast = (1 + JITTER * (2 * torch.rand(2, generator=source) - 1)).tolist()
+    brightness, contrast = (1 + _JITTER * (2 * torch.rand(2, generator=source) - 1)).tolist()
     expected = []
     for image, (row, column), (up, left), turn in zip(
         images, shifts[:, :, 0].T.tolist(), flips[:, :, 0].T.tolist(), turned.flatten().tolist(), strict=True

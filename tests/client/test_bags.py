@@ -160,7 +160,7 @@ def test_the_data_version_covers_the_tables_but_not_the_test_labels(site: Path, 
 
 
 def test_leftovers_of_killed_processes_are_removed_once_stale(site: Path) -> None:
-    for name, age in (("tmp-old", 2 * client.data.image_cache.STALE_SECONDS), ("tmp-new", 0)):
+    for name, age in (("tmp-old", 2 * client.data.image_cache._STALE_SECONDS), ("tmp-new", 0)):
         folder = site / ".cache" / name
         folder.mkdir(parents=True)
         then = folder.stat().st_mtime - age
@@ -245,7 +245,7 @@ def test_an_unreadable_and_a_truncated_image(site: Path) -> None:
 
 
 def test_an_image_of_too_many_pixels(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.data.decoding, "MAX_PIXELS", 200)
+    monkeypatch.setattr(client.data.decoding, "_MAX_PIXELS", 200)
     assert "16 x 16 pixels are more than the 200 pixels that one image may have" in refuse(site)
 
 

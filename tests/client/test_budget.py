@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
-from client.budget import PLAN_FILE, Budget, SigmaCache, open_budget
+from client.budget import _PLAN_FILE, Budget, SigmaCache, open_budget
 from client.data.bags import CACHE_FOLDER, BagStore
 from client.ledger import ledger as ledger_module
 from client.ledger.file import (
@@ -92,7 +92,7 @@ def test_a_changed_plan_file_charges_for_the_noise_that_it_names(
 ) -> None:
     """It can overcharge, or be refused; the noise drawn and the event charged are of one number."""
     honest = open_site().plan.noise_multiplier
-    file = site / CACHE_FOLDER / PLAN_FILE
+    file = site / CACHE_FOLDER / _PLAN_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), "sigma": sigma}))
     budget = open_site()
     assert budget.plan.noise_std == sigma * budget.plan.clip_norm
@@ -111,7 +111,7 @@ def test_a_changed_plan_file_charges_for_the_noise_that_it_names(
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "x", "sigma": 1}', '{"sigma": "NaN"}'])
 def test_a_damaged_plan_file_is_found_anew(content: str, open_site: OpenSite, site: Path) -> None:
     honest = open_site().plan.noise_multiplier
-    file = site / CACHE_FOLDER / PLAN_FILE
+    file = site / CACHE_FOLDER / _PLAN_FILE
     file.write_text(content)
     assert open_site().plan.noise_multiplier == honest
     assert json.loads(file.read_text())["sigma"] == honest
@@ -204,11 +204,11 @@ def test_a_new_process_reads_few_rows_of_a_long_ledger(
         return entries
 
     monkeypatch.setattr(ledger_module, "read_entries", counted)
-    for round in range(ledger_module.CARRY_EVERY + 5):
+    for round in range(ledger_module._CARRY_EVERY + 5):
         if round % 64 == 0:
             ledger = Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
             assert len(ledger.events()) == 1000 + round
-            assert max(read) <= ledger_module.CARRY_EVERY + 2
+            assert max(read) <= ledger_module._CARRY_EVERY + 2
         ledger.confirm(
             ledger.reserve(PoissonGaussian(sample_rate=0.01, noise_multiplier=4.0, steps=1), "r", 1)
         )
@@ -229,7 +229,7 @@ def test_a_row_that_carries_the_ledger_counts_no_event_anew(
     ledger = Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
     for _ in range(8):
         with ledger.transaction() as db:
-            for number in range(ledger_module.CARRY_EVERY):
+            for number in range(ledger_module._CARRY_EVERY):
                 body = {"event": events[number % 2].model_dump(), "run_id": "r", "round": 1, "copies": 1}
                 ledger.append(db, Kind.RESERVED, body)
     compared: list[object] = []

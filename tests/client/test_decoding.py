@@ -10,7 +10,7 @@ from PIL import Image
 
 import client.data.decoding
 from client.data.decoding import (
-    MAX_PIXELS,
+    _MAX_PIXELS,
     describe,
     open_image,
     stretch,
@@ -115,7 +115,7 @@ def write_png_header(path: Path, width: int, height: int) -> None:
 @pytest.mark.parametrize("width", [9_500, 95_000, 2**31 - 1])
 def test_one_pixel_limit_and_one_message_for_build_check_and_predict(tmp_path: Path, width: int) -> None:
     write_png_header(tmp_path / "x.png", width, 10_000)
-    assert f"more than the {MAX_PIXELS:,} pixels that one image may have" in fault(tmp_path / "x.png")
+    assert f"more than the {_MAX_PIXELS:,} pixels that one image may have" in fault(tmp_path / "x.png")
     source = SourceTable(
         "table.csv", FileImages([tmp_path / "x.png"]), np.zeros(1, np.int64),
         Hierarchy.from_rows(["leaf"], [["a"]]), [2],
@@ -125,9 +125,9 @@ def test_one_pixel_limit_and_one_message_for_build_check_and_predict(tmp_path: P
 
 
 def test_the_limit_itself_is_read() -> None:
-    client.data.decoding.check_pixels(MAX_PIXELS, 1)
+    client.data.decoding.check_pixels(_MAX_PIXELS, 1)
     with pytest.raises(ValueError, match="pixels are more"):
-        client.data.decoding.check_pixels(MAX_PIXELS + 1, 1)
+        client.data.decoding.check_pixels(_MAX_PIXELS + 1, 1)
 
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))

@@ -18,7 +18,7 @@ from client.app import app
 from client.egress import SiteError
 from client.ledger import file
 from client.ledger.file import LEDGER_FILE, Kind
-from client.ledger.ledger import CARRY_EVERY, Ledger
+from client.ledger.ledger import _CARRY_EVERY, Ledger
 from client.ledger.state import LedgerState
 from client.ledger.view import Charges
 from client.session import SiteSession
@@ -459,7 +459,7 @@ def test_the_guard_reads_the_ledger_once_a_reply_and_from_the_newest_row_that_ca
     body = {"event": event.model_dump(), "run_id": "r", "round": 1, "copies": 1, "generator": ""}
     for _ in range(3):
         with ledger.transaction() as db:
-            for _ in range(CARRY_EVERY):
+            for _ in range(_CARRY_EVERY):
                 ledger.append(db, Kind.RESERVED, body)
     rows = ledger.state.rows
     ledger.confirm(ledger.reserve(event, "r", 2))
@@ -471,8 +471,8 @@ def test_the_guard_reads_the_ledger_once_a_reply_and_from_the_newest_row_that_ca
     assert charges.paid_for_training(2, config)
     assert not charges.paid_for_training(1, config)
     assert charges.statement(2, statement.ledger_head) == statement
-    assert len(read) == len(set(read)) <= CARRY_EVERY + 3
-    assert min(read) > 2 * CARRY_EVERY
+    assert len(read) == len(set(read)) <= _CARRY_EVERY + 3
+    assert min(read) > 2 * _CARRY_EVERY
 
 
 def test_the_rest_of_a_reply_is_the_guard_s_own(cases: dict[str, Case]) -> None:

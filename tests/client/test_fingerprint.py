@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.app import app
 from client.data.site_files import data_version, read_listing
-from client.ledger.file import NO_ROW, canonical, chain_hash
+from client.ledger.file import NO_ROW, _canonical, _chain_hash
 from client.ledger.state import LedgerState
 from client.session import SiteSession
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
@@ -104,7 +104,7 @@ def heads(ledger: Path, version: str, *, salted: bool) -> set[str]:
         body = {**entry.body, "data_version": version}
         if not salted:
             body.pop("salt", None)
-        previous = chain_hash(previous, entry.seq, entry.kind, canonical(body))
+        previous = _chain_hash(previous, entry.seq, entry.kind, _canonical(body))
         found.add(previous)
     return found
 

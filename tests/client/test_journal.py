@@ -88,7 +88,7 @@ def test_what_a_server_writes_into_a_message_gets_no_further(group: str, tmp_pat
     message, context = question({"data-path": str(tmp_path)}, kind="query.melanoma", group=group)
     journal.record(message, context, good)
     (line,) = lines(tmp_path / journal.JOURNAL_FILE)
-    assert (line["round"], line["phase"]) == (0, journal.OTHER)
+    assert (line["round"], line["phase"]) == (0, journal._OTHER)
 
 
 def test_a_journal_that_cannot_be_written_stops_no_reply(

@@ -18,7 +18,7 @@ import pytest
 from client.ledger import file
 from client.ledger import ledger as ledger_module
 from client.ledger.anchor import anchor_file
-from client.ledger.file import Kind, canonical, chain_hash
+from client.ledger.file import Kind, _canonical, _chain_hash
 from client.ledger.ledger import (
     BudgetRefused,
     DataVersionError,
@@ -137,8 +137,8 @@ def test_a_ledger_of_an_earlier_release_is_read_and_goes_on_salted(
     def unsalted(db: Any, last: Any, kind: Kind, body: Any) -> Any:
         seq, previous = (last.seq + 1, last.hash) if last else (1, "0" * 64)
         plain = {name: value for name, value in body.items() if name != "identifier"}
-        text = canonical(plain)
-        own = chain_hash(previous, seq, kind.value, text)
+        text = _canonical(plain)
+        own = _chain_hash(previous, seq, kind.value, text)
         db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (seq, kind.value, text, previous, own))
         return file.Entry(seq, kind.value, json.loads(text), previous, own)
 
@@ -417,7 +417,7 @@ def test_planted_bug_a_chain_that_does_not_cover_the_content(
     open_ledger: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        file, "chain_hash", lambda previous, seq, kind, body: chain_hash(previous, seq, kind, "")
+        file, "_chain_hash", lambda previous, seq, kind, body: _chain_hash(previous, seq, kind, "")
     )
     path = fill(open_ledger())
     tamper(path, REDUCE)
@@ -447,8 +447,8 @@ def test_rows_that_no_ledger_writes_are_found(open_ledger: Opener) -> None:
     path = fill(open_ledger(), 1)
     db = sqlite3.connect(path)
     (previous,) = db.execute("SELECT hash FROM entries WHERE seq = 3").fetchone()
-    body = canonical({"reservation": 99})
-    own = chain_hash(previous, 4, Kind.CONFIRMED, body)
+    body = _canonical({"reservation": 99})
+    own = _chain_hash(previous, 4, Kind.CONFIRMED, body)
     db.execute("INSERT INTO entries VALUES (4, 'confirmed', ?, ?, ?)", (body, previous, own))
     db.commit()
     db.close()
@@ -462,7 +462,7 @@ def test_a_full_disk_grants_nothing_and_breaks_nothing(
 ) -> None:
     ledger = open_ledger(cap_epsilon=100.0)
     pages = ledger.path.stat().st_size // 4096
-    monkeypatch.setattr(file, "PRAGMAS", (*file.PRAGMAS, f"PRAGMA max_page_count = {pages + 1}"))
+    monkeypatch.setattr(file, "_PRAGMAS", (*file._PRAGMAS, f"PRAGMA max_page_count = {pages + 1}"))
     granted = use_up(ledger, LedgerBusyError)
     with pytest.raises(LedgerBusyError, match="full"):
         ledger.reserve(QUIET, "run", granted)

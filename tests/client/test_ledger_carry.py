@@ -12,7 +12,7 @@ import pytest
 
 from client.ledger import check, state
 from client.ledger import ledger as ledger_module
-from client.ledger.check import SEAL_BYTES, CarryFile
+from client.ledger.check import _SEAL_BYTES, CarryFile
 from client.ledger.file import hash_of, reading
 from client.ledger.ledger import Ledger, verify
 from common.errors import UserError
@@ -75,12 +75,12 @@ def afresh(ledger: Ledger) -> float:
 def weaken(path: Path, *, sealed: bool) -> None:
     """Rewrite the file so that it tells of the same events at next to no loss."""
     file = CarryFile(path)
-    about, kept = composition.unpack(file.path.read_bytes()[SEAL_BYTES:])
+    about, kept = composition.unpack(file.path.read_bytes()[_SEAL_BYTES:])
     quiet = [
         replace(one, pld=composition._release(1e6, REPLACE_ONE, one.interval).self_compose(1)) for one in kept
     ]
     content = composition.pack(quiet, about)
-    seal = file._seal(content) if sealed else file.path.read_bytes()[:SEAL_BYTES]
+    seal = file._seal(content) if sealed else file.path.read_bytes()[:_SEAL_BYTES]
     file.path.write_bytes(seal + content)
 
 

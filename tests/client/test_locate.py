@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flwr.app import RecordDict
 
-from client.session import SiteSession, find_site, is_simulated
+from client.session import SiteSession, _find_site, _is_simulated
 from client.site import PrivacyBudget, SiteConfig, SitePolicy, site_folders
 from common.config import RunConfig
 from common.errors import ConfigError, UserError
@@ -17,12 +17,12 @@ Scalar = bool | int | float | str
 
 def test_a_site_is_where_its_node_says(sites_dir: Path) -> None:
     node = {"data-path": str(sites_dir / "hospital-2"), "kit": "/kit"}
-    assert find_site(node, "") == sites_dir / "hospital-2"
+    assert _find_site(node, "") == sites_dir / "hospital-2"
 
 
 def test_a_real_site_refuses_a_run_that_asks_for_other_data(sites_dir: Path) -> None:
     with pytest.raises(ConfigError, match="no server says where"):
-        find_site({"data-path": str(sites_dir / "hospital-1")}, str(sites_dir))
+        _find_site({"data-path": str(sites_dir / "hospital-1")}, str(sites_dir))
 
 
 @pytest.mark.parametrize("node", [{"data-path": ""}, {"kit": "/kit"}])
@@ -30,17 +30,17 @@ def test_a_real_site_without_data_is_never_taken_for_a_simulated_one(
     sites_dir: Path, node: dict[str, Scalar]
 ) -> None:
     numbered = node | {"partition-id": 0}
-    assert not is_simulated(numbered)
+    assert not _is_simulated(numbered)
     with pytest.raises(ConfigError, match="this node has no site"):
-        find_site(numbered, str(sites_dir))
+        _find_site(numbered, str(sites_dir))
 
 
 def test_a_simulated_node_takes_the_folder_of_its_number(sites_dir: Path) -> None:
-    assert find_site({"partition-id": 1}, str(sites_dir)) == sites_dir / "hospital-2"
+    assert _find_site({"partition-id": 1}, str(sites_dir)) == sites_dir / "hospital-2"
     with pytest.raises(UserError, match="3 site folders"):
-        find_site({"partition-id": 3}, str(sites_dir))
+        _find_site({"partition-id": 3}, str(sites_dir))
     with pytest.raises(ConfigError, match="needs a folder of sites"):
-        find_site({"partition-id": 0}, "")
+        _find_site({"partition-id": 0}, "")
 
 
 @pytest.mark.parametrize("epsilon", [None, 1.0])

@@ -18,7 +18,7 @@ import client.private_training as private
 from client.data.bags import BagStore
 from client.data.batch import Batch, make_batch
 from client.objectives import build_objective
-from client.private_training import BagDPOptimizer, bag_loss, train_round_privately
+from client.private_training import BagDPOptimizer, _bag_loss, train_round_privately
 from client.seeds import TrainingSeeds
 from client.training import make_setting, train_round
 from common.config import RunConfig
@@ -154,7 +154,7 @@ def test_the_sum_is_that_of_the_naive_float64_loop(
     bags = batches(store)
     expected = naive_sum(model, bags, config, clip_norm)
     if bug == "no clipping":
-        monkeypatch.setattr(private, "total_norm", no_clipping)
+        monkeypatch.setattr(private, "_total_norm", no_clipping)
     if bug == "per-tensor clipping":
         monkeypatch.setattr(BagDPOptimizer, "clip_and_accumulate", per_tensor_clipping)
     losses = [lambda bag=bag: loss_of(model, bag, config) for bag in bags]
@@ -171,7 +171,7 @@ def test_one_bag_moves_the_sum_by_the_clip_norm_and_replacing_it_by_twice_that(
     model = build_model(config.model, store.hierarchy, seed=1)
     first, second, third = batches(store)
     if bug == "no clipping":
-        monkeypatch.setattr(private, "total_norm", no_clipping)
+        monkeypatch.setattr(private, "_total_norm", no_clipping)
     if bug == "per-tensor clipping":
         monkeypatch.setattr(BagDPOptimizer, "clip_and_accumulate", per_tensor_clipping)
     others = [lambda: loss_of(model, first, config), lambda: loss_of(model, second, config)]
@@ -211,7 +211,7 @@ def test_clipping_per_image_as_stock_hooks_do_would_break_the_bound(store: BagSt
 def test_the_norm_is_right_where_one_float32_sum_is_not() -> None:
     gradients = [torch.full((1000, 1000), 1e-3), torch.randn(257), torch.randn(3, 5), torch.zeros(())]
     exact = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
-    assert private.total_norm(gradients) == pytest.approx(exact, rel=1e-7)
+    assert private._total_norm(gradients) == pytest.approx(exact, rel=1e-7)
 
 
 def noise_is_right(gradient: Tensor, standard_deviation: float) -> bool:
@@ -376,7 +376,7 @@ def test_without_noise_and_clipping_it_is_the_non_private_step(store: BagStore) 
 def test_fedprox_pulls_towards_the_servers_model_after_the_noise() -> None:
     model = nn.Linear(2, 2)
     optimiser = make_optimiser(model, make_plan())
-    private.pull_towards_server(optimiser, mu=0.25)
+    private._pull_towards_server(optimiser, mu=0.25)
     with torch.no_grad():
         model.weight += 4.0
     optimiser.step()
@@ -431,10 +431,14 @@ def test_a_bags_gradient_does_not_depend_on_the_bags_before_it(
         monkeypatch.setattr(private.torch, "manual_seed", lambda seed: None)
     nothing = np.zeros(0, dtype=np.int64)
     objective = build_objective(make_setting(store, config, 1, nothing, torch.Generator()))
-    arguments = (objective, model, store, config)
-    alone = bag_loss(*arguments, 2, seed=5)
-    bag_loss(*arguments, 0, seed=4)
-    after_another = bag_loss(*arguments, 2, seed=5)
+
+    def loss(bag: int, seed: int) -> Tensor:
+        batch = make_batch(store, np.array([bag]))
+        return _bag_loss(objective, model, batch, config.train.augmentation, seed)
+
+    alone = loss(2, seed=5)
+    loss(0, seed=4)
+    after_another = loss(2, seed=5)
     assert torch.equal(alone, after_another) is not seed_flows_on
 
 

@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from client import app as client_app
 from client.claims import claim
 from client.door import QUESTIONS
-from client.egress import rebuild_masked
+from client.egress import _rebuild_masked
 from client.secure_aggregation import STATE, Member
 from client.session import SiteSession
 from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
@@ -476,16 +476,16 @@ def masked(**changes: Any) -> MaskedUpdate:
 def test_the_guard_stops_what_a_handler_must_not_send(kind: str, asked: Record, reply: Any) -> None:
     assert kind in QUESTIONS
     with pytest.raises(EgressError):
-        rebuild_masked(to_records(asked), reply, SITE, words=6)
+        _rebuild_masked(to_records(asked), reply, SITE, words=6)
 
 
 def test_the_guard_lets_the_right_replies_out() -> None:
     request = to_records(MaskRequest(**NOW, sharing=(), shares={}))
-    sent = rebuild_masked(request, masked(), SITE, words=6)
+    sent = _rebuild_masked(request, masked(), SITE, words=6)
     assert sent.model_dump() == masked().model_dump()
     shares = UnmaskShares(**NOW, site="north", self_masks=GOOD_SHARES, mask_keys={"b": b"y" * SHARE_BYTES})
     asked = to_records(UnmaskRequest(**NOW, survivors=("a",), signatures={}))
-    assert rebuild_masked(asked, shares, SITE) == shares
+    assert _rebuild_masked(asked, shares, SITE) == shares
 
 
 @pytest.mark.parametrize(
@@ -508,13 +508,13 @@ def test_a_metric_that_the_policy_does_not_allow_beside_a_masked_update_stays(
     nodes: Nodes, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests, model = nodes.until_masks(), nodes.model()
-    right = client_app.answer
+    right = client_app._answer
 
     def tell_more(*arguments: Any, **named: Any) -> ModelUpdate:
         told = right(*arguments, **named)
         return told.model_copy(update={"metrics": {**told.metrics, metric: 1}})
 
-    monkeypatch.setattr(client_app, "answer", tell_more)
+    monkeypatch.setattr(client_app, "_answer", tell_more)
     reply = nodes.ask("hospital-1", "train.masked", model, requests["hospital-1"])
     assert code(reply) == SiteError.EGRESS
 
@@ -526,7 +526,7 @@ def test_an_update_in_clear_of_a_site_that_sends_masked_ones_stays(sites_dir: Pa
     )
     node = Node(site)
     with pytest.MonkeyPatch.context() as forgetful:
-        forgetful.setattr(client_app, "refuse_in_clear", lambda *_: None)
+        forgetful.setattr(client_app, "_refuse_in_clear", lambda *_: None)
         assert code(node.ask("train", node.model())) == SiteError.EGRESS
 
 

@@ -12,10 +12,10 @@ import torch
 from flwr.app import Context, RecordDict
 
 from client import app as client_app
-from client.seeds import SECRET_FILE, TrainingSeeds
+from client.seeds import _SECRET_FILE, TrainingSeeds
 from client.session import SiteSession
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
-from client.training import TrainingResult, passes_of_round, train_round
+from client.training import TrainingResult, _passes_of_round, train_round
 from common.config import RunConfig
 from common.model.build import build_model
 from common.model.lhfglp import LHFGLP
@@ -42,11 +42,11 @@ def test_simulated_seeds_are_what_they_have_always_been(seed: int, site: str, ro
 def test_a_simulated_node_has_the_public_seeds_and_no_secret(
     sites_dir: Path, small_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    own = shutil.copytree(sites_dir, tmp_path / "own", ignore=shutil.ignore_patterns(SECRET_FILE))
+    own = shutil.copytree(sites_dir, tmp_path / "own", ignore=shutil.ignore_patterns(_SECRET_FILE))
     config = small_config({"sites-dir": str(own)})
     made = SiteSession.open(node(own, config, **{"partition-id": 0})).seeds
     assert made == TrainingSeeds(config.seed, "hospital-1")
-    assert not list(own.rglob(SECRET_FILE))
+    assert not list(own.rglob(_SECRET_FILE))
 
 
 def test_a_real_sites_seeds_are_its_own_and_new_in_every_run_and_round(
@@ -56,7 +56,7 @@ def test_a_real_sites_seeds_are_its_own_and_new_in_every_run_and_round(
     seeds = SiteSession.open(node(site, config)).seeds
     assert seeds == SiteSession.open(node(site, config)).seeds  # a round can be repeated
     other_run = SiteSession.open(node(site, config, run=2)).seeds
-    (site / SECRET_FILE).unlink()
+    (site / _SECRET_FILE).unlink()
     other_site = SiteSession.open(node(site, config)).seeds  # another secret, all else equal
     public = TrainingSeeds(config.seed, "site-1")
     drawn = [
@@ -73,7 +73,9 @@ def test_rounds_of_a_real_site_that_share_a_pass_see_every_bag_once() -> None:
     config = RunConfig().with_changes({"train.rounds-per-pass": 4})
     seeds = TrainingSeeds(0, "site-1", bytes(range(32)))
     bags = np.arange(11)
-    seen = [b for r in range(1, 5) for part in passes_of_round(bags, config, seeds, r) for b in part.tolist()]
+    seen = [
+        b for r in range(1, 5) for part in _passes_of_round(bags, config, seeds, r) for b in part.tolist()
+    ]
     assert sorted(seen) == bags.tolist()
 
 
@@ -90,8 +92,8 @@ def test_whoever_lacks_the_secret_cannot_repeat_a_real_sites_training(
     def arrays(trained: LHFGLP) -> dict[str, np.ndarray]:
         return {name: array.copy() for name, array in trainable_arrays(trained).items()}
 
-    first = arrays(client_app.train_locally(session, request)[0])
-    again = arrays(client_app.train_locally(session, request)[0])
+    first = arrays(client_app._train_locally(session, request)[0])
+    again = arrays(client_app._train_locally(session, request)[0])
     assert all(np.array_equal(first[name], again[name]) for name in first)
     train_round(model, store, config, 1)  # with what the server knows
     repeated = arrays(model)
@@ -114,6 +116,6 @@ def test_private_training_too_has_the_sites_own_seeds(
 
     monkeypatch.setattr("client.private_training.train_round_privately", train)
     model = build_model(config.model, store.hierarchy, 0)
-    client_app.train_privately(session, model, 1)
+    client_app._train_privately(session, model, 1)
     assert used == [session.seeds]
     assert used[0].secret

@@ -65,4 +65,4 @@ def test_a_plan_that_was_made_before_the_run_is_the_one_that_the_site_trains_wit
         raise UserError("searched for a second time")
 
     monkeypatch.setattr(budget, "calibrate", search)
-    assert budget.plan_of(session).number_of_bags == session.training
+    assert budget._plan_of(session).number_of_bags == session.training

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from client.seeds import SECRET_FILE, derive
+from client.seeds import _SECRET_FILE, derive
 from common.errors import UserError
 
 
@@ -27,8 +27,8 @@ def test_the_same_bytes_again_and_others_for_another_site_purpose_or_content(tmp
 
 def test_only_the_owner_may_read_it(tmp_path: Path) -> None:
     derive(tmp_path, "seed", b"")
-    assert stat.S_IMODE((tmp_path / SECRET_FILE).stat().st_mode) == 0o600
-    assert [path.name for path in tmp_path.iterdir()] == [SECRET_FILE]
+    assert stat.S_IMODE((tmp_path / _SECRET_FILE).stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == [_SECRET_FILE]
 
 
 def test_processes_that_start_at_once_get_one_secret(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_processes_that_start_at_once_get_one_secret(tmp_path: Path) -> None:
 
 
 def test_a_damaged_secret_is_named(tmp_path: Path) -> None:
-    (tmp_path / SECRET_FILE).write_bytes(b"short")
+    (tmp_path / _SECRET_FILE).write_bytes(b"short")
     with pytest.raises(UserError, match=r"site\.secret is damaged: 5 bytes"):
         derive(tmp_path, "seed", b"")
 

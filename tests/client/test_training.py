@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from client.seeds import TrainingSeeds
-from client.training import passes_of_round
+from client.training import _passes_of_round
 from common.config import RunConfig
 from common.errors import ConfigError
 
@@ -13,7 +13,7 @@ TRAINING = np.arange(100, 111)
 
 def seen(config: RunConfig, round: int) -> list[list[int]]:
     seeds = TrainingSeeds(config.seed, "site-1")
-    return [bags.tolist() for bags in passes_of_round(TRAINING, config, seeds, round)]
+    return [bags.tolist() for bags in _passes_of_round(TRAINING, config, seeds, round)]
 
 
 def test_a_round_is_whole_passes_each_in_an_order_of_its_own() -> None:

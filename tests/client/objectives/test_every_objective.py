@@ -75,12 +75,12 @@ def test_privacy_is_offered_for_losses_of_one_bag_each_only(method: Method) -> N
     changes: dict[str, str | float] = {"model.method": method.value, "dp.epsilon": 8.0}
     if method in PRIVATE:
         config = RunConfig().with_changes(changes)
-        private.refuse_unsound(config)
+        private._refuse_unsound(config)
         return
     with pytest.raises(ConfigError, match=f"'{method.value}'.*{method.why_not_private}.*unit of privacy"):
         RunConfig().with_changes(changes)
     with pytest.raises(ConfigError, match=method.value):
-        private.refuse_unsound(RunConfig().with_changes({"model.method": method.value}))
+        private._refuse_unsound(RunConfig().with_changes({"model.method": method.value}))
 
 
 def test_a_method_that_nobody_has_examined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

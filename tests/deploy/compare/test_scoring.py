@@ -44,7 +44,7 @@ def test_the_order_of_the_test_images_does_not_matter(
     )
     shuffled = rng.permutation(24)
     monkeypatch.setattr(scoring, "load_model", lambda run: (model, None))
-    monkeypatch.setattr(client.evaluation, "IMAGES_AT_ONCE", 8)
+    monkeypatch.setattr(client.evaluation, "_IMAGES_AT_ONCE", 8)
     device = torch.device("cpu")
     in_order = scoring.score(tmp_path, write_tests(tmp_path / "a", images, leaves), config, device)
     assert in_order[-1]["accuracies"]["argmax"] not in (0.0, 1 / 3, 1.0), (

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from client.journal import Done, append
+from client.journal import _append, _Done
 from client.ledger.file import LEDGER_FILE
 from client.ledger.state import LedgerState
 from client.session import SiteSession
@@ -79,8 +79,8 @@ def site_kit(watched_run: Path, tmp_path: Path) -> Path:
         (2, 3.0, 100, 0),
         (3, 0.5, 0, int(SiteError.BUDGET)),
     ):
-        append(
-            kit / "logs" / "journal.jsonl", Done(1e9 + round_, 11, round_, "train", seconds, 50, sent, code)
+        _append(
+            kit / "logs" / "journal.jsonl", _Done(1e9 + round_, 11, round_, "train", seconds, 50, sent, code)
         )
     return kit
 
