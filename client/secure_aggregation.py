@@ -26,7 +26,7 @@ from common.errors import (
     SecureAggregationRefused,
     require_file,
 )
-from common.identity import load_node_key
+from common.pki import load_node_key
 from common.records import FloatArray, ModelUpdate
 from common.secure_aggregation import member
 from common.secure_aggregation.demands import Limits

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from flwr.app import RecordDict
 
-from common import identity
+from common import pki
 from common.config_tables import SecureAggregationConfig
 from common.errors import IdentityError, RunError, SecureAggregationRefused
 from common.records import FloatArray, MessageError, ModelUpdate, PrivacyStatement
@@ -122,10 +122,10 @@ def _check_keys(advert: KeyAdvert, certificate: str) -> None:
     # A point of small order shows only when it is used, so the server uses it once with a key of its own.
     for key in (advert.seal_key, advert.mask_key):
         keys.pairwise_key(keys.new_secret(), key, "check", b"")
-    owner = identity.read_certificate(certificate, datetime.now(UTC))
+    owner = pki.read_certificate(certificate, datetime.now(UTC))
     if owner.site != advert.site:
         raise IdentityError(f"the certificate is of {owner.site!r}")
-    identity.verify(owner.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
+    pki.verify(owner.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
 
 
 def _of_another_run(adverts: Mapping[str, KeyAdvert]) -> list[str]:
@@ -149,7 +149,7 @@ def _with_a_shared_key(adverts: Mapping[str, KeyAdvert]) -> list[str]:
             advert.seal_key,
             advert.mask_key,
             advert.commitment,
-            identity.read_certificate(advert.certificate, now).public_key.public_numbers(),
+            pki.read_certificate(advert.certificate, now).public_key.public_numbers(),
         )
         for site, advert in adverts.items()
     }

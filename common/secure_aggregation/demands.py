@@ -10,7 +10,7 @@ from datetime import datetime
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common import identity
+from common import pki
 from common.errors import IdentityError, SecureAggregationRefused
 from common.secure_aggregation.cohort import is_complete, neighbourhoods, sums, threshold
 from common.secure_aggregation.records import KeyAdvert, SessionPlan, UnmaskRequest
@@ -116,12 +116,12 @@ def check_adverts(
             raise SecureAggregationRefused(
                 f"the keys of {advert.site!r} are of another run, session or round"
             )
-        signer = identity.verify_certificate(advert.certificate, authority, at)
+        signer = pki.verify_certificate(advert.certificate, authority, at)
         if signer.site != advert.site:
             raise SecureAggregationRefused(
                 f"the keys of {advert.site!r} came with another site's certificate"
             )
-        identity.verify(signer.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
+        pki.verify(signer.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
         # With another configuration the other sites could be made to train nothing, so that the sum is this
         # site's update.
         if advert.settings != own.settings:
@@ -187,7 +187,7 @@ def check_signatures(
 def _is_valid(key: ec.EllipticCurvePublicKey, signed: bytes, signature: bytes) -> bool:
     # A wrong one does not count; a single site, or the server, must not end a session with it.
     try:
-        identity.verify(key, SURVIVORS_SIGNED, signed, signature)
+        pki.verify(key, SURVIVORS_SIGNED, signed, signature)
     except IdentityError:
         return False
     return True

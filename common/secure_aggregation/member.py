@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field
 
-from common import identity
+from common import pki
 from common.errors import SecureAggregationRefused
 from common.records import Record
 from common.secure_aggregation import keys
@@ -128,7 +128,7 @@ def advertise(
         commitment=keys.commit(seed),
     )
     state = MemberState(advert=advert, seal_key=seal_key, mask_key=mask_key, seed=seed)
-    signature = identity.sign(key, KEYS_SIGNED, advert.signed())
+    signature = pki.sign(key, KEYS_SIGNED, advert.signed())
     return advert.model_copy(update={"signature": signature, "certificate": certificate}), state
 
 
@@ -286,7 +286,7 @@ def agree(
             would hide one of them badly.
     """
     _check_list(state, request, limits)
-    signature = identity.sign(key, SURVIVORS_SIGNED, _signed(state, request))
+    signature = pki.sign(key, SURVIVORS_SIGNED, _signed(state, request))
     return SurvivorSignature(
         session=request.session, round=request.round, site=state.site, signature=signature
     )

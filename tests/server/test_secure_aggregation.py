@@ -16,11 +16,11 @@ from client.data.bags import BagStore
 from client.session import SiteSession
 from client.site import SecureAggregationPolicy, SiteConfig
 from client.throwaway import CERTIFICATE_FILE, FOLDER, KEY_FILE, throwaway_kit
-from common import identity
+from common import pki
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import read_json_lines
-from common.identity import load_node_key
+from common.pki import load_node_key
 from common.secure_aggregation import keys, quantisation
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
 from common.secure_aggregation.records import KeyAdvert, MaskedUpdate, UnmaskShares
@@ -343,7 +343,7 @@ def test_a_site_of_another_run_or_configuration_is_left_out_alone(
         if (asked, node) == ("query.keys", 2):
             advert = from_records(reply.content, KeyAdvert).model_copy(update=change)
             key = load_node_key(tmp_path / "bent" / FOLDER / advert.site / KEY_FILE)
-            signature = identity.sign(key, KEYS_SIGNED, advert.signed())
+            signature = pki.sign(key, KEYS_SIGNED, advert.signed())
             told = to_records(advert.model_copy(update={"signature": signature}))
             reply.content["key-advert"] = told["key-advert"]
         return reply
@@ -378,7 +378,7 @@ def test_a_key_that_is_there_twice_costs_those_that_have_it_and_nobody_else(
         if node == 1:
             key = load_node_key(tmp_path / "bent" / FOLDER / advert.site / KEY_FILE)
             advert = change(advert, seen)
-            signed = advert.model_copy(update={"signature": identity.sign(key, KEYS_SIGNED, advert.signed())})
+            signed = advert.model_copy(update={"signature": pki.sign(key, KEYS_SIGNED, advert.signed())})
             reply.content["key-advert"] = to_records(signed)["key-advert"]
         return reply
 

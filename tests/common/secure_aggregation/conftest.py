@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.throwaway import FOLDER, throwaway_kit
-from common.identity import load_node_key
+from common.pki import load_node_key
 from common.secure_aggregation import member
 from common.secure_aggregation.demands import Limits
 from common.secure_aggregation.member import MemberState

@@ -12,7 +12,7 @@ from scipy import stats
 
 from client.throwaway import throwaway_kit
 from common.errors import IdentityError, RunError, SecureAggregationRefused
-from common.identity import load_node_key
+from common.pki import load_node_key
 from common.secure_aggregation import keys, member
 from common.secure_aggregation.cohort import neighbourhood, sums, threshold
 from common.secure_aggregation.demands import KEYS_SIGNED, Limits, check_weights, effective_number
@@ -165,7 +165,7 @@ def test_a_site_under_two_names_is_refused(consortium: Make) -> None:
     group.advertise()
     same = group.adverts["site-02"]
     doubled = group.adverts["site-03"].model_copy(update={"mask_key": same.mask_key})
-    signature = member.identity.sign(group.node_keys["site-02"], KEYS_SIGNED, doubled.signed())
+    signature = member.pki.sign(group.node_keys["site-02"], KEYS_SIGNED, doubled.signed())
     doubled = doubled.model_copy(
         update={"signature": signature, "certificate": same_key_certificate(group, "site-03", "site-02")}
     )

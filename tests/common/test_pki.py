@@ -11,7 +11,7 @@ from cryptography.x509.oid import NameOID
 
 from client.throwaway import issue, private_pem
 from common.errors import IdentityError, UserError
-from common.identity import load_node_key, sign, verify, verify_certificate
+from common.pki import load_node_key, sign, verify, verify_certificate
 
 NOW = datetime.now(UTC)
 
