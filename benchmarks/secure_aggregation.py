@@ -31,6 +31,7 @@ from common.config import RunConfig, Scalar
 from common.model.model_file import trainable_arrays
 from common.wire import size
 from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.simulation.ephemeral_pki import make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
 from server.app import _begin
 from server.rounds import Rounds
@@ -79,6 +80,8 @@ def prepare(folder: Path, sites: int, secure: bool) -> tuple[Rounds, CountingGri
     )
     run = RunFolder(Path(config.run_dir))
     run.open(config)
+    if secure:
+        make_ephemeral_pki(config)
     grid = CountingGrid(sites, config.to_flat())
     return _begin(grid, config, run), grid
 

@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from client.claims import claim, claimed
 from client.session import SiteSession
 from client.site import KIT
-from client.throwaway import CA_FILE, CERTIFICATE_FILE, KEY_FILE, throwaway_kit
 from common.config import RunConfig
 from common.errors import (
     ConfigError,
@@ -50,6 +49,10 @@ from common.wire import remember, remembered
 
 log = logging.getLogger("fedbags.client")
 
+CA_FILE, KEY_FILE, CERTIFICATE_FILE = "ca.crt", "node.key", "node.crt"
+"""Files of a site's kit."""
+EPHEMERAL = "throw-away-identities"
+"""The folder, in the run folder of a simulation, with a kit for each of its sites."""
 STATE = "secure-aggregation"
 CLAIMS_FILE = "secure-aggregation.sqlite"
 MOST_CLIPPED = 1e-3
@@ -218,7 +221,8 @@ def find_kit(session: SiteSession) -> Path:
     It is the kit that the node names, or an ephemeral one in a simulation.
 
     Raises:
-        ConfigError: a real node that names none. It does not take part without an identity.
+        ConfigError: a real node that names none, or a simulation whose sites have none in the run folder. A
+            site does not take part without an identity.
     """
     if session.kit is not None:
         return session.kit
@@ -226,7 +230,13 @@ def find_kit(session: SiteSession) -> Path:
         raise ConfigError(
             f"secure aggregation needs the site's kit: start the SuperNode with --node-config '{KIT}=\"...\"'"
         )
-    return throwaway_kit(run_folder(session), session.site.name)
+    kit = run_folder(session) / EPHEMERAL / session.site.name
+    if not kit.is_dir():
+        raise ConfigError(
+            "a simulation with secure aggregation needs identities for its sites, which `fedbags simulate` "
+            "makes in the run folder"
+        )
+    return kit
 
 
 def own_certificate(kit: Path) -> str:

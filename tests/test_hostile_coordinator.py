@@ -24,7 +24,6 @@ from client.data.site_files import data_version, read_listing
 from client.ledger.file import Kind
 from client.ledger.state import LedgerState
 from client.site import SiteConfig
-from client.throwaway import throwaway_kit
 from common.config import RunConfig, Scalar
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
@@ -44,6 +43,7 @@ from common.secure_aggregation.records import (
 )
 from common.wire import combine, from_records, to_records
 from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.simulation.ephemeral_pki import ephemeral_kit
 from deploy.simulation.local_grid import become_server
 
 SIZE = 16
@@ -110,7 +110,7 @@ class Site:
         fingerprint = data_version(folder, config, listing).encode()
         return cls(
             folder,
-            throwaway_kit(kits, config.name),
+            ephemeral_kit(kits, config.name),
             config,
             hierarchy,
             listing.counts,

@@ -34,7 +34,7 @@ with lazy_imports():
     from deploy.datasets import synthetic
     from deploy.figures import draw as figures_of_runs
     from deploy.report import files as budget_report
-    from deploy.simulation import flower_engine, local_grid
+    from deploy.simulation import ephemeral_pki, flower_engine, local_grid
     from server import app as server_app
     from server import run_folder
 
@@ -226,6 +226,8 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
     Raises:
         RunError: the run failed; what the server said.
     """
+    if config.secure_aggregation.enabled:
+        ephemeral_pki.make_ephemeral_pki(config)
     if engine == "flower":
         flower_engine.run_flower(config)
         return

@@ -18,7 +18,6 @@ from client.egress import _rebuild_masked
 from client.secure_aggregation import STATE, Member
 from client.session import SiteSession
 from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
-from client.throwaway import FOLDER, throwaway_kit
 from common.config import RunConfig
 from common.errors import EgressError, RunError, SecureAggregationRefused
 from common.hierarchy import Hierarchy
@@ -41,6 +40,7 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 from common.wire import combine, from_records, remember, remembered, to_records
+from deploy.simulation.ephemeral_pki import ephemeral_kit, make_ephemeral_pki
 from deploy.simulation.local_grid import become_server
 from server.app import _run_path
 
@@ -64,6 +64,8 @@ class Nodes:
             for number, name in enumerate(self.names)
         }
         become_server()
+        if config.secure_aggregation.enabled:
+            make_ephemeral_pki(config)
 
     def ask(self, name: str, kind: str, *records: Record | RecordDict) -> Message:
         content = combine(*(to_records(r) if isinstance(r, Record) else r for r in records))
@@ -309,13 +311,14 @@ def test_simulated_sites_of_runs_without_a_folder_share_nothing_with_another_run
         for context in nodes.contexts.values():
             context.run_config = config.to_flat()
             context.run_id, context.state = number, RecordDict()
+        for name in nodes.names:
+            ephemeral_kit(runs / f"fedbags-{number}", name)
         nodes.keys()
         assert code(nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))) == (
             SiteError.SECURE_AGGREGATION
         )
         assert _run_path(config, number) == runs / f"fedbags-{number}"
-        assert (runs / f"fedbags-{number}" / FOLDER / "hospital-1" / "node.key").is_file()
-    shutil.rmtree(runs / "fedbags-1")  # with the run, its claims are gone
+    shutil.rmtree(runs / "fedbags-1" / "sites")  # with the run, its claims are gone
     for context in nodes.contexts.values():
         context.run_id = 1
     nodes.keys()
@@ -341,9 +344,8 @@ def test_a_real_node_without_a_kit_does_not_take_part(nodes: Nodes, tmp_path: Pa
     context.node_config = {"data-path": str(folder)}
     context.run_config = nodes.config.with_changes({"run-dir": "", "sites-dir": ""}).to_flat()
     assert code(nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))) == SiteError.CONFIGURATION
-    assert not (tmp_path / "run" / FOLDER).exists()  # no throw-away identity for a real site
     # With a kit it does; without a certificate in it, which the server then adds.
-    kit = throwaway_kit(tmp_path, "hospital-1")
+    kit = ephemeral_kit(tmp_path, "hospital-1")
     (kit / "node.crt").unlink()
     context.node_config = {"data-path": str(folder), "kit": str(kit)}
     try:

@@ -9,9 +9,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
-from client.throwaway import issue, private_pem
 from common.errors import IdentityError, UserError
 from common.pki import load_node_key, sign, verify, verify_certificate
+from deploy.simulation.ephemeral_pki import _issue as issue
+from deploy.simulation.ephemeral_pki import _private_pem as private_pem
 
 NOW = datetime.now(UTC)
 

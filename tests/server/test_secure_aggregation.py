@@ -13,9 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from safetensors.numpy import load_file
 
 from client.data.bags import BagStore
+from client.secure_aggregation import CERTIFICATE_FILE, EPHEMERAL, KEY_FILE
 from client.session import SiteSession
 from client.site import SecureAggregationPolicy, SiteConfig
-from client.throwaway import CERTIFICATE_FILE, FOLDER, KEY_FILE, throwaway_kit
 from common import pki
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
@@ -25,6 +25,7 @@ from common.secure_aggregation import keys, quantisation
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
 from common.secure_aggregation.records import KeyAdvert, MaskedUpdate, UnmaskShares
 from common.wire import from_records, to_records
+from deploy.simulation.ephemeral_pki import ephemeral_kit, make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
 from server import collect, quorum
 from server.aggregation import training_bags
@@ -55,6 +56,8 @@ class BentGrid(LocalGrid):
 
 
 def run(config: RunConfig, bend: Bend | None = None, workers: int = 0) -> dict[str, Any]:
+    if config.secure_aggregation.enabled:
+        make_ephemeral_pki(config)
     flat = config.to_flat()
     grid = (
         BentGrid(config.federation.sites, flat, bend)
@@ -342,7 +345,7 @@ def test_a_site_of_another_run_or_configuration_is_left_out_alone(
     def bend(asked: str, node: int, reply: Message) -> Message:
         if (asked, node) == ("query.keys", 2):
             advert = from_records(reply.content, KeyAdvert).model_copy(update=change)
-            key = load_node_key(tmp_path / "bent" / FOLDER / advert.site / KEY_FILE)
+            key = load_node_key(tmp_path / "bent" / EPHEMERAL / advert.site / KEY_FILE)
             signature = pki.sign(key, KEYS_SIGNED, advert.signed())
             told = to_records(advert.model_copy(update={"signature": signature}))
             reply.content["key-advert"] = told["key-advert"]
@@ -376,7 +379,7 @@ def test_a_key_that_is_there_twice_costs_those_that_have_it_and_nobody_else(
         advert = from_records(reply.content, KeyAdvert)
         seen.append(advert)
         if node == 1:
-            key = load_node_key(tmp_path / "bent" / FOLDER / advert.site / KEY_FILE)
+            key = load_node_key(tmp_path / "bent" / EPHEMERAL / advert.site / KEY_FILE)
             advert = change(advert, seen)
             signed = advert.model_copy(update={"signature": pki.sign(key, KEYS_SIGNED, advert.signed())})
             reply.content["key-advert"] = to_records(signed)["key-advert"]
@@ -628,7 +631,7 @@ def test_a_resumed_run_goes_on_to_the_same_model(config: Config) -> None:
 
 def test_the_server_adds_the_certificates_of_sites_that_send_none(five: Config, tmp_path: Path) -> None:
     run(five("first"))
-    made = tmp_path / "first" / FOLDER
+    made = tmp_path / "first" / EPHEMERAL
     nodes = tmp_path / "nodes"
     nodes.mkdir()
     for kit in sorted(path for path in made.iterdir() if path.is_dir()):
@@ -662,7 +665,7 @@ def test_a_certificate_of_another_authority_costs_its_site_and_not_the_run(
     def kit(session: SiteSession) -> Path:
         name = session.site.name
         outside = name == "hospital-2"
-        made = throwaway_kit(tmp_path / ("outside" if outside else "inside"), name)
+        made = ephemeral_kit(tmp_path / ("outside" if outside else "inside"), name)
         if not outside:
             (nodes / f"{name}.crt").write_bytes((made / CERTIFICATE_FILE).read_bytes())
         return made

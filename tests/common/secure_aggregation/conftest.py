@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from client.throwaway import FOLDER, throwaway_kit
+from client.secure_aggregation import EPHEMERAL
 from common.pki import load_node_key
 from common.secure_aggregation import member
 from common.secure_aggregation.demands import Limits
@@ -25,6 +25,7 @@ from common.secure_aggregation.records import (
     Words,
 )
 from common.secure_aggregation.recovery import MaskedSum
+from deploy.simulation.ephemeral_pki import ephemeral_kit
 
 SESSION, RUN, ROUND = "ab" * 16, 7, 3
 SETTINGS = bytes(32)
@@ -128,13 +129,13 @@ def consortium(tmp_path: Path) -> Callable[..., Consortium]:
 
     def make(number: int = 5, **changes: object) -> Consortium:
         names = [f"site-{index:02d}" for index in range(number)]
-        kits = {name: throwaway_kit(tmp_path, name) for name in names}
+        kits = {name: ephemeral_kit(tmp_path, name) for name in names}
         made = Consortium(
             names,
             (kits[names[0]] / "ca.crt").read_text(),
             {name: load_node_key(kit / "node.key") for name, kit in kits.items()},
             {name: (kit / "node.crt").read_text() for name, kit in kits.items()},
-            tmp_path / FOLDER,
+            tmp_path / EPHEMERAL,
         )
         return dataclasses.replace(made, **changes)
 

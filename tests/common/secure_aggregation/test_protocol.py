@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from client.throwaway import throwaway_kit
 from common.errors import IdentityError, RunError, SecureAggregationRefused
 from common.pki import load_node_key
 from common.secure_aggregation import keys, member
@@ -18,6 +17,7 @@ from common.secure_aggregation.cohort import neighbourhood, sums, threshold
 from common.secure_aggregation.demands import KEYS_SIGNED, Limits, check_weights, effective_number
 from common.secure_aggregation.records import MaskRequest, SessionOffer
 from common.secure_aggregation.recovery import MaskedSum
+from deploy.simulation.ephemeral_pki import ephemeral_kit
 
 Make = Callable[..., Any]
 SESSION, RUN, ROUND = "ab" * 16, 7, 3
@@ -94,7 +94,7 @@ def test_a_swapped_key_is_found_by_every_peer(consortium: Make) -> None:
 def test_keys_of_a_foreign_authority_are_refused(consortium: Make, tmp_path: Path) -> None:
     group = consortium(4)
     group.advertise()
-    outside = throwaway_kit(tmp_path / "outside", "site-02")
+    outside = ephemeral_kit(tmp_path / "outside", "site-02")
     forged, _ = member.advertise(
         SessionOffer(session=SESSION, round=ROUND),
         "site-02",
@@ -177,7 +177,7 @@ def same_key_certificate(group: Any, name: str, owner: str) -> str:
     """What an authority would issue that gave one key two names."""
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    from client.throwaway import issue
+    from deploy.simulation.ephemeral_pki import _issue as issue
 
     root = group.root
     signer = load_pem_private_key((root / "ca.key").read_bytes(), None)
