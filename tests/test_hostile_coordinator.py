@@ -43,8 +43,8 @@ from common.secure_aggregation.records import (
 )
 from common.wire import combine, from_records, to_records
 from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.flower.internals import become_server
 from deploy.simulation.ephemeral_pki import ephemeral_kit
-from deploy.simulation.local_grid import become_server
 
 SIZE = 16
 CAPS = {"hospital-1": 2.0, "hospital-2": 1.0}

@@ -308,7 +308,7 @@ def main() -> None:
 
     The status is 0 for done, 1 for a run that failed, 2 for a mistake of the user, and 130 for Ctrl-C.
     """
-    with interrupt.told():
+    with interrupt.handled():
         # Before any command, because the processes that it starts inherit this environment.
         os.environ.update(without_proxy(os.environ))
         try:

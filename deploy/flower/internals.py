@@ -229,7 +229,7 @@ def _shorten_pause(flower: ModuleType) -> bool:
     return False
 
 
-def become_server(run_id: int, node_id: int) -> None:
+def become_server(run_id: int = 1, node_id: int = 1) -> None:
     """Let this process create messages as the server of a run does."""
     # Flower's processes set these private fields at their start, and a message reads its sender from them.
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, node_id

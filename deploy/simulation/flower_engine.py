@@ -26,12 +26,12 @@ from common.errors import RunError
 from deploy import OWN, PACKAGES
 from deploy.flower.processes import end, environment, free_port, program, tail, with_variable
 
-CONNECTION = "fedbags"
-START_DEADLINE, POLL = 60.0, 3.0
-APPS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
+_CONNECTION = "fedbags"
+_START_DEADLINE, _POLL = 60.0, 3.0
+_APPS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
 
 
-def run_flower(config: RunConfig, apps: Mapping[str, str] = APPS) -> None:
+def run_flower(config: RunConfig, apps: Mapping[str, str] = _APPS) -> None:
     """Submit one run to a SuperLink of our own and wait for its end.
 
     Args:
@@ -44,16 +44,16 @@ def run_flower(config: RunConfig, apps: Mapping[str, str] = APPS) -> None:
     with tempfile.TemporaryDirectory(prefix="fedbags-flower-") as folder:
         work = Path(folder)
         port = free_port()
-        variables = os.environ | environment(work / "home") | {"PYTHONPATH": packages_first(work)}
-        write_app(work / "app" / "fedbags", apps)
-        write_connection(work / "home", port)
+        variables = os.environ | environment(work / "home") | {"PYTHONPATH": _packages_first(work)}
+        _write_app(work / "app" / "fedbags", apps)
+        _write_connection(work / "home", port)
         (work / "run.toml").write_text(config.to_toml(), encoding="utf-8")
-        with superlink(work, port, variables) as log_file:
-            run_id = submit(work, config.federation.sites, variables)
-            wait_for_end(run_id, work, variables, log_file)
+        with _superlink(work, port, variables) as log_file:
+            run_id = _submit(work, config.federation.sites, variables)
+            _wait_for_end(run_id, work, variables, log_file)
 
 
-def write_app(folder: Path, apps: Mapping[str, str]) -> None:
+def _write_app(folder: Path, apps: Mapping[str, str]) -> None:
     """Write a Flower app that names the installed packages, for ``flwr run`` to pack and send."""
     folder.mkdir(parents=True)
     app = {
@@ -77,7 +77,7 @@ def write_app(folder: Path, apps: Mapping[str, str]) -> None:
     (folder / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
 
 
-def packages_first(work: Path) -> str:
+def _packages_first(work: Path) -> str:
     """Return a PYTHONPATH on which our packages come before whatever else has their names."""
     folder = work / "packages"
     folder.mkdir()
@@ -87,15 +87,15 @@ def packages_first(work: Path) -> str:
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
-def write_connection(home: Path, port: int) -> None:
+def _write_connection(home: Path, port: int) -> None:
     """Write Flower's config.toml with one connection, to our SuperLink."""
     home.mkdir(parents=True)
-    connection = {"superlink": {CONNECTION: {"address": f"127.0.0.1:{port}", "insecure": True}}}
+    connection = {"superlink": {_CONNECTION: {"address": f"127.0.0.1:{port}", "insecure": True}}}
     (home / "config.toml").write_text(tomli_w.dumps(connection), encoding="utf-8")
 
 
 @contextmanager
-def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Path]:
+def _superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Path]:
     """Run a SuperLink in simulation mode and yield its log file.
 
     It is ended with all its children on leaving.
@@ -112,19 +112,19 @@ def superlink(work: Path, port: int, environment: dict[str, str]) -> Iterator[Pa
             process = subprocess.Popen(
                 command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        wait_for_health(process, port, log_file)
+        _wait_for_health(process, port, log_file)
         yield log_file
     finally:
-        end_group(process, work)
+        _end_superlink(process, work)
 
 
-def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+def _wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
     """Wait until the SuperLink answers.
 
     Raises:
         RunError: it ended or did not answer in time; carries its log.
     """
-    end = time.monotonic() + START_DEADLINE
+    end = time.monotonic() + _START_DEADLINE
     while time.monotonic() < end and process.poll() is None:
         try:
             # trust_env=False, because a proxy of the environment would be asked for 127.0.0.1.
@@ -135,7 +135,7 @@ def wait_for_health(process: subprocess.Popen[bytes], port: int, log_file: Path)
     raise RunError(f"Flower's SuperLink did not start on port {port}:\n{tail(log_file)}")
 
 
-def end_group(process: subprocess.Popen[bytes] | None, work: Path) -> None:
+def _end_superlink(process: subprocess.Popen[bytes] | None, work: Path) -> None:
     """End the SuperLink and everything that it started, which has a Flower home inside ``work``."""
     if process is not None:
         process.terminate()
@@ -146,10 +146,10 @@ def end_group(process: subprocess.Popen[bytes] | None, work: Path) -> None:
         process.wait()
 
 
-def submit(work: Path, sites: int, environment: dict[str, str]) -> str:
+def _submit(work: Path, sites: int, environment: dict[str, str]) -> str:
     """Submit the run with ``flwr run`` and return its id."""
-    result = flwr(
-        "run", str(work / "app" / "fedbags"), CONNECTION, "--format", "json",
+    result = _flwr(
+        "run", str(work / "app" / "fedbags"), _CONNECTION, "--format", "json",
         "--run-config", str(work / "run.toml"),
         "--federation-config", f"num-supernodes={sites} client-resources-num-cpus=1",
         cwd=work, environment=environment,
@@ -157,26 +157,26 @@ def submit(work: Path, sites: int, environment: dict[str, str]) -> str:
     return str(result["run-id"])
 
 
-def wait_for_end(run_id: str, work: Path, environment: dict[str, str], log_file: Path) -> None:
+def _wait_for_end(run_id: str, work: Path, environment: dict[str, str], log_file: Path) -> None:
     """Poll until the run has finished.
 
     Raises:
         RunError: it finished otherwise than as ``finished:completed``.
     """
     while True:
-        listed = flwr(
-            "ls", CONNECTION, "--run-id", run_id, "--format", "json", cwd=work, environment=environment
+        listed = _flwr(
+            "ls", _CONNECTION, "--run-id", run_id, "--format", "json", cwd=work, environment=environment
         )
         status = str(listed["runs"][0]["status"])
         if status.startswith("finished"):
             break
-        time.sleep(POLL)
+        time.sleep(_POLL)
     # The status is asked for, because `flwr run` exits with 0 even when the run failed.
     if status != "finished:completed":
         raise RunError(f"Flower reports the run as {status}; the end of its log:\n{tail(log_file)}")
 
 
-def flwr(*arguments: str, cwd: Path, environment: dict[str, str]) -> dict[str, Any]:
+def _flwr(*arguments: str, cwd: Path, environment: dict[str, str]) -> dict[str, Any]:
     """Run one ``flwr`` command that prints JSON, and return what it prints.
 
     Raises:

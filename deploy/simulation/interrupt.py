@@ -11,23 +11,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STATUS = 130
-PATIENCE = 30.0
+_STATUS = 130
+_PATIENCE = 30.0
 """Seconds to close what is open; then SIGALRM ends the process as it is."""
-AGAIN = 0.05
+_AGAIN = 0.05
 """Seconds after which an interruption that Python had to swallow is raised once more."""
 
-Place = Callable[[], str]
+_Place = Callable[[], str]
 
 
 class _State:
     """Hold whether this process was interrupted, and what to print then."""
 
     happened = False
-    place: Place = staticmethod(lambda: "before it was done: give the same command again")
+    place: _Place = staticmethod(lambda: "before it was done: give the same command again")
 
 
-def at(place: str | Place) -> None:
+def at(place: str | _Place) -> None:
     """Set where the command is and how to go on, in the words that follow ``stopped``."""
     _State.place = (lambda: place) if isinstance(place, str) else place
 
@@ -38,7 +38,7 @@ def happened() -> bool:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def handled() -> Iterator[None]:
     """Run a command, and after Ctrl-C print the one line and exit with STATUS.
 
     Nested uses count once.
@@ -59,12 +59,12 @@ def told() -> Iterator[None]:
         status = error.code if isinstance(error, SystemExit) else None
         # A command that ends by Ctrl-C alone, such as a live table, has ended well.
         ended_well = isinstance(error, SystemExit) and not status
-        if status != STATUS and (ended_well or not _State.happened):
+        if status != _STATUS and (ended_well or not _State.happened):
             raise
         sys.stderr.write(f"stopped {_State.place()}\n")
         # Another Ctrl-C must not break into the end of the process.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.exit(STATUS)
+        sys.exit(_STATUS)
     finally:
         sys.unraisablehook = hook
         if not _State.happened:
@@ -90,7 +90,7 @@ def _interrupt(_sign: int, _frame: FrameType | None) -> None:
     _State.happened = True
     # No thread is started here: the main thread may hold the very lock that this would take.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
     raise KeyboardInterrupt
 
 
@@ -102,4 +102,4 @@ def _again(unraisable: "sys.UnraisableHookArgs") -> None:
     _State.happened = False
     # By an alarm, since raising here would be swallowed again. _interrupt must take it for the first Ctrl-C.
     signal.signal(signal.SIGALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN)

@@ -25,29 +25,29 @@ from flwr.serverapp import Grid
 from deploy.flower import internals
 from deploy.simulation.interrupt import held_off
 
-Scalar = bool | int | float | str
+_Scalar = bool | int | float | str
 
-CLIENT_APP = "client.app:app"
-RUN_ID, SERVER_NODE = 1, 1
-FIRST_SITE_NODE = 1001
-PATIENCE = 5.0
+_CLIENT_APP = "client.app:app"
+_RUN_ID, _SERVER_NODE = 1, 1
+_FIRST_SITE_NODE = 1001
+_PATIENCE = 5.0
 """Seconds that one pull waits for a reply before it says that there is none yet."""
-CLIENT_APP_DIED = 8
+_CLIENT_APP_DIED = 8
 """Flower's code for a ClientApp whose process died."""
 
 
 @dataclass(frozen=True)
-class Node:
+class _Node:
     """Describe a simulated node with its configuration and its state."""
 
     node_id: int
-    node_config: dict[str, Scalar]
-    run_config: dict[str, Scalar]
+    node_config: dict[str, _Scalar]
+    run_config: dict[str, _Scalar]
     state: bytes = b""
     """What its Context held after its last message, serialised."""
 
 
-class InlineExecutor(Executor):
+class _InlineExecutor(Executor):
     """Run a task in this process when its result is asked for.
 
     Nothing has to be started, and finished results do not pile up.
@@ -82,28 +82,28 @@ class LocalGrid(Grid):
     def __init__(
         self,
         number_of_sites: int,
-        run_config: dict[str, Scalar],
+        run_config: dict[str, _Scalar],
         workers: int = 0,
-        client_app: str = CLIENT_APP,
+        client_app: str = _CLIENT_APP,
     ) -> None:
         self._nodes = {
-            FIRST_SITE_NODE + number: Node(
-                FIRST_SITE_NODE + number,
+            _FIRST_SITE_NODE + number: _Node(
+                _FIRST_SITE_NODE + number,
                 {"partition-id": number, "num-partitions": number_of_sites},
                 run_config,
             )
             for number in range(number_of_sites)
         }
-        self._run = internals.empty_run(RUN_ID)
+        self._run = internals.empty_run(_RUN_ID)
         self._client_app = client_app
         self._workers = workers
         self._lifeline = Pipe(duplex=False)[1]
         """Closed, or gone with this process, it ends the workers."""
         self._executor = self._new_executor()
-        self._waiting: deque[Task] = deque()
-        self._running: dict[str, Task] = {}
+        self._waiting: deque[_Task] = deque()
+        self._running: dict[str, _Task] = {}
         self._sent = 0
-        internals.become_server(RUN_ID, SERVER_NODE)
+        internals.become_server(_RUN_ID, _SERVER_NODE)
 
     def __enter__(self) -> "LocalGrid":
         return self
@@ -120,9 +120,9 @@ class LocalGrid(Grid):
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._lifeline.close()
 
-    def server_context(self, run_config: dict[str, Scalar]) -> Context:
+    def server_context(self, run_config: dict[str, _Scalar]) -> Context:
         """Return the Context for the ServerApp."""
-        return Context(RUN_ID, SERVER_NODE, {}, RecordDict(), run_config)
+        return Context(_RUN_ID, _SERVER_NODE, {}, RecordDict(), run_config)
 
     def set_run(self, run: internals.Run) -> None:
         """Set the run, as Flower's runtime does."""
@@ -158,7 +158,7 @@ class LocalGrid(Grid):
             self._sent += 1
             message_id = f"message-{self._sent}"
             internals.name_message(message, message_id)
-            self._waiting.append(Task(message_id, message, self._nodes[message.metadata.dst_node_id]))
+            self._waiting.append(_Task(message_id, message, self._nodes[message.metadata.dst_node_id]))
             ids.append(message_id)
         self._start_work()
         return ids
@@ -184,12 +184,12 @@ class LocalGrid(Grid):
             self._running[task.message_id] = task
             self._submit(task)
 
-    def _submit(self, task: "Task") -> None:
+    def _submit(self, task: "_Task") -> None:
         payload = internals.encode_message(task.message)
         node = self._nodes[task.node.node_id]
         # The first call starts the workers, which must not get the terminal's Ctrl-C: the server ends them.
         with held_off():
-            task.future = self._executor.submit(handle, payload, node, self._client_app)
+            task.future = self._executor.submit(_handle, payload, node, self._client_app)
 
     def _result(self, message_id: str) -> Message | None:
         task = self._running.get(message_id) or self._start_early(message_id)
@@ -197,7 +197,7 @@ class LocalGrid(Grid):
             return None
         while True:
             try:
-                payload, state = task.future.result(timeout=PATIENCE)
+                payload, state = task.future.result(timeout=_PATIENCE)
                 number = task.node.node_id
                 self._nodes[number] = replace(self._nodes[number], state=state)
                 reply = internals.decode_message(payload)
@@ -210,7 +210,7 @@ class LocalGrid(Grid):
                 self._executor.shutdown(wait=False)
                 self._executor = self._new_executor()
                 if task.retried:
-                    fault = Error(CLIENT_APP_DIED, "the site's worker process died")
+                    fault = Error(_CLIENT_APP_DIED, "the site's worker process died")
                     reply = Message(fault, reply_to=task.message)
                     break
                 task.retried = True
@@ -221,18 +221,18 @@ class LocalGrid(Grid):
 
     def _new_executor(self) -> Executor:
         if not self._workers:
-            return InlineExecutor()
+            return _InlineExecutor()
         # Fresh interpreters: forking a process that runs torch's threads can hang. The initialiser
         # imports the ClientApp while the server is still setting up.
         watched, self._lifeline = Pipe(duplex=False)
         return ProcessPoolExecutor(
             self._workers,
             get_context("spawn"),
-            initializer=start_worker,
+            initializer=_start_worker,
             initargs=(self._client_app, watched),
         )
 
-    def _start_early(self, message_id: str) -> "Task | None":
+    def _start_early(self, message_id: str) -> "_Task | None":
         """Start a message that was asked for ahead of its turn.
 
         Returns None when there is no such message.
@@ -247,30 +247,30 @@ class LocalGrid(Grid):
 
 
 @dataclass
-class Task:
+class _Task:
     """Hold one message on its way through a worker."""
 
     message_id: str
     message: Message
-    node: Node
+    node: _Node
     retried: bool = False
     future: Future[tuple[bytes, bytes]] = field(default_factory=Future)
 
 
-def handle(payload: bytes, node: Node, client_app: str) -> tuple[bytes, bytes]:
+def _handle(payload: bytes, node: _Node, client_app: str) -> tuple[bytes, bytes]:
     """Handle one serialised message as the node, and return its reply and its state afterwards.
 
     This runs in a worker.
     """
     message = internals.decode_message(payload)
     state = internals.decode_records(node.state)
-    context = Context(RUN_ID, node.node_id, dict(node.node_config), state, dict(node.run_config))
-    reply = load_app(client_app)(message, context)
+    context = Context(_RUN_ID, node.node_id, dict(node.node_config), state, dict(node.run_config))
+    reply = _load_app(client_app)(message, context)
     internals.name_message(reply, f"reply-{message.metadata.message_id}")
     return internals.encode_message(reply), internals.encode_records(context.state)
 
 
-def start_worker(client_app: str, lifeline: Connection) -> None:
+def _start_worker(client_app: str, lifeline: Connection) -> None:
     """Prepare a worker process, which ends when the other end of ``lifeline`` does."""
 
     def watch() -> None:
@@ -280,10 +280,10 @@ def start_worker(client_app: str, lifeline: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    load_app(client_app)
+    _load_app(client_app)
 
 
-def load_app(client_app: str) -> ClientApp:
+def _load_app(client_app: str) -> ClientApp:
     """Return the ClientApp named ``module:attribute``, imported once per process."""
     module, _, attribute = client_app.partition(":")
     app: ClientApp = getattr(import_module(module), attribute)

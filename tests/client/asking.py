@@ -23,7 +23,7 @@ from common.secure_aggregation.records import (
     UnmaskRequest,
 )
 from common.wire import combine, to_records
-from deploy.simulation.local_grid import become_server
+from deploy.flower.internals import become_server
 
 SIZE = 16
 NOW: dict[str, Any] = {"session": "0f" * 16, "round": 1}

@@ -22,7 +22,7 @@ from common.model.build import build_model
 from common.model.model_file import all_arrays
 from common.records import ModelUpdate, ProportionRelease
 from common.wire import from_records, to_records
-from deploy.simulation.local_grid import become_server
+from deploy.flower.internals import become_server
 
 HEX = re.compile(r"[0-9a-f]{12,}")
 TRUE = (2, 2, 2)

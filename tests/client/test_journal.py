@@ -18,7 +18,7 @@ from common.config import RunConfig
 from common.records import ModelUpdate, SiteError
 from common.wire import size, to_records
 from deploy.consortium.kit import SiteKit
-from deploy.simulation.local_grid import become_server
+from deploy.flower.internals import become_server
 
 REQUEST = to_records(ModelUpdate(sender="server", round=4))
 CANARIES = ("patient-4711", "/secret/path", "melanoma")

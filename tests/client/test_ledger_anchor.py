@@ -355,7 +355,7 @@ def test_a_fresh_site_has_nothing_to_lose(tmp_path: Path, anchor: AnchorFile) ->
 
 
 def question(site: Path, kit: Path | None) -> tuple[Message, Context]:
-    from deploy.simulation.local_grid import become_server
+    from deploy.flower.internals import become_server
 
     become_server()
     node = {"data-path": str(site)} | ({"kit": str(kit)} if kit else {})

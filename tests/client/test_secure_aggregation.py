@@ -40,8 +40,8 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 from common.wire import combine, from_records, remember, remembered, to_records
+from deploy.flower.internals import become_server
 from deploy.simulation.ephemeral_pki import ephemeral_kit, make_ephemeral_pki
-from deploy.simulation.local_grid import become_server
 from server.app import _run_path
 
 from .asking import Node, with_policy

@@ -14,7 +14,8 @@ from common.config_tables import Transport
 from common.errors import RunError
 from common.records import ModelUpdate, PrivacyStatement
 from common.wire import from_records, to_records
-from deploy.simulation.local_grid import LocalGrid, become_server
+from deploy.flower.internals import become_server
+from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 
 

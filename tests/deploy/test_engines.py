@@ -15,7 +15,7 @@ from common.config import RunConfig
 from common.errors import RunError
 from deploy.flower.processes import free_port
 from deploy.simulation import flower_engine
-from deploy.simulation.local_grid import LocalGrid, load_app
+from deploy.simulation.local_grid import LocalGrid, _load_app
 from server.app import app
 
 
@@ -64,17 +64,17 @@ def test_flower_cannot_start_on_a_taken_port(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(flower_engine, "program", lambda name: "/bin/false")
     with (
         pytest.raises(RunError, match="did not start"),
-        flower_engine.superlink(tmp_path, free_port(), dict(os.environ)),
+        flower_engine._superlink(tmp_path, free_port(), dict(os.environ)),
     ):
         pass
 
 
 def test_the_generated_flower_app_names_both_components_and_every_key(tmp_path: Path) -> None:
-    flower_engine.write_app(tmp_path / "app", flower_engine.APPS)
+    flower_engine._write_app(tmp_path / "app", flower_engine._APPS)
     table = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert RunConfig.from_flat({}).model_dump(mode="json", by_alias=True) == table["config"]
     for reference in table["components"].values():
-        assert load_app(reference) is not None
+        assert _load_app(reference) is not None
 
 
 def test_a_dying_worker_is_blamed_alone(small_config: Callable[..., RunConfig]) -> None:

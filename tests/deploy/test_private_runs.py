@@ -27,10 +27,11 @@ from common.privacy.proportions import GRID
 from common.records import ModelUpdate, SiteError
 from common.wire import to_records
 from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.flower.internals import become_server
 from deploy.report.files import report
 from deploy.runs.reading import read_summary
 from deploy.runs.runs import print_summary
-from deploy.simulation.local_grid import LocalGrid, become_server
+from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 from tests.reference_accounting import opacus_prv
 

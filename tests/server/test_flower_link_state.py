@@ -13,12 +13,12 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from common.run_records import FLOWER_ERRORS
-from deploy.simulation import local_grid
+from deploy.flower.internals import become_server
 from server.exchange import ask
 
 
 @pytest.fixture
-def grid(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryGrid]:
+def grid() -> Iterator[InMemoryGrid]:
     """A run of Flower's SuperLink, without its processes."""
     grid = InMemoryGrid(LinkStateFactory(":flwr-in-memory:", NoOpFederationManager(), ObjectStoreFactory()))
     run_id = grid.state.create_run(
@@ -26,11 +26,9 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryGrid]:
     )
     (run,) = grid.state.get_run_info(run_ids=[run_id])
     grid.set_run(run)
-    monkeypatch.setattr(local_grid, "RUN_ID", run_id)
-    local_grid.become_server()
+    become_server(run_id)
     yield grid
-    monkeypatch.undo()
-    local_grid.become_server()
+    become_server()
 
 
 def connect(grid: InMemoryGrid, key: bytes, heartbeat: float = 30.0) -> int:
