@@ -93,12 +93,14 @@ class Bags:
         """Return the mean loss of all bags, or the loss of one."""
         if bag is None:
             return hierarchical_proportion_loss(
-                model(self.images), self.index, self.counts, self.weights, 0.0, 0.0
+                model(self.images), self.index, self.counts, self.weights, (0.0, 0.0)
             )
         chosen = self.index == bag
         counts = [level[bag : bag + 1] for level in self.counts]
         index = torch.zeros(int(chosen.sum()), dtype=torch.int64)
-        return hierarchical_proportion_loss(model(self.images[chosen]), index, counts, self.weights, 0.0, 0.0)
+        return hierarchical_proportion_loss(
+            model(self.images[chosen]), index, counts, self.weights, (0.0, 0.0)
+        )
 
 
 def make_model(bags: Bags) -> nn.Module:

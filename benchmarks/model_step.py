@@ -53,7 +53,7 @@ def make_step(method: Method, bags: int, tree: str) -> Callable[[], None]:
         optimiser.zero_grad()
         output = model(images)
         loss = hierarchical_proportion_loss(
-            output, bag_index, counts, weights, loss_config.reconstruction, loss_config.sparsity
+            output, bag_index, counts, weights, (loss_config.reconstruction, loss_config.sparsity)
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)

@@ -30,7 +30,7 @@ from common.records import FloatArray, ModelUpdate
 from common.secure_aggregation import member
 from common.secure_aggregation.demands import Limits
 from common.secure_aggregation.member import MemberState
-from common.secure_aggregation.quantisation import digest, quantise
+from common.secure_aggregation.quantisation import Grid, digest, quantise
 from common.secure_aggregation.records import (
     InSession,
     KeyAdvert,
@@ -100,10 +100,9 @@ class Member:
             self.node.run_id,
             settings_digest(self.node.config),
             self._node_key(),
-            own_certificate(self.kit),
         )
         self._keep(state)
-        return advert
+        return advert.model_copy(update={"certificate": own_certificate(self.kit)})
 
     def share(self, plan: SessionPlan) -> SealedShares:
         """Seal shares for the neighbours, once all keys are verified and the plan is the run's."""
@@ -158,7 +157,7 @@ class Member:
         state = self._state()
         plan = state.agreed()
         weight = plan.weights[self.node.site.name]
-        words = quantise(sent, trained, plan.clip_range, weight, len(plan.sites), MOST_CLIPPED)
+        words = quantise(sent, trained, Grid(plan.clip_range, len(plan.sites)), weight, MOST_CLIPPED)
         self._keep(member.mask(state, words))
         return words
 

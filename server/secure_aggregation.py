@@ -24,7 +24,7 @@ from common.records import FloatArray, MessageError, ModelUpdate, PrivacyStateme
 from common.secure_aggregation import keys
 from common.secure_aggregation.cohort import neighbourhoods
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
-from common.secure_aggregation.quantisation import digest, length, mean_of, refuse_noise
+from common.secure_aggregation.quantisation import Grid, digest, length, mean_of, refuse_noise
 from common.secure_aggregation.records import (
     InSession,
     KeyAdvert,
@@ -208,7 +208,7 @@ class Session:
             # Nobody can see single updates, so these two checks of the sum are all that stops words that
             # are no update.
             refuse_noise(total.total, weight, len(plan.adverts))
-            mean = mean_of(total.total, start, self.config.clip_range, weight, len(plan.adverts))
+            mean = mean_of(total.total, start, Grid(self.config.clip_range, len(plan.adverts)), weight)
         except RunError as error:
             raise UselessSum(self.round, str(error)) from error
         update = ModelUpdate(

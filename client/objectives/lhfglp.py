@@ -42,8 +42,7 @@ class HierarchicalProportions:
             batch.bag_index,
             batch.level_counts,
             [(1 - self.config.refinement) * weight for weight in self.weights],
-            self.config.reconstruction,
-            self.config.sparsity,
+            (self.config.reconstruction, self.config.sparsity),
         )
         if not self.config.refinement:
             return loss

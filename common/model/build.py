@@ -21,7 +21,7 @@ from common.config_tables import ModelConfig, Norm, TrainedPart
 from common.errors import ConfigError
 from common.hierarchy import Hierarchy
 from common.model.backbones import build_backbone
-from common.model.lhfglp import LHFGLP
+from common.model.lhfglp import LHFGLP, Architecture
 from common.model.methods import Method
 
 
@@ -63,12 +63,14 @@ def _build(config: ModelConfig, hierarchy: Hierarchy, seed: int, weights: Path |
         return LHFGLP(
             build_backbone(config.backbone, config.norm, weights, config.image_size),
             hierarchy,
-            atoms_per_class=config.atoms_per_class,
-            iterations=config.iterations,
-            dictionary=config.dictionary and not plain,
-            masks=config.masks and not plain,
-            tied=config.tied and not plain,
-            leaf_only=config.method.leaf_only,
+            Architecture(
+                atoms_per_class=config.atoms_per_class,
+                iterations=config.iterations,
+                dictionary=config.dictionary and not plain,
+                masks=config.masks and not plain,
+                tied=config.tied and not plain,
+                leaf_only=config.method.leaf_only,
+            ),
         )
 
 

@@ -16,6 +16,7 @@ module knows nothing of bags, losses, files or configuration.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -151,6 +152,28 @@ class LHFGLPOutput(NamedTuple):
     """(N,): ||z||_1 summed over levels, in units of ||h||; zeros without dictionary."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Choose what an LHFGLP is built of."""
+
+    atoms_per_class: int
+    """k, dictionary atoms per class of a level."""
+    iterations: int
+    """T, unrolled ISTA steps."""
+    dictionary: bool
+    """Build the dictionary blocks."""
+    masks: bool
+    """Weight each atom by the plausibility of its class's parent. Masks act on atoms: without a dictionary
+    there is nothing to act on, and the switch has no effect."""
+    tied: bool
+    """One distribution over root-to-leaf paths, p(path) proportional to exp(sum of its nodes' scores), whose
+    marginals are the probabilities of every level: the label tree as a hierarchy-and-exclusion graph (Deng et
+    al. 2014), whose legal states are here the paths to a leaf. So levels cannot contradict each other, and
+    what is learned of a parent moves all its leaves. Without it each level has a softmax of its own."""
+    leaf_only: bool
+    """One head, at the leaf; coarse scores are its probabilities summed up the tree."""
+
+
 class LHFGLP(nn.Module):
     """Classify images with a backbone, optional dictionary blocks, and one linear head per level.
 
@@ -160,50 +183,29 @@ class LHFGLP(nn.Module):
     Args:
         backbone: maps (N, 3, S, S) to (N, n_features) and has the integer attribute ``n_features``.
         hierarchy: the label tree.
-        atoms_per_class: k, dictionary atoms per class of a level.
-        iterations: T, unrolled ISTA steps.
-        dictionary: build the dictionary blocks.
-        masks: weight each atom by the plausibility of its class's parent. Masks act on atoms: without a
-            dictionary there is nothing to act on, and the switch has no effect.
-        tied: one distribution over root-to-leaf paths, p(path) proportional to exp(sum of its nodes' scores),
-            whose marginals are the probabilities of every level: the label tree as a hierarchy-and-exclusion
-            graph (Deng et al. 2014), whose legal states are here the paths to a leaf. So levels
-            cannot contradict each other, and what is learned of a parent moves all its leaves. Without it
-            each level has a softmax of its own.
-        leaf_only: one head, at the leaf; coarse scores are its probabilities summed up the tree.
+        chosen: what to build.
 
     Raises:
         ValueError: ``leaf_only`` with a dictionary or with ``tied``; there would be coarse parts without use.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        hierarchy: Hierarchy,
-        *,
-        atoms_per_class: int,
-        iterations: int,
-        dictionary: bool,
-        masks: bool,
-        tied: bool,
-        leaf_only: bool,
-    ) -> None:
+    def __init__(self, backbone: nn.Module, hierarchy: Hierarchy, chosen: Architecture) -> None:
         super().__init__()
-        if leaf_only and (dictionary or tied):
+        if chosen.leaf_only and (chosen.dictionary or chosen.tied):
             raise ValueError("dictionary and tied scores need a head at every level; leaf_only has one")
         n_features = backbone.n_features
         assert isinstance(n_features, int)
         self.hierarchy = hierarchy
-        self.masks = masks
-        self.tied = tied
-        self.leaf_only = leaf_only
+        self.masks = chosen.masks
+        self.tied = chosen.tied
+        self.leaf_only = chosen.leaf_only
         self.backbone = backbone
-        headed = hierarchy.sizes[-1:] if leaf_only else hierarchy.sizes
+        headed = hierarchy.sizes[-1:] if chosen.leaf_only else hierarchy.sizes
         self.heads = nn.ModuleList(nn.Linear(n_features, size) for size in headed)
         # Built last, so that the parts it shares with the plain pipeline draw the same random numbers.
         self.blocks = nn.ModuleList(
-            DictionaryBlock(n_features, size, atoms_per_class, iterations)
-            for size in (hierarchy.sizes if dictionary else ())
+            DictionaryBlock(n_features, size, chosen.atoms_per_class, chosen.iterations)
+            for size in (hierarchy.sizes if chosen.dictionary else ())
         )
         # Index tables follow the model to its device, and stay out of its files.
         self.register_buffer("leaf_paths", torch.as_tensor(hierarchy.paths), persistent=False)

@@ -92,8 +92,7 @@ def hierarchical_proportion_loss(
     bag_index: Tensor,
     level_counts: Sequence[Tensor],
     level_weights: Sequence[float],
-    alpha: float,
-    beta: float,
+    penalties: tuple[float, float],
 ) -> Tensor:
     """Return sum_l w_l KL_l + alpha * reconstruction + beta * ||z||_1 as a mean over bags, a scalar.
 
@@ -102,8 +101,8 @@ def hierarchical_proportion_loss(
         bag_index: shape (N,), int64.
         level_counts: per level the counts, shape (B, C_l).
         level_weights: w_l >= 0 per level; a level of weight 0 costs nothing.
-        alpha: weight of the relative reconstruction error, mean over a bag's images.
-        beta: weight of the codes' l1 norm, mean over a bag's images.
+        penalties: alpha and beta, the weights of the relative reconstruction error and of the codes' l1 norm,
+            both means over a bag's images.
     """
     n_bags = len(level_counts[0])
     per_bag = torch.zeros(n_bags, device=bag_index.device)
@@ -111,6 +110,7 @@ def hierarchical_proportion_loss(
         if weight:
             per_bag = per_bag + weight * proportion_kl(scores, bag_index, counts)
     if output.codes:
+        alpha, beta = penalties
         penalty = alpha * output.reconstruction_error + beta * output.code_l1
         per_bag = per_bag + bag_means(penalty, bag_index, n_bags)
     return per_bag.mean()

@@ -8,6 +8,7 @@ transcript comes in as ``context``.
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -79,25 +80,43 @@ def derive(secret: bytes, purpose: str, context: bytes) -> bytes:
     return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(secret)
 
 
-def seal(private: bytes, peer: bytes, sender: str, receiver: str, context: bytes, content: bytes) -> bytes:
-    """Encrypt content for ``receiver`` only, bound to its sender and its session."""
-    key = pairwise_key(private, peer, f"seal/{sender}/{receiver}", context)
-    return ChaCha20Poly1305(key).encrypt(_ONCE, content, context)
+@dataclass(frozen=True)
+class Channel:
+    """Encrypt one message from one site to another, in one session.
 
-
-def unseal(private: bytes, peer: bytes, sender: str, receiver: str, context: bytes, sealed: bytes) -> bytes:
-    """Decrypt a ciphertext that ``seal`` made.
-
-    Raises:
-        SecureAggregationRefused: changed on the way, from another sender, or made in another session.
+    Both ends make the same channel, each with its own private key and the other's public one.
     """
-    key = pairwise_key(private, peer, f"seal/{sender}/{receiver}", context)
-    try:
-        return ChaCha20Poly1305(key).decrypt(_ONCE, sealed, context)
-    except (InvalidTag, ValueError) as error:
-        raise SecureAggregationRefused(
-            f"the shares of {sender!r} cannot be opened: it saw another list of sites, or they were changed"
-        ) from error
+
+    private: bytes = field(repr=False)
+    """Of the end that this is made at."""
+    peer: bytes
+    """The public key of the other end."""
+    sender: str
+    receiver: str
+    context: bytes
+    """The session's transcript."""
+
+    def seal(self, content: bytes) -> bytes:
+        """Encrypt content for the receiver only, bound to its sender and its session."""
+        return ChaCha20Poly1305(self._key()).encrypt(_ONCE, content, self.context)
+
+    def unseal(self, sealed: bytes) -> bytes:
+        """Decrypt a ciphertext that ``seal`` made.
+
+        Raises:
+            SecureAggregationRefused: changed on the way, from another sender, or made in another session.
+        """
+        key = self._key()
+        try:
+            return ChaCha20Poly1305(key).decrypt(_ONCE, sealed, self.context)
+        except (InvalidTag, ValueError) as error:
+            raise SecureAggregationRefused(
+                f"the shares of {self.sender!r} cannot be opened: it saw another list of sites, or they were "
+                "changed"
+            ) from error
+
+    def _key(self) -> bytes:
+        return pairwise_key(self.private, self.peer, f"seal/{self.sender}/{self.receiver}", self.context)
 
 
 def split(secret: bytes, threshold: int, holders: Sequence[str]) -> dict[str, bytes]:

@@ -99,7 +99,6 @@ def advertise(
     run: int,
     settings: bytes,
     key: ec.EllipticCurvePrivateKey,
-    certificate: str = "",
 ) -> tuple[KeyAdvert, MemberState]:
     """Make fresh keys and a fresh seed, and sign what the others need of them.
 
@@ -109,10 +108,10 @@ def advertise(
         run: the run's number.
         settings: SHA-256 of the run's configuration as the site received it.
         key: the site's node key.
-        certificate: PEM; empty where the server has it.
 
     Returns:
-        The signed public keys to send, and the state with the secrets, which stays.
+        The signed public keys to send, to which the site adds its certificate, and the state with the
+        secrets, which stays.
     """
     # Every session has fresh secrets, so that shares given in a failed session say nothing about the next
     # one.
@@ -129,7 +128,7 @@ def advertise(
     )
     state = MemberState(advert=advert, seal_key=seal_key, mask_key=mask_key, seed=seed)
     signature = pki.sign(key, KEYS_SIGNED, advert.signed())
-    return advert.model_copy(update={"signature": signature, "certificate": certificate}), state
+    return advert.model_copy(update={"signature": signature}), state
 
 
 def share(
@@ -163,13 +162,8 @@ def share(
     sealed = {
         peer: keys.commit_share(seeds[peer])
         + keys.commit_share(mask_keys[peer])
-        + keys.seal(
-            state.seal_key,
-            plan.advert(peer).seal_key,
-            state.site,
-            peer,
-            transcript,
-            seeds[peer] + mask_keys[peer],
+        + keys.Channel(state.seal_key, plan.advert(peer).seal_key, state.site, peer, transcript).seal(
+            seeds[peer] + mask_keys[peer]
         )
         for peer in members
         if peer != state.site
@@ -224,7 +218,7 @@ def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberSta
     for peer, sealed in sorted(request.shares.items()):
         public, digests, closed = plan.advert(peer).seal_key, sealed[:64], sealed[64:]
         try:
-            opened = keys.unseal(state.seal_key, public, peer, state.site, transcript, closed)
+            opened = keys.Channel(state.seal_key, public, peer, state.site, transcript).unseal(closed)
         except SecureAggregationRefused:
             continue
         pair = (opened[: keys.SHARE_BYTES], opened[keys.SHARE_BYTES :])

@@ -12,11 +12,12 @@ over sites of total weight W is off by less than
 
     n / (s * W)  =  n c / ((2**31 - 1 - n) W):   3.7e-8 for 5 sites and c = 16
 
-plus what clipping changes. ``error_bound`` is this figure, and float32 models of size 1 resolve 6e-8.
+plus what clipping changes. Turning the mean into float32, which resolves 6e-8 at size 1, comes on top.
 """
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,18 +34,19 @@ MOST_BEYOND_HALF = 0.25
 """Largest share of a mean's numbers beyond half of the clip range. Of random words half are."""
 
 
-def scale(clip_range: float, sites: int) -> float:
-    """Return the steps per unit (s above)."""
-    return (2**31 - 1 - sites) / clip_range
+@dataclass(frozen=True)
+class Grid:
+    """Define the whole numbers to which all sites of a session round."""
 
+    clip_range: float
+    """c > 0; each coordinate of an update is clipped to +-c."""
+    sites: int
+    """n, the sites whose weights sum to at most 1."""
 
-def error_bound(clip_range: float, sites: int, weight: float) -> float:
-    """Return the largest rounding error of a coordinate of the mean.
-
-    The mean is over sites with ``weight`` of all the weights. Turning it into float32 comes on top (half a
-    unit in the last place).
-    """
-    return sites / (scale(clip_range, sites) * weight)
+    @property
+    def scale(self) -> float:
+        """Return the steps per unit (s above)."""
+        return (2**31 - 1 - self.sites) / self.clip_range
 
 
 def length(arrays: Arrays) -> int:
@@ -66,22 +68,14 @@ def digest(arrays: Arrays) -> bytes:
     return state.digest()
 
 
-def quantise(
-    sent: Arrays,
-    trained: Arrays,
-    clip_range: float,
-    weight: float,
-    sites: int,
-    most_clipped: float = 1.0,
-) -> Words:
+def quantise(sent: Arrays, trained: Arrays, grid: Grid, weight: float, most_clipped: float = 1.0) -> Words:
     """Return a site's update as words, shape (length(trained),), arrays in the order of their names.
 
     Args:
         sent: the model that the server sent; holds at least the names of ``trained``, in the same shapes.
         trained: what the site would send without secure aggregation.
-        clip_range: c > 0.
+        grid: of the session.
         weight: of this site, in [0, 1].
-        sites: number of sites whose weights sum to at most 1.
         most_clipped: largest share of coordinates that may lie beyond the clip range, in [0, 1].
 
     Raises:
@@ -91,7 +85,7 @@ def quantise(
     words = np.empty(length(trained), np.uint32)
     # Rounding draws from a fresh secret key, so that nobody else can repeat it.
     chances = Keystream(new_secret())
-    factor = weight * scale(clip_range, sites)
+    clip_range, factor = grid.clip_range, weight * grid.scale
     place = beyond = 0
     for name in sorted(trained):
         new, old = trained[name].reshape(-1), sent[name].reshape(-1)
@@ -124,7 +118,7 @@ def refuse_noise(total: Words, weight: float, sites: int) -> None:
     Args:
         total: as in ``mean_of``.
         weight: as in ``mean_of``.
-        sites: as in ``quantise``.
+        sites: n of the session.
 
     Raises:
         RunError: too many numbers are beyond half of the clip range.
@@ -138,27 +132,24 @@ def refuse_noise(total: Words, weight: float, sites: int) -> None:
         )
 
 
-def mean_of(
-    total: Words, sent: Arrays, clip_range: float, weight: float, sites: int
-) -> dict[str, FloatArray]:
+def mean_of(total: Words, sent: Arrays, grid: Grid, weight: float) -> dict[str, FloatArray]:
     """Return the next model from the sum of the words and the model that was sent.
 
     Args:
         total: sum of the words of the sites in the mean, modulo 2**32.
         sent: the arrays that the sites started from, and were trained.
-        clip_range: c > 0.
+        grid: of the session.
         weight: total weight of the sites in the mean, in (0, 1].
-        sites: as in ``quantise``.
 
     Raises:
         RunError: the sum is larger than sites that clip could make it: somebody sent something else.
     """
-    steps = scale(clip_range, sites)
+    steps = grid.scale
     signed = total.view(np.int32)
     farthest = max(-int(signed.min(initial=0)), int(signed.max(initial=0)))
     # No set of clipped updates can make a larger sum. A mask that was not removed, or words that are no
     # update, almost always do.
-    if farthest > weight * clip_range * steps + sites:
+    if farthest > weight * grid.clip_range * steps + grid.sites:
         raise RunError(
             "the unmasked sum is out of range: a site sent words that are no clipped update, or masks were "
             "not removed. Nothing of it is used."

@@ -84,7 +84,11 @@ def make_optimiser(model: nn.Module, plan: PrivacyPlan, round: int = 1) -> BagDP
 
 def loss_of(model: LHFGLP, batch: Batch, config: RunConfig) -> Tensor:
     return hierarchical_proportion_loss(
-        model(batch.images), batch.bag_index, batch.level_counts, (1.0, 1.0), config.loss.reconstruction, 0.1
+        model(batch.images),
+        batch.bag_index,
+        batch.level_counts,
+        (1.0, 1.0),
+        (config.loss.reconstruction, 0.1),
     )
 
 
@@ -191,7 +195,7 @@ def test_clipping_per_image_as_stock_hooks_do_would_break_the_bound(store: BagSt
     model = build_model(config.model, store.hierarchy, seed=1)
     bag = batches(store)[2]
     output = model(bag.images)
-    loss = 1e6 * hierarchical_proportion_loss(output, bag.bag_index, bag.level_counts, (1.0, 1.0), 0, 0)
+    loss = 1e6 * hierarchical_proportion_loss(output, bag.bag_index, bag.level_counts, (1.0, 1.0), (0, 0))
     backward = torch.autograd.grad(loss, output.scores, retain_graph=True)
     parameters = list(model.parameters())
     total = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)

@@ -14,6 +14,7 @@ from common.hierarchy import Hierarchy
 from common.model.build import build_model
 from common.model.lhfglp import (
     LHFGLP,
+    Architecture,
     DictionaryBlock,
     consistent_prediction,
     log_probabilities,
@@ -49,12 +50,14 @@ def make(tree: Hierarchy) -> Make:
         return LHFGLP(
             Flatten(),
             tree,
-            atoms_per_class=3,
-            iterations=4,
-            dictionary=dictionary,
-            masks=masks,
-            tied=tied,
-            leaf_only=leaf_only,
+            Architecture(
+                atoms_per_class=3,
+                iterations=4,
+                dictionary=dictionary,
+                masks=masks,
+                tied=tied,
+                leaf_only=leaf_only,
+            ),
         )
 
     return build
@@ -327,12 +330,14 @@ def test_shallow_trees_and_single_classes(levels: int, images: Tensor) -> None:
     model = LHFGLP(
         Flatten(),
         hierarchy,
-        atoms_per_class=2,
-        iterations=1,
-        dictionary=True,
-        masks=True,
-        tied=True,
-        leaf_only=False,
+        Architecture(
+            atoms_per_class=2,
+            iterations=1,
+            dictionary=True,
+            masks=True,
+            tied=True,
+            leaf_only=False,
+        ),
     )
     assert [scores.shape for scores in model(images).scores] == [(6, 1)] * levels
 

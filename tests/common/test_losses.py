@@ -98,7 +98,7 @@ def test_the_whole_loss_by_hand() -> None:
     counts = torch.tensor([[1, 1], [1, 0]])
     error, l1 = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([10.0, 20.0, 40.0])
     output = output_of(SCORES, SCORES, error=error, l1=l1)
-    loss = hierarchical_proportion_loss(output, BAGS, [counts, counts], (0.5, 1.0), alpha=0.1, beta=0.01)
+    loss = hierarchical_proportion_loss(output, BAGS, [counts, counts], (0.5, 1.0), (0.1, 0.01))
     kl = proportion_kl(SCORES, BAGS, counts)
     expected = (1.5 * kl + 0.1 * torch.tensor([2.0, 5.0]) + 0.01 * torch.tensor([15.0, 40.0])).mean()
     torch.testing.assert_close(loss, expected)
@@ -107,13 +107,13 @@ def test_the_whole_loss_by_hand() -> None:
 def test_bags_count_alike_whatever_their_size() -> None:
     """The loss is a mean over bags, not over images: splitting the batch by bag changes nothing."""
     counts = torch.tensor([[1, 1], [1, 0]])
-    whole = hierarchical_proportion_loss(output_of(SCORES), BAGS, [counts], (1.0,), 0, 0)
+    whole = hierarchical_proportion_loss(output_of(SCORES), BAGS, [counts], (1.0,), (0, 0))
     parts = [
         hierarchical_proportion_loss(
-            output_of(SCORES[:2]), torch.zeros(2, dtype=torch.int64), [counts[:1]], (1.0,), 0, 0
+            output_of(SCORES[:2]), torch.zeros(2, dtype=torch.int64), [counts[:1]], (1.0,), (0, 0)
         ),
         hierarchical_proportion_loss(
-            output_of(SCORES[2:]), torch.zeros(1, dtype=torch.int64), [counts[1:]], (1.0,), 0, 0
+            output_of(SCORES[2:]), torch.zeros(1, dtype=torch.int64), [counts[1:]], (1.0,), (0, 0)
         ),
     ]
     torch.testing.assert_close(whole, torch.stack(parts).mean())
@@ -122,13 +122,13 @@ def test_bags_count_alike_whatever_their_size() -> None:
 def test_a_level_of_weight_zero_has_no_part() -> None:
     broken = torch.full((3, 2), torch.nan)
     counts = torch.tensor([[1, 1], [1, 0]])
-    loss = hierarchical_proportion_loss(output_of(broken, SCORES), BAGS, [counts, counts], (0.0, 1.0), 0, 0)
+    loss = hierarchical_proportion_loss(output_of(broken, SCORES), BAGS, [counts, counts], (0.0, 1.0), (0, 0))
     assert loss.isfinite()
 
 
 def test_levels_must_match() -> None:
     with pytest.raises(ValueError, match="argument"):
-        hierarchical_proportion_loss(output_of(SCORES), BAGS, [torch.ones(2, 2)], (1.0, 1.0), 0, 0)
+        hierarchical_proportion_loss(output_of(SCORES), BAGS, [torch.ones(2, 2)], (1.0, 1.0), (0, 0))
 
 
 def test_level_weights_fall_from_coarse_to_fine() -> None:

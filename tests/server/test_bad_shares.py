@@ -113,7 +113,7 @@ def wrong_for_all(site: Member, plan: SessionPlan, reply: SealedShares) -> dict[
         shares[peer] = (
             keys.commit_share(one)
             + keys.commit_share(other)
-            + keys.seal(private, public, owner, peer, plan.transcript(), one + other)
+            + keys.Channel(private, public, owner, peer, plan.transcript()).seal(one + other)
         )
     return shares
 

@@ -21,8 +21,9 @@ from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import read_json_lines
 from common.pki import load_node_key
-from common.secure_aggregation import keys, quantisation
+from common.secure_aggregation import keys
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
+from common.secure_aggregation.quantisation import Grid
 from common.secure_aggregation.records import KeyAdvert, MaskedUpdate, UnmaskShares
 from common.wire import from_records, to_records
 from deploy.simulation.ephemeral_pki import ephemeral_kit, make_ephemeral_pki
@@ -126,7 +127,7 @@ def test_one_round_gives_the_plain_result_within_the_bound(config: Config, chang
     run(plain)
     run(secure)
     biggest = max(float(np.abs(array).max()) for array in weights(plain).values())
-    bound = quantisation.error_bound(16.0, 3, 1.0) + np.spacing(np.float32(biggest))
+    bound = 3 / Grid(16.0, 3).scale + np.spacing(np.float32(biggest))
     if changes.get("federation.transport") == "float16":
         bound += 2.0**-11 * biggest  # the plain updates were rounded to 16 bits, the masked ones were not
     difference = largest_difference(plain, secure)

@@ -45,7 +45,7 @@ def test_it_can_be_switched_off() -> None:
     scores = GivenScores(*(torch.from_numpy(np.log(level)).float() for level in (COARSE, LEAF)))
     weights = level_weights(setting_of(Method.LHFGLP, COUNTS).config.loss, 2, 1.0)
     matching = hierarchical_proportion_loss(
-        scores(batch.images), batch.bag_index, batch.level_counts, weights, alpha=0.0, beta=0.0
+        scores(batch.images), batch.bag_index, batch.level_counts, weights, (0.0, 0.0)
     )
     assert loss_at(1.0, refinement=0.0) == pytest.approx(matching.item())
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from client.objectives import build_objective
 from client.objectives.vat import adversarial_change, divergence, ramp
-from common.model.lhfglp import LHFGLP
+from common.model.lhfglp import LHFGLP, Architecture
 from common.model.methods import Method
 
 from .toy import TREE, GivenScores, Toy, batch_of, setting_of, toy_model
@@ -22,12 +22,14 @@ def linear_model(weight: Tensor) -> LHFGLP:
     model = LHFGLP(
         backbone,
         TREE,
-        atoms_per_class=1,
-        iterations=1,
-        dictionary=False,
-        masks=False,
-        tied=False,
-        leaf_only=True,
+        Architecture(
+            atoms_per_class=1,
+            iterations=1,
+            dictionary=False,
+            masks=False,
+            tied=False,
+            leaf_only=True,
+        ),
     )
     with torch.no_grad():
         model.heads[0].weight.copy_(weight)

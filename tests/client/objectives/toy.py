@@ -10,7 +10,7 @@ from client.data.batch import Batch
 from client.objectives import Setting, build_objective
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
-from common.model.lhfglp import LHFGLP, LHFGLPOutput
+from common.model.lhfglp import LHFGLP, Architecture, LHFGLPOutput
 from common.model.methods import Method
 
 TREE = Hierarchy(("group", "leaf"), (("x", "y"), ("a", "b", "c", "d")), ((), (0, 0, 1, 1)))
@@ -128,12 +128,14 @@ def toy_model(method: Method) -> LHFGLP:
     return LHFGLP(
         TinyBackbone(),
         TREE,
-        atoms_per_class=2,
-        iterations=2,
-        dictionary=blocks,
-        masks=blocks,
-        tied=blocks,
-        leaf_only=method.leaf_only,
+        Architecture(
+            atoms_per_class=2,
+            iterations=2,
+            dictionary=blocks,
+            masks=blocks,
+            tied=blocks,
+            leaf_only=method.leaf_only,
+        ),
     )
 
 

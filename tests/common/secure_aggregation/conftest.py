@@ -50,9 +50,8 @@ class Consortium:
     def advertise(self, session: str = SESSION, round: int = ROUND) -> None:
         offer = SessionOffer(session=session, round=round)
         for name in self.names:
-            self.adverts[name], self.states[name] = member.advertise(
-                offer, name, RUN, SETTINGS, self.node_keys[name], self.certificates[name]
-            )
+            advert, self.states[name] = member.advertise(offer, name, RUN, SETTINGS, self.node_keys[name])
+            self.adverts[name] = advert.model_copy(update={"certificate": self.certificates[name]})
 
     def plan(self, adverts: dict[str, KeyAdvert] | None = None) -> SessionPlan:
         listed = self.adverts if adverts is None else adverts

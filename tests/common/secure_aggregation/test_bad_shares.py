@@ -44,7 +44,7 @@ def sealed_anew(content: Callable[[], bytes], *, told: bool = True) -> Bad:
                 inside[keys.SHARE_BYTES :]
             )
             public = plan.advert(peer).seal_key
-            closed = keys.seal(private, public, CULPRIT, peer, plan.transcript(), inside)
+            closed = keys.Channel(private, public, CULPRIT, peer, plan.transcript()).seal(inside)
             shares[peer] = (digests if told else right[:64]) + closed
         return reply.model_copy(update={"shares": shares})
 

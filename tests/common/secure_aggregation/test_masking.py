@@ -53,12 +53,12 @@ def test_a_key_is_of_one_purpose_one_pair_and_one_context() -> None:
     assert same == pair(peer, mine)
     changed = [pair(mine, other), pair(mine, peer, purpose="b"), pair(mine, peer, context=b"2")]
     assert len({same, *changed}) == 4
-    sealed = keys.seal(mine, keys.public_key(peer), "a", "b", b"1", b"share")
+    sealed = keys.Channel(mine, keys.public_key(peer), "a", "b", b"1").seal(b"share")
     public = keys.public_key(mine)
-    assert keys.unseal(peer, public, "a", "b", b"1", sealed) == b"share"
+    assert keys.Channel(peer, public, "a", "b", b"1").unseal(sealed) == b"share"
     for sender, receiver, context in (("b", "a", b"1"), ("a", "c", b"1"), ("a", "b", b"2")):
         with pytest.raises(SecureAggregationRefused, match="cannot be opened"):
-            keys.unseal(peer, public, sender, receiver, context, sealed)
+            keys.Channel(peer, public, sender, receiver, context).unseal(sealed)
 
 
 @given(st.integers(0, 255))
@@ -135,10 +135,10 @@ def test_enough_shares_give_the_secret_and_fewer_do_not(
 
 def test_what_is_sealed_for_one_is_not_opened_by_another() -> None:
     a, b, c = keys.new_secret(), keys.new_secret(), keys.new_secret()
-    sealed = keys.seal(a, keys.public_key(b), "a", "b", b"session", b"shares")
-    assert keys.unseal(b, keys.public_key(a), "a", "b", b"session", sealed) == b"shares"
+    sealed = keys.Channel(a, keys.public_key(b), "a", "b", b"session").seal(b"shares")
+    assert keys.Channel(b, keys.public_key(a), "a", "b", b"session").unseal(sealed) == b"shares"
     changed = bytes([sealed[0] ^ 1]) + sealed[1:]
-    for arguments in (
+    for *ends, words in (
         (c, keys.public_key(a), "a", "b", b"session", sealed),
         (b, keys.public_key(c), "a", "b", b"session", sealed),
         (b, keys.public_key(a), "b", "a", b"session", sealed),
@@ -147,6 +147,6 @@ def test_what_is_sealed_for_one_is_not_opened_by_another() -> None:
         (b, keys.public_key(a), "a", "b", b"session", b""),
     ):
         with pytest.raises(SecureAggregationRefused):
-            keys.unseal(*arguments)
+            keys.Channel(*ends).unseal(words)
     with pytest.raises(SecureAggregationRefused, match="not usable"):
         keys.pairwise_key(a, bytes(32), "seal", b"")

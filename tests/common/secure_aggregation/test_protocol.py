@@ -101,8 +101,8 @@ def test_keys_of_a_foreign_authority_are_refused(consortium: Make, tmp_path: Pat
         RUN,
         SETTINGS,
         load_node_key(outside / "node.key"),
-        (outside / "node.crt").read_text(),
     )
+    forged = forged.model_copy(update={"certificate": (outside / "node.crt").read_text()})
     with pytest.raises(IdentityError, match="not of this consortium"):
         group.share("site-00", group.plan(group.adverts | {"site-02": forged}))
 
@@ -116,8 +116,8 @@ def test_keys_under_another_sites_certificate_are_refused(consortium: Make) -> N
         RUN,
         SETTINGS,
         group.node_keys["site-03"],
-        group.certificates["site-03"],
     )
+    forged = forged.model_copy(update={"certificate": group.certificates["site-03"]})
     with pytest.raises(SecureAggregationRefused, match="another site's certificate"):
         group.share("site-00", group.plan(group.adverts | {"site-02": forged}))
 
@@ -133,8 +133,8 @@ def test_replayed_keys_are_refused(consortium: Make, change: dict[str, Any]) -> 
         told["run"],
         SETTINGS,
         group.node_keys["site-02"],
-        group.certificates["site-02"],
     )
+    old = old.model_copy(update={"certificate": group.certificates["site-02"]})
     with pytest.raises(SecureAggregationRefused, match="another run, session or round"):
         group.share("site-00", group.plan(group.adverts | {"site-02": old}))
     # Saying otherwise on the envelope breaks the signature.
