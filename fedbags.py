@@ -90,7 +90,7 @@ def main() -> None:
             with interrupt.held_off():
                 if signal.getsignal(signal.SIGINT) is _stop:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
-                stack.enter_context(interrupt.told())
+                stack.enter_context(interrupt.handled())
             from deploy.cli.main import main as command
 
             command()
