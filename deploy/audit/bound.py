@@ -17,8 +17,8 @@ import numpy as np
 from scipy.stats import binom
 
 # Forty halvings of an interval of length 1 reach 1e-12, far below what a run can tell apart.
-BISECTIONS = 40
-MOST_CANARIES = 10**6
+_BISECTIONS = 40
+_MOST_CANARIES = 10**6
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Bound:
     """Epsilon (add/remove) is above this, up to the stated chance of error."""
 
 
-def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
+def _p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
     """Return the largest P[at least ``correct`` right guesses] under (epsilon, delta)-DP.
 
     By Corollary 5.4, with B ~ Binomial(r, e^eps / (1 + e^eps)), it is
@@ -75,11 +75,11 @@ def lower_bound(canaries: int, guesses: int, correct: int, delta: float, confide
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
     error = 1 - confidence
     refuted, possible = 0.0, 1.0
-    while p_value(canaries, guesses, correct, possible, delta) < error:
+    while _p_value(canaries, guesses, correct, possible, delta) < error:
         refuted, possible = possible, possible + 1
-    for _ in range(BISECTIONS):
+    for _ in range(_BISECTIONS):
         middle = (refuted + possible) / 2
-        if p_value(canaries, guesses, correct, middle, delta) < error:
+        if _p_value(canaries, guesses, correct, middle, delta) < error:
             refuted = middle
         else:
             possible = middle
@@ -109,12 +109,12 @@ def canaries_needed(epsilon: float, delta: float, confidence: float, looks: int 
     error = (1 - confidence) / looks
 
     def refutes(number: int) -> bool:
-        return p_value(number, number, number, epsilon, delta) < error
+        return _p_value(number, number, number, epsilon, delta) < error
 
     enough = 1
     while not refutes(enough):
         enough *= 2
-        if enough > MOST_CANARIES:
+        if enough > _MOST_CANARIES:
             return None
     few = enough // 2
     while enough - few > 1:

@@ -27,11 +27,11 @@ from common.model.build import build_model, trainable_parameters
 from common.model.lhfglp import LHFGLP, LHFGLPOutput
 from common.privacy.plan import PrivacyPlan
 
-CANARY_SIZE = 8
+_CANARY_SIZE = 8
 """Images of a canary bag: clipping image by image lets as many times the clip norm through, and shows."""
-LOUDNESS = 50.0
+_LOUDNESS = 50.0
 """Length of a canary's gradient before clipping, in clip norms; real bags come to about 10."""
-PIXELS = 8
+_PIXELS = 8
 """Pixels of the first row by which a canary's image is known: 24 random bytes, and images are no smaller."""
 
 
@@ -85,7 +85,7 @@ class CanaryStore:
             return self.own[index]
         there = self.included[slot]
         # The empty bag has one image, by which the forward hook recognises it.
-        size = CANARY_SIZE if there else 1
+        size = _CANARY_SIZE if there else 1
         counts = np.zeros(self.hierarchy.sizes[-1], dtype=np.int64)
         counts[0] = size
         return Bag(f"canary-{slot}", np.repeat(self.images[[slot if there else -1]], size, axis=0), counts)
@@ -124,13 +124,13 @@ class Directions:
         signs = torch.from_numpy(rng.choice([-1.0, 1.0], size)).float().to(device)
         self._unit = signs / torch.bincount(self._owner, minlength=number).sqrt()[self._owner]
         """Shape (P,): the directions, each of norm 1 within its canary's parameters."""
-        self._names = to_tensor(store.images)[:, :, 0, :PIXELS].flatten(1).to(device)
+        self._names = to_tensor(store.images)[:, :, 0, :_PIXELS].flatten(1).to(device)
         # The slope of KL against the leaf that all of a canary's images have, at equal scores.
         self._factor = length / (1 - 1 / store.hierarchy.sizes[-1])
 
     def __call__(self, model: nn.Module, inputs: tuple[Tensor], output: LHFGLPOutput) -> LHFGLPOutput | None:
         """Return the scores of a canary or the empty bag, or None to keep those that the model computed."""
-        found = (self._names == inputs[0][0, :, 0, :PIXELS].flatten()).all(dim=1).nonzero()
+        found = (self._names == inputs[0][0, :, 0, :_PIXELS].flatten()).all(dim=1).nonzero()
         if not len(found):
             return None
         # All zero for the empty bag, whose number is no canary's, so its gradient is 0.
@@ -173,7 +173,7 @@ def score_canaries(
     model: LHFGLP = build_model(config.model, store.hierarchy, config.seed)
     model.to(choose_device(config.train.device))
     parameters = trainable_parameters(model, config.trained_part)
-    directions = Directions(parameters, store, LOUDNESS * plan.clip_norm, rng)
+    directions = Directions(parameters, store, _LOUDNESS * plan.clip_norm, rng)
     model.register_forward_hook(directions)
     scores = torch.zeros(len(store.included))
     for round in range(1, plan.rounds + 1):

@@ -28,17 +28,17 @@ from deploy.audit.bound import best_bound, canaries_needed, lower_bound
 from deploy.audit.canaries import CanaryStore, count_right, score_canaries
 from deploy.audit.label_inference import attack_model, attack_proportions
 
-METHOD = "one-run audit, white-box gradient canaries (Steinke, Nasr & Jagielski 2023, Corollary 5.4)"
-NOTE = (
+_METHOD = "one-run audit, white-box gradient canaries (Steinke, Nasr & Jagielski 2023, Corollary 5.4)"
+_NOTE = (
     "A lower bound under the claim does not prove the claim; one above it refutes it. Covers the steps of "
     "training, not the release of counts. Computed from private data without noise: share it only on purpose."
 )
-GUESSED_SHARES = (0.25, 0.8)
+_GUESSED_SHARES = (0.25, 0.8)
 """Shares of the canaries that are guessed: the surest (best for small leaks), and nearly all (for large).
 Not all: half of them are guessed to be there, but the coins seldom fall half and half."""
-SPARE, FEWEST, MOST = 2.0, 100, 400
+_SPARE, _FEWEST, _MOST = 2.0, 100, 400
 """Canaries by default: twice those that could refute the claim, for wrong guesses and abstentions."""
-CONTROL = 0.5
+_CONTROL = 0.5
 """Share of the bags that the attacked models are not trained on."""
 
 Progress = Callable[[int, int], None]
@@ -101,13 +101,13 @@ def audit_site(
     # The canaries are trained on like bags of the site, at its sample rate and noise.
     plan = _plan_for(planned, planned.number_of_bags + number)
     scores = score_canaries(slots, config, plan, rng, advance)
-    guesses = [round(share * number) for share in GUESSED_SHARES]
+    guesses = [round(share * number) for share in _GUESSED_SHARES]
     right = [(some, count_right(scores, slots.included, some)) for some in guesses]
     bound = best_bound(number, right, delta, confidence)
     # The best of several bounds is reported, so each must hold with more confidence (union bound).
-    each = 1 - (1 - confidence) / len(GUESSED_SHARES)
+    each = 1 - (1 - confidence) / len(_GUESSED_SHARES)
     return {
-        "method": METHOD,
+        "method": _METHOD,
         "site": store.name,
         "adjacency": Adjacency.ADD_REMOVE.value,
         "unit": Unit.BAG.value,
@@ -130,14 +130,14 @@ def audit_site(
             "proportions": attack_proportions(store, config.dp.release_scale, randomness),
             "model": _attack_models(config, store, planned, advance),
         },
-        "note": NOTE,
+        "note": _NOTE,
         "seconds": time.monotonic() - started,
     }
 
 
 def _default_canaries(epsilon: float, delta: float, confidence: float) -> int:
-    needed = canaries_needed(epsilon, delta, confidence, len(GUESSED_SHARES))
-    return MOST if needed is None else min(max(round(SPARE * needed), FEWEST), MOST)
+    needed = canaries_needed(epsilon, delta, confidence, len(_GUESSED_SHARES))
+    return _MOST if needed is None else min(max(round(_SPARE * needed), _FEWEST), _MOST)
 
 
 def _plan_for(plan: PrivacyPlan, number_of_bags: int) -> PrivacyPlan:
@@ -163,8 +163,8 @@ def _attack_models(
     config: RunConfig, store: BagStore, planned: PrivacyPlan, advance: Callable[[], None]
 ) -> dict[str, Any]:
     """Train on half of the bags, without and with DP, and guess the labels of both halves."""
-    config = config.with_changes({"train.held-back": CONTROL})
-    trained, control = store.split(CONTROL, config.seed)
+    config = config.with_changes({"train.held-back": _CONTROL})
+    trained, control = store.split(_CONTROL, config.seed)
     # Fewer bags at the same sample rate and noise keep the epsilon of the claim.
     plan = _plan_for(planned, len(trained))
 

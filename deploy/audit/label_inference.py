@@ -24,10 +24,10 @@ from common.model.losses import bag_mean_probabilities
 from common.privacy.proportions import Granularity, release_counts
 from common.privacy.randomness import Randomness
 
-BAGS_AT_ONCE = 8
+_BAGS_AT_ONCE = 8
 
 
-def hit_rate(guesses: NDArray[np.int64], leaf_counts: NDArray[np.int64]) -> float:
+def _hit_rate(guesses: NDArray[np.int64], leaf_counts: NDArray[np.int64]) -> float:
     """Return the share of images that have the leaf guessed for their bag.
 
     Args:
@@ -37,7 +37,7 @@ def hit_rate(guesses: NDArray[np.int64], leaf_counts: NDArray[np.int64]) -> floa
     return float(leaf_counts[np.arange(len(guesses)), guesses].sum() / leaf_counts.sum())
 
 
-def most_frequent(leaf_counts: NDArray[np.int64]) -> float:
+def _most_frequent(leaf_counts: NDArray[np.int64]) -> float:
     """Return the share of images of the site's most frequent leaf, which the marginals alone give away."""
     return float(leaf_counts.sum(axis=0).max() / leaf_counts.sum())
 
@@ -65,14 +65,14 @@ def attack_proportions(store: BagStore, scale: float, randomness: Randomness) ->
         "bags_exact": counts,
         "bags_noised": noised(Granularity.PER_BAG),
     }
-    prior = most_frequent(counts)
+    prior = _most_frequent(counts)
     result: dict[str, Any] = {
         "prior": prior,
         "released": str(store.config.policy.release_proportions),
         "noise_scale": scale,
     }
     for name, rows in known.items():
-        rate = hit_rate(np.broadcast_to(rows.argmax(axis=1), bags), counts)
+        rate = _hit_rate(np.broadcast_to(rows.argmax(axis=1), bags), counts)
         result[name] = {"accuracy": rate, "advantage": rate - prior}
     return result
 
@@ -96,7 +96,7 @@ def attack_model(
     return {
         "trained": trained,
         "not_trained": other,
-        "advantage": trained - most_frequent(store.leaf_counts[groups[0]]),
+        "advantage": trained - _most_frequent(store.leaf_counts[groups[0]]),
         "memorised": trained - other,
     }
 
@@ -106,8 +106,8 @@ def _model_hit_rate(model: LHFGLP, store: BagStore, config: RunConfig, bags: NDA
     device = choose_device(config.train.device)
     model.to(device).eval()
     guesses = []
-    for some in chunks(bags, BAGS_AT_ONCE):
+    for some in chunks(bags, _BAGS_AT_ONCE):
         batch = make_batch(store, some).to(device)
         predicted = bag_mean_probabilities(model(batch.images).scores[-1], batch.bag_index, len(some))
         guesses.append(predicted.argmax(dim=1).cpu().numpy())
-    return hit_rate(np.concatenate(guesses), store.leaf_counts[bags])
+    return _hit_rate(np.concatenate(guesses), store.leaf_counts[bags])

@@ -24,8 +24,8 @@ with lazy_imports():
     from deploy.cli import progress as bars
     from deploy.cli import tables
 
-AUDIT_FILE = "audit.json"
-EPSILON, ROUNDS = 8.0, 8
+_AUDIT_FILE = "audit.json"
+_EPSILON, _ROUNDS = 8.0, 8
 
 
 def audit_command(
@@ -35,10 +35,10 @@ def audit_command(
     ] = None,
     site: Annotated[str | None, typer.Option(help="Folder name of the site [default: the first].")] = None,
     epsilon: Annotated[
-        float | None, typer.Option(help=f"Without RUN: the claim to audit [default: {EPSILON:g}].")
+        float | None, typer.Option(help=f"Without RUN: the claim to audit [default: {_EPSILON:g}].")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(help=f"Rounds to train [default: the run's, else {ROUNDS}].", min=1)
+        int | None, typer.Option(help=f"Rounds to train [default: the run's, else {_ROUNDS}].", min=1)
     ] = None,
     canaries: Annotated[
         int | None, typer.Option(help="Canary bags [default: enough to refute the claim, 100-400].", min=4)
@@ -88,7 +88,7 @@ def audit_command(
     if json_:
         typer.echo(json.dumps(result, indent=2))
     else:
-        print_audit(result)
+        _print_audit(result)
         say(f"written: {path}")
     if not result["holds"]:
         raise typer.Exit(1)
@@ -103,8 +103,8 @@ def _settings(
             raise UserError("nothing to audit: give the folder of a private run, or --sites-dir")
         options: dict[str, run_config.Scalar] = {
             "sites-dir": str(sites_dir.resolve()),
-            "dp.epsilon": EPSILON if epsilon is None else epsilon,
-            "rounds": rounds or ROUNDS,
+            "dp.epsilon": _EPSILON if epsilon is None else epsilon,
+            "rounds": rounds or _ROUNDS,
         }
         return configuration.compose(options), Path("audit")
     if epsilon is not None:
@@ -125,7 +125,7 @@ def _settings(
 
 def _write(folder: Path, result: dict[str, Any]) -> Path:
 
-    path = folder / AUDIT_FILE
+    path = folder / _AUDIT_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
@@ -134,7 +134,7 @@ def _write(folder: Path, result: dict[str, Any]) -> Path:
     return path
 
 
-def print_audit(result: dict[str, Any]) -> None:
+def _print_audit(result: dict[str, Any]) -> None:
     """Print the verdict in a sentence, and the label attacks as a table."""
     out, claimed = tables.console(), result["reported_epsilon"]
     verdict = "holds: not refuted" if result["holds"] else "REFUTED: the training leaks more than claimed"

@@ -22,7 +22,7 @@ with lazy_imports():
     from deploy.datasets import counts as counted_bags
     from deploy.datasets import site_writer, synthetic
 
-COUNTS_READS = frozenset(
+_COUNTS_READS = frozenset(
     {"out", "source", "images", "counts", "hierarchy", "bags", "name"}
     | {"minimum_bag_size", "fold_case", "skip_bad", "as_json"}
 )
@@ -122,7 +122,7 @@ def build(
     Then `fedbags site check SITES/site-1` shows a site, and `fedbags simulate --sites-dir SITES` trains.
     """
     if source is SourceKind.COUNTS:
-        _refuse_unread(context, source, sorted(context.params.keys() - COUNTS_READS))
+        _refuse_unread(context, source, sorted(context.params.keys() - _COUNTS_READS))
         if images is None or counts is None or hierarchy is None or name is None:
             raise UserError("--source counts needs --images, --counts, --hierarchy and --name")
         table_of_bags = Path(bags) if bags else None

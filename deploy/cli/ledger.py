@@ -32,15 +32,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-File = Annotated[Path, typer.Argument(help="A site's ledger.sqlite.")]
-Kit = Annotated[
+_File = Annotated[Path, typer.Argument(help="A site's ledger.sqlite.")]
+_Kit = Annotated[
     Path | None, typer.Option(help="The site's kit, where its ledger has its second anchor; none: beside it.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
 @app.command()
-def show(file: File) -> None:
+def show(file: _File) -> None:
     """Show what was spent, what is left, and every row of the ledger.
 
     Example: fedbags ledger show runs/demo/sites/site-1/ledger.sqlite
@@ -72,13 +72,13 @@ def show(file: File) -> None:
 
 @app.command()
 def verify(
-    file: File,
+    file: _File,
     head: Annotated[
         str | None, typer.Option(help="Ledger head of a statement that the server holds, in hexadecimal.")
     ] = None,
     site: Annotated[str | None, typer.Option(help="Whose ledger it should be.")] = None,
-    kit: Kit = None,
-    json_: Json = False,
+    kit: _Kit = None,
+    json_: _Json = False,
 ) -> None:
     """Check that no row was edited, deleted, reordered or rolled back.
 
@@ -113,8 +113,8 @@ def accept_version(
     ledger: Annotated[
         Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
     ] = None,
-    kit: Kit = None,
-    json_: Json = False,
+    kit: _Kit = None,
+    json_: _Json = False,
 ) -> None:
     """Accept the folder's data as a new version of the same site's data.
 
@@ -147,7 +147,7 @@ def accept_version(
 @app.command("accept-loss")
 def accept_loss(
     site_folder: Annotated[Path, typer.Argument(help="The site's folder.")],
-    kit: Kit = None,
+    kit: _Kit = None,
     ledger: Annotated[
         Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
     ] = None,
@@ -155,7 +155,7 @@ def accept_loss(
         str | None,
         typer.Option(help="Ledger head that the coordinator holds and this ledger does not, in hexadecimal."),
     ] = None,
-    json_: Json = False,
+    json_: _Json = False,
 ) -> None:
     """Accept that the ledger, or its newest rows, are lost.
 
@@ -212,7 +212,7 @@ def accept_loss(
 
 
 @app.command()
-def export(file: File, json_: Json = False) -> None:
+def export(file: _File, json_: _Json = False) -> None:
     """Print cap, events and spending, from which another accountant can recompute the epsilons.
 
     Noise multipliers are relative to the clip norm, a release's scale to the images its unit can move.

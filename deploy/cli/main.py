@@ -43,7 +43,7 @@ with lazy_imports():
     from deploy.runs import runs as finished
     from deploy.simulation import simulate as simulation
 
-HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
+_HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
 
 \b
 Start here:
@@ -58,29 +58,29 @@ typer.core.HAS_RICH = False
 """Plain help: rich would double the time of --help, and typer escapes brackets for it in any case."""
 
 app = typer.Typer(
-    help=HELP,
+    help=_HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
-runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
+_site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
+_runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
 app.add_typer(bags.app, name="bags")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(provision.app, name="provision")
-app.add_typer(site_app, name="site")
-app.add_typer(runs_app, name="runs")
+app.add_typer(_site_app, name="site")
+app.add_typer(_runs_app, name="runs")
 
-site_app.command("approve")(approve.approve_command)
+_site_app.command("approve")(approve.approve_command)
 app.command("compare")(compare.compare_command)
 app.command("report")(report.report_command)
 app.command("audit")(audit.audit_command)
 app.command()(watch.status)
 app.command()(watch.metrics)
 app.command()(watch.track)
-site_app.command("keygen")(provision.keygen)
-site_app.command("init")(site_init.init)
-consortium.register(app, site_app)
+_site_app.command("keygen")(provision.keygen)
+_site_app.command("init")(site_init.init)
+consortium.register(app, _site_app)
 
 
 def _print_version(asked: bool) -> None:
@@ -103,11 +103,11 @@ def _options(
     pass
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+_RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]
 
 
-class Engine(StrEnum):
+class _Engine(StrEnum):
     """Name the engines that carry the messages of a simulation."""
 
     LOCAL = "local"
@@ -125,8 +125,8 @@ def simulate(
     seed: Annotated[int | None, typer.Option(help="Fixes data, weights and order.", min=0)] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME-TIME].")] = None,
     engine: Annotated[
-        Engine, typer.Option(help="Our own grid, or Flower's simulation runtime.")
-    ] = Engine.LOCAL,
+        _Engine, typer.Option(help="Our own grid, or Flower's simulation runtime.")
+    ] = _Engine.LOCAL,
     workers: Annotated[
         int | None, typer.Option(help="Processes (local engine) [default: cores].", min=0)
     ] = None,
@@ -146,7 +146,7 @@ def simulate(
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
     figures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
-    json_: Json = False,
+    json_: _Json = False,
 ) -> None:
     """Simulate hospitals on this machine with the same server and client apps as in a deployment.
 
@@ -181,7 +181,7 @@ def simulate(
         quiet=json_,
     )
     if json_:
-        print_json(summary.to_dict())
+        _print_json(summary.to_dict())
 
 
 @app.command("config")
@@ -190,58 +190,59 @@ def show_config(
         str | None,
         typer.Option(metavar="dp|sites-dir", help="List the settings of a preset with their reasons."),
     ] = None,
-    json_: Json = False,
+    json_: _Json = False,
 ) -> None:
     """List every configuration key with its default, bounds and meaning."""
     if preset:
         settings = configuration.preset_rows(preset)
-        print_json(settings) if json_ else tables.print_preset(settings, preset)
+        _print_json(settings) if json_ else tables.print_preset(settings, preset)
         return
     rows = tables.config_rows()
-    print_json(rows) if json_ else tables.print_config(rows)
+    _print_json(rows) if json_ else tables.print_config(rows)
 
 
-@site_app.command("check")
+@_site_app.command("check")
 def site_check(
     site: Annotated[Path, typer.Argument(help="A site folder (with site.toml).")],
     image_size: Annotated[int, typer.Option(help="Side of the square input, pixels.", min=8)] = 48,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
-    json_: Json = False,
+    json_: _Json = False,
 ) -> None:
     """Check a site's data, and show exactly what would leave the site."""
     result = checking.check_site(site, image_size, skip_bad=skip_bad)
-    print_json(result) if json_ else checking.print_check(result)
+    _print_json(result) if json_ else checking.print_check(result)
 
 
-@runs_app.command("list")
+@_runs_app.command("list")
 def runs_list(
-    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), json_: Json = False
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
+    json_: _Json = False,
 ) -> None:
     """List the runs below a folder."""
     rows = finished.list_runs(folder)
-    print_json(rows) if json_ else finished.print_runs(rows, folder)
+    _print_json(rows) if json_ else finished.print_runs(rows, folder)
 
 
-@runs_app.command("show")
-def runs_show(run: RunArgument, json_: Json = False) -> None:
+@_runs_app.command("show")
+def runs_show(run: _RunArgument, json_: _Json = False) -> None:
     """Show a run's figures, per level and per site, and what was left out."""
     summary = reading.read_summary(run)
-    print_json(summary.to_dict()) if json_ else finished.print_summary(summary, run)
+    _print_json(summary.to_dict()) if json_ else finished.print_summary(summary, run)
 
 
-@runs_app.command("compare")
-def runs_compare(first: RunArgument, second: RunArgument, json_: Json = False) -> None:
+@_runs_app.command("compare")
+def runs_compare(first: _RunArgument, second: _RunArgument, json_: _Json = False) -> None:
     """Compare two finished runs by their settings, figures per level, epsilon and time.
 
     Example: fedbags runs compare runs/first runs/private
     """
     result = finished.compare_runs(first, second)
-    print_json(result) if json_ else finished.print_comparison(result)
+    _print_json(result) if json_ else finished.print_comparison(result)
 
 
 @app.command()
 def predict(
-    run: RunArgument,
+    run: _RunArgument,
     images: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Images, DICOM files, folders.")],
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a table, one image a line.")] = None,
     skip_bad: Annotated[
@@ -251,7 +252,7 @@ def predict(
         bool, typer.Option("--codes", help="Tell the strongest dictionary codes per level, too.")
     ] = False,
     top_codes: Annotated[int, typer.Option(help="How many, with --codes.", min=1)] = 3,
-    json_: Json = False,
+    json_: _Json = False,
 ) -> None:
     """Classify images with a run's model into the best class of each level and the best path.
 
@@ -275,7 +276,7 @@ def predict(
         prediction.write_csv(csv, found.rows)
         say(f"{len(found.rows)} image(s) predicted, {len(found.skipped)} left out: {csv}", err=True)
     if json_:
-        print_json(found.rows)
+        _print_json(found.rows)
     elif not csv:
         prediction.print_predictions(found.rows)
 
@@ -284,7 +285,7 @@ def predict(
 def figures(
     runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to set side by side.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures [default: RUN/figures].")] = None,
-    json_: Json = False,
+    json_: _Json = False,
 ) -> None:
     """Draw training curves, confusion matrices, a t-SNE of test bags, and activation maps.
 
@@ -292,13 +293,13 @@ def figures(
     """
     paths = draw.draw_figures(runs, out)
     if json_:
-        print_json([str(path) for path in paths])
+        _print_json([str(path) for path in paths])
     else:
         for path in paths:
             say(path)
 
 
-def print_json(value: Any) -> None:
+def _print_json(value: Any) -> None:
     """Print one JSON value on standard output, and nothing else."""
     typer.echo(json.dumps(value, indent=2))
 

@@ -23,7 +23,7 @@ from deploy.cli.tables import console, text_column
 from deploy.runs.reading import EventsFile
 from deploy.runs.state import RunState
 
-INTERVAL = 0.3
+_INTERVAL = 0.3
 
 
 def bars(*, transient: bool = False) -> Progress:
@@ -145,4 +145,4 @@ class Follower:
                 if ending:
                     progress.update(sites, visible=False)
                     return
-                self._stop.wait(INTERVAL)
+                self._stop.wait(_INTERVAL)

@@ -19,7 +19,7 @@ with lazy_imports():
     from common import settings_file
     from deploy.datasets import site_check
 
-RELEASES = ("none", "total", "per-bag")
+_RELEASES = ("none", "total", "per-bag")
 
 
 def init(
@@ -72,9 +72,9 @@ def init(
     for key, value in map(run_config.parse_setting, set_ or []):
         listed = isinstance(value, str) and key.split(".")[-1] == "metrics"
         given[f"policy.{key}"] = str(value).split(",") if listed else value
-    if not json_ and on_terminal():
+    if not json_ and _on_terminal():
         _ask(given, base, site.resolve().name)
-    config = compose(base, given, site.resolve().name)
+    config = _compose(base, given, site.resolve().name)
     if config.policy.budget.delta is not None and config.policy.budget.epsilon is None:
         raise UserError("a budget has an epsilon: give --epsilon too")
     try:
@@ -106,13 +106,13 @@ def init(
         site_check.print_check(checked)
 
 
-def on_terminal() -> bool:
+def _on_terminal() -> bool:
     """Return whether somebody is there to answer."""
     # The questions are printed on standard error, so that standard output holds results only.
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "site_file.SiteConfig":
+def _compose(base: dict[str, Any], given: dict[str, Any], folder: str) -> "site_file.SiteConfig":
     """Return the site's configuration from the given values, else the old file, else the defaults.
 
     Args:
@@ -155,7 +155,7 @@ def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:
         "policy.release-proportions",
         "Label counts that leave",
         policy.get("release-proportions", "total"),
-        type=click.Choice(RELEASES),
+        type=click.Choice(_RELEASES),
     )
     if given["policy.budget.epsilon"] is None:
         question = "Privacy budget, epsilon (0: none, and runs without differential privacy are taken)"

@@ -16,7 +16,7 @@ from common.config import RunConfig
 from common.text import visible_lines
 
 
-class PlainConsole(Console):
+class _PlainConsole(Console):
     """Print texts on the terminal without taking anything in them for a command.
 
     No markup, emoji code or control character has an effect. Names of sites, classes, files and runs, and the
@@ -40,7 +40,7 @@ class PlainConsole(Console):
 def console(*, stderr: bool = False) -> Console:
     """Return the console that every command prints to."""
     # Without rich's own reading of a text: a class called [/x] is a name and no markup.
-    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
+    return _PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def text_column(template: str) -> TextColumn:

@@ -30,7 +30,7 @@ with lazy_imports():
     from deploy.simulation import simulate
 
 
-def work(run: Path) -> None:
+def _work(run: Path) -> None:
     """Train the run in this folder, or resume its training, then score it and write its result.
 
     Raises:
@@ -55,7 +55,7 @@ def work(run: Path) -> None:
         "proportion_l1": summary.bags[-1].l1 if summary.bags else None,
         "rounds": summary.rounds,
         "selected_round": summary.selected_round,
-        "memory_mb": round(peak_memory() / 2**20, 1),
+        "memory_mb": round(_peak_memory() / 2**20, 1),
         "gpu_memory_mb": scoring.gpu_memory(device),
         "cpu_seconds": round(sum(os.times()[:2]), 1),
         "overhead_seconds": round(ready - started + time.monotonic() - trained, 1),
@@ -66,7 +66,7 @@ def work(run: Path) -> None:
     write_json(run / RESULT, result)
 
 
-def peak_memory() -> int:
+def _peak_memory() -> int:
     """Return the largest amount of memory that this process has held at once, in bytes.
 
     On Linux the value is VmHWM, which starts with the program. ru_maxrss would also count what the parent
@@ -82,7 +82,7 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """End this process as soon as its standard input is closed.
 
     The queue holds the other end of the pipe and never writes to it, so the pipe closes when the queue is
@@ -100,9 +100,9 @@ def end_with_parent() -> None:
 
 def main() -> None:
     """Run the order in the given run folder, and exit with status 0 when it is done and 1 when it failed."""
-    end_with_parent()
+    _end_with_parent()
     try:
-        work(Path(sys.argv[1]))
+        _work(Path(sys.argv[1]))
     except FedbagsError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -38,11 +38,11 @@ from deploy.datasets.catalogue import SourceKind, open_source
 from deploy.datasets.files import ArrayImages, FileImages, SourceTable, image_fault
 from deploy.datasets.partition import Indices, column, units_of
 
-SPLIT_SEED = 0
+_SPLIT_SEED = 0
 """The test images and a limit are the same for every cell, whatever its seed."""
-SMALLEST_BAG = 4
+_SMALLEST_BAG = 4
 """Images: the policy of the site folders, where bags are larger than that."""
-LIST = "images.json"
+_LIST = "images.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def open_data(data: Data, folder: Path, path: Path | None = None) -> OpenedData:
             f"{len(shared)} group(s) of column {group_column!r} have training and test images, such as "
             f"{min(shared)!r}: the test would reward recognising them. Mend the split, or use test-share."
         )
-    rng = np.random.default_rng(SPLIT_SEED)
+    rng = np.random.default_rng(_SPLIT_SEED)
     train, test = (_at_most(part, data.limit, groups, rng) for part in (train, test))
     if not len(test):
         raise UserError(f"{table.file} has no test image: nothing could be compared")
@@ -112,7 +112,7 @@ def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
         hint = f"\n{data.origin}" if data.origin else ""
         raise UserError(f"{error}{hint}\nAnother place? Give it with --data.") from error
     if table.bad and not data.skip_bad:
-        raise refused(table, list(table.bad))
+        raise _refused(table, list(table.bad))
     if data.levels is None:
         return table
     if len(data.levels) != len(table.hierarchy.levels):
@@ -123,7 +123,7 @@ def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
     return replace(table, hierarchy=replace(table.hierarchy, levels=data.levels))
 
 
-def refused(table: SourceTable, bad: list[BadRow]) -> DataError:
+def _refused(table: SourceTable, bad: list[BadRow]) -> DataError:
     """Return the error that names these rows of the table's file."""
     return DataError(
         f"{table.file} holds {len(bad)} bad row(s)",
@@ -138,7 +138,7 @@ def _split(table: SourceTable, data: Data, groups: Sequence[str] | None) -> tupl
     if data.test_share is not None:
         if data.split_column:
             raise UserError("[data] has split-column and test-share: say one of them")
-        rng = np.random.default_rng(SPLIT_SEED)
+        rng = np.random.default_rng(_SPLIT_SEED)
         test = _at_most(everything, round(data.test_share * len(table)), groups, rng)
         return np.setdiff1d(everything, test), test
     if name is None:
@@ -149,7 +149,7 @@ def _split(table: SourceTable, data: Data, groups: Sequence[str] | None) -> tupl
     bad: list[BadRow] = []
     is_train, is_test = read_split(table, name, bad)
     if bad and not data.skip_bad:
-        raise refused(table, bad)
+        raise _refused(table, bad)
     return np.flatnonzero(is_train), np.flatnonzero(is_test)
 
 
@@ -263,12 +263,12 @@ class DataFolders:
             LabelledImages.open(self.test, size, progress=progress("decoding: test images"))
 
     def _store_images(self, progress: Progress) -> None:
-        if (self.root / LIST).is_file():
+        if (self.root / _LIST).is_file():
             return
         opened, table, bad = self._opened, self._opened.table, list[BadRow]()
         with _whole(self.root) as folder:
             # Numbered in random order, so that no file name reveals a label: a source may be sorted by class.
-            rng = np.random.default_rng(SPLIT_SEED)
+            rng = np.random.default_rng(_SPLIT_SEED)
             done, total = 0, len(opened.train) + len(opened.test)
             names: dict[str, list[str | None]] = {}
             for part, indices in (("images", opened.train), ("test/test", opened.test)):
@@ -284,7 +284,7 @@ class DataFolders:
                     done += 1
                     progress(done, total)
             if bad and not self._skip_bad:
-                raise refused(table, bad)
+                raise _refused(table, bad)
             leaves = table.hierarchy.classes[-1]
             rows = [
                 (f"test/{name}", leaves[table.labels[index]])
@@ -294,7 +294,7 @@ class DataFolders:
             write_csv(folder / "test" / TEST_FILE, ("path", "label"), rows)
             table.hierarchy.to_csv(folder / "test" / "hierarchy.csv")
             SiteConfig(name="test").save(folder / "test")
-            (folder / LIST).write_text(json.dumps(names["images"]), encoding="utf-8")
+            (folder / _LIST).write_text(json.dumps(names["images"]), encoding="utf-8")
 
     def _divide(self, division: Division, progress: Progress) -> None:
         out = self.root / division.name
@@ -319,7 +319,7 @@ class DataFolders:
                 group_column=self._opened.group_column,
                 groups=division.groups,
                 seed=division.seed,
-                minimum_bag_size=min(SMALLEST_BAG, division.bag_size),
+                minimum_bag_size=min(_SMALLEST_BAG, division.bag_size),
                 step=step,
             )
         alone = out.with_name(f"{out.name}.alone")
@@ -348,7 +348,7 @@ class DataFolders:
 
     def _training_table(self) -> SourceTable:
         """Return the stored training images as a table without a split."""
-        names = json.loads((self.root / LIST).read_text(encoding="utf-8"))
+        names = json.loads((self.root / _LIST).read_text(encoding="utf-8"))
         table = self._opened.table
         kept = [
             (self.root / "images" / name, index)
@@ -358,7 +358,7 @@ class DataFolders:
         rows = [index for _, index in kept]
         return replace(
             table,
-            images=LinkedImages([path for path, _ in kept]),
+            images=_LinkedImages([path for path, _ in kept]),
             labels=table.labels[rows],
             lines=[table.lines[index] for index in rows],
             columns={name: [cells[index] for index in rows] for name, cells in table.columns.items()},
@@ -367,7 +367,7 @@ class DataFolders:
         )
 
 
-class LinkedImages(FileImages):
+class _LinkedImages(FileImages):
     """Represent image files that are hard-linked into a site folder, so that no pixel is stored twice."""
 
     def write(self, index: int, stem: Path) -> str:

@@ -24,17 +24,17 @@ from common.config import Scalar
 from common.files import write_text
 from deploy.compare.cells import WEIGHTS, Cell
 
-ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
+_ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
 """Files in the run folder of a cell."""
-PLACES = ("run-dir", "sites-dir", "resume", "name", "train.device")
+_PLACES = ("run-dir", "sites-dir", "resume", "name", "train.device")
 """Keys that say where and how a run is done, not what it computes; of the weights file the name counts, once
 there is a result."""
-DIFFERENCES_TOLD = 3
-INTERVAL = 0.5
-GRACE = 10.0
+_DIFFERENCES_TOLD = 3
+_INTERVAL = 0.5
+_GRACE = 10.0
 """Seconds that a cell gets to end when the comparison is stopped."""
 # A cell computes on one thread, so that `jobs` cells share the cores and their times can be compared.
-THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 Identity = dict[str, Scalar | None]
 
@@ -59,12 +59,12 @@ class Order(BaseModel):
     def save(self, run: Path) -> None:
         """Write the order to the run folder, which is made if it is missing."""
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / ORDER, self.model_dump_json(indent=2) + "\n")
+        write_text(run / _ORDER, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, run: Path) -> "Order":
         """Read the order from the run folder."""
-        return cls.model_validate_json((run / ORDER).read_bytes())
+        return cls.model_validate_json((run / _ORDER).read_bytes())
 
 
 class State(StrEnum):
@@ -100,33 +100,33 @@ def plan(cell: Cell, runs: Path, digest: str) -> Planned:
         runs: the folder of all run folders.
         digest: of the data.
     """
-    run, now = runs / cell.name, identity(cell, digest)
+    run, now = runs / cell.name, _identity(cell, digest)
     if not run.exists():
         return Planned(cell, run, now, digest, State.NEW)
     try:
         before = Order.load(run)
     except (OSError, ValidationError):
-        return Planned(cell, run, now, digest, State.CHANGED, (f"it holds no readable {ORDER}",))
-    if different := differences(before.identity, now):
+        return Planned(cell, run, now, digest, State.CHANGED, (f"it holds no readable {_ORDER}",))
+    if different := _differences(before.identity, now):
         return Planned(cell, run, now, digest, State.CHANGED, different)
     if (run / RESULT).exists():
         return Planned(cell, run, now, digest, State.DONE)
     # A checkpoint lacks the weights that are not trained: a run can be resumed with its first weights only.
     places = {WEIGHTS: before.config.get(WEIGHTS)}, {WEIGHTS: cell.config.to_flat()[WEIGHTS]}
-    moved = differences(*places)
+    moved = _differences(*places)
     return Planned(cell, run, now, digest, State.CHANGED if moved else State.STOPPED, moved)
 
 
-def identity(cell: Cell, digest: str) -> Identity:
+def _identity(cell: Cell, digest: str) -> Identity:
     """Return everything that the cell's figures depend on, except the code."""
-    config = {key: value for key, value in cell.config.to_flat().items() if key not in PLACES}
+    config = {key: value for key, value in cell.config.to_flat().items() if key not in _PLACES}
     # A weights file may be moved to another folder, so its name counts and its path does not.
     config[WEIGHTS] = Path(str(config[WEIGHTS])).name
     division = {f"data.{key}": value for key, value in asdict(cell.division).items()}
     return {**config, **division, "data.digest": digest, "setting": cell.setting.value, "site": cell.site}
 
 
-def differences(before: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> tuple[str, ...]:
+def _differences(before: Mapping[str, Scalar | None], now: Mapping[str, Scalar | None]) -> tuple[str, ...]:
     """Return the entries that differ, each as a text with its value before and now.
 
     A key that only one of the two has counts as a difference, because its default may not be what older code
@@ -145,8 +145,8 @@ def _value(identity: Mapping[str, Scalar | None], key: str) -> str:
 
 def told(found: tuple[str, ...]) -> str:
     """Return the first differences as one line of text."""
-    more = len(found) - DIFFERENCES_TOLD
-    return "; ".join(found[:DIFFERENCES_TOLD]) + (f"; and {more} more" if more > 0 else "")
+    more = len(found) - _DIFFERENCES_TOLD
+    return "; ".join(found[:_DIFFERENCES_TOLD]) + (f"; and {more} more" if more > 0 else "")
 
 
 def run_all(
@@ -175,7 +175,7 @@ def run_all(
                     running[folder] = _start(folder)
                 # Before the pause: a cell that starts and ends within it would otherwise never be shown.
                 look(list(running))
-                time.sleep(INTERVAL)
+                time.sleep(_INTERVAL)
                 for folder, process in list(running.items()):
                     if (status := process.poll()) is not None:
                         del running[folder]
@@ -193,7 +193,7 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | THREADS,
+            env=os.environ | _THREADS,
             # In a session of its own a cell gets no Ctrl-C from the terminal, and this process ends it.
             start_new_session=True,
         )
@@ -211,7 +211,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + GRACE
+    deadline = time.monotonic() + _GRACE
     for process in processes:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))

@@ -17,9 +17,9 @@ from deploy.compare.scenario import Setting
 from deploy.compare.table import FIGURES, Line, Statistic
 from deploy.figures.style import GREY, LINES, MARKERS, PALETTE, house_style, new_figure, save
 
-NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
-BAR = 0.7
-SINGLE = 1
+_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
+_BAR = 0.7
+_SINGLE = 1
 """The bag size of methods that see labels: comparable at every bag size."""
 
 
@@ -46,13 +46,13 @@ def draw_plots(lines: Sequence[Line], title: str, folder: Path) -> list[Path]:
     pictures: dict[str, Figure] = {}
     with house_style():
         for setting in settings:
-            chosen = at_usual_size([line for line in lines if line.setting == setting])
+            chosen = _at_usual_size([line for line in lines if line.setting == setting])
             where = f"{title}: {setting}, {_bags(chosen)}"
             suffix = "" if setting == main else "_" + re.sub(r"\W+", "_", setting)
             pictures[f"accuracy{suffix}"] = _levels(chosen, "accuracy", f"{where}: accuracy")
             if setting == main:
                 for key in FIGURES[1:]:
-                    pictures[key] = _levels(chosen, key, f"{where}: {NAMES[key]}")
+                    pictures[key] = _levels(chosen, key, f"{where}: {_NAMES[key]}")
                 pictures["cost"] = _costs(chosen, f"{where}: proportions and cost")
                 every_size = [line for line in lines if line.setting == setting]
                 if len(_sizes(every_size)) > 1:
@@ -62,15 +62,15 @@ def draw_plots(lines: Sequence[Line], title: str, folder: Path) -> list[Path]:
         return [save(figure, folder / f"{name}.png") for name, figure in pictures.items()]
 
 
-def at_usual_size(lines: Sequence[Line]) -> list[Line]:
+def _at_usual_size(lines: Sequence[Line]) -> list[Line]:
     """Return the lines of the bag size that most methods have, and those of single images."""
     counts = {size: sum(line.bag_size == size for line in lines) for size in _sizes(lines)}
-    usual = max(counts, key=lambda size: counts[size]) if counts else SINGLE
-    return [line for line in lines if line.bag_size in (usual, SINGLE)]
+    usual = max(counts, key=lambda size: counts[size]) if counts else _SINGLE
+    return [line for line in lines if line.bag_size in (usual, _SINGLE)]
 
 
 def _sizes(lines: Sequence[Line]) -> list[int]:
-    return sorted({line.bag_size for line in lines} - {SINGLE})
+    return sorted({line.bag_size for line in lines} - {_SINGLE})
 
 
 def _bags(lines: Sequence[Line]) -> str:
@@ -78,7 +78,7 @@ def _bags(lines: Sequence[Line]) -> str:
 
 
 def _label(line: Line) -> str:
-    return f"{line.method} (labels)" if line.bag_size == SINGLE else line.method
+    return f"{line.method} (labels)" if line.bag_size == _SINGLE else line.method
 
 
 def _levels(lines: Sequence[Line], key: str, title: str) -> Figure:
@@ -89,7 +89,7 @@ def _levels(lines: Sequence[Line], key: str, title: str) -> Figure:
     for panel, name in zip(panels, names, strict=True):
         _bars(panel, lines, lambda line, name=name: line.levels[name][key], 3)  # type: ignore[misc]
         panel.set_title(name)
-        panel.set_xlabel(NAMES[key])
+        panel.set_xlabel(_NAMES[key])
         panel.set_xlim(0, 1.12)
         panel.set_xticks([0, 0.25, 0.5, 0.75, 1])
     return figure
@@ -107,7 +107,7 @@ def _costs(lines: Sequence[Line], title: str) -> Figure:
     for panel, (key, heading, unit, digits) in zip(panels, labels, strict=True):
         # The proportions of a bag of one image are its label, so that L1 is not comparable to that of bags.
         def value(line: Line, key: str = key) -> Statistic | None:
-            return None if key == "proportion_l1" and line.bag_size == SINGLE else line.costs.get(key)
+            return None if key == "proportion_l1" and line.bag_size == _SINGLE else line.costs.get(key)
 
         _bars(panel, lines, value, digits)
         panel.set_title(heading)
@@ -121,8 +121,8 @@ def _bars(axes: Axes, lines: Sequence[Line], value: Callable[[Line], Statistic |
     for place, line in enumerate(lines):
         if (statistic := value(line)) is None:
             continue
-        colour = GREY if line.bag_size == SINGLE else PALETTE[0]
-        axes.barh(place, statistic.mean, BAR, color=colour, alpha=0.85)
+        colour = GREY if line.bag_size == _SINGLE else PALETTE[0]
+        axes.barh(place, statistic.mean, _BAR, color=colour, alpha=0.85)
         if statistic.deviation is not None:
             axes.errorbar(statistic.mean, place, xerr=statistic.deviation, color="black", capsize=3, lw=1)
         end = statistic.mean + (statistic.deviation or 0)
@@ -162,7 +162,7 @@ def _bag_sizes(lines: Sequence[Line], title: str) -> Figure:
                 capsize=3,
                 label=method,
             )
-        for number, line in enumerate(line for line in lines if line.bag_size == SINGLE):
+        for number, line in enumerate(line for line in lines if line.bag_size == _SINGLE):
             style = LINES[(number + 1) % len(LINES)]
             panel.axhline(line.levels[name]["accuracy"].mean, color=GREY, linestyle=style, label=_label(line))
         panel.set_title(name)
@@ -187,7 +187,7 @@ def _deviation(statistic: Statistic) -> float:
 
 
 def _of(lines: Sequence[Line], method: str) -> list[Line]:
-    return [line for line in lines if line.method == method and line.bag_size != SINGLE]
+    return [line for line in lines if line.method == method and line.bag_size != _SINGLE]
 
 
 def _in_several_settings(lines: Sequence[Line]) -> list[Line]:

@@ -26,8 +26,8 @@ with lazy_imports():
     from deploy.compare import plots
     from deploy.simulation import simulate
 
-RUNS, DATA, REPLACED, PLOTS = "runs", "data", "replaced", "plots"
-LOCK_SECONDS = 5.0
+_RUNS, _DATA, _REPLACED, _PLOTS = "runs", "data", "replaced", "plots"
+_LOCK_SECONDS = 5.0
 """How long to wait for a comparison that was just killed to let go of the folder."""
 
 
@@ -70,32 +70,32 @@ def compare(
     Raises:
         UserError: a faulty scenario or faulty data; nothing was started.
     """
-    scenario, cells = read(file, settings, passes)
-    chosen = of_names(cells, only)
+    scenario, cells = _read(file, settings, passes)
+    chosen = _of_names(cells, only)
     for cell in chosen:
         prerequisites.check(cell.config)
     interrupt.at("the comparison: what is done stays, and the same command goes on")
     # Two comparisons in one folder would train the same cells in the same run folders.
-    with locked(out, "another comparison", LOCK_SECONDS):
-        planned, folders = look(scenario, cells, out, file.resolve().parent, data)
+    with locked(out, "another comparison", _LOCK_SECONDS):
+        planned, folders = _look(scenario, cells, out, file.resolve().parent, data)
         todo = [one for one in planned if one.state is not State.DONE and one.cell in chosen]
         say_plan(planned, todo)
         failed: dict[str, str] = {}
         stopped = False
         if todo:
-            prepare(todo, folders, out / REPLACED)
+            _prepare(todo, folders, out / _REPLACED)
             # Frees the images of the source, because the cells need the memory.
             del folders
-            board = Board(todo, lambda: tabulate(scenario, planned, out))
+            board = Board(todo, lambda: _tabulate(scenario, planned, out))
             try:
                 with board:
-                    run_all([one.run for one in todo], jobs or default_jobs(todo), board.show, board.ended)
+                    run_all([one.run for one in todo], jobs or _default_jobs(todo), board.show, board.ended)
             except KeyboardInterrupt:
                 stopped = True
             failed = board.failed
-        table = tabulate(scenario, planned, out)
+        table = _tabulate(scenario, planned, out)
         if table["rows"]:
-            plots.draw_plots(summarise(table["rows"]), scenario.title, out / PLOTS)
+            plots.draw_plots(summarise(table["rows"]), scenario.title, out / _PLOTS)
         return Outcome(table, failed, stopped)
 
 
@@ -112,8 +112,8 @@ def list_cells(
 
     Arguments and errors are those of compare.
     """
-    scenario, cells = read(file, settings, passes)
-    planned, _ = look(scenario, of_names(cells, only), out, file.resolve().parent, data)
+    scenario, cells = _read(file, settings, passes)
+    planned, _ = _look(scenario, _of_names(cells, only), out, file.resolve().parent, data)
     return [
         {
             "cell": one.cell.name,
@@ -127,7 +127,7 @@ def list_cells(
     ]
 
 
-def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scenario, list[Cell]]:
+def _read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scenario, list[Cell]]:
     """Read the scenario file and return the scenario with its cells.
 
     Raises:
@@ -145,7 +145,7 @@ def read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scena
         raise ConfigError(f"the scenario {file}: {error}") from error
 
 
-def of_names(cells: Sequence[Cell], pattern: str) -> list[Cell]:
+def _of_names(cells: Sequence[Cell], pattern: str) -> list[Cell]:
     """Return the cells whose name matches the pattern.
 
     Raises:
@@ -160,7 +160,7 @@ def of_names(cells: Sequence[Cell], pattern: str) -> list[Cell]:
     return chosen
 
 
-def look(
+def _look(
     scenario: Scenario, cells: Sequence[Cell], out: Path, folder: Path, data: Path | None
 ) -> tuple[list[Planned], "data_folders.DataFolders"]:
     """Return every cell with its state on disk, and the folders of its data.
@@ -173,11 +173,11 @@ def look(
         data: stands in for the scenario's ``data.path``.
     """
     opened = data_folders.open_data(scenario.data, folder, data)
-    folders = data_folders.DataFolders((out / DATA).resolve(), opened, scenario.data.skip_bad)
-    return [plan(cell, (out / RUNS).resolve(), opened.digest) for cell in cells], folders
+    folders = data_folders.DataFolders((out / _DATA).resolve(), opened, scenario.data.skip_bad)
+    return [plan(cell, (out / _RUNS).resolve(), opened.digest) for cell in cells], folders
 
 
-def prepare(todo: Sequence[Planned], folders: "data_folders.DataFolders", replaced: Path) -> None:
+def _prepare(todo: Sequence[Planned], folders: "data_folders.DataFolders", replaced: Path) -> None:
     """Create the data folders, move changed runs to ``replaced``, and write every cell's order.
 
     Raises:
@@ -192,10 +192,10 @@ def prepare(todo: Sequence[Planned], folders: "data_folders.DataFolders", replac
         if one.state is State.CHANGED:
             replaced.mkdir(parents=True, exist_ok=True)
             one.run.rename(replaced / f"{one.cell.name}_{time.strftime('%Y%m%d-%H%M%S')}")
-        order(one, folders).save(one.run)
+        _order(one, folders).save(one.run)
 
 
-def order(one: Planned, folders: "data_folders.DataFolders") -> Order:
+def _order(one: Planned, folders: "data_folders.DataFolders") -> Order:
     """Return the order for the process of this cell."""
     cell = one.cell
     places: dict[str, Scalar] = {"run-dir": str(one.run), "sites-dir": str(folders.sites_dir(cell))}
@@ -213,7 +213,7 @@ def order(one: Planned, folders: "data_folders.DataFolders") -> Order:
     return Order(row=row, identity=one.identity, config=config, test=str(folders.test))
 
 
-def tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[str, Any]:
+def _tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[str, Any]:
     """Write the table of the cells that are done by now, without those that must run again."""
     rows: list[Row] = []
     missing = []
@@ -225,7 +225,7 @@ def tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[
     return write_table(out, scenario.title, rows, missing)
 
 
-def default_jobs(todo: Sequence[Planned]) -> int:
+def _default_jobs(todo: Sequence[Planned]) -> int:
     """Return the number of cores, or 1 where the cells share a GPU."""
     if any(training.choose_device(one.cell.config.train.device).type == "cuda" for one in todo):
         return 1

@@ -16,11 +16,11 @@ from common.model.methods import Method
 from common.settings_file import Section, nearest, read_toml
 from deploy.datasets.catalogue import SourceKind
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+_Count = Annotated[int, Field(strict=True, ge=1)]
+_Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
-OWN_KEYS = ("name", "seed", "rounds", "run-dir", "sites-dir", "resume", "model.method", "federation.sites")
+_OWN_KEYS = ("name", "seed", "rounds", "run-dir", "sites-dir", "resume", "model.method", "federation.sites")
 """Keys of the run configuration that each cell sets for itself."""
 
 
@@ -59,14 +59,14 @@ class Data(Section):
     test_share: float | None = Field(
         None, gt=0, lt=1, description="share of the images that become test images, where there is no split"
     )
-    limit: Count | None = Field(None, description="at most this many training images, and test images alike")
+    limit: _Count | None = Field(None, description="at most this many training images, and test images alike")
     bags: str = Field("random", description="random, similarity or column:NAME")
     groups: Annotated[str, Field(pattern="^(bags|sites)$")] = "bags"
     partition: str = Field("dirichlet:0.5", description="iid, dirichlet:ALPHA or column:NAME")
-    sites: Count = 5
+    sites: _Count = 5
     levels: tuple[str, ...] | None = Field(None, description="names of the levels, instead of the source's")
     skip_bad: bool = Field(False, description="leave out what cannot be read")
-    images_per_site: Count = Field(1200, description="synthetic only")
+    images_per_site: _Count = Field(1200, description="synthetic only")
     image_size: Annotated[int, Field(strict=True, ge=16, le=1024)] = Field(48, description="synthetic only")
     origin: str = Field("", description="where to get the data; told when they are missing")
 
@@ -78,30 +78,30 @@ class Grid(_Overrides):
     """
 
     methods: tuple[str, ...] | None = None
-    bag_sizes: tuple[Count, ...] | None = None
-    seeds: tuple[Seed, ...] | None = None
-    passes: Count | None = None
+    bag_sizes: tuple[_Count, ...] | None = None
+    seeds: tuple[_Seed, ...] | None = None
+    passes: _Count | None = None
 
 
 class Entry(_Overrides):
     """Describe one row of the table, which is a method with its own settings."""
 
-    name: Name
+    name: _Name
     method: Method
     settings: tuple[Setting, ...] | None = None
-    bag_sizes: tuple[Count, ...] | None = None
-    seeds: tuple[Seed, ...] | None = None
-    passes: Count | None = None
+    bag_sizes: tuple[_Count, ...] | None = None
+    seeds: tuple[_Seed, ...] | None = None
+    passes: _Count | None = None
 
 
 class Scenario(Section):
     """Hold the content of a scenario file."""
 
     title: str = ""
-    bag_sizes: tuple[Count, ...] = Field(min_length=1)
-    seeds: tuple[Seed, ...] = Field(min_length=1)
-    passes: Count = Field(description="times that every training image is seen")
-    images_per_step: Count = Field(64, description="images of an optimiser step, at every bag size")
+    bag_sizes: tuple[_Count, ...] = Field(min_length=1)
+    seeds: tuple[_Seed, ...] = Field(min_length=1)
+    passes: _Count = Field(description="times that every training image is seen")
+    images_per_step: _Count = Field(64, description="images of an optimiser step, at every bag size")
     data: Data
     run: dict[str, Scalar] = Field({}, description="keys of the run configuration, for all cells")
     settings: dict[Setting, tuple[Grid, ...]] = Field({Setting.POOLED: (Grid(),)}, min_length=1)
@@ -178,7 +178,7 @@ def check_settings(value: object) -> object:
         return value
     flat, known = flatten(value), RunConfig().to_flat()
     for key in flat:
-        if key in OWN_KEYS:
+        if key in _OWN_KEYS:
             raise ValueError(f"{key} is set by the comparison itself; leave it out")
         # A pass is undefined where steps draw their bags by chance, and a comparison counts training in
         # passes.

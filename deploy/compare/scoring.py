@@ -33,7 +33,7 @@ def gpu_memory(device: torch.device) -> float | None:
 
 
 def score(run: Path, tests: Path, config: RunConfig, device: torch.device) -> list[dict[str, Any]]:
-    """Return the scores of a finished run's model per level, coarse to fine, as best_readings describes them.
+    """Return the scores of a finished run's model per level, coarse to fine.
 
     Args:
         run: the run folder.
@@ -47,10 +47,10 @@ def score(run: Path, tests: Path, config: RunConfig, device: torch.device) -> li
     # The stored model is the one selected on held-back bags, so the test images have no part in the choice.
     predicted = read_predictions(load_model(run)[0], test.images, device)
     readings = {reading: confusion_counts(classes, test) for reading, classes in predicted.items()}
-    return best_readings(test.hierarchy, readings)
+    return _best_readings(test.hierarchy, readings)
 
 
-def best_readings(tree: Hierarchy, readings: dict[str, Confusion]) -> list[dict[str, Any]]:
+def _best_readings(tree: Hierarchy, readings: dict[str, Confusion]) -> list[dict[str, Any]]:
     """Return the scores of each level by the reading that is most accurate there.
 
     Args:

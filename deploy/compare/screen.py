@@ -17,8 +17,8 @@ from deploy.compare.plan import LOG, Planned, State, told
 from deploy.compare.scenario import Setting
 from deploy.compare.table import accuracy_cells, accuracy_header, read_rows, summarise
 
-LOG_LINES = 12
-LINES_TOLD = 5
+_LOG_LINES = 12
+_LINES_TOLD = 5
 
 Move = Callable[[int, int], None]
 """Called with (done, all)."""
@@ -31,11 +31,11 @@ def say_plan(planned: Sequence[Planned], todo: Sequence[Planned]) -> None:
     words = [f"{number} {state.value}" for state, number in counts.items() if number]
     screen.print(f"{len(planned)} cells: {', '.join(words)}; {len(todo)} to run")
     changed = [one for one in todo if one.state is State.CHANGED]
-    for one in changed[:LINES_TOLD]:
+    for one in changed[:_LINES_TOLD]:
         text = f"changed, runs again: {one.cell.name}: {told(one.differences)}"
         screen.print(text, soft_wrap=True)
-    if len(changed) > LINES_TOLD:
-        screen.print(f"... and {len(changed) - LINES_TOLD} more that changed (--dry-run --json lists them)")
+    if len(changed) > _LINES_TOLD:
+        screen.print(f"... and {len(changed) - _LINES_TOLD} more that changed (--dry-run --json lists them)")
     if changed:
         screen.print("their runs of before are kept in replaced/")
 
@@ -68,7 +68,7 @@ class Board:
         self._cells = {one.run: one.cell for one in todo}
         self._changed = changed
         self._ended: set[Path] = set()
-        self._share = {run: share_done(run, cell.config.rounds) for run, cell in self._cells.items()}
+        self._share = {run: _share_done(run, cell.config.rounds) for run, cell in self._cells.items()}
         self._started = time.monotonic()
         self._bar = Progress(
             text_column("{task.description}"),
@@ -81,7 +81,7 @@ class Board:
             speed_estimate_period=24 * 3600,
             refresh_per_second=2,
         )
-        self._task = self._bar.add_task("", total=sum(map(work_of, self._cells.values())))
+        self._task = self._bar.add_task("", total=sum(map(_work_of, self._cells.values())))
 
     def __enter__(self) -> "Board":
         self._bar.start()
@@ -98,8 +98,8 @@ class Board:
         names = "".join(f"  {self._cells[run].name}" for run in running[:1])
         more = f" + {len(running) - 1}" if len(running) > 1 else ""
         for run in running:
-            self._share[run] = share_done(run, self._cells[run].config.rounds)
-        done = sum(work_of(cell) * self._share[run] for run, cell in self._cells.items())
+            self._share[run] = _share_done(run, self._cells[run].config.rounds)
+        done = sum(_work_of(cell) * self._share[run] for run, cell in self._cells.items())
         text = f"{len(self._ended)} of {len(self._cells)} cells{names}{more}"
         self._bar.update(self._task, completed=done, description=text)
 
@@ -109,7 +109,7 @@ class Board:
         self._share[run] = 1.0
         name = self._cells[run].name
         if status:
-            self.failed[name] = end_of_log(run, status)
+            self.failed[name] = _end_of_log(run, status)
             text = "FAILED: " + self.failed[name].splitlines()[-2:][0]
         else:
             (row,) = read_rows([run])
@@ -120,22 +120,22 @@ class Board:
         self._bar.console.print(f"{minutes:5.1f} min  {name}: {text}", soft_wrap=True)
 
 
-def work_of(cell: Cell) -> float:
+def _work_of(cell: Cell) -> float:
     """Return the relative amount of work of a cell, in passes over all images, for the estimate of time."""
     return cell.passes / (cell.division.sites if cell.setting is Setting.LOCAL_ONLY else 1)
 
 
-def share_done(run: Path, rounds: int) -> float:
+def _share_done(run: Path, rounds: int) -> float:
     """Return the share of its rounds that a run has done, by its newest checkpoint."""
     names = [path.stem for path in (run / "checkpoints").glob("round-*.safetensors")]
     return int(max(names).removeprefix("round-")) / rounds if names else 0.0
 
 
-def end_of_log(run: Path, status: int) -> str:
+def _end_of_log(run: Path, status: int) -> str:
     """Return the last lines of a cell's log, and how its process ended."""
     lines = (run / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     ending = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-    return "\n".join([*lines[-LOG_LINES:], f"({ending}; all of it: {run / LOG})"])
+    return "\n".join([*lines[-_LOG_LINES:], f"({ending}; all of it: {run / LOG})"])
 
 
 def print_cells(listed: Sequence[Mapping[str, Any]]) -> None:

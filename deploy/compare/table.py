@@ -19,10 +19,10 @@ from common.files import write_text
 from deploy.compare.plan import RESULT
 
 FIGURES = ("accuracy", "balanced_accuracy", "macro_f1")
-COSTS = ("proportion_l1", "seconds", "memory_mb")
-JSON, CSV, MARKDOWN = "table.json", "table.csv", "table.md"
+_COSTS = ("proportion_l1", "seconds", "memory_mb")
+_JSON, _CSV, _MARKDOWN = "table.json", "table.csv", "table.md"
 
-NOTE = """\
+_NOTE = """\
 Accuracy, balanced accuracy and macro-F1 are of the same test images everywhere: the mean, and after ± the
 standard deviation, over the seeds (with one seed there is none). Every level is scored by the method's best
 reading: its own argmax, the best root-to-leaf path, or the leaves' probabilities summed up the tree;
@@ -109,14 +109,14 @@ def _mean(rows: Sequence[Row]) -> Row:
         }
         for number, level in enumerate(first["levels"])
     ]
-    known = {key: [row[key] for row in rows if row.get(key) is not None] for key in COSTS}
+    known = {key: [row[key] for row in rows if row.get(key) is not None] for key in _COSTS}
     costs = {key: statistics.fmean(values) if values else None for key, values in known.items()}
     return {**first, "levels": levels, **costs}
 
 
 def _line(method: str, bag_size: int, setting: str, rows: Sequence[Row]) -> Line:
     names = [level["name"] for level in rows[0]["levels"]]
-    known = {key: [row[key] for row in rows if row.get(key) is not None] for key in COSTS}
+    known = {key: [row[key] for row in rows if row.get(key) is not None] for key in _COSTS}
     return Line(
         method=method,
         bag_size=bag_size,
@@ -149,9 +149,9 @@ def write_table(out: Path, title: str, rows: Sequence[Row], missing: Sequence[st
     commits = sorted({row["commit"] or "unknown" for row in rows})
     content = {"title": title, "commit": ", ".join(commits), "missing": list(missing), "rows": list(rows)}
     texts = {
-        JSON: json.dumps(content, indent=2) + "\n",
-        CSV: to_csv(rows),
-        MARKDOWN: to_markdown(title, rows, missing, commits),
+        _JSON: json.dumps(content, indent=2) + "\n",
+        _CSV: _to_csv(rows),
+        _MARKDOWN: _to_markdown(title, rows, missing, commits),
     }
     for name, text in texts.items():
         try:
@@ -164,7 +164,7 @@ def write_table(out: Path, title: str, rows: Sequence[Row], missing: Sequence[st
     return content
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+def _to_csv(rows: Sequence[Row]) -> str:
     """Return one line per row, where the scores of level ``NAME`` are columns such as ``NAME.accuracy``."""
     flat = [_flat(row) for row in rows]
     header = list(dict.fromkeys(key for row in flat for key in row))
@@ -182,7 +182,7 @@ def _flat(row: Row) -> dict[str, Any]:
     return flat
 
 
-def to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commits: Sequence[str]) -> str:
+def _to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commits: Sequence[str]) -> str:
     """Return two Markdown tables per setting.
 
     The first has accuracies and costs, the second balanced accuracies and macro-F1.
@@ -205,7 +205,7 @@ def to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commits
         ]
         text += _grid(header, body)
     text += [
-        NOTE,
+        _NOTE,
         "",
         f"Code: {', '.join(commits) or 'unknown'}.",
         "",

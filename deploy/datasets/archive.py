@@ -29,7 +29,7 @@ from common.errors import BadRow, UserError, require_file
 from common.hierarchy import Hierarchy
 from deploy.datasets.files import ArrayImages, SourceTable
 
-MAX_MEMBERS = 1000
+_MAX_MEMBERS = 1000
 """Files in one archive; data sets have a dozen."""
 
 
@@ -49,8 +49,8 @@ def check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | No
             fit the bytes behind it. The text names members and sizes.
     """
     members = [info for info in packed.infolist() if names is None or info.filename in names]
-    if len(members) > MAX_MEMBERS:
-        raise ValueError(f"{len(members)} members, more than the {MAX_MEMBERS} that are read")
+    if len(members) > _MAX_MEMBERS:
+        raise ValueError(f"{len(members)} members, more than the {_MAX_MEMBERS} that are read")
     needed = sum(info.file_size for info in members)
     if needed > room:
         raise ValueError(f"it takes {needed:,} bytes unpacked, and there is room for {room:,}")
@@ -77,9 +77,9 @@ def check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | No
             raise ValueError(f"{info.filename} declares {dtype} of shape {shape}, and holds {held:,} bytes")
 
 
-SPLIT_COLUMN, GROUP_COLUMN = "split", "group"
-SPLITS = ("train", "test")
-GROUP_ARRAYS = ("group", "track")
+_SPLIT_COLUMN, _GROUP_COLUMN = "split", "group"
+_SPLITS = ("train", "test")
+_GROUP_ARRAYS = ("group", "track")
 
 
 def archive_source(archive: Path) -> SourceTable:
@@ -128,14 +128,14 @@ def archive_source(archive: Path) -> SourceTable:
     inside = (labels[:, -1] >= 0) & (labels[:, -1] < len(paths))
     good = inside & (labels == paths[np.where(inside, labels[:, -1], 0)]).all(axis=1)
     kept = np.flatnonzero(good)
-    columns: dict[str, Sequence[str]] = {SPLIT_COLUMN: [SPLITS[int(is_test[index])] for index in kept]}
+    columns: dict[str, Sequence[str]] = {_SPLIT_COLUMN: [_SPLITS[int(is_test[index])] for index in kept]}
     if any(groups is not None for _, _, groups in parts):
         ids = [
             name
             for number, (part, _, groups) in enumerate(parts)
             for name in groups or [f"image {number}.{index}" for index in range(len(part))]
         ]
-        columns[GROUP_COLUMN] = [ids[index] for index in kept.tolist()]
+        columns[_GROUP_COLUMN] = [ids[index] for index in kept.tolist()]
     return SourceTable(
         file=archive.name,
         images=ArrayImages(lambda index: images[kept[index]]),
@@ -143,8 +143,8 @@ def archive_source(archive: Path) -> SourceTable:
         hierarchy=tree,
         lines=[None] * len(kept),
         columns=columns,
-        split_column=SPLIT_COLUMN,
-        group_column=GROUP_COLUMN if GROUP_COLUMN in columns else None,
+        split_column=_SPLIT_COLUMN,
+        group_column=_GROUP_COLUMN if _GROUP_COLUMN in columns else None,
         bad=tuple(
             BadRow(archive.name, None, f"image {index}: {labels[index].tolist()} is no path of the tree")
             for index in np.flatnonzero(~good).tolist()
@@ -210,7 +210,7 @@ class _Arrays:
         number = (len(images),)
         labels = [self.get(f"y{level}{suffix}", np.integer, number) for level in range(1, depth + 1)]
         groups = None
-        for name in GROUP_ARRAYS:
+        for name in _GROUP_ARRAYS:
             if self.has(f"{name}{suffix}"):
                 ids = self.get(f"{name}{suffix}", np.integer, number)
                 groups = [f"{name} {value}" for value in ids.tolist()]

@@ -53,13 +53,13 @@ from deploy.datasets.files import (
 from deploy.datasets.site_writer import BuildReport, SiteReport, write_counts, write_images
 from deploy.datasets.table import image_column
 
-BAG_COLUMNS = ("bag", "bag_id", "folder")
-LABEL_COLUMNS = ("label", "class", "leaf", "diagnosis")
-COUNT_COLUMNS = ("count", "number", "images", "n")
-TOTAL_COLUMNS = ("total", "sum")
+_BAG_COLUMNS = ("bag", "bag_id", "folder")
+_LABEL_COLUMNS = ("label", "class", "leaf", "diagnosis")
+_COUNT_COLUMNS = ("count", "number", "images", "n")
+_TOTAL_COLUMNS = ("total", "sum")
 """Names of columns, in any case. A wide table may hold the total of its rows, which is then checked."""
 
-ALIKE = 0.88
+_ALIKE = 0.88
 """How alike two names of bags must be to be one: ``week 1`` and ``week 9`` are not."""
 
 
@@ -140,10 +140,10 @@ def read_counted_bags(
 
 
 def _bag_column(table: CsvTable) -> str:
-    name = table.column(BAG_COLUMNS)
+    name = table.column(_BAG_COLUMNS)
     if name is None:
         raise UserError(
-            f"{table.file} has no bag column; call it one of {', '.join(BAG_COLUMNS)}. "
+            f"{table.file} has no bag column; call it one of {', '.join(_BAG_COLUMNS)}. "
             f"Its columns are: {', '.join(table.columns)}"
         )
     return name
@@ -160,7 +160,7 @@ class _Counts:
         self.lines: dict[str, int] = {}
         self.notes: list[str] = []
         bag = _bag_column(table)
-        label, count = table.column(LABEL_COLUMNS), table.column(COUNT_COLUMNS)
+        label, count = table.column(_LABEL_COLUMNS), table.column(_COUNT_COLUMNS)
         # A wide table may have a class that is called like one of the columns of a long one.
         if label is not None and count is not None and label not in tree.leaf_index:
             self.layout, self.shape = "long", f"a row for each {bag} and {label}, the number in {count}"
@@ -215,7 +215,7 @@ class _Counts:
             if name == bag_column:
                 continue
             leaf, reason = self._leaf(name)
-            if reason and name.lower() in TOTAL_COLUMNS:
+            if reason and name.lower() in _TOTAL_COLUMNS:
                 totals.append(name)
             elif reason:
                 self._fault(1, reason, None)
@@ -310,7 +310,7 @@ def _cross_check(
         if bag in spoilt:
             continue
         if bag not in counts.vectors:
-            near = did_you_mean(bag, counts.vectors.keys() - members.keys(), ALIKE)
+            near = did_you_mean(bag, counts.vectors.keys() - members.keys(), _ALIKE)
             reason = f"bag {bag!r} ({len(paths)} image(s)) has no counts in {counts.file}{near}"
             faults.append(Fault(BadRow(root, None, reason), bag))
             continue
@@ -325,7 +325,7 @@ def _cross_check(
     for bag in counts.vectors:
         if bag in members or bag in spoilt:
             continue
-        near = did_you_mean(bag, members.keys() - counts.vectors.keys(), ALIKE)
+        near = did_you_mean(bag, members.keys() - counts.vectors.keys(), _ALIKE)
         row = BadRow(counts.file, counts.lines[bag], f"bag {bag!r} has counts, but no image{near}")
         faults.append(Fault(row, bag))
 

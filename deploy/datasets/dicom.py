@@ -27,7 +27,7 @@ from deploy.datasets.table import table_source
 if TYPE_CHECKING:  # pydicom is an extra
     from pydicom import Dataset
 
-PATIENT_COLUMN = "dicom-patient"
+_PATIENT_COLUMN = "dicom-patient"
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
 """Endings that nothing else has, lower case."""
 
@@ -63,7 +63,7 @@ class MixedImages:
 
     def __post_init__(self) -> None:
         if any(map(_has_dicom_ending, self.paths)):
-            require_pydicom()
+            _require_pydicom()
 
     def _one(self, index: int) -> SourceImages:
         path = self.paths[index]
@@ -86,7 +86,7 @@ class MixedImages:
         return self.paths[index].stat().st_size
 
 
-def require_pydicom() -> None:
+def _require_pydicom() -> None:
     """Refuse DICOM files if the extra that reads them is not installed.
 
     Raises:
@@ -122,7 +122,7 @@ def dicom_source(
         UserError: pydicom is not installed; and see table_source.
         DataError: see table_source.
     """
-    require_pydicom()
+    _require_pydicom()
     table = table_source(
         folder, labels, hierarchy, label_column, DicomImages, is_dicom_name, depth=depth, fold_case=fold_case
     )
@@ -150,8 +150,8 @@ def dicom_source(
         images=DicomImages([table.images.paths[index] for index in kept]),
         labels=table.labels[kept],
         lines=[table.lines[index] for index in kept],
-        columns={**columns, PATIENT_COLUMN: patients},
-        group_column=PATIENT_COLUMN,
+        columns={**columns, _PATIENT_COLUMN: patients},
+        group_column=_PATIENT_COLUMN,
         bad=tuple(bad),
         notes=tuple(notes),
     )

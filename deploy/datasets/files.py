@@ -49,10 +49,10 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Endings of the formats that ``client.data.image_cache`` decodes, lower case."""
 
-SYSTEM_NAMES = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini"})
+_SYSTEM_NAMES = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini"})
 """Lower case: what file servers and archive programs put beside pictures; so does every name with a dot."""
 
-NAMES_SHOWN = 3
+_NAMES_SHOWN = 3
 
 Ending = Callable[[str], bool]
 
@@ -174,16 +174,16 @@ class FileIndex:
 
 def is_hidden(name: str) -> bool:
     """Return whether a folder or file of this name is hidden or put there by a system program."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 def _listed(counted: Counter[str]) -> str:
-    shown = [f"{name} ({number})" for name, number in counted.most_common(NAMES_SHOWN)]
+    shown = [f"{name} ({number})" for name, number in counted.most_common(_NAMES_SHOWN)]
     more = len(counted) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-KEPT_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_KEPT_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """Files of these kinds are copied byte by byte, if they are what their name says."""
 
 TEST_WORDS = frozenset({"test", "testing"})
@@ -231,7 +231,7 @@ class FileImages:
         """Write an image to ``stem`` plus a suffix, and return the suffix."""
         path = self.paths[index]
         suffix = path.suffix.lower()
-        if suffix in KEPT_SUFFIXES:
+        if suffix in _KEPT_SUFFIXES:
             # The content only: times of the original would tell when an image was taken.
             shutil.copyfile(path, stem.with_suffix(suffix))
             return suffix

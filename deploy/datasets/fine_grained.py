@@ -16,7 +16,7 @@ from common.errors import BadRow, UserError, require_file
 from common.hierarchy import Hierarchy
 from deploy.datasets.files import FileImages, SourceTable, find_images
 
-HIERARCHIES = Path(__file__).with_name("hierarchies")
+_HIERARCHIES = Path(__file__).with_name("hierarchies")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _cars_in_one(root: Path) -> Iterator[_Row]:
 
 def _cars_folders(root: Path) -> Iterator[_Row]:
     """Read class folders whose names lack what a file name cannot hold, or have '_' for ' '."""
-    tree = Hierarchy.from_csv(HIERARCHIES / "cars196.csv")
+    tree = Hierarchy.from_csv(_HIERARCHIES / "cars196.csv")
     label_of = {_letters(name): name for name in tree.classes[-1]}
     for split in ("train", "test"):
         for path in find_images(root / split).images:
@@ -185,7 +185,7 @@ def _pairs(path: Path) -> list[tuple[int, str, str]]:
 
 
 def _table(tree_file: str, root: Path, rows: Iterable[_Row]) -> SourceTable:
-    tree = Hierarchy.from_csv(HIERARCHIES / tree_file)
+    tree = Hierarchy.from_csv(_HIERARCHIES / tree_file)
     kept: list[_Row] = []
     bad: list[BadRow] = []
     for row in rows:

@@ -15,7 +15,7 @@ from common.hierarchy import Hierarchy
 from deploy.datasets.archive import check_arrays
 from deploy.datasets.files import ArrayImages, SourceTable
 
-SPLITS = ("train", "val", "test")
+_SPLITS = ("train", "val", "test")
 
 
 def medmnist_source(archive: Path, hierarchy: Path | None = None) -> SourceTable:
@@ -76,9 +76,9 @@ def _unpack(archive: Path, folder: Path) -> dict[str, tuple[NDArray[np.uint8], N
     try:
         with zipfile.ZipFile(archive) as packed:
             names = set(packed.namelist())
-            wanted = {f"{split}_{what}.npy" for split in SPLITS for what in ("images", "labels")}
+            wanted = {f"{split}_{what}.npy" for split in _SPLITS for what in ("images", "labels")}
             check_arrays(packed, shutil.disk_usage(folder).free, wanted)
-            for split in SPLITS:
+            for split in _SPLITS:
                 files = [f"{split}_{what}.npy" for what in ("images", "labels")]
                 if names.isdisjoint(files):
                     continue

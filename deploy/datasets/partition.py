@@ -28,14 +28,14 @@ def units_of(indices: Indices, groups: Sequence[str] | None) -> list[Indices]:
     return [np.array(group) for group in members.values()]
 
 
-def partition_iid(units: Sequence[Indices], sites: int, rng: np.random.Generator) -> Indices:
+def _partition_iid(units: Sequence[Indices], sites: int, rng: np.random.Generator) -> Indices:
     """Deal units to sites at random, about equally many images each, and return the site of each unit."""
     site_of = np.zeros(len(units), dtype=np.int64)
     _deal(units, np.arange(len(units)), np.full(sites, 1 / sites), site_of, rng)
     return site_of
 
 
-def partition_dirichlet(
+def _partition_dirichlet(
     units: Sequence[Indices],
     labels: NDArray[np.int64],
     sites: int,
@@ -77,7 +77,7 @@ def partition_dirichlet(
     return site_of
 
 
-def spread_like(
+def _spread_like(
     test: Indices,
     labels: NDArray[np.int64],
     site_counts: NDArray[np.int64],
@@ -130,7 +130,7 @@ def fill_bags(units: Sequence[Indices], bag_size: int, minimum: int) -> list[Ind
     return bags
 
 
-def fill_bags_by_value(
+def _fill_bags_by_value(
     units: Sequence[Indices], values: Sequence[str], bag_size: int, minimum: int
 ) -> list[Indices]:
     """Fill bags value by value, so that a bag holds images of one value of a column.
@@ -153,7 +153,7 @@ def fill_bags_by_value(
     return bags + shared
 
 
-def order_by_similarity(features: NDArray[np.float64], bag_size: int) -> Indices:
+def _order_by_similarity(features: NDArray[np.float64], bag_size: int) -> Indices:
     """Order points so that runs of ``bag_size`` are alike.
 
     The set is halved across its first principal axis, then each half, down to one bag: like k-means
@@ -175,7 +175,7 @@ def order_by_similarity(features: NDArray[np.float64], bag_size: int) -> Indices
     order = np.argsort(centred @ axis, kind="stable")
     half = max(1, round(number / 2 / bag_size)) * bag_size
     halves = [order[:half], order[half:]]
-    return np.concatenate([part[order_by_similarity(features[part], bag_size)] for part in halves])
+    return np.concatenate([part[_order_by_similarity(features[part], bag_size)] for part in halves])
 
 
 def _deal(
@@ -192,10 +192,10 @@ def _deal(
     site_of[order] = np.minimum(np.searchsorted(np.cumsum(mix), middle), len(mix) - 1)
 
 
-BAGS_AT_LEAST = 4
+_BAGS_AT_LEAST = 4
 """Bags that `dirichlet` leaves to its poorest site, where there are enough images."""
 
-MISSING_WORDS = frozenset(
+_MISSING_WORDS = frozenset(
     {
         "",
         "nan",
@@ -230,7 +230,7 @@ def column(source: SourceTable, name: str) -> Sequence[str]:
 
 def is_missing(cell: str) -> bool:
     """Return whether a cell stands for an unknown value, as spreadsheets and data frames write it."""
-    return cell.strip().lower() in MISSING_WORDS
+    return cell.strip().lower() in _MISSING_WORDS
 
 
 def groups_of(source: SourceTable, name: str) -> list[str]:
@@ -268,11 +268,11 @@ def divide(
         raise UserError(f"--sites {number}: at least one site is needed")
     units = units_of(train, groups)
     if kind == "iid" and not argument:
-        site_of = partition_iid(units, number, rng)
+        site_of = _partition_iid(units, number, rng)
     elif kind == "dirichlet":
-        fewest = min(BAGS_AT_LEAST * bag_size, len(train) // (2 * number))
+        fewest = min(_BAGS_AT_LEAST * bag_size, len(train) // (2 * number))
         alpha = _concentration(argument)
-        site_of = partition_dirichlet(units, source.labels, number, alpha, fewest, rng)
+        site_of = _partition_dirichlet(units, source.labels, number, alpha, fewest, rng)
     else:
         raise UserError(f"--partition {partition!r}: write iid, dirichlet:ALPHA or column:NAME")
     split = [[units[index] for index in np.flatnonzero(site_of == site)] for site in range(number)]
@@ -283,7 +283,7 @@ def divide(
             for own in split
         ]
     )
-    test_site = spread_like(test, source.labels, counts, rng)
+    test_site = _spread_like(test, source.labels, counts, rng)
     width = len(str(number))
     names = [f"site-{site:0{width}d}" for site in range(1, number + 1)]
     return names, [(own, test[test_site == site]) for site, own in enumerate(split)]
@@ -303,12 +303,12 @@ def make_bags(
     if kind == "random" and not argument:
         made = fill_bags(shuffled, bag_size, minimum)
     elif kind == "column" and argument:
-        made = fill_bags_by_value(shuffled, column(source, argument), bag_size, minimum)
+        made = _fill_bags_by_value(shuffled, column(source, argument), bag_size, minimum)
     elif kind == "similarity" and not argument:
         features = np.array(
             [np.mean([thumbnail(source.images, index) for index in unit], axis=0) for unit in shuffled]
         )
-        order = order_by_similarity(features, bag_size)
+        order = _order_by_similarity(features, bag_size)
         made = fill_bags([shuffled[index] for index in order], bag_size, minimum)
     else:
         raise UserError(f"--bags {bags!r}: write random, column:NAME or similarity")

@@ -33,7 +33,7 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
     private = policy.budget.epsilon is not None
     # With a budget only noised counts leave, so the exact ones are not what would be sent.
     total = release.total() if not private else None
-    metrics = sorted(metrics_that_leave(store, site, private=private))
+    metrics = sorted(_metrics_that_leave(store, site, private=private))
     return {
         "site": store.name,
         "data_version": store.data_version,
@@ -66,9 +66,9 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
             "class_names": True,
             "number_of_bags": True,
             "bag_sizes": release.granularity == "per-bag",
-            "model_update": describe_update(policy),
+            "model_update": _describe_update(policy),
             "metrics": metrics,
-            "beyond_default": beyond_default(policy, metrics),
+            "beyond_default": _beyond_default(policy, metrics),
         },
         "withheld": {
             "metrics": [name for name in KNOWN_METRICS if name not in metrics],
@@ -77,7 +77,7 @@ def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[s
     }
 
 
-def metrics_that_leave(store: BagStore, site: Path, *, private: bool) -> set[str]:
+def _metrics_that_leave(store: BagStore, site: Path, *, private: bool) -> set[str]:
     """Return the metrics that the site, as a real one, may send in a run with every default."""
     # A simulated site sends everything, and the question here is what a real one would send.
     terms = store.config.policy.terms(simulated=False)
@@ -86,7 +86,7 @@ def metrics_that_leave(store: BagStore, site: Path, *, private: bool) -> set[str
     return set().union(*(may_leave(kind, config, divided, terms) for kind in IN_REPLY))
 
 
-def beyond_default(policy: SitePolicy, metrics: Iterable[str]) -> list[str]:
+def _beyond_default(policy: SitePolicy, metrics: Iterable[str]) -> list[str]:
     """Return those of the metrics that the default policy would withhold.
 
     They tell more of the label counts.
@@ -103,7 +103,7 @@ def say_beyond_default(names: Sequence[str]) -> str:
     )
 
 
-def describe_update(policy: SitePolicy) -> str:
+def _describe_update(policy: SitePolicy) -> str:
     """Describe how a model update is protected when it leaves, as far as the site itself sees to it."""
     budget = policy.budget
     noise = (

@@ -18,23 +18,23 @@ from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
 from deploy.datasets.files import ArrayImages, SourceTable
 
-OUTLINES = ("round", "annular", "linear")
-PIGMENTS = ("brown", "blue", "red")
-TEXTURES = ("smooth", "dotted", "striped")
+_OUTLINES = ("round", "annular", "linear")
+_PIGMENTS = ("brown", "blue", "red")
+_TEXTURES = ("smooth", "dotted", "striped")
 
-PIGMENT_RGB = np.array([[118, 72, 40], [78, 84, 128], [178, 58, 64]], dtype=np.float32)
-SKIN_RGB = np.array([226, 180, 158], dtype=np.float32)
+_PIGMENT_RGB = np.array([[118, 72, 40], [78, 84, 128], [178, 58, 64]], dtype=np.float32)
+_SKIN_RGB = np.array([226, 180, 158], dtype=np.float32)
 
-HOSPITAL_CONCENTRATION = 2.0
+_HOSPITAL_CONCENTRATION = 2.0
 """Per class, of the Dirichlet law of a hospital's class mix; smaller makes hospitals more unlike."""
 
-SESSION_CONCENTRATION = 2.7
+_SESSION_CONCENTRATION = 2.7
 """In all, of the Dirichlet law of a session's mix around its hospital's; smaller makes purer bags."""
 
 SYNTHETIC_PARTITION, SYNTHETIC_BAGS = "column:hospital", "column:session"
 """How these images are meant to be divided."""
 
-BLOCK = 64
+_BLOCK = 64
 """Images drawn at once: large enough for NumPy, small enough for the processor's cache."""
 
 
@@ -44,14 +44,14 @@ def lesion_hierarchy() -> Hierarchy:
         ("outline", "type", "lesion"),
         [
             (outline, f"{outline} {pigment}", f"{outline} {pigment} {texture}")
-            for outline in OUTLINES
-            for pigment in PIGMENTS
-            for texture in TEXTURES
+            for outline in _OUTLINES
+            for pigment in _PIGMENTS
+            for texture in _TEXTURES
         ],
     )
 
 
-def draw_lesions(
+def _draw_lesions(
     leaves: NDArray[np.int64], size: int, stain: NDArray[np.float32], rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     """Draw one image per leaf index.
@@ -66,9 +66,9 @@ def draw_lesions(
         Shape (N, size, size, 3).
     """
     out = np.empty((len(leaves), size, size, 3), dtype=np.uint8)
-    for start in range(0, len(leaves), BLOCK):
-        block = leaves[start : start + BLOCK]
-        out[start : start + BLOCK] = _draw_block(block, size, stain, rng)
+    for start in range(0, len(leaves), _BLOCK):
+        block = leaves[start : start + _BLOCK]
+        out[start : start + _BLOCK] = _draw_block(block, size, stain, rng)
     return out
 
 
@@ -100,11 +100,11 @@ def synthetic_source(
     # A generator for each hospital, so that its images do not depend on how many hospitals there are.
     for site, child in enumerate(np.random.SeedSequence(seed).spawn(sites), start=1):
         rng = np.random.default_rng(child)
-        mix = rng.dirichlet(np.full(hierarchy.sizes[-1], HOSPITAL_CONCENTRATION))
+        mix = rng.dirichlet(np.full(hierarchy.sizes[-1], _HOSPITAL_CONCENTRATION))
         stain = rng.uniform(0.86, 1.14, 3).astype(np.float32)
         session = np.arange(images_per_site) // session_size
         # The small constant keeps the law proper where a class has next to no share.
-        mixes = rng.dirichlet(SESSION_CONCENTRATION * mix + 1e-3, size=int(session[-1]) + 1)
+        mixes = rng.dirichlet(_SESSION_CONCENTRATION * mix + 1e-3, size=int(session[-1]) + 1)
         drawn = np.concatenate(
             [
                 *(rng.choice(len(mix), np.sum(session == day), p=own) for day, own in enumerate(mixes)),
@@ -112,7 +112,7 @@ def synthetic_source(
             ]
         )
         leaves.append(drawn)
-        images.append(draw_lesions(drawn, image_size, stain, rng))
+        images.append(_draw_lesions(drawn, image_size, stain, rng))
         columns["hospital"] += [f"hospital-{site:0{len(str(sites))}d}"] * len(drawn)
         columns["session"] += [f"{site}.{day}" for day in session] + ["test"] * test_images_per_site
         columns["split"] += ["train"] * images_per_site + ["test"] * test_images_per_site
@@ -227,8 +227,8 @@ def _draw_block(
     light = uniform(0.92, 1.06) + uniform(-0.07, 0.07) * x + uniform(-0.07, 0.07) * y
     grain = rng.standard_normal((number, size, size), dtype=np.float32) * 0.025
     shade = np.clip(1.12 - strength * pattern - 0.3 * mask * np.minimum(depth, 0.4), 0.35, 1.5)
-    skin = SKIN_RGB * uniform(0.93, 1.05, 3)
-    colour = PIGMENT_RGB[pigment] * uniform(0.82, 1.18, 3)
+    skin = _SKIN_RGB * uniform(0.93, 1.05, 3)
+    colour = _PIGMENT_RGB[pigment] * uniform(0.82, 1.18, 3)
     image = np.empty((number, size, size, 3), dtype=np.uint8)
     field = light + grain
     for channel in range(3):

@@ -28,14 +28,14 @@ from deploy.datasets.files import (
     find_images,
 )
 
-IMAGE_COLUMNS = (
+_IMAGE_COLUMNS = (
     "image", "isic_id", "image_id", "image_name", "img_id", "filename", "file_name", "file", "path"
 )  # fmt: skip
-LEVEL_COLUMN = re.compile(r"(?:diagnosis|level)_(\d+)", re.IGNORECASE)
+_LEVEL_COLUMN = re.compile(r"(?:diagnosis|level)_(\d+)", re.IGNORECASE)
 
-HAM10000_COLUMN, HAM10000_GROUP = "dx", "lesion_id"
-HAM10000_LEVELS = ("lineage", "group", "dx")
-HAM10000_TREE = (
+_HAM10000_COLUMN, _HAM10000_GROUP = "dx", "lesion_id"
+_HAM10000_LEVELS = ("lineage", "group", "dx")
+_HAM10000_TREE = (
     ("melanocytic", "melanocytic", "nv"),
     ("melanocytic", "melanocytic", "mel"),
     ("non-melanocytic", "keratinocytic", "akiec"),
@@ -95,10 +95,10 @@ def table_source(
     levels = levels[:depth]
     group = None
     tree = Hierarchy.from_csv(hierarchy) if hierarchy is not None else None
-    if not levels and label_column is None and HAM10000_COLUMN in table.columns:
-        levels = [HAM10000_COLUMN]
-        tree = tree or Hierarchy.from_rows(HAM10000_LEVELS, HAM10000_TREE)
-        group = HAM10000_GROUP if HAM10000_GROUP in table.columns else None
+    if not levels and label_column is None and _HAM10000_COLUMN in table.columns:
+        levels = [_HAM10000_COLUMN]
+        tree = tree or Hierarchy.from_rows(_HAM10000_LEVELS, _HAM10000_TREE)
+        group = _HAM10000_GROUP if _HAM10000_GROUP in table.columns else None
     if not levels:
         raise UserError(
             f"{labels} has no diagnosis_1, diagnosis_2, ... columns; name the column of leaf labels with "
@@ -152,11 +152,11 @@ def image_column(table: CsvTable) -> str:
     Raises:
         UserError: it has none; the text lists its columns.
     """
-    name = table.column(IMAGE_COLUMNS)
+    name = table.column(_IMAGE_COLUMNS)
     if name is not None:
         return name
     raise UserError(
-        f"{table.file} has no image column; call it one of {', '.join(IMAGE_COLUMNS)}. "
+        f"{table.file} has no image column; call it one of {', '.join(_IMAGE_COLUMNS)}. "
         f"Its columns are: {', '.join(table.columns)}"
     )
 
@@ -168,7 +168,7 @@ def _level_columns(table: CsvTable, label_column: str | None) -> list[str]:
             known = ", ".join(table.columns)
             raise UserError(f"{table.file} has no column {label_column!r}; its columns are: {known}")
         return [label_column]
-    found = [(int(match[1]), name) for name in table.columns if (match := LEVEL_COLUMN.fullmatch(name))]
+    found = [(int(match[1]), name) for name in table.columns if (match := _LEVEL_COLUMN.fullmatch(name))]
     return [name for _, name in sorted(found)]
 
 
@@ -252,7 +252,7 @@ def _label_fault(row: dict[str, str], levels: Sequence[str], tree: Hierarchy) ->
     return "" if cells == path else f"labels {cells} are no path of the hierarchy; it has {path}"
 
 
-SPLIT_WORDS = TEST_WORDS | TRAIN_WORDS
+_SPLIT_WORDS = TEST_WORDS | TRAIN_WORDS
 
 
 def folder_source(root: Path, *, fold_case: bool = False) -> SourceTable:
@@ -270,7 +270,7 @@ def folder_source(root: Path, *, fold_case: bool = False) -> SourceTable:
     found = find_images(root)
     files = found.images
     folders = [path.relative_to(root).parent.parts for path in files]
-    if len({parts[:1] for parts in folders}) == 1 and {p[1].lower() for p in folders if p[1:]} & SPLIT_WORDS:
+    if len({parts[:1] for parts in folders}) == 1 and {p[1].lower() for p in folders if p[1:]} & _SPLIT_WORDS:
         # An archive that unpacks into a folder of its own: the split is one level down.
         return folder_source(root / folders[0][0], fold_case=fold_case)
     has_split = _is_split({parts[0] for parts in folders if parts}, root)
@@ -278,7 +278,7 @@ def folder_source(root: Path, *, fold_case: bool = False) -> SourceTable:
     if fold_case:
         spelling = usual_spellings([name for parts in classes for name in parts])
         classes = [tuple(spelling[name] for name in parts) for parts in classes]
-    inside = [not has_split or parts[:1] == () or parts[0].lower() in SPLIT_WORDS for parts in folders]
+    inside = [not has_split or parts[:1] == () or parts[0].lower() in _SPLIT_WORDS for parts in folders]
     depth = Counter(len(parts) for parts, counts in zip(classes, inside, strict=True) if parts and counts)
     if not depth:
         raise UserError(f"{root} holds no image in a class folder")
@@ -309,8 +309,8 @@ def folder_source(root: Path, *, fold_case: bool = False) -> SourceTable:
 
 def _is_split(top: Set[str], root: Path) -> bool:
     """Return whether the folders on top are train, val and test, and not classes."""
-    words = {name.lower() for name in top} & SPLIT_WORDS
-    others = sorted(name for name in top if name.lower() not in SPLIT_WORDS)
+    words = {name.lower() for name in top} & _SPLIT_WORDS
+    others = sorted(name for name in top if name.lower() not in _SPLIT_WORDS)
     # A class may be called "test". A wrong guess would train on test images, so the user is asked.
     if words and others and not (words & TEST_WORDS and words & TRAIN_WORDS):
         raise UserError(

@@ -23,8 +23,8 @@ from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.samples import TestSample
 from deploy.figures.style import PALETTE, bare, new_figure, wrapped
 
-MOST_IMAGES = 6
-LEAST_SIDE = 6
+_MOST_IMAGES = 6
+_LEAST_SIDE = 6
 """Positions across a feature map below which it is too coarse to point at anything."""
 
 
@@ -68,7 +68,7 @@ def draw_activation(
         grid[row, 0].set_ylabel(wrapped(label, 26))
         for column, true in enumerate(sample.labels.tolist()):
             axes, leaf = grid[row, column], int(seen.leaves[column])
-            axes.imshow(overlay(sample.images[column], seen.maps[column]), interpolation="bicubic")
+            axes.imshow(_overlay(sample.images[column], seen.maps[column]), interpolation="bicubic")
             name = wrapped(tree.classes[-1][leaf], 24)
             mark, colour = ("✓", PALETTE[2]) if leaf == true else ("✗", PALETTE[1])
             axes.set_title(f"{mark} {seen.probabilities[column]:.2f}\n{name}", fontsize=8, color=colour)
@@ -87,9 +87,9 @@ def choose_images(sample: TestSample, tree: Hierarchy, seed: int) -> TestSample:
         row = int(rng.choice(np.flatnonzero(sample.labels == leaf)))
         queues.setdefault(int(coarse[leaf]), []).append(row)
     chosen: list[int] = []
-    for turn in range(MOST_IMAGES):
+    for turn in range(_MOST_IMAGES):
         chosen += [queues[node][turn] for node in sorted(queues) if turn < len(queues[node])]
-    chosen = sorted(chosen[:MOST_IMAGES], key=lambda row: int(sample.labels[row]))
+    chosen = sorted(chosen[:_MOST_IMAGES], key=lambda row: int(sample.labels[row]))
     return TestSample(sample.images[chosen], sample.labels[chosen], sample.sites[chosen])
 
 
@@ -110,7 +110,7 @@ def activate(model: LHFGLP, images: NDArray[np.uint8]) -> Activation | None:
     finally:
         for hook in hooks:
             hook.remove()
-    features = last_feature_map(outputs)
+    features = _last_feature_map(outputs)
     if features is None:
         return None
     leaves = consistent_prediction(output, model.hierarchy)[:, -1]
@@ -125,7 +125,7 @@ def activate(model: LHFGLP, images: NDArray[np.uint8]) -> Activation | None:
     return Activation(maps.numpy(), leaves.numpy(), probabilities.detach().numpy())
 
 
-def last_feature_map(outputs: Sequence[Tensor]) -> Tensor | None:
+def _last_feature_map(outputs: Sequence[Tensor]) -> Tensor | None:
     """Return the last square map of at least LEAST_SIDE positions across, or else the finest one.
 
     Args:
@@ -140,14 +140,14 @@ def last_feature_map(outputs: Sequence[Tensor]) -> Tensor | None:
             maps.clear()
         elif output.ndim == 4 and output.requires_grad and _side(output) > 1:
             maps.append(output)
-    fine = [output for output in maps if _side(output) >= LEAST_SIDE]
+    fine = [output for output in maps if _side(output) >= _LEAST_SIDE]
     if fine:
         return fine[-1]
     # The last of the finest maps is wanted, and max() alone would return the first.
     return max(reversed(maps), key=_side, default=None)
 
 
-def overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.float64]:
+def _overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the image (S, S, 3) in grey with the map (S, S) over it, as RGB in [0, 1]."""
     # The weights of red, green and blue in luma (ITU-R BT.601).
     grey = (image.astype(np.float64) @ [0.299, 0.587, 0.114] / 255)[..., None]

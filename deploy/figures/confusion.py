@@ -14,9 +14,9 @@ from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.style import GREY, new_figure, wrapped
 from deploy.runs.runs import bounds_of, figure, suppression
 
-MOST_NUMBERED = 12
+_MOST_NUMBERED = 12
 """Classes up to which every cell tells its share in figures."""
-MOST_NAMED = 60
+_MOST_NAMED = 60
 """Classes up to which each has its name on the axes; above, only their parents have."""
 
 
@@ -61,12 +61,12 @@ def draw_confusion(runs: Sequence[FinishedRun], level: int) -> Figure:
 
 def _draw_matrix(axes: Axes, tree: Hierarchy, level: int, counts: NDArray[np.int64]) -> AxesImage:
     order = tree_order(tree, level)
-    shares = row_shares(counts[np.ix_(order, order)])
+    shares = _row_shares(counts[np.ix_(order, order)])
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.grid(visible=False)
     axes.spines[:].set_visible(True)
     number = len(order)
-    if number <= MOST_NUMBERED:
+    if number <= _MOST_NUMBERED:
         # Smaller shares would be printed as 0.00.
         for row, column in np.argwhere(np.nan_to_num(shares) >= 0.005):
             share = shares[row, column]
@@ -76,7 +76,7 @@ def _draw_matrix(axes: Axes, tree: Hierarchy, level: int, counts: NDArray[np.int
     coarse = _edges(tree, level, order, above=0)
     for edge in edges:
         width = 1.6 if edge in coarse and level > 1 else 0.6
-        width *= 1.0 if number <= MOST_NAMED else 0.5
+        width *= 1.0 if number <= _MOST_NAMED else 0.5
         axes.axhline(edge, color=GREY, linewidth=width)
         axes.axvline(edge, color=GREY, linewidth=width)
     places, names = _named_places(tree, level, order, edges)
@@ -94,7 +94,7 @@ def _named_places(
 ) -> tuple[list[float], list[str]]:
     """Return places and names on the axes, of each class, of each block of siblings, or of none."""
     number = len(order)
-    if number <= MOST_NAMED:
+    if number <= _MOST_NAMED:
         return list(range(number)), [tree.classes[level][node] for node in order]
     if level == 0:
         return [], []
@@ -104,7 +104,7 @@ def _named_places(
     named = [
         ((low + high) / 2, name)
         for (low, high), name in zip(blocks, parents, strict=True)
-        if high - low >= number / MOST_NAMED
+        if high - low >= number / _MOST_NAMED
     ]
     return [place for place, _ in named], [name for _, name in named]
 
@@ -115,7 +115,7 @@ def tree_order(tree: Hierarchy, level: int) -> list[int]:
     return [path[-1] for path in ancestors]
 
 
-def row_shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def _row_shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the counts with each row divided by its sum, and NaN where the sum is 0."""
     sums = counts.sum(axis=1, keepdims=True).astype(np.float64)
     shares = np.full(counts.shape, np.nan)

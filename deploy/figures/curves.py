@@ -11,7 +11,7 @@ from common.run_records import BagsEvaluated, RoundDone, UpdateTaken
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.style import GREY, LINES, PALETTE, bare, new_figure
 
-MOST_SITES_NAMED = 10
+_MOST_SITES_NAMED = 10
 
 
 def draw_curves(runs: Sequence[FinishedRun]) -> Figure:
@@ -40,7 +40,7 @@ def _draw_loss(axes: Axes, runs: Sequence[FinishedRun]) -> None:
         for place, site in enumerate(sites := sorted({event.site for event in run.of(UpdateTaken)})):
             taken = [event for event in run.of(UpdateTaken) if event.site == site]
             losses = [(event.round, event.loss) for event in taken if event.loss is not None]
-            named = len(runs) == 1 and len(sites) <= MOST_SITES_NAMED
+            named = len(runs) == 1 and len(sites) <= _MOST_SITES_NAMED
             line = Line2D(
                 [round for round, _ in losses],
                 [loss for _, loss in losses],

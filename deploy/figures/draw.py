@@ -19,7 +19,7 @@ from deploy.figures.finished_run import FinishedRun, labels, open_runs
 from deploy.figures.samples import NoTestImages, TestSample, find_sites, read_sample
 from deploy.figures.style import house_style, save
 
-FOLDER, SIDE_BY_SIDE = "figures", "side-by-side"
+_FOLDER, _SIDE_BY_SIDE = "figures", "side-by-side"
 
 
 def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
@@ -44,11 +44,11 @@ def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
         raise UserError("no run given: name one run folder, or several to set side by side")
     opened = open_runs(runs)
     if out is None:
-        out = runs[0] / FOLDER if len(runs) == 1 else runs[0] / FOLDER / SIDE_BY_SIDE
+        out = runs[0] / _FOLDER if len(runs) == 1 else runs[0] / _FOLDER / _SIDE_BY_SIDE
     # Each is a function, so that one figure is in memory at a time and one without data does not stop the
     # others.
     pictures: dict[str, Callable[[], Figure]] = {"curves.png": partial(draw_curves, opened)}
-    for level, name in enumerate(confusion_names(opened[0].tree)):
+    for level, name in enumerate(_confusion_names(opened[0].tree)):
         pictures[name] = partial(_confusion, opened, level)
     pictures["tsne.png"] = partial(_embedding, opened)
     pictures["activation.png"] = partial(_activation, opened)
@@ -74,7 +74,7 @@ def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
     return written
 
 
-def confusion_names(tree: Hierarchy) -> list[str]:
+def _confusion_names(tree: Hierarchy) -> list[str]:
     """Return a file name per level, without characters that file systems refuse.
 
     Names that would collide are numbered.

@@ -21,12 +21,12 @@ from deploy.figures.samples import TestSample
 from deploy.figures.style import bare, class_styles, new_figure
 
 MOST_IMAGES = 1500
-BAG_SIZE = 16
-COMPONENTS = 30
+_BAG_SIZE = 16
+_COMPONENTS = 30
 """Principal components that t-SNE starts from; more cost time and change little."""
-ITERATIONS = 500
-MOST_IN_LEGEND = 30
-IMAGES_AT_ONCE = 256
+_ITERATIONS = 500
+_MOST_IN_LEGEND = 30
+_IMAGES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -87,32 +87,32 @@ def draw_embedding(
 
 def embed(model: LHFGLP, sample: TestSample, seed: int) -> Embedding:
     """Place the images' features, and the mean features of bags of them, on one plane."""
-    features = backbone_features(model, sample.images)
-    bags = draw_bags(sample, model.hierarchy, seed)
+    features = _backbone_features(model, sample.images)
+    bags = _draw_bags(sample, model.hierarchy, seed)
     means = np.stack([features[bag].mean(axis=0) for bag in bags])
     together = np.concatenate([features, means])
-    components = min(COMPONENTS, *together.shape)
+    components = min(_COMPONENTS, *together.shape)
     reduced = PCA(components, random_state=seed).fit_transform(together)
     # t-SNE requires a perplexity, its effective number of neighbours, below the number of points.
     perplexity = min(30.0, (len(together) - 1) / 3)
     # Initialised from the principal components and with a fixed seed, so that a figure can be drawn again.
-    tsne = TSNE(perplexity=perplexity, init="pca", max_iter=ITERATIONS, random_state=seed)
+    tsne = TSNE(perplexity=perplexity, init="pca", max_iter=_ITERATIONS, random_state=seed)
     plane = tsne.fit_transform(reduced).astype(np.float64)
     return Embedding(plane[: len(features)], plane[len(features) :], bags)
 
 
 @torch.no_grad()
-def backbone_features(model: LHFGLP, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _backbone_features(model: LHFGLP, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the pooled features, shape (N, d), of images (N, S, S, 3)."""
     parts = [
-        model.backbone(to_tensor(images[start : start + IMAGES_AT_ONCE]))
-        for start in range(0, len(images), IMAGES_AT_ONCE)
+        model.backbone(to_tensor(images[start : start + _IMAGES_AT_ONCE]))
+        for start in range(0, len(images), _IMAGES_AT_ONCE)
     ]
     features: NDArray[np.float32] = torch.cat(parts).float().numpy()
     return features
 
 
-def draw_bags(sample: TestSample, tree: Hierarchy, seed: int) -> list[NDArray[np.int64]]:
+def _draw_bags(sample: TestSample, tree: Hierarchy, seed: int) -> list[NDArray[np.int64]]:
     """Group each site's images into bags of about BAG_SIZE with uneven class mixes, fixed by ``seed``.
 
     Half of a bag are neighbours in the tree, the other half are drawn from the whole site. Bags drawn at
@@ -123,7 +123,7 @@ def draw_bags(sample: TestSample, tree: Hierarchy, seed: int) -> list[NDArray[np
     bags = []
     for site in np.unique(sample.sites):
         rows = rng.permutation(np.flatnonzero(sample.sites == site))
-        number = max(1, round(len(rows) / BAG_SIZE))
+        number = max(1, round(len(rows) / _BAG_SIZE))
         near, anywhere = np.array_split(rows, 2)
         near = near[np.argsort(place[sample.labels[near]], kind="stable")]
         halves = zip(np.array_split(near, number), np.array_split(anywhere, number), strict=True)
@@ -131,7 +131,7 @@ def draw_bags(sample: TestSample, tree: Hierarchy, seed: int) -> list[NDArray[np
     return bags
 
 
-def majority(classes: NDArray[np.int64], bags: Sequence[NDArray[np.int64]]) -> list[int]:
+def _majority(classes: NDArray[np.int64], bags: Sequence[NDArray[np.int64]]) -> list[int]:
     """Return the commonest class of each bag, and the first of them on a tie."""
     return [int(np.bincount(classes[bag]).argmax()) for bag in bags]
 
@@ -145,7 +145,7 @@ def _draw_points(axes: Axes, tree: Hierarchy, level: int, sample: TestSample, em
         axes.scatter(
             points[:, 0], points[:, 1], s=11, c=style.colour, marker=style.marker, alpha=0.55, linewidths=0
         )
-    commonest = majority(classes, embedding.members)
+    commonest = _majority(classes, embedding.members)
     colours = [styles[node].colour for node in commonest]
     x, y = embedding.bags.T
     axes.scatter(x, y, s=75, c=colours, marker="*", edgecolors="black", linewidths=0.6)
@@ -165,8 +165,8 @@ def _legend(tree: Hierarchy, level: int) -> list[Line2D]:
         markersize=10,
         label="bag (its commonest class)",
     )
-    shown = level if tree.sizes[level] <= MOST_IN_LEGEND else 0
-    if tree.sizes[shown] > MOST_IN_LEGEND:
+    shown = level if tree.sizes[level] <= _MOST_IN_LEGEND else 0
+    if tree.sizes[shown] > _MOST_IN_LEGEND:
         return [star]
     return [
         Line2D([], [], linestyle="", marker=style.marker, color=style.colour, markersize=6, label=name)

@@ -21,7 +21,7 @@ from server.run_folder import RunFolder
 
 T = TypeVar("T", bound=RunEvent)
 
-METHOD_TITLES = {
+_METHOD_TITLES = {
     Method.LHFGLP: "LHFGLP",
     Method.DLLP_HIERARCHICAL: "plain pipeline (dllp-hierarchical)",
     Method.DLLP: "plain LLP (dllp)",
@@ -92,7 +92,7 @@ class FinishedRun:
     @property
     def method(self) -> str:
         """Return the method's name as titles write it."""
-        return METHOD_TITLES.get(self.config.model.method, self.config.model.method.value)
+        return _METHOD_TITLES.get(self.config.model.method, self.config.model.method.value)
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import write_bytes
 from common.hierarchy import Hierarchy
 
-DPI = 130
+_DPI = 130
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A")
 """Okabe & Ito's colours, told apart with every common colour blindness; grey for their black."""
@@ -76,7 +76,7 @@ def save(figure: Figure, path: Path) -> Path:
         UserError: it cannot be written.
     """
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
+    figure.savefig(picture, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.12)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, picture.getvalue())

@@ -32,11 +32,6 @@ def at(place: str | _Place) -> None:
     _State.place = (lambda: place) if isinstance(place, str) else place
 
 
-def happened() -> bool:
-    """Return whether Ctrl-C has come."""
-    return _State.happened
-
-
 @contextmanager
 def handled() -> Iterator[None]:
     """Run a command, and after Ctrl-C print the one line and exit with STATUS.

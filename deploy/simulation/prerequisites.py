@@ -14,12 +14,12 @@ from common.errors import UserError, require_file
 if TYPE_CHECKING:
     from common.config import RunConfig
 
-EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+_EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "dp": ("private training (--dp)", ("opacus", "dp_accounting", "opendp")),
     "dicom": ("reading DICOM files", ("pydicom",)),
 }
 """Optional dependencies by the name of their extra: what for, and the modules."""
-ACCELERATORS = ("nvidia[0-9]*", "kfd", "dxg")
+_ACCELERATORS = ("nvidia[0-9]*", "kfd", "dxg")
 """Device files in /dev: NVIDIA, AMD, and either under Windows' Linux."""
 
 
@@ -30,18 +30,18 @@ def check(config: "RunConfig") -> None:
         UserError: an extra is not installed, or there is no such device.
     """
     if config.dp.epsilon:
-        require_extra("dp")
+        _require_extra("dp")
     if config.train.device == "cuda":
-        require_cuda()
+        _require_cuda()
 
 
-def require_extra(extra: str) -> None:
+def _require_extra(extra: str) -> None:
     """Check that the modules of an extra can be found.
 
     Raises:
         UserError: how to install them.
     """
-    for module in EXTRAS[extra][1]:
+    for module in _EXTRAS[extra][1]:
         if not _is_there(module):
             raise UserError(missing_extra(module))
 
@@ -49,13 +49,13 @@ def require_extra(extra: str) -> None:
 def missing_extra(module: str | None) -> str:
     """Return how to install a module that is missing, or an empty text if it belongs to no extra."""
     root = (module or "").partition(".")[0]
-    for extra, (purpose, modules) in EXTRAS.items():
+    for extra, (purpose, modules) in _EXTRAS.items():
         if root in modules:
             return f"{purpose} needs {root}, which is not installed: pip install 'fedbags[{extra}]'"
     return ""
 
 
-def require_cuda() -> None:
+def _require_cuda() -> None:
     """Check that PyTorch has a GPU to work on.
 
     Where there is no device at all (Linux), this is found without loading PyTorch.
@@ -66,7 +66,7 @@ def require_cuda() -> None:
     remedy = "Leave train.device out (auto takes a GPU where there is one), or set train.device=cpu."
     # Loading PyTorch takes seconds, and where no driver has made a device file it need not be asked.
     if sys.platform.startswith("linux") and not any(
-        next(Path("/dev").glob(pattern), None) for pattern in ACCELERATORS
+        next(Path("/dev").glob(pattern), None) for pattern in _ACCELERATORS
     ):
         raise UserError(f"train.device = 'cuda', but this machine has no CUDA device (GPU).\n{remedy}")
     import torch

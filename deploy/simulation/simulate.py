@@ -38,7 +38,7 @@ with lazy_imports():
     from server import app as server_app
     from server import run_folder
 
-LOCK_SECONDS = 0.5
+_LOCK_SECONDS = 0.5
 """How long to wait for a run that was just stopped to let go of its folder."""
 
 
@@ -91,25 +91,25 @@ def simulate(
     )
     say_presets(config, options, settings, config_file, presets)
     # A function, because how far the run has come is read only when Ctrl-C comes.
-    interrupt.at(lambda: whereabouts(folder, config.rounds, again))
-    with locked(folder.path, "a run", LOCK_SECONDS):
+    interrupt.at(lambda: _whereabouts(folder, config.rounds, again))
+    with locked(folder.path, "a run", _LOCK_SECONDS):
         folder.check(config)
         try:
-            summary = run_prepared(config, folder, engine, workers)
+            summary = _run_prepared(config, folder, engine, workers)
         except BaseException:
             # The run never began, so the sites that were drawn for it go as well.
             if not folder.config.exists():
                 shutil.rmtree(folder.path / "sites", ignore_errors=True)
             raise
         if figures:
-            draw(config, folder)
+            _draw(config, folder)
     if not quiet:
         print_summary(summary, folder.path)
         console().print(f"run folder: {folder.path}", soft_wrap=True)
     return summary
 
 
-def run_prepared(
+def _run_prepared(
     config: RunConfig, folder: "run_folder.RunFolder", engine: str, workers: int | None
 ) -> RunSummary:
     """Draw or check the sites, run the engine, and return the summary.
@@ -119,17 +119,19 @@ def run_prepared(
     """
     # Before the sites are drawn and read, which takes longer.
     check_model(config)
-    sites_dir = Path(config.sites_dir) if config.sites_dir else synthetic_sites(config, folder)
+    sites_dir = Path(config.sites_dir) if config.sites_dir else _synthetic_sites(config, folder)
     sites = site_files.site_folders(sites_dir)
     config = config.with_changes({"sites-dir": str(sites_dir), "federation.sites": len(sites)})
-    images = prepare_sites(sites, config)
-    say(f"{len(sites)} sites, {images} training images, {config.model.image_size} px, {config.rounds} rounds")
+    images = _prepare_sites(sites, config)
+    _say(
+        f"{len(sites)} sites, {images} training images, {config.model.image_size} px, {config.rounds} rounds"
+    )
     with Follower(folder.metrics, config.rounds):
-        run_engine(config, engine, default_workers(len(sites)) if workers is None else workers)
+        run_engine(config, engine, _default_workers(len(sites)) if workers is None else workers)
     return read_summary(folder.path)
 
 
-def synthetic_sites(config: RunConfig, folder: "run_folder.RunFolder") -> Path:
+def _synthetic_sites(config: RunConfig, folder: "run_folder.RunFolder") -> Path:
     """Draw the synthetic hospitals of a new run, and return their folder.
 
     Raises:
@@ -149,14 +151,14 @@ def synthetic_sites(config: RunConfig, folder: "run_folder.RunFolder") -> Path:
     return sites_dir
 
 
-def draw(config: RunConfig, folder: "run_folder.RunFolder") -> None:
+def _draw(config: RunConfig, folder: "run_folder.RunFolder") -> None:
     """Draw the pictures of a finished run, and write the privacy-budget report of a private one."""
     figures_of_runs.draw_figures([folder.path], None)
     if config.dp.epsilon:
         budget_report.report([folder.path], folder.path / "report")
 
 
-def whereabouts(folder: "run_folder.RunFolder", rounds: int, again: str) -> str:
+def _whereabouts(folder: "run_folder.RunFolder", rounds: int, again: str) -> str:
     """Describe how far a run has come, with the command that goes on with it."""
     if folder.summary.exists():
         run = shlex.quote(str(folder.path))
@@ -168,7 +170,7 @@ def whereabouts(folder: "run_folder.RunFolder", rounds: int, again: str) -> str:
     return f"{where}: go on with `{again}`"
 
 
-def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
+def _prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
     """Check and decode every site's images before anything starts, and return the number in use.
 
     Raises:
@@ -181,11 +183,11 @@ def prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
             store = bags.BagStore.open(site, size, skip_bad=skip_bad, progress=progress)
             labelled.LabelledImages.open(site, size, skip_bad=skip_bad, progress=progress)
         if config.dp.epsilon:
-            check_plan(config, store, site)
+            _check_plan(config, store, site)
         summary = store.summary
         used += summary.used
         if summary.quarantined or summary.converted:
-            say(
+            _say(
                 f"{site.name}: {summary.used} of {summary.listed} images used, "
                 f"{summary.quarantined} quarantined, {summary.converted} converted to RGB"
             )
@@ -201,7 +203,7 @@ def check_model(config: RunConfig) -> None:
     build.build_model(config.model, Hierarchy.from_rows(["leaf"], [["a"], ["b"]]), config.seed)
 
 
-def check_plan(config: RunConfig, store: "bags.BagStore", site: Path) -> None:
+def _check_plan(config: RunConfig, store: "bags.BagStore", site: Path) -> None:
     """Make a site's privacy plan before the run, so that a faulty setting is found at once, and keep it.
 
     Raises:
@@ -213,7 +215,7 @@ def check_plan(config: RunConfig, store: "bags.BagStore", site: Path) -> None:
     terms = store.config.policy.terms(simulated=True)
     divided = session.with_own_split(store, site, terms, private=True)
     plan = budget.make_plan(config, divided, source, budget.SigmaCache(site / bags.CACHE_FOLDER))
-    say(
+    _say(
         f"{store.name}: {plan.number_of_bags} bags, sample rate {plan.sample_rate:.3f}, noise multiplier "
         f"{plan.noise_multiplier:.3f} for epsilon {plan.planned_epsilon:.3f} (replace-one bag, delta "
         f"{plan.delta:g})"
@@ -241,11 +243,11 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
         server_app.app(grid, grid.server_context(flat))
 
 
-def default_workers(sites: int) -> int:
+def _default_workers(sites: int) -> int:
     """Return as many processes as cores, but not more than sites."""
     return max(1, min(os.cpu_count() or 1, sites))
 
 
-def say(text: str) -> None:
+def _say(text: str) -> None:
     """Print one line for the person at the terminal, on standard error."""
     console(stderr=True).print(text)

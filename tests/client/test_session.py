@@ -54,12 +54,12 @@ def test_a_plan_that_was_made_before_the_run_is_the_one_that_the_site_trains_wit
 ) -> None:
     from client import budget
     from client.data.bags import BagStore
-    from deploy.simulation.simulate import check_plan
+    from deploy.simulation.simulate import _check_plan
 
     site = with_policy(sites_dir / "hospital-1", tmp_path / "site", **{"held-back": 0.4})
     node = Node(site, simulated=True)
     session = SiteSession.open(node.context(PRIVATE))
-    check_plan(session.config, BagStore.open(site, session.config.model.image_size), site)
+    _check_plan(session.config, BagStore.open(site, session.config.model.image_size), site)
 
     def search(*asked: Any, **more: Any) -> float:
         raise UserError("searched for a second time")

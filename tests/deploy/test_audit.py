@@ -19,9 +19,9 @@ from common.errors import RunError, UserError
 from common.privacy.events import Adjacency
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness
-from deploy.audit.canaries import CANARY_SIZE, CanaryStore, count_right
+from deploy.audit.canaries import _CANARY_SIZE, CanaryStore, count_right
 from deploy.audit.claim import audit_site
-from deploy.audit.label_inference import attack_proportions, hit_rate, most_frequent
+from deploy.audit.label_inference import _hit_rate, _most_frequent, attack_proportions
 from deploy.cli.audit import audit_command
 
 SIZE = 16
@@ -98,7 +98,7 @@ def test_planted_bug_no_clipping(store: BagStore, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("only_canaries")
 def test_planted_bug_clipping_per_image(store: BagStore, monkeypatch: pytest.MonkeyPatch) -> None:
     # A canary's images are alike: clipped one by one, their sum is as many norms long as there are images.
-    clip_to(monkeypatch, CANARY_SIZE)
+    clip_to(monkeypatch, _CANARY_SIZE)
     assert not audit(store, rounds=8, dp__expected_bags=2.0)["holds"]
 
 
@@ -137,7 +137,7 @@ def test_slots_do_not_tell_the_coins(store: BagStore) -> None:
     assert held_back.tolist() == rest.tolist()
     for slot, there in enumerate(slots.included):
         bag = slots[own + slot]
-        assert len(bag.images) == bag.counts.sum() == (CANARY_SIZE if there else 1)
+        assert len(bag.images) == bag.counts.sum() == (_CANARY_SIZE if there else 1)
         assert (bag.images[0] == slots.images[slot if there else -1]).all()
     with pytest.raises(IndexError):
         slots[len(slots)]
@@ -173,13 +173,13 @@ def test_what_is_audited_is_the_plan_of_the_site(store: BagStore, monkeypatch: p
 def test_label_inference_from_proportions(store: BagStore) -> None:
     counts = store.leaf_counts
     result = attack_proportions(store, 1e-3, InsecureSeededRandomness(0, "x"))
-    assert result["prior"] == most_frequent(counts) == result["site_exact"]["accuracy"]
+    assert result["prior"] == _most_frequent(counts) == result["site_exact"]["accuracy"]
     assert result["bags_exact"]["accuracy"] == pytest.approx(counts.max(axis=1).sum() / counts.sum())
     for level in ("site", "bags"):  # next to no noise changes nothing, much of it takes the attack's edge
         assert result[f"{level}_noised"] == result[f"{level}_exact"]
     noised = attack_proportions(store, 100.0, InsecureSeededRandomness(0, "x"))
     assert noised["bags_noised"]["accuracy"] < 0.5 * noised["bags_exact"]["accuracy"]
-    assert hit_rate(np.array([1, 0]), np.array([[1, 3], [2, 2]])) == 5 / 8
+    assert _hit_rate(np.array([1, 0]), np.array([[1, 3], [2, 2]])) == 5 / 8
 
 
 def test_label_inference_from_models(correct: dict[str, Any], store: BagStore) -> None:

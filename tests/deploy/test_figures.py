@@ -26,11 +26,11 @@ from common.model.build import build_model
 from common.model.methods import Method
 from common.model.model_file import ModelCard, save_model
 from deploy.figures import draw
-from deploy.figures.activation import activate, choose_images, last_feature_map
-from deploy.figures.confusion import draw_confusion, row_shares, tree_order
+from deploy.figures.activation import _last_feature_map, activate, choose_images
+from deploy.figures.confusion import _row_shares, draw_confusion, tree_order
 from deploy.figures.curves import draw_curves
-from deploy.figures.draw import confusion_names, draw_figures
-from deploy.figures.embedding import draw_bags
+from deploy.figures.draw import _confusion_names, draw_figures
+from deploy.figures.embedding import _draw_bags
 from deploy.figures.finished_run import FinishedRun, labels
 from deploy.figures.samples import NoTestImages, TestSample, find_sites, read_sample
 from deploy.figures.style import class_styles, house_style, save
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(run: Path, tmp_path: Pa
 def test_classes_stand_by_parents_and_rows_are_shares() -> None:
     assert tree_order(TREE, 1) == [0, 2, 1, 3]
     assert [TREE.classes[-1][leaf] for leaf in tree_order(TREE, 2)] == ["1", "2$x$", "3", "4", "5"]
-    shares = row_shares(np.array([[1, 3], [0, 0]]))
+    shares = _row_shares(np.array([[1, 3], [0, 0]]))
     np.testing.assert_array_equal(shares, [[0.25, 0.75], [np.nan, np.nan]])
 
 
@@ -279,7 +279,7 @@ def test_confusion_of_many_classes_names_parents_only(run: Path, tmp_path: Path)
 def test_bags_hold_every_image_once_and_stay_within_a_site(run: Path) -> None:
     opened = FinishedRun.open(run)
     sample = read_sample(opened, find_sites(opened), SIZE, most=1000)
-    bags = draw_bags(sample, TREE, seed=0)
+    bags = _draw_bags(sample, TREE, seed=0)
     np.testing.assert_array_equal(np.sort(np.concatenate(bags)), np.arange(40))
     assert all(len(np.unique(sample.sites[bag])) == 1 for bag in bags)
 
@@ -345,15 +345,15 @@ def test_last_feature_map_prefers_resolution_then_depth() -> None:
 
     early, late, coarse = feature_map(1, 4, 8, 8), feature_map(1, 8, 8, 4), feature_map(1, 8, 2, 2)
     tokens = feature_map(1, 5, 8)
-    assert last_feature_map([early, late, coarse]) is late
-    assert last_feature_map([coarse]) is coarse
-    assert last_feature_map([early, tokens]) is None
-    assert last_feature_map([]) is None
+    assert _last_feature_map([early, late, coarse]) is late
+    assert _last_feature_map([coarse]) is coarse
+    assert _last_feature_map([early, tokens]) is None
+    assert _last_feature_map([]) is None
 
 
 def test_names_styles_and_labels(run: Path, sites: Path, tmp_path: Path) -> None:
     twins = Hierarchy.from_rows(["a/b", "a b", "x"], [["1", "2", "3"]])
-    assert confusion_names(twins) == ["confusion-1-a-b.png", "confusion-2-a-b.png", "confusion-x.png"]
+    assert _confusion_names(twins) == ["confusion-1-a-b.png", "confusion-2-a-b.png", "confusion-x.png"]
     styles = class_styles(TREE, 2)
     assert len({(style.colour, style.marker) for style in styles}) == TREE.sizes[2]
     other = make_run(tmp_path / "again", sites)

@@ -101,7 +101,7 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(
 def test_a_driver_that_pytorch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch
 
-    monkeypatch.setattr(prerequisites, "ACCELERATORS", ("null",))
+    monkeypatch.setattr(prerequisites, "_ACCELERATORS", ("null",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"PyTorch .* finds no CUDA device"):
         prerequisites.check(RunConfig().with_changes({"train.device": "cuda"}))

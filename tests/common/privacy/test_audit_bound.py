@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from deploy.audit.bound import (
+    _p_value,
     best_bound,
     canaries_needed,
     lower_bound,
-    p_value,
 )
 
 
@@ -30,9 +30,9 @@ def test_figures_of_the_paper(
 def test_p_value_by_hand() -> None:
     # Both of two guesses right at epsilon ln 3: chance 3/4 each. i = 1: P[B = 1] = 6/16; i = 2: 7/16 / 2.
     tail, steepest = 9 / 16, 6 / 16
-    assert p_value(2, 2, 2, math.log(3), 0.0) == pytest.approx(tail)
-    assert p_value(5, 2, 2, math.log(3), 0.01) == pytest.approx(tail + 2 * 5 * 0.01 * steepest)
-    assert p_value(5, 2, 0, 0.0, 0.01) == 1
+    assert _p_value(2, 2, 2, math.log(3), 0.0) == pytest.approx(tail)
+    assert _p_value(5, 2, 2, math.log(3), 0.01) == pytest.approx(tail + 2 * 5 * 0.01 * steepest)
+    assert _p_value(5, 2, 0, 0.0, 0.01) == 1
 
 
 @pytest.mark.parametrize("canaries", [10, 100, 1000])
@@ -107,7 +107,7 @@ def test_canaries_needed_are_just_enough() -> None:
 def test_planted_bug_without_the_correction_for_delta() -> None:
     """What the correction is worth: without it, the bound is too high."""
     uncorrected = float(binom.sf(74, 100, 1 / (1 + math.exp(-0.69))))
-    assert uncorrected < p_value(1000, 100, 75, 0.69, 1e-4)
+    assert uncorrected < _p_value(1000, 100, 75, 0.69, 1e-4)
     assert lower_bound(1000, 100, 75, 0.0, 0.95) > lower_bound(1000, 100, 75, 1e-4, 0.95) + 0.02
 
 
@@ -116,6 +116,6 @@ def test_planted_bug_without_the_correction_for_delta() -> None:
 )
 def test_impossible_numbers_are_refused(arguments: tuple[int, int, int, float, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        p_value(*arguments)
+        _p_value(*arguments)
     with pytest.raises(ValueError, match="confidence"):
         lower_bound(10, 5, 5, 0.0, 1.0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deploy.compare import run as comparison
-from deploy.compare.cell import work
+from deploy.compare.cell import _work
 from deploy.compare.plan import LOG
 
 SIZE = 16
@@ -105,7 +105,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         for folder in folders:
             look([folder])
             (folder / LOG).touch()
-            work(folder)
+            _work(folder)
             ended(folder, 0)
 
     monkeypatch.setattr(comparison, "run_all", run_all)

@@ -18,7 +18,7 @@ from client.site import site_folders
 from common.errors import ConfigError
 from deploy.cli.main import app
 from deploy.compare import run as comparison
-from deploy.compare.cell import work
+from deploy.compare.cell import _work
 from deploy.compare.plan import LOG, RESULT
 from deploy.compare.run import compare, list_cells
 from deploy.simulation.folder_lock import LOCK
@@ -144,7 +144,7 @@ def test_a_stopped_comparison_keeps_what_is_done(
         ) -> None:
             first, second = folders
             (first / LOG).touch()
-            work(first)
+            _work(first)
             ended(first, 0)
             evaluations = 0
             from server.rounds import Rounds
@@ -159,7 +159,7 @@ def test_a_stopped_comparison_keeps_what_is_done(
                 honest(rounds, number)
 
             patch.setattr(Rounds, "_evaluate_bags", interrupted)
-            work(second)
+            _work(second)
 
         patch.setattr(comparison, "run_all", stop)
         outcome = compare(path, out)
@@ -189,7 +189,7 @@ def test_a_failing_cell_is_told_and_the_table_has_the_others(
         (first / LOG).write_text("some line\nRunError: the loss is not finite\n")
         ended(first, 1)
         (second / LOG).touch()
-        work(second)
+        _work(second)
         ended(second, 0)
 
     monkeypatch.setattr(comparison, "run_all", run_all)
@@ -223,7 +223,7 @@ def test_a_dry_run_lists_and_writes_nothing(scenario: Write, tmp_path: Path) -> 
 def test_two_comparisons_do_not_share_a_folder(
     scenario: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(comparison, "_LOCK_SECONDS", 0.1)
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / LOCK).open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

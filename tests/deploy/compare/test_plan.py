@@ -9,12 +9,12 @@ import pytest
 
 from deploy.compare.cells import Cell, Context, expand
 from deploy.compare.plan import (
-    ORDER,
+    _ORDER,
     RESULT,
     Order,
     State,
-    differences,
-    identity,
+    _differences,
+    _identity,
     plan,
     told,
 )
@@ -31,7 +31,7 @@ def cell(scenario: Write) -> Cell:
 
 def order(cell: Cell, runs: Path, digest: str = "d") -> Path:
     flat = cell.config.to_flat()
-    Order(row={}, identity=identity(cell, digest), config=flat, test="").save(runs / cell.name)
+    Order(row={}, identity=_identity(cell, digest), config=flat, test="").save(runs / cell.name)
     return runs / cell.name
 
 
@@ -77,17 +77,17 @@ def test_of_the_weights_file_the_name_counts(cell: Cell, tmp_path: Path) -> None
 
 
 def test_a_key_that_only_one_code_has_is_a_difference(cell: Cell) -> None:
-    now = identity(cell, "d")
+    now = _identity(cell, "d")
     before = {key: value for key, value in now.items() if key != "loss.sparsity"}
-    assert differences(before, now) == ("loss.sparsity: was unknown, is 0.0001",)
-    assert differences(now | {"loss.gone": 1}, now) == ("loss.gone: was 1, is unknown",)
-    assert differences(now, now) == ()
+    assert _differences(before, now) == ("loss.sparsity: was unknown, is 0.0001",)
+    assert _differences(now | {"loss.gone": 1}, now) == ("loss.gone: was 1, is unknown",)
+    assert _differences(now, now) == ()
 
 
 def test_a_folder_without_a_readable_order(cell: Cell, tmp_path: Path) -> None:
     (tmp_path / cell.name).mkdir()
     assert plan(cell, tmp_path, "d").state is State.CHANGED
-    (tmp_path / cell.name / ORDER).write_text(json.dumps({"row": 3}))
+    (tmp_path / cell.name / _ORDER).write_text(json.dumps({"row": 3}))
     assert plan(cell, tmp_path, "d").differences == ("it holds no readable order.json",)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.compare.plan import LOG, ORDER, run_all
-from deploy.compare.screen import end_of_log
+from deploy.compare.plan import _ORDER, LOG, run_all
+from deploy.compare.screen import _end_of_log
 
 PATIENCE = 120.0
 """Seconds that a machine with other work may take to start an interpreter."""
@@ -20,7 +20,7 @@ PATIENCE = 120.0
 def endless(folder: Path) -> Path:
     """A cell that waits forever: its order is a pipe that nobody writes to."""
     folder.mkdir()
-    os.mkfifo(folder / ORDER)
+    os.mkfifo(folder / _ORDER)
     return folder
 
 
@@ -48,7 +48,7 @@ def wait_for(what: Callable[[], object]) -> None:
 def test_a_cell_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()  # no order
     (tmp_path / "wrong").mkdir()
-    (tmp_path / "wrong" / ORDER).write_text("{}")
+    (tmp_path / "wrong" / _ORDER).write_text("{}")
     most = 0
 
     def look(running: Sequence[Path]) -> None:
@@ -60,7 +60,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     run_all(folders, 2, look, lambda folder, status: ended.update({folder.name: status}))
     assert ended == {"empty": 1, "wrong": 1}
     assert most == 2
-    told = end_of_log(tmp_path / "empty", 1)
+    told = _end_of_log(tmp_path / "empty", 1)
     assert "FileNotFoundError" in told
     assert told.endswith(f"(exit status 1; all of it: {tmp_path / 'empty' / LOG})")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from common.hierarchy import Hierarchy
-from deploy.compare.plots import at_usual_size, draw_plots
-from deploy.compare.scoring import best_readings
-from deploy.compare.table import Row, Statistic, summarise, to_csv, to_markdown, write_table
+from deploy.compare.plots import _at_usual_size, draw_plots
+from deploy.compare.scoring import _best_readings
+from deploy.compare.table import Row, Statistic, _to_csv, _to_markdown, summarise, write_table
 
 TREE = Hierarchy.from_rows(["kind", "leaf"], [("a", "a1"), ("a", "a2"), ("b", "b1")])
 
@@ -26,7 +26,7 @@ def test_every_level_is_scored_by_its_best_reading() -> None:
     leaf = [[5, 0, 1], [1, 0, 0], [1, 0, 2]]
     worse = [[6, 0, 0], [1, 0, 0], [3, 0, 0]]
     kind, weak = [[6, 1], [1, 2]], [[7, 0], [3, 0]]
-    rows = best_readings(
+    rows = _best_readings(
         TREE, {"argmax": counts(weak, leaf), "path": counts(weak, worse), "rolled-up": counts(kind, worse)}
     )
     assert [(row["name"], row["reading"]) for row in rows] == [("kind", "rolled-up"), ("leaf", "argmax")]
@@ -41,7 +41,7 @@ def test_every_level_is_scored_by_its_best_reading() -> None:
 
 def test_of_equal_readings_the_first_is_taken() -> None:
     leaf, kind = [[6, 0, 0], [0, 1, 0], [0, 0, 3]], [[7, 0], [0, 3]]
-    rows = best_readings(TREE, {"argmax": counts(kind, leaf), "path": counts(kind, leaf)})
+    rows = _best_readings(TREE, {"argmax": counts(kind, leaf), "path": counts(kind, leaf)})
     assert {row["reading"] for row in rows} == {"argmax"}
 
 
@@ -95,13 +95,13 @@ def test_a_seed_that_lacks_a_site_is_no_mean_over_sites() -> None:
 def test_figures_that_a_row_lacks_are_left_out() -> None:
     (line,) = summarise([row(proportion_l1=None)])
     assert "proportion_l1" not in line.costs
-    assert "| m | 8 | 1 | 0.600 | 0.500 | - | 100 | 900 | 4 |" in to_markdown(
+    assert "| m | 8 | 1 | 0.600 | 0.500 | - | 100 | 900 | 4 |" in _to_markdown(
         "", [row(proportion_l1=None)], [], []
     )
 
 
 def test_the_csv_has_every_row_and_figure() -> None:
-    text = to_csv([row(), row(setting="local-only", site="site-1")])
+    text = _to_csv([row(), row(setting="local-only", site="site-1")])
     first, second = csv.DictReader(io.StringIO(text))
     assert first["leaf.macro_f1"] == "0.3"
     assert first["kind.reading"] == "path"
@@ -149,7 +149,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
 
 def test_bars_are_of_the_usual_bag_size_and_of_single_images() -> None:
     lines = summarise([row("m", 16), row("n", 16), row("m", 8), row("bound", 1)])
-    assert [(line.method, line.bag_size) for line in at_usual_size(lines)] == [
+    assert [(line.method, line.bag_size) for line in _at_usual_size(lines)] == [
         ("m", 16),
         ("n", 16),
         ("bound", 1),

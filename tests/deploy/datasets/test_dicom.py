@@ -13,7 +13,7 @@ from common.errors import UserError
 from deploy.datasets import dicom
 from deploy.datasets.build import build_sites
 from deploy.datasets.catalogue import open_source
-from deploy.datasets.dicom import PATIENT_COLUMN, to_8_bits
+from deploy.datasets.dicom import _PATIENT_COLUMN, to_8_bits
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -214,8 +214,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_dicom_folder_becomes_a_site_without_patient_ids(folder: Path) -> None:
     table = open_source("dicom", images=folder / "in", labels=folder / "labels.csv")
-    assert table.group_column == PATIENT_COLUMN
-    assert table.columns[PATIENT_COLUMN][:4] == ["CANARY^0"] * 3 + ["CANARY^1"]
+    assert table.group_column == _PATIENT_COLUMN
+    assert table.columns[_PATIENT_COLUMN][:4] == ["CANARY^0"] * 3 + ["CANARY^1"]
     report = build_sites(table, folder / "out", sites=1, bag_size=4)
     assert report.max_bags_per_group == 1
     for path in (folder / "out").rglob("*"):

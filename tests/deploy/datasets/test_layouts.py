@@ -16,7 +16,7 @@ from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
 from deploy.datasets.catalogue import SourceKind, open_source
 from deploy.datasets.files import SourceTable
-from deploy.datasets.fine_grained import HIERARCHIES
+from deploy.datasets.fine_grained import _HIERARCHIES
 from tests.deploy.datasets.layouts import CARS, structs, write_aircraft, write_cars, write_cub
 
 Draw = Callable[[Path], None]
@@ -220,7 +220,7 @@ def test_files_that_are_no_medmnist_archive(tmp_path: Path) -> None:
     [("cub200.csv", (13, 38, 200)), ("aircraft100.csv", (30, 70, 100)), ("cars196.csv", (9, 196))],
 )
 def test_the_official_trees(file: str, sizes: tuple[int, ...]) -> None:
-    assert Hierarchy.from_csv(HIERARCHIES / file).sizes == sizes
+    assert Hierarchy.from_csv(_HIERARCHIES / file).sizes == sizes
 
 
 @pytest.fixture

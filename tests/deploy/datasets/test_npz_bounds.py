@@ -108,6 +108,6 @@ def test_too_many_members_objects_and_other_versions(tmp_path: Path, monkeypatch
     third = bytearray(npy((1,), b"1"))
     third[6] = 3
     assert "version (3, 0)" in refuse("archive", write(tmp_path / "v.npz", x=bytes(third)))
-    monkeypatch.setattr(deploy.datasets.archive, "MAX_MEMBERS", 3)
+    monkeypatch.setattr(deploy.datasets.archive, "_MAX_MEMBERS", 3)
     many = write(tmp_path / "m.npz", **{f"x{number}": npy((1,), b"1") for number in range(4)})
     assert "4 members, more than the 3" in refuse("archive", many)

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from deploy.datasets.partition import (
     Indices,
+    _fill_bags_by_value,
+    _order_by_similarity,
+    _partition_dirichlet,
+    _partition_iid,
+    _spread_like,
     fill_bags,
-    fill_bags_by_value,
-    order_by_similarity,
-    partition_dirichlet,
-    partition_iid,
-    spread_like,
     units_of,
 )
 
@@ -56,7 +56,7 @@ def test_bags_by_value_mix_values_only_where_they_are_too_few(
     for number, unit in enumerate(units):
         for index in unit:
             cells[index] = str(number % values)
-    bags = fill_bags_by_value(units, cells, bag_size, 4)
+    bags = _fill_bags_by_value(units, cells, bag_size, 4)
     check_bags(bags, units, 4)
     poor = {value for value in set(cells) if cells.count(value) < 4}
     for bag in bags:
@@ -67,7 +67,7 @@ def test_bags_by_value_mix_values_only_where_they_are_too_few(
 @given(sizes=unit_sizes, sites=st.integers(1, 6), seed=st.integers(0, 99))
 def test_iid_shares_images_evenly_as_far_as_units_allow(sizes: list[int], sites: int, seed: int) -> None:
     units = make_units(sizes)
-    site_of = partition_iid(units, sites, np.random.default_rng(seed))
+    site_of = _partition_iid(units, sites, np.random.default_rng(seed))
     assert set(site_of) <= set(range(sites))
     images = np.bincount(site_of, weights=sizes, minlength=sites)
     assert images.max() - images.min() <= 2 * max(sizes)
@@ -84,9 +84,9 @@ def test_dirichlet_gives_every_site_its_fewest(images: int, sites: int, alpha: f
     fewest = images // (2 * sites)
     rng = np.random.default_rng(seed)
     units = units_of(np.arange(images), None)
-    site_of = partition_dirichlet(units, labels, sites, alpha, fewest, rng)
+    site_of = _partition_dirichlet(units, labels, sites, alpha, fewest, rng)
     assert np.bincount(site_of, minlength=sites).min() >= fewest
-    again = partition_dirichlet(units, labels, sites, alpha, fewest, np.random.default_rng(seed))
+    again = _partition_dirichlet(units, labels, sites, alpha, fewest, np.random.default_rng(seed))
     assert np.array_equal(site_of, again)
 
 
@@ -95,7 +95,7 @@ def test_small_alpha_makes_uneven_mixes_and_large_alpha_even_ones() -> None:
     units = units_of(np.arange(2000), None)
     spread = []
     for alpha in (0.1, 1000):
-        site_of = partition_dirichlet(units, labels, 5, alpha, 0, np.random.default_rng(0))
+        site_of = _partition_dirichlet(units, labels, 5, alpha, 0, np.random.default_rng(0))
         table = np.stack([np.bincount(site_of[labels == leaf], minlength=5) for leaf in range(4)])
         spread.append(table.std())
     assert spread[0] > 10 * spread[1]
@@ -104,7 +104,7 @@ def test_small_alpha_makes_uneven_mixes_and_large_alpha_even_ones() -> None:
 def test_test_images_follow_the_mix_of_the_training_images() -> None:
     counts = np.array([[90, 0, 0], [10, 50, 0]])
     labels = np.repeat([0, 1, 2], 100)
-    site_of = spread_like(np.arange(300), labels, counts, np.random.default_rng(0))
+    site_of = _spread_like(np.arange(300), labels, counts, np.random.default_rng(0))
     assert np.bincount(site_of[labels == 0], minlength=2).tolist() == [90, 10]
     assert np.bincount(site_of[labels == 1], minlength=2).tolist() == [0, 100]
     assert np.bincount(site_of[labels == 2], minlength=2).tolist() == [50, 50], "no site trains on it"
@@ -118,7 +118,7 @@ def test_units_keep_groups_together_in_order_of_appearance() -> None:
 @given(points=st.integers(1, 150), bag_size=st.integers(1, 20), seed=st.integers(0, 99))
 def test_order_by_similarity_is_a_permutation(points: int, bag_size: int, seed: int) -> None:
     features = np.random.default_rng(seed).normal(size=(points, 3))
-    order = order_by_similarity(features, bag_size)
+    order = _order_by_similarity(features, bag_size)
     assert sorted(order.tolist()) == list(range(points))
 
 
@@ -126,5 +126,5 @@ def test_order_by_similarity_puts_like_with_like() -> None:
     rng = np.random.default_rng(0)
     cluster = rng.permutation(np.repeat(np.arange(4), 16))
     features = rng.normal(size=(4, 5))[cluster] * 10 + rng.normal(size=(64, 5)) * 0.1
-    order = order_by_similarity(features, 16)
+    order = _order_by_similarity(features, 16)
     assert all(len(set(cluster[order[start : start + 16]])) == 1 for start in range(0, 64, 16))

@@ -8,7 +8,7 @@ import pytest
 from client.data.bags import BagStore
 from client.data.labelled import LabelledImages
 from deploy.datasets.synthetic import (
-    draw_lesions,
+    _draw_lesions,
     lesion_hierarchy,
     synthetic_source,
     write_synthetic_sites,
@@ -23,9 +23,9 @@ def test_the_tree_has_3_9_27_classes() -> None:
 
 def test_the_seed_fixes_the_images() -> None:
     leaves = np.arange(100) % 27
-    first = draw_lesions(leaves, 24, PLAIN, np.random.default_rng(1))
+    first = _draw_lesions(leaves, 24, PLAIN, np.random.default_rng(1))
     assert first.shape == (100, 24, 24, 3)
-    assert np.array_equal(first, draw_lesions(leaves, 24, PLAIN, np.random.default_rng(1)))
+    assert np.array_equal(first, _draw_lesions(leaves, 24, PLAIN, np.random.default_rng(1)))
     assert len(np.unique(first.reshape(100, -1), axis=0)) == 100
 
 
@@ -45,7 +45,7 @@ def features(images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("level", "least"), [(0, 0.8), (1, 0.6)])
 def test_coarse_levels_show_in_the_simplest_features(level: int, least: float) -> None:
     leaves = np.tile(np.arange(27), 30)
-    measured = features(draw_lesions(leaves, 48, PLAIN, np.random.default_rng(0)))
+    measured = features(_draw_lesions(leaves, 48, PLAIN, np.random.default_rng(0)))
     measured = (measured - measured.mean(axis=0)) / (measured.std(axis=0) + 1e-9)
     classes = lesion_hierarchy().paths[leaves][:, level]
     half = len(leaves) // 2
@@ -56,8 +56,8 @@ def test_coarse_levels_show_in_the_simplest_features(level: int, least: float) -
 
 def test_stain_shifts_the_colour() -> None:
     leaves = np.zeros(50, dtype=np.int64)
-    warm = draw_lesions(leaves, 24, np.array([1.1, 1.0, 0.9], dtype=np.float32), np.random.default_rng(0))
-    plain = draw_lesions(leaves, 24, PLAIN, np.random.default_rng(0))
+    warm = _draw_lesions(leaves, 24, np.array([1.1, 1.0, 0.9], dtype=np.float32), np.random.default_rng(0))
+    plain = _draw_lesions(leaves, 24, PLAIN, np.random.default_rng(0))
     shift = warm.mean(axis=(0, 1, 2)) / plain.mean(axis=(0, 1, 2))
     assert shift[0] > 1.02
     assert shift[2] < 0.92
