@@ -49,6 +49,8 @@ from common.records import (
     SiteName,
 )
 from common.secure_aggregation.records import (
+    SEALED_BYTES,
+    SHARE_BYTES,
     InSession,
     KeyAdvert,
     MaskedUpdate,
@@ -65,9 +67,6 @@ from common.wire import check_only, from_records, to_records
 
 log = logging.getLogger("fedbags.client")
 
-_SHARE_BYTES = 52
-"""As ``common.secure_aggregation.keys``, which a run in clear does not load."""
-_SEALED_BYTES = 184
 _ASKED: dict[type[Record], type[InSession]] = {
     KeyAdvert: SessionOffer,
     SealedShares: SessionPlan,
@@ -316,7 +315,7 @@ def _sealed(reply: SealedShares, others: set[SiteName]) -> SealedShares:
     if not reply.shares.keys() <= others:
         raise EgressError("a site's own share stays with it, and others go to members of the plan only")
     # The content is sealed, so its length is all that can be checked; any longer text could carry data.
-    if any(len(sealed) != _SEALED_BYTES for sealed in reply.shares.values()):
+    if any(len(sealed) != SEALED_BYTES for sealed in reply.shares.values()):
         raise EgressError("sealed shares have one length")
     return reply.model_copy(update={"shares": _sorted(reply.shares)})
 
@@ -325,7 +324,7 @@ def _shares(reply: UnmaskShares, survivors: set[SiteName]) -> UnmaskShares:
     # With both secrets of one site, the server could take all masks off that site's update.
     if not reply.self_masks.keys() <= survivors or reply.mask_keys.keys() & survivors:
         raise EgressError("a share of a secret that must not be known")
-    if any(len(share) != _SHARE_BYTES for share in [*reply.self_masks.values(), *reply.mask_keys.values()]):
+    if any(len(share) != SHARE_BYTES for share in [*reply.self_masks.values(), *reply.mask_keys.values()]):
         raise EgressError("shares have one length")
     return reply.model_copy(
         update={"self_masks": _sorted(reply.self_masks), "mask_keys": _sorted(reply.mask_keys)}

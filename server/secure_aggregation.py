@@ -26,6 +26,7 @@ from common.secure_aggregation.cohort import neighbourhoods
 from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
 from common.secure_aggregation.quantisation import Grid, digest, length, mean_of, refuse_noise
 from common.secure_aggregation.records import (
+    SEALED_BYTES,
     InSession,
     KeyAdvert,
     MaskedUpdate,
@@ -262,7 +263,7 @@ class Session:
                 # A neighbour without its share would refuse the session.
                 self.report(site, _SHARES, "not one share for each of its neighbours")
                 continue
-            if any(len(shares) != keys.SEALED_BYTES for shares in reply.shares.values()):
+            if any(len(shares) != SEALED_BYTES for shares in reply.shares.values()):
                 self.report(site, _SHARES, "sealed shares of a wrong length")
                 continue
             sealed[site] = reply

@@ -23,7 +23,6 @@ The number of held-back bags is public. The plan and the ledger decide which eva
 """
 
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,29 +118,6 @@ def noise_generator(randomness: Randomness) -> Generator:
     """Return the generator that draws the discrete Laplace noise under this randomness."""
     # OpenDP draws from a generator of its own, so the report must name it and not the run's.
     return Generator.OPENDP if randomness.secure else randomness.description
-
-
-def displayed_proportions(counts: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the proportions nearest to noisy counts, row by row, for DISPLAY only.
-
-    Losses and weights take the raw counts: those are unbiased, this is not.
-
-    Args:
-        counts: shape (..., C), may be negative.
-
-    Returns:
-        Same shape, each row >= 0 and summing to 1: the Euclidean projection of the row, divided by its
-        sum, on the simplex (uniform where the sum is not positive).
-    """
-    totals = counts.sum(axis=-1, keepdims=True)
-    uniform = np.full(counts.shape, 1 / counts.shape[-1])
-    shares = np.where(totals > 0, counts / np.where(totals > 0, totals, 1), uniform)
-    ordered = -np.sort(-shares, axis=-1)
-    ranks = np.arange(1, counts.shape[-1] + 1)
-    thresholds = (np.cumsum(ordered, axis=-1) - 1) / ranks
-    last = (ordered > thresholds).sum(axis=-1, keepdims=True) - 1
-    projected = np.maximum(shares - np.take_along_axis(thresholds, last, axis=-1), 0)
-    return np.asarray(projected, dtype=np.float64)
 
 
 def discrete_laplace(

@@ -18,12 +18,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 
 from common.errors import SecureAggregationRefused
+from common.secure_aggregation.records import SHARE_BYTES
 
 SECRET_BYTES = 32
-SHARE_BYTES = 52
-"""Of a 32-byte secret: a 4-byte index and three blocks of 16 (Flower pads to whole blocks, always)."""
-SEALED_BYTES = 2 * 32 + 2 * SHARE_BYTES + 16
-"""What a site seals for a neighbour: a digest of each of two shares in clear, both shares, and a tag."""
 _ONCE = bytes(12)
 """The nonce. Every sealing key is derived for one message: session, sender and receiver are in it."""
 

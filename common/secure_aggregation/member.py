@@ -30,6 +30,7 @@ from common.secure_aggregation.demands import (
 )
 from common.secure_aggregation.masking import add_mask, subtract_mask
 from common.secure_aggregation.records import (
+    SHARE_BYTES,
     InSession,
     KeyAdvert,
     MaskRequest,
@@ -221,9 +222,9 @@ def receive(state: MemberState, request: MaskRequest, model: bytes) -> MemberSta
             opened = keys.Channel(state.seal_key, public, peer, state.site, transcript).unseal(closed)
         except SecureAggregationRefused:
             continue
-        pair = (opened[: keys.SHARE_BYTES], opened[keys.SHARE_BYTES :])
+        pair = (opened[:SHARE_BYTES], opened[SHARE_BYTES:])
         # A share of another length could not leave this site, and would take its whole answer with it.
-        if len(opened) == 2 * keys.SHARE_BYTES and digests == b"".join(map(keys.commit_share, pair)):
+        if len(opened) == 2 * SHARE_BYTES and digests == b"".join(map(keys.commit_share, pair)):
             held[peer] = pair
     # Of those that were handed on: sites that are lost do not make the shares of the others suspect.
     needed = threshold(len(request.shares) + 1, plan.threshold_share)

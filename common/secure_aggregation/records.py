@@ -14,6 +14,10 @@ from pydantic import BeforeValidator, Field
 
 from common.records import MOST_SITES, Record, SiteName
 
+SHARE_BYTES = 52
+"""Of a 32-byte secret: a 4-byte index and three blocks of 16 (Flower pads to whole blocks, always)."""
+SEALED_BYTES = 2 * 32 + 2 * SHARE_BYTES + 16
+"""What a site seals for a neighbour: a digest of each of two shares in clear, both shares, and a tag."""
 SESSION = Field(pattern=r"^[0-9a-f]{32}$", description="128 random bits, in hex")
 Words = NDArray[np.uint32]
 Shares = Annotated[dict[SiteName, Annotated[bytes, Field(max_length=200)]], Field(max_length=MOST_SITES)]

@@ -25,9 +25,10 @@ from common.model.build import build_model
 from common.model.model_file import all_arrays
 from common.records import ModelUpdate, PrivacyStatement, Record, SiteError
 from common.secure_aggregation import keys
-from common.secure_aggregation.keys import SEALED_BYTES, SHARE_BYTES
 from common.secure_aggregation.member import MemberState
 from common.secure_aggregation.records import (
+    SEALED_BYTES,
+    SHARE_BYTES,
     KeyAdvert,
     MaskedUpdate,
     MaskRequest,

@@ -15,7 +15,14 @@ from common.config import RunConfig
 from common.errors import RunError
 from common.files import read_json_lines
 from common.secure_aggregation import keys, member
-from common.secure_aggregation.records import SealedShares, SessionPlan, UnmaskShares, Words
+from common.secure_aggregation.records import (
+    SEALED_BYTES,
+    SHARE_BYTES,
+    SealedShares,
+    SessionPlan,
+    UnmaskShares,
+    Words,
+)
 from common.secure_aggregation.recovery import MaskedSum
 from common.wire import from_records, to_records
 from deploy.datasets.synthetic import write_synthetic_sites
@@ -101,14 +108,14 @@ def hostile(
 
 def random_for(number: int) -> Attack:
     """Random bytes of the right length for the first so many neighbours."""
-    return lambda _, __, reply: {p: os.urandom(keys.SEALED_BYTES) for p in sorted(reply.shares)[:number]}
+    return lambda _, __, reply: {p: os.urandom(SEALED_BYTES) for p in sorted(reply.shares)[:number]}
 
 
 def wrong_for_all(site: Member, plan: SessionPlan, reply: SealedShares) -> dict[str, bytes]:
     """Shares that open, are what their digests say, and give no secret."""
     private, owner, shares = site._state().seal_key, site.node.site.name, {}
     for peer in reply.shares:
-        one, other = os.urandom(keys.SHARE_BYTES), os.urandom(keys.SHARE_BYTES)
+        one, other = os.urandom(SHARE_BYTES), os.urandom(SHARE_BYTES)
         public = plan.advert(peer).seal_key
         shares[peer] = (
             keys.commit_share(one)

@@ -6,16 +6,12 @@ import math
 import numpy as np
 import opendp.prelude as dp
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, Unit
 from common.privacy.proportions import (
     CountRelease,
     Granularity,
-    displayed_proportions,
     release_counts,
     seeded_noise,
 )
@@ -128,17 +124,3 @@ def test_seeded_releases_repeat_and_secure_ones_do_not() -> None:
 def test_counts_of_the_wrong_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="bags, leaves"):
         release_counts(COUNTS[0], scale=1.0, randomness=SEEDED)
-
-
-@given(arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(1, 6)), elements=st.integers(-50, 200)))
-def test_displayed_proportions_are_proportions(counts: np.ndarray) -> None:
-    shown = displayed_proportions(counts)
-    assert shown.shape == counts.shape
-    assert (shown >= 0).all()
-    assert shown.sum(axis=-1) == pytest.approx(np.ones(len(counts)))
-
-
-def test_displayed_proportions_leave_good_ones_alone() -> None:
-    assert displayed_proportions(np.array([3, 1])).tolist() == [0.75, 0.25]
-    assert displayed_proportions(np.array([12, -2])).tolist() == [1.0, 0.0]
-    assert displayed_proportions(np.array([-5, 1])).tolist() == [0.5, 0.5]

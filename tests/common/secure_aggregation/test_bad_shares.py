@@ -13,7 +13,15 @@ from common.secure_aggregation import keys, member
 from common.secure_aggregation.cohort import threshold
 from common.secure_aggregation.demands import Limits
 from common.secure_aggregation.masking import add_mask, subtract_mask
-from common.secure_aggregation.records import MaskRequest, SealedShares, SessionPlan, UnmaskShares, Words
+from common.secure_aggregation.records import (
+    SEALED_BYTES,
+    SHARE_BYTES,
+    MaskRequest,
+    SealedShares,
+    SessionPlan,
+    UnmaskShares,
+    Words,
+)
 from common.secure_aggregation.recovery import MaskedSum
 
 Make = Callable[..., Any]
@@ -27,7 +35,7 @@ def random_for(count: Callable[[int, int], int]) -> Bad:
     def bend(group: Any, plan: SessionPlan, reply: SealedShares, needed: int) -> SealedShares:
         first = sorted(reply.shares)[: count(len(group.names), needed)]
         return reply.model_copy(
-            update={"shares": reply.shares | {peer: os.urandom(keys.SEALED_BYTES) for peer in first}}
+            update={"shares": reply.shares | {peer: os.urandom(SEALED_BYTES) for peer in first}}
         )
 
     return bend
@@ -40,9 +48,7 @@ def sealed_anew(content: Callable[[], bytes], *, told: bool = True) -> Bad:
         private, shares = group.states[CULPRIT].seal_key, {}
         for peer, right in reply.shares.items():
             inside = content()
-            digests = keys.commit_share(inside[: keys.SHARE_BYTES]) + keys.commit_share(
-                inside[keys.SHARE_BYTES :]
-            )
+            digests = keys.commit_share(inside[:SHARE_BYTES]) + keys.commit_share(inside[SHARE_BYTES:])
             public = plan.advert(peer).seal_key
             closed = keys.Channel(private, public, CULPRIT, peer, plan.transcript()).seal(inside)
             shares[peer] = (digests if told else right[:64]) + closed
@@ -53,7 +59,7 @@ def sealed_anew(content: Callable[[], bytes], *, told: bool = True) -> Bad:
 
 ALL, ONE = random_for(lambda sites, needed: sites - 1), random_for(lambda sites, needed: 1)
 ALL_BUT_TOO_FEW = random_for(lambda sites, needed: sites - needed)
-WRONG = sealed_anew(lambda: os.urandom(2 * keys.SHARE_BYTES))
+WRONG = sealed_anew(lambda: os.urandom(2 * SHARE_BYTES))
 BAD: dict[str, tuple[Bad, bool]] = {
     "random for one": (ONE, False),
     "random for all but t - 1": (ALL_BUT_TOO_FEW, False),
@@ -62,7 +68,7 @@ BAD: dict[str, tuple[Bad, bool]] = {
     "wrong, well sealed, for all": (WRONG, False),
     "of a wrong length, well sealed, for all": (sealed_anew(lambda: os.urandom(120)), False),
     "others than it shows digests of": (
-        sealed_anew(lambda: os.urandom(2 * keys.SHARE_BYTES), told=False),
+        sealed_anew(lambda: os.urandom(2 * SHARE_BYTES), told=False),
         False,
     ),
 }
@@ -125,7 +131,7 @@ def test_shares_that_are_of_no_use_cost_their_owner_and_nobody_else(
     assert np.array_equal(bare, expected)
 
     held = [share for state in group.states.values() for pair in state.held.values() for share in pair]
-    assert {len(share) for share in held} == {keys.SHARE_BYTES}  # the guard lets no other out
+    assert {len(share) for share in held} == {SHARE_BYTES}  # the guard lets no other out
     answers = unmasked(group, group.names)
     assert all(set(group.names) - {CULPRIT} <= answer.self_masks.keys() for answer in answers.values())
     if keeps_own:
@@ -244,7 +250,7 @@ def test_a_server_that_forges_sealed_shares_learns_no_sum_of_fewer_sites(
     masked: dict[str, Words] = {}
     for name in group.names:
         shares = {
-            owner: os.urandom(keys.SEALED_BYTES) if FORGED[forged](owner, name) else reply.shares[name]
+            owner: os.urandom(SEALED_BYTES) if FORGED[forged](owner, name) else reply.shares[name]
             for owner, reply in sealed.items()
             if owner != name
         }

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from common.errors import SecureAggregationRefused
 from common.secure_aggregation import keys
 from common.secure_aggregation.masking import CHUNK, add_mask, subtract_mask
+from common.secure_aggregation.records import SHARE_BYTES
 
 ROOT = Path(__file__).parents[3]
 
@@ -125,7 +126,7 @@ def test_enough_shares_give_the_secret_and_fewer_do_not(
 ) -> None:
     needed = sites // 2 + 1
     shares = keys.split(secret, needed, [f"s{index}" for index in range(sites)])
-    assert {len(share) for share in shares.values()} == {keys.SHARE_BYTES}
+    assert {len(share) for share in shares.values()} == {SHARE_BYTES}
     chosen = data.draw(st.permutations(sorted(shares)))
     assert keys.join({name: shares[name] for name in chosen[:needed]}, needed) == secret
     assert keys.join({name: shares[name] for name in chosen[: needed - 1]}, needed) is None

@@ -15,7 +15,7 @@ from common.pki import load_node_key
 from common.secure_aggregation import keys, member
 from common.secure_aggregation.cohort import neighbourhood, sums, threshold
 from common.secure_aggregation.demands import KEYS_SIGNED, Limits, check_weights, effective_number
-from common.secure_aggregation.records import MaskRequest, SessionOffer
+from common.secure_aggregation.records import SEALED_BYTES, MaskRequest, SessionOffer
 from common.secure_aggregation.recovery import MaskedSum
 from deploy.simulation.ephemeral_pki import ephemeral_kit
 
@@ -231,7 +231,7 @@ def test_shares_from_outside_the_neighbourhood_are_refused(consortium: Make) -> 
     me = group.names[0]
     stranger = next(name for name in group.names if name not in neighbourhood(plan, me))
     shares = {name: sealed[name].shares[me] for name in neighbourhood(plan, me) if name != me}
-    for given in (shares | {stranger: b"x" * keys.SEALED_BYTES}, dict(list(shares.items())[1:])):
+    for given in (shares | {stranger: b"x" * SEALED_BYTES}, dict(list(shares.items())[1:])):
         request = MaskRequest(session=SESSION, round=ROUND, sharing=tuple(group.names), shares=given)
         with pytest.raises(SecureAggregationRefused, match="not one share of each neighbour"):
             member.receive(group.states[me], request, group.model)
