@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # A table with one systematic fault has thousands of bad rows; the first few show the pattern.
-MAX_ROWS_SHOWN = 20
+_MAX_ROWS_SHOWN = 20
 
 
 class FedbagsError(Exception):
@@ -63,9 +63,9 @@ class DataError(UserError):
 
     def __init__(self, summary: str, rows: Sequence[BadRow] = (), advice: str = "") -> None:
         self.summary, self.rows, self.advice = summary, tuple(rows), advice
-        lines = [summary, *(f"  {row}" for row in self.rows[:MAX_ROWS_SHOWN])]
-        if len(self.rows) > MAX_ROWS_SHOWN:
-            lines.append(f"  ... and {len(self.rows) - MAX_ROWS_SHOWN} more")
+        lines = [summary, *(f"  {row}" for row in self.rows[:_MAX_ROWS_SHOWN])]
+        if len(self.rows) > _MAX_ROWS_SHOWN:
+            lines.append(f"  ... and {len(self.rows) - _MAX_ROWS_SHOWN} more")
         if advice:
             lines.append(advice)
         super().__init__("\n".join(lines))

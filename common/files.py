@@ -41,12 +41,12 @@ def replacing(*paths: Path, mode: int | None = None, sync: Sync = "name") -> Ite
             # Contents first, then the names, then the folders that hold the names: in any other order a power
             # cut could leave a name without its content.
             for path in temporary:
-                sync_path(path)
+                _sync_path(path)
         for new, path in zip(temporary, paths, strict=True):
             new.replace(path)
         if sync == "name":
             for folder in {path.parent for path in paths}:
-                sync_path(folder)
+                _sync_path(folder)
     except BaseException:
         for path in temporary:
             with suppress(OSError):
@@ -80,12 +80,12 @@ def create_bytes(path: Path, content: bytes) -> bool:
     try:
         temporary.write_bytes(content)
         # The content must be on the disk before its name is, as in ``replacing``.
-        sync_path(temporary)
+        _sync_path(temporary)
         try:
             os.link(temporary, path)  # unlike a rename, this never replaces a file
         except FileExistsError:
             return False
-        sync_path(path.parent)
+        _sync_path(path.parent)
         return True
     finally:
         temporary.unlink(missing_ok=True)
@@ -125,7 +125,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def sync_path(path: Path) -> None:
+def _sync_path(path: Path) -> None:
     """Wait until a file's content, or the names that a folder holds, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

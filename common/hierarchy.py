@@ -22,18 +22,18 @@ if TYPE_CHECKING:  # the tree is read where no model is
     from torch import Tensor
 
 
-LONGEST_LABEL = 200
+_LONGEST_LABEL = 200
 """Characters of the name of a class or level."""
 
 
-def is_label(name: str) -> bool:
+def _is_label(name: str) -> bool:
     """Return True if a text can name a class or level.
 
-    Such a name is not empty, not longer than ``LONGEST_LABEL``, and free of control characters.
+    Such a name is not empty, not longer than ``_LONGEST_LABEL``, and free of control characters.
     """
     # Unicode category C holds control, format and surrogate characters, which could deceive a terminal or
     # reverse the direction of writing.
-    return 0 < len(name) <= LONGEST_LABEL and not any(unicodedata.category(c)[0] == "C" for c in name)
+    return 0 < len(name) <= _LONGEST_LABEL and not any(unicodedata.category(c)[0] == "C" for c in name)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Hierarchy:
                 every bad row is listed.
         """
         bad: list[BadRow] = []
-        if not levels or not all(map(is_label, levels)) or len(set(levels)) != len(levels):
+        if not levels or not all(map(_is_label, levels)) or len(set(levels)) != len(levels):
             raise DataError(
                 f"{file}: the header must name each level once, coarse to fine; got {list(levels)}"
             )
@@ -85,8 +85,8 @@ class Hierarchy:
             if len(cells) != len(levels) or not all(cells):
                 bad.append(BadRow(file, number, f"{len(levels)} non-empty cells expected: {cells}"))
                 continue
-            if odd := [cell for cell in cells if not is_label(cell)]:
-                reason = f"a name of more than {LONGEST_LABEL} characters, or with a control character: "
+            if odd := [cell for cell in cells if not _is_label(cell)]:
+                reason = f"a name of more than {_LONGEST_LABEL} characters, or with a control character: "
                 bad.append(BadRow(file, number, reason + ascii(odd[0][:40])))
                 continue
             conflict = ""

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-SPOKEN = frozenset({"code", "error", "file", "phase", "reason", "site", "sites", "state"})
+_SPOKEN = frozenset({"code", "error", "file", "phase", "reason", "site", "sites", "state"})
 """The names under which a text may be logged: ``log.info("%(site)s came back", {"site": name})``. Each
 holds the name of a site, a word of ours, or the bare name of a file of ours."""
-WITHHELD = "[withheld]"
+_WITHHELD = "[withheld]"
 PATH = "[path]"
 
 _PACKAGES = ("common", "server", "client", "deploy")
@@ -68,14 +68,14 @@ def _fill(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
 
 
 def _number(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float) else WITHHELD
+    return value if value is None or isinstance(value, bool | int | float) else _WITHHELD
 
 
 def _named(name: str, value: Any) -> Any:
     # A text under a permitted name, such as a reason, may still have a path inside it.
-    if name in SPOKEN and isinstance(value, str):
+    if name in _SPOKEN and isinstance(value, str):
         return _PATH.sub(PATH, value)
-    if name in SPOKEN and isinstance(value, list | tuple):
+    if name in _SPOKEN and isinstance(value, list | tuple):
         return [_named(name, part) for part in value]
     return _number(value)
 

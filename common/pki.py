@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from common.errors import IdentityError, UserError, require_file
 
-PUBLIC_BITS = 384
+_PUBLIC_BITS = 384
 """Size of a node key's curve (NIST P-384)."""
 _SCHEME = ec.ECDSA(hashes.SHA384())
 
@@ -49,8 +49,8 @@ def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
         raise UserError(f"{path} is protected by a password; a node key has none. {advice}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise UserError(f"{path} is not a private key. {advice}") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.key_size != PUBLIC_BITS:
-        raise UserError(f"{path} is not a NIST P-{PUBLIC_BITS} key. {advice}")
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.key_size != _PUBLIC_BITS:
+        raise UserError(f"{path} is not a NIST P-{_PUBLIC_BITS} key. {advice}")
     return key
 
 
@@ -103,8 +103,8 @@ def read_certificate(certificate: str, at: datetime) -> SiteIdentity:
         raise IdentityError("a site's certificate must carry exactly one common name")
     site = names[0].value
     _check_validity(f"of {site!r}", subject, at)
-    if not isinstance(public_key, ec.EllipticCurvePublicKey) or public_key.key_size != PUBLIC_BITS:
-        raise IdentityError(f"the certificate of {site!r} holds no NIST P-{PUBLIC_BITS} key")
+    if not isinstance(public_key, ec.EllipticCurvePublicKey) or public_key.key_size != _PUBLIC_BITS:
+        raise IdentityError(f"the certificate of {site!r} holds no NIST P-{_PUBLIC_BITS} key")
     return SiteIdentity(site, public_key)
 
 

@@ -23,8 +23,8 @@ from common.hierarchy import Hierarchy
 from common.privacy.events import event_from_dict
 from common.text import one_line
 
-SITE_NAME = r"^[A-Za-z0-9._-]+$"
-SiteName = Annotated[str, Field(min_length=1, max_length=100, pattern=SITE_NAME)]
+_SITE_NAME = r"^[A-Za-z0-9._-]+$"
+SiteName = Annotated[str, Field(min_length=1, max_length=100, pattern=_SITE_NAME)]
 """The name of a site, as in site.toml: nothing that a terminal or a file system could take for more."""
 Round = Annotated[int, Field(ge=0, le=10**9)]
 """A round's number; 0 is before the first."""
@@ -36,8 +36,8 @@ SUPPRESSED = -1
 """Stands for a count of test images that is above 0 and below the site's smallest cell."""
 SMALLEST_CELL = "confusion.smallest-cell"
 """The metric beside confusion counts that says so: the least count, above 0, that is shown."""
-Number = Annotated[float, Field(ge=-1e15, le=1e15)]
-Event = Annotated[
+_Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+_Event = Annotated[
     dict[str, float | str], Field(max_length=5), AfterValidator(lambda event: _known_event(event))
 ]
 """A DP event of a kind that is accounted for (common/privacy/events.py)."""
@@ -152,7 +152,7 @@ def _known_event(event: dict[str, float | str]) -> dict[str, float | str]:
 
 
 # A tree of millions of names would fill the server's memory and its error texts.
-MOST_LEVELS, MOST_LEAVES = 20, 20_000
+_MOST_LEVELS, _MOST_LEAVES = 20, 20_000
 
 
 def _label_tree(data: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +160,8 @@ def _label_tree(data: dict[str, Any]) -> dict[str, Any]:
     levels, rows = data.get("levels"), data.get("rows")
     if data.keys() != {"levels", "rows"} or not isinstance(levels, list) or not isinstance(rows, list):
         raise ValueError("a label tree has levels and rows")
-    if len(levels) > MOST_LEVELS or len(rows) > MOST_LEAVES:
-        raise ValueError(f"a label tree has at most {MOST_LEVELS} levels and {MOST_LEAVES} leaves")
+    if len(levels) > _MOST_LEVELS or len(rows) > _MOST_LEAVES:
+        raise ValueError(f"a label tree has at most {_MOST_LEVELS} levels and {_MOST_LEAVES} leaves")
     if not all(
         isinstance(row, list) and all(isinstance(cell, str) for cell in row) for row in [levels, *rows]
     ):
@@ -185,7 +185,7 @@ class ProportionRelease(Record):
         description="Hierarchy.to_dict(): class names, no data"
     )
     granularity: Literal["none", "total", "per-bag"]
-    leaf_counts: tuple[Annotated[tuple[Number, ...], Field(max_length=20_000)], ...] = Field(
+    leaf_counts: tuple[Annotated[tuple[_Number, ...], Field(max_length=20_000)], ...] = Field(
         max_length=1_000_000,
         description="shape (0, C_L), (1, C_L) for the site total, or (bags, C_L); images",
     )
@@ -253,12 +253,12 @@ def _plain(metrics: Any) -> dict[str, Metric]:
 
 
 ArrayName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.]+$")]
-MetricName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[a-z0-9.-]+$")]
-Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-MetricValue = (
-    Integer
+_MetricName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[a-z0-9.-]+$")]
+_Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_MetricValue = (
+    _Integer
     | float
-    | Annotated[tuple[Integer, ...], Field(max_length=10**7)]
+    | Annotated[tuple[_Integer, ...], Field(max_length=10**7)]
     | Annotated[tuple[float, ...], Field(max_length=10**7)]
 )
 
@@ -275,8 +275,8 @@ class ModelUpdate(Record):
     arrays: Annotated[dict[ArrayName, FloatArray], BeforeValidator(_read_only), Field(max_length=10_000)] = (
         Field(default={})
     )
-    metrics: Annotated[dict[MetricName, MetricValue], BeforeValidator(_plain), Field(max_length=200)] = Field(
-        default={}
+    metrics: Annotated[dict[_MetricName, _MetricValue], BeforeValidator(_plain), Field(max_length=200)] = (
+        Field(default={})
     )
 
     @property
@@ -294,7 +294,7 @@ class PrivacyStatement(Record):
     adjacency: Literal["replace-one"] = "replace-one"
     epsilon: float | None = Field(None, ge=0, description="None: no bound holds (training is not private)")
     delta: float | None = Field(None, gt=0, lt=1)
-    events: tuple[Event, ...] = Field((), max_length=5_000)
+    events: tuple[_Event, ...] = Field((), max_length=5_000)
     budget_left: float | None = Field(None, ge=0, description="epsilon left under the site's cap")
     ledger_head: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     generator: Annotated[str, AfterValidator(lambda text: _known_generators(text))] = Field(

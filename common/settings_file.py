@@ -31,7 +31,7 @@ class Section(BaseModel):
     )
 
 
-Model = TypeVar("Model", bound=Section)
+_Model = TypeVar("_Model", bound=Section)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
 
 
-def validated(model: type[Model], data: Mapping[str, Any], what: Path | str) -> Model:
+def validated(model: type[_Model], data: Mapping[str, Any], what: Path | str) -> _Model:
     """Return a table as a model.
 
     Args:

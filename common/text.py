@@ -14,7 +14,7 @@ import io
 import re
 from collections.abc import Iterator
 
-REASON_CHARACTERS = 300
+_REASON_CHARACTERS = 300
 """The longest reason that is kept of a reply that was not used."""
 
 
@@ -38,7 +38,7 @@ def visible_lines(text: str) -> str:
     return visible(text, keep="\n\t")
 
 
-def one_line(text: str, limit: int = REASON_CHARACTERS) -> str:
+def one_line(text: str, limit: int = _REASON_CHARACTERS) -> str:
     """Return the text on one visible line, cut to ``limit`` characters with an ellipsis.
 
     Args:
@@ -55,7 +55,7 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-SEPARATORS = (",", ";", "\t", "|")
+_SEPARATORS = (",", ";", "\t", "|")
 
 # Workbooks are recognised by their first bytes, so that the error can say what to do with one instead of
 # reporting broken text.
@@ -94,7 +94,7 @@ def read_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
         text, separator, skipped = text[named.end() :], named[1], 1
     else:
         first = text.split("\n", 1)[0]
-        separator = max(SEPARATORS, key=lambda mark: _cells(first, mark))
+        separator = max(_SEPARATORS, key=lambda mark: _cells(first, mark))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         for cells in reader:

@@ -38,7 +38,7 @@ from common.secure_aggregation.records import (
     Words,
 )
 
-T = TypeVar("T", bound=Record)
+_T = TypeVar("_T", bound=Record)
 
 _JSON = "json"
 _ARRAYS, _METRICS = "arrays", "metrics"
@@ -124,7 +124,7 @@ def to_records(*messages: Record, transport: Transport = Transport.FLOAT32) -> R
     return records
 
 
-def from_records(records: RecordDict, kind: type[T]) -> T:
+def from_records(records: RecordDict, kind: type[_T]) -> _T:
     """Read one record of ``kind`` out of a Flower RecordDict.
 
     Raises:
@@ -176,7 +176,7 @@ def remember(state: RecordDict, name: str, record: Record) -> None:
     state[name] = ConfigRecord({_JSON: record.model_dump_json()})
 
 
-def remembered(state: RecordDict, name: str, kind: type[T]) -> T | None:
+def remembered(state: RecordDict, name: str, kind: type[_T]) -> _T | None:
     """Return the record that was last remembered under the name, or None."""
     config = state.config_records.get(name)
     return None if config is None else kind.model_validate_json(str(config[_JSON]))

@@ -18,18 +18,18 @@ from common.errors import UserError
 from common.privacy.composition import amounts_of, compose
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, merge
 
-Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
+_Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
 
-FINEST, COARSEST = 2.0**-16, 2.0**-10
+_FINEST, _COARSEST = 2.0**-16, 2.0**-10
 """Bounds of the loss grid's interval (dp-accounting's default is 1e-4)."""
-COARSENING = 8
+_COARSENING = 8
 """The first, cheap bound uses a grid this much wider."""
-POINTS = 2**22
+_POINTS = 2**22
 """About the most grid points that a composed distribution may take (1 s, 100 MiB)."""
-LEAST_SCALE = 1e-3
+_LEAST_SCALE = 1e-3
 """A release with less noise (epsilon above 2000) counts as not private at all."""
-LARGEST_SIGMA = 1e6
-CALIBRATION_SECONDS = 120.0
+_LARGEST_SIGMA = 1e6
+_CALIBRATION_SECONDS = 120.0
 """The most that a search for sigma may take; usual settings take seconds."""
 
 
@@ -110,14 +110,14 @@ def calibrate(
     others, adjacency = tuple(also), Adjacency.REPLACE_ONE
     # Unusual settings could keep the search busy for minutes; the user gets an error that says what to
     # change.
-    deadline = time.monotonic() + CALIBRATION_SECONDS
+    deadline = time.monotonic() + _CALIBRATION_SECONDS
 
     def over(sigma: float) -> float:
         """Return log(spent / target), which falls with sigma and is at most 0 when the target holds."""
         if time.monotonic() > deadline:
             raise UserError(
                 f"the noise for {steps} steps at sample rate {sample_rate:g} was not found within "
-                f"{CALIBRATION_SECONDS:g} s: ask for fewer steps or looks, or for more bags per step"
+                f"{_CALIBRATION_SECONDS:g} s: ask for fewer steps or looks, or for more bags per step"
             )
         # ALL steps of all rounds are composed: an epsilon per round bounds nothing over the run.
         event = PoissonGaussian(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
@@ -132,12 +132,14 @@ def calibrate(
     good = 1.0
     while over(good) > 0:
         good *= 2
-        if good > LARGEST_SIGMA:
-            raise UserError(f"no noise up to {LARGEST_SIGMA:g} times the clip norm spends {target_epsilon:g}")
+        if good > _LARGEST_SIGMA:
+            raise UserError(
+                f"no noise up to {_LARGEST_SIGMA:g} times the clip norm spends {target_epsilon:g}"
+            )
     bad = good / 2
     while over(bad) <= 0:
         good, bad = bad, bad / 2
-        if bad < 1 / LARGEST_SIGMA:
+        if bad < 1 / _LARGEST_SIGMA:
             return good
     from scipy.optimize import brentq
 
@@ -148,9 +150,9 @@ def calibrate(
     return sigma
 
 
-def _is_bounded(merged: Events) -> bool:
+def _is_bounded(merged: _Events) -> bool:
     return all(
-        event.scale >= LEAST_SCALE if isinstance(event, DiscreteLaplace) else event.noise_multiplier > 0
+        event.scale >= _LEAST_SCALE if isinstance(event, DiscreteLaplace) else event.noise_multiplier > 0
         for event in merged
     )
 
@@ -158,26 +160,26 @@ def _is_bounded(merged: Events) -> bool:
 # The same events are asked about in planning, in every round and in the report, and composing them takes
 # seconds.
 @lru_cache(maxsize=4096)
-def _epsilon(merged: Events, delta: float, adjacency: Adjacency, afresh: bool) -> float:
+def _epsilon(merged: _Events, delta: float, adjacency: Adjacency, afresh: bool) -> float:
     if not merged or not _is_bounded(merged):
         return math.inf if merged else 0.0
     return float(_fine(merged, adjacency, afresh).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=8)
-def _coarse(merged: Events, adjacency: Adjacency, afresh: bool) -> Any:
+def _coarse(merged: _Events, adjacency: Adjacency, afresh: bool) -> Any:
     """Compose the events on a wide grid for a cheap upper bound."""
-    interval = COARSENING * _interval(merged)
+    interval = _COARSENING * _interval(merged)
     for event in merged:
         if isinstance(event, PoissonGaussian):
             # Hardly any noise: the largest loss of a step, with eight standard deviations of a sum of them.
             largest = 2 / event.noise_multiplier**2 + 20 / event.noise_multiplier
-            interval = max(interval, _power_of_two(largest * math.sqrt(event.steps) * 4 / POINTS))
+            interval = max(interval, _power_of_two(largest * math.sqrt(event.steps) * 4 / _POINTS))
     return compose(amounts_of(merged), adjacency, interval, afresh=afresh)
 
 
 @lru_cache(maxsize=8)
-def _fine(merged: Events, adjacency: Adjacency, afresh: bool) -> Any:
+def _fine(merged: _Events, adjacency: Adjacency, afresh: bool) -> Any:
     """Compose the events on the grid that the figures come from."""
     coarse = _coarse(merged, adjacency, afresh)
     epsilon = coarse.get_epsilon_for_delta(1e-6)
@@ -185,17 +187,17 @@ def _fine(merged: Events, adjacency: Adjacency, afresh: bool) -> Any:
     if epsilon > 1000:
         return coarse
     # The grid is widened where the composed losses would otherwise take more than POINTS grid points.
-    interval = max(_interval(merged), _power_of_two(8 * (epsilon + 5) / POINTS))
+    interval = max(_interval(merged), _power_of_two(8 * (epsilon + 5) / _POINTS))
     return compose(amounts_of(merged), adjacency, interval, afresh=afresh)
 
 
-def _interval(merged: Events) -> float:
+def _interval(merged: _Events) -> float:
     """Return a grid interval that is fine against one step's typical loss, about q / sigma.
 
     The number of steps does not matter.
     """
     losses = [e.sample_rate / e.noise_multiplier for e in merged if isinstance(e, PoissonGaussian)]
-    return min(max(_power_of_two(min(losses, default=1) / 8), FINEST), COARSEST)
+    return min(max(_power_of_two(min(losses, default=1) / 8), _FINEST), _COARSEST)
 
 
 def _power_of_two(value: float) -> float:

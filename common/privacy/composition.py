@@ -22,14 +22,14 @@ import numpy as np
 
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
 
-Event = tuple[float, ...]
+_Event = tuple[float, ...]
 """One step ``(sample rate, noise multiplier)``, or one release ``(scale,)``."""
-Amounts = Mapping[Event, int]
+_Amounts = Mapping[_Event, int]
 """How often each different event happened."""
 
 DIRECT = 16
 """Up to so many different events, everything is composed each time."""
-KEPT = 8
+_KEPT = 8
 """So many compositions stay in memory, the last used; each takes at most about 32 MiB."""
 
 
@@ -37,7 +37,7 @@ KEPT = 8
 class Composition:
     """Hold the privacy loss distribution of some events together, an upper bound on one grid."""
 
-    amounts: Amounts
+    amounts: _Amounts
     adjacency: Adjacency
     interval: float
     pld: Any
@@ -46,9 +46,9 @@ class Composition:
 _kept: tuple[Composition, ...] = ()
 
 
-def amounts_of(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> dict[Event, int]:
+def amounts_of(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> dict[_Event, int]:
     """Count each different step or release among the events, in the order of first occurrence."""
-    amounts: dict[Event, int] = {}
+    amounts: dict[_Event, int] = {}
     for event in events:
         if isinstance(event, DiscreteLaplace):
             amounts[(event.scale,)] = amounts.get((event.scale,), 0) + 1
@@ -58,7 +58,7 @@ def amounts_of(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> dict[Even
     return amounts
 
 
-def compose(amounts: Amounts, adjacency: Adjacency, interval: float, *, afresh: bool = False) -> Any:
+def compose(amounts: _Amounts, adjacency: Adjacency, interval: float, *, afresh: bool = False) -> Any:
     """Return the privacy loss distribution of all these events together.
 
     Args:
@@ -97,16 +97,16 @@ def keep(composition: Composition) -> None:
     """Remember a composition as the last used, and forget the least recently used one."""
     global _kept
     others = [kept for kept in _kept if kept is not composition]
-    _kept = (*others, composition)[-KEPT:]
+    _kept = (*others, composition)[-_KEPT:]
 
 
-def forget() -> None:
+def _forget() -> None:
     """Forget everything that was composed before."""
     global _kept
     _kept = ()
 
 
-def kept_for(amounts: Amounts, adjacency: Adjacency) -> tuple[Composition, ...]:
+def kept_for(amounts: _Amounts, adjacency: Adjacency) -> tuple[Composition, ...]:
     """Return, for each grid, the remembered composition that holds most of these events."""
     best: dict[float, Composition] = {}
     for kept in _kept:
@@ -169,11 +169,11 @@ def unpack(content: bytes) -> tuple[Mapping[str, Any], tuple[Composition, ...]]:
     return told["about"], compositions
 
 
-def _size(amounts: Amounts) -> int:
+def _size(amounts: _Amounts) -> int:
     return sum(amounts.values())
 
 
-def _within(part: Amounts, whole: Amounts) -> bool:
+def _within(part: _Amounts, whole: _Amounts) -> bool:
     return all(whole.get(event, 0) >= number for event, number in part.items())
 
 
@@ -181,7 +181,7 @@ def _both(one: Any, other: Any) -> Any:
     return one.compose(other)
 
 
-def _parts(amounts: Amounts, adjacency: Adjacency, interval: float) -> list[Any]:
+def _parts(amounts: _Amounts, adjacency: Adjacency, interval: float) -> list[Any]:
     return [
         (_step if len(event) == 2 else _release)(*event, adjacency, interval).self_compose(number)
         for event, number in amounts.items()

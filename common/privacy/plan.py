@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-LEAST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-6, 1e6
+_LEAST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-6, 1e6
 """Far outside these float32 holds no noise: its variance is zero below 1e-22, and gradients leave bare."""
 
 
-MOST_STEPS = 200_000
-MOST_FIGURES = 10_000
-LEAST_RATE = 1e-5
+_MOST_STEPS = 200_000
+_MOST_FIGURES = 10_000
+_LEAST_RATE = 1e-5
 """Bounds of what a run may ask for; beyond them the search for sigma takes minutes, or is of no use."""
 
 
@@ -237,10 +237,10 @@ def _faults(settings: PlanSettings) -> list[str]:
     faults = []
     if not 0 < settings.delta < 1:
         faults.append(f"delta = {settings.delta:g} must lie between 0 and 1")
-    if not LEAST_CLIP_NORM <= settings.clip_norm <= LARGEST_CLIP_NORM:
+    if not _LEAST_CLIP_NORM <= settings.clip_norm <= _LARGEST_CLIP_NORM:
         faults.append(
-            f"the clip norm {settings.clip_norm:g} must lie between {LEAST_CLIP_NORM:g} and "
-            f"{LARGEST_CLIP_NORM:g}"
+            f"the clip norm {settings.clip_norm:g} must lie between {_LEAST_CLIP_NORM:g} and "
+            f"{_LARGEST_CLIP_NORM:g}"
         )
     if bags < 1:
         faults.append(f"there are {bags} bags to train on; at least one is needed")
@@ -249,22 +249,22 @@ def _faults(settings: PlanSettings) -> list[str]:
             f"{expected:g} expected bags per step of {bags} bags is a sample rate "
             "outside (0, 1]; draw fewer bags per step"
         )
-    elif expected < LEAST_RATE * bags:
+    elif expected < _LEAST_RATE * bags:
         faults.append(
             f"{expected:g} expected bags per step of {bags} bags is a sample rate below "
-            f"{LEAST_RATE:g}; draw more bags per step"
+            f"{_LEAST_RATE:g}; draw more bags per step"
         )
     if settings.steps_per_round < 1:
         faults.append(f"steps per round must be at least 1, got {settings.steps_per_round}")
     if settings.rounds < 1:
         faults.append(f"rounds must be at least 1, got {settings.rounds}")
-    if settings.steps_per_round * settings.rounds > MOST_STEPS:
+    if settings.steps_per_round * settings.rounds > _MOST_STEPS:
         faults.append(
-            f"{settings.steps_per_round} steps in {settings.rounds} rounds are more than {MOST_STEPS} in all"
+            f"{settings.steps_per_round} steps in {settings.rounds} rounds are more than {_MOST_STEPS} in all"
         )
-    if len(settings.look) * settings.looks > MOST_FIGURES:
+    if len(settings.look) * settings.looks > _MOST_FIGURES:
         faults.append(
-            f"{settings.looks} looks of {len(settings.look)} figures each are more than {MOST_FIGURES}; "
+            f"{settings.looks} looks of {len(settings.look)} figures each are more than {_MOST_FIGURES}; "
             "look less often"
         )
     return faults

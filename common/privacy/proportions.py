@@ -110,7 +110,7 @@ def release_counts(
     exact = leaf_counts if granularity is Granularity.PER_BAG else leaf_counts.sum(axis=0, keepdims=True)
     # Only the leaves are noised. Noise on each level would cost again, and the levels would contradict each
     # other.
-    noisy = discrete_laplace(exact, empty.noise_scale, randomness, Purpose.PROPORTIONS, 0)
+    noisy = _discrete_laplace(exact, empty.noise_scale, randomness, Purpose.PROPORTIONS, 0)
     return empty.model_copy(update={"counts": tuple(tuple(row) for row in noisy.tolist())})
 
 
@@ -120,7 +120,7 @@ def noise_generator(randomness: Randomness) -> Generator:
     return Generator.OPENDP if randomness.secure else randomness.description
 
 
-def discrete_laplace(
+def _discrete_laplace(
     exact: NDArray[np.int64], noise_scale: float, randomness: Randomness, purpose: Purpose, round: int
 ) -> NDArray[np.int64]:
     """Add independent noise, P(z) proportional to exp(-|z| / noise_scale), to whole numbers of any shape.
@@ -131,11 +131,11 @@ def discrete_laplace(
     # 2012); OpenDP samples whole numbers exactly.
     if randomness.secure:
         return _opendp(exact, noise_scale)
-    noise = seeded_noise(randomness.stream(purpose, round), exact.size, noise_scale)
+    noise = _seeded_noise(randomness.stream(purpose, round), exact.size, noise_scale)
     return exact + noise.reshape(exact.shape)
 
 
-def seeded_noise(stream: Stream, number: int, noise_scale: float) -> NDArray[np.int64]:
+def _seeded_noise(stream: Stream, number: int, noise_scale: float) -> NDArray[np.int64]:
     """Draw discrete Laplace numbers, shape (number,), as differences of two geometric ones."""
     uniform = ((stream.words(2 * number) >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
     geometric = np.floor(np.log(uniform) * -noise_scale).astype(np.int64)
@@ -178,4 +178,4 @@ def noised(sums: NDArray[np.int64], scale: float, randomness: Randomness, round:
     Returns:
         Same shape, steps; unbiased, may be negative.
     """
-    return discrete_laplace(sums, scale * GRID, randomness, Purpose.METRICS, round)
+    return _discrete_laplace(sums, scale * GRID, randomness, Purpose.METRICS, round)

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # reading a ledger needs no torch
     from torch import Tensor
 
-CHUNK = 2**16
+_CHUNK = 2**16
 """Normals made at once: the working arrays stay in the processor's cache."""
-NEAR_ONE = 1 - 2.0**-16
+_NEAR_ONE = 1 - 2.0**-16
 """Above this a float32 is too coarse for 1 - u, and so for log(u): the logarithm is taken in float64."""
-_ZEROS = bytes(12 * CHUNK // 2)
+_ZEROS = bytes(12 * _CHUNK // 2)
 
 
 class Purpose(StrEnum):
@@ -92,8 +92,8 @@ class Stream(ABC):
         """
         import torch
 
-        for start in range(0, len(values), CHUNK):
-            part = values[start : start + CHUNK]
+        for start in range(0, len(values), _CHUNK):
+            part = values[start : start + _CHUNK]
             half = (len(part) + 1) // 2
             bits = torch.from_numpy(self.raw(12 * half))
             # 63 bits for the radius: a float32 uniform would end the tail at 5.8 standard deviations, and a
@@ -105,11 +105,11 @@ class Stream(ABC):
                 turns.bitwise_or_(1)  # an angle of 0 has the sine 0
             # Close to 1 a float32 cannot resolve 1 - u, so radii near zero would take few values only.
             near = (
-                np.flatnonzero(uniform.numpy() > NEAR_ONE) if self.fine and uniform.max() > NEAR_ONE else ()
+                np.flatnonzero(uniform.numpy() > _NEAR_ONE) if self.fine and uniform.max() > _NEAR_ONE else ()
             )
             radius = uniform.log_()
             if len(near):
-                radius.numpy()[near] = log_near_one(words.numpy()[near])
+                radius.numpy()[near] = _log_near_one(words.numpy()[near])
             radius.mul_(-2 * standard_deviation**2).sqrt_()
             angle = turns.float().mul_(math.pi * 2.0**-31)
             rest = len(part) - half
@@ -117,7 +117,7 @@ class Stream(ABC):
             part[half:].addcmul_(angle.sin_()[:rest], radius[:rest])
 
 
-def log_near_one(words: NDArray[np.int64]) -> NDArray[np.float64]:
+def _log_near_one(words: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return log(u), below 0, for the uniform number u = (word + 1/2) / 2**63.
 
     Args:

@@ -42,12 +42,12 @@ def check_plan(plan: SessionPlan, limits: Limits) -> None:
             f"masks with {plan.neighbours} neighbours in place of all {len(plan.adverts) - 1} other sites, "
             "which this site does not allow (policy.secure-aggregation.fewest-neighbours)"
         )
-    check_weights(plan.weights, plan.sites, limits)
+    _check_weights(plan.weights, plan.sites, limits)
     if sorted(plan.weights) != plan.sites or abs(sum(plan.weights.values()) - 1) > 1e-9:
         raise SecureAggregationRefused("the weights are not one for each site, with a sum of 1")
 
 
-def check_weights(weights: Mapping[str, float], sites: Iterable[str], limits: Limits) -> None:
+def _check_weights(weights: Mapping[str, float], sites: Iterable[str], limits: Limits) -> None:
     """Refuse weights under which the sum of these sites would hide one of them badly.
 
     Raises:
@@ -155,7 +155,7 @@ def check_survivors(plan: SessionPlan, site: str, survivors: Collection[str], li
             )
     # On a sparse graph lost sites can split the survivors into parts, and each part's sum is seen apart.
     for part in sums(plan, there):
-        check_weights(plan.weights, part, limits)
+        _check_weights(plan.weights, part, limits)
 
 
 def check_signatures(

@@ -20,7 +20,7 @@ from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_
 from common.errors import SecureAggregationRefused
 from common.secure_aggregation.records import SHARE_BYTES
 
-SECRET_BYTES = 32
+_SECRET_BYTES = 32
 _ONCE = bytes(12)
 """The nonce. Every sealing key is derived for one message: session, sender and receiver are in it."""
 
@@ -30,7 +30,7 @@ def new_secret() -> bytes:
 
     They serve as an X25519 private key or as the seed of a self-mask.
     """
-    return os.urandom(SECRET_BYTES)
+    return os.urandom(_SECRET_BYTES)
 
 
 def public_key(private: bytes) -> bytes:
@@ -142,4 +142,4 @@ def join(shares: Mapping[str, bytes], threshold: int) -> bytes | None:
         secret = combine_shares(list(usable.values())[:threshold])
     except ValueError:
         return None
-    return secret if len(secret) == SECRET_BYTES else None
+    return secret if len(secret) == _SECRET_BYTES else None

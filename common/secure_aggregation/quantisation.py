@@ -27,10 +27,10 @@ from common.secure_aggregation.keys import new_secret
 from common.secure_aggregation.masking import CHUNK, Keystream
 from common.secure_aggregation.records import Words
 
-FloatArray = NDArray[np.float32]
-Arrays = Mapping[str, FloatArray]
+_FloatArray = NDArray[np.float32]
+_Arrays = Mapping[str, _FloatArray]
 
-MOST_BEYOND_HALF = 0.25
+_MOST_BEYOND_HALF = 0.25
 """Largest share of a mean's numbers beyond half of the clip range. Of random words half are."""
 
 
@@ -49,12 +49,12 @@ class Grid:
         return (2**31 - 1 - self.sites) / self.clip_range
 
 
-def length(arrays: Arrays) -> int:
+def length(arrays: _Arrays) -> int:
     """Return the number of words of a model with these arrays."""
     return sum(array.size for array in arrays.values())
 
 
-def digest(arrays: Arrays) -> bytes:
+def digest(arrays: _Arrays) -> bytes:
     """Return the SHA-256 of arrays with their names and shapes.
 
     The 32 bytes are the same at server and sites.
@@ -68,7 +68,7 @@ def digest(arrays: Arrays) -> bytes:
     return state.digest()
 
 
-def quantise(sent: Arrays, trained: Arrays, grid: Grid, weight: float, most_clipped: float = 1.0) -> Words:
+def quantise(sent: _Arrays, trained: _Arrays, grid: Grid, weight: float, most_clipped: float = 1.0) -> Words:
     """Return a site's update as words, shape (length(trained),), arrays in the order of their names.
 
     Args:
@@ -125,14 +125,14 @@ def refuse_noise(total: Words, weight: float, sites: int) -> None:
     """
     signed = total.view(np.int32)
     half = weight * (2**31 - 1 - sites) / 2
-    if np.count_nonzero((signed > half) | (signed < -half)) > MOST_BEYOND_HALF * len(signed):
+    if np.count_nonzero((signed > half) | (signed < -half)) > _MOST_BEYOND_HALF * len(signed):
         raise RunError(
             "the unmasked sum looks like random words: too many of its numbers are beyond half of the clip "
             "range. A site sent words that are no update, or secure-aggregation.clip-range is far too small."
         )
 
 
-def mean_of(total: Words, sent: Arrays, grid: Grid, weight: float) -> dict[str, FloatArray]:
+def mean_of(total: Words, sent: _Arrays, grid: Grid, weight: float) -> dict[str, _FloatArray]:
     """Return the next model from the sum of the words and the model that was sent.
 
     Args:

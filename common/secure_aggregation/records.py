@@ -18,16 +18,16 @@ SHARE_BYTES = 52
 """Of a 32-byte secret: a 4-byte index and three blocks of 16 (Flower pads to whole blocks, always)."""
 SEALED_BYTES = 2 * 32 + 2 * SHARE_BYTES + 16
 """What a site seals for a neighbour: a digest of each of two shares in clear, both shares, and a tag."""
-SESSION = Field(pattern=r"^[0-9a-f]{32}$", description="128 random bits, in hex")
+_SESSION = Field(pattern=r"^[0-9a-f]{32}$", description="128 random bits, in hex")
 Words = NDArray[np.uint32]
-Shares = Annotated[dict[SiteName, Annotated[bytes, Field(max_length=200)]], Field(max_length=MOST_SITES)]
+_Shares = Annotated[dict[SiteName, Annotated[bytes, Field(max_length=200)]], Field(max_length=MOST_SITES)]
 """By site, what only it can open, or a share."""
 
 
 class InSession(Record):
     """Serve as the base of records that belong to one session, which is one attempt at a round."""
 
-    session: str = SESSION
+    session: str = _SESSION
     round: int = Field(ge=1, le=10**9)
 
 
@@ -110,7 +110,7 @@ class SealedShares(InSession):
     """
 
     site: SiteName
-    shares: Shares
+    shares: _Shares
 
 
 class MaskRequest(InSession):
@@ -122,7 +122,7 @@ class MaskRequest(InSession):
     sharing: tuple[SiteName, ...] = Field(
         max_length=MOST_SITES, description="whose shares were handed on, the receiver included, sorted"
     )
-    shares: Shares
+    shares: _Shares
 
 
 def _words(vector: Any) -> Words:
@@ -171,7 +171,7 @@ class UnmaskRequest(SurvivorList):
     The server sends it to each survivor.
     """
 
-    signatures: Shares = Field(description="by site")
+    signatures: _Shares = Field(description="by site")
 
 
 class UnmaskShares(InSession):
@@ -182,8 +182,8 @@ class UnmaskShares(InSession):
 
     site: SiteName
     # Both secrets of one site together would take all masks off its vector.
-    self_masks: Shares = Field(description="shares for those whose vector is in the sum")
-    mask_keys: Shares = Field(description="shares for those whose vector is missing")
+    self_masks: _Shares = Field(description="shares for those whose vector is in the sum")
+    mask_keys: _Shares = Field(description="shares for those whose vector is missing")
 
 
 def canonical(content: Any) -> bytes:

@@ -168,7 +168,7 @@ def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
     def later() -> float:
-        now[0] += accounting.CALIBRATION_SECONDS / 2
+        now[0] += accounting._CALIBRATION_SECONDS / 2
         return now[0]
 
     monkeypatch.setattr(time, "monotonic", later)

@@ -33,7 +33,7 @@ def step(number: int) -> PoissonGaussian:
 
 def forget_all() -> None:
     """Leave what a new process has: nothing."""
-    composition.forget()
+    composition._forget()
     for cache in (accounting._epsilon, accounting._coarse, accounting._fine):
         cache.cache_clear()
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.logs import PATH, WITHHELD, JsonLines
+from common.logs import _WITHHELD, PATH, JsonLines
 
 CANARIES = ("patient-4711", "/secret/path", "melanoma")
 
@@ -31,8 +31,8 @@ def test_numbers_and_named_words_are_said() -> None:
 
 
 def test_words_without_a_name_are_withheld() -> None:
-    assert line("bag %s is bad", "patient-4711")["message"] == f"bag {WITHHELD} is bad"
-    assert line("%(patient)s", {"patient": "patient-4711"})["patient"] == WITHHELD
+    assert line("bag %s is bad", "patient-4711")["message"] == f"bag {_WITHHELD} is bad"
+    assert line("%(patient)s", {"patient": "patient-4711"})["patient"] == _WITHHELD
     assert line("%d bags", "patient-4711")["message"] == "%d bags"
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from common.errors import RunError
 from common.privacy.events import DiscreteLaplace, PoissonGaussian, merge
 from common.records import MessageError, PrivacyStatement
-from common.text import REASON_CHARACTERS
+from common.text import _REASON_CHARACTERS
 from common.wire import to_records
 from server.statements import StatementBook
 
@@ -216,7 +216,7 @@ def test_the_reason_names_the_head_to_declare_the_loss_with_and_is_not_cut() -> 
     command = f"accept-loss DATA --kit KIT --head {newest.ledger_head}"
     with pytest.raises(MessageError, match=command) as caught:
         book.take(statement([gaussian(4)], "b"))
-    assert len(str(caught.value)) <= REASON_CHARACTERS
+    assert len(str(caught.value)) <= _REASON_CHARACTERS
 
 
 def test_a_run_that_goes_on_compares_with_its_checkpoint() -> None:

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord
 
 from common.records import ModelUpdate, PrivacyStatement, ProportionRelease
-from common.text import REASON_CHARACTERS
+from common.text import _REASON_CHARACTERS
 from common.wire import from_records, to_records
 from server.checkpoint import load_newest
 
@@ -136,7 +136,7 @@ def after(
     assert summary["rounds"] == 3
     reasons = [item["reason"] for item in summary["left_out"]]
     assert reasons
-    assert all(0 < len(reason) <= REASON_CHARACTERS and reason.isprintable() for reason in reasons)
+    assert all(0 < len(reason) <= _REASON_CHARACTERS and reason.isprintable() for reason in reasons)
     assert all(item["site"].isprintable() and len(item["site"]) <= 100 for item in summary["left_out"])
     folder: Path = federation.folder
     for file in ("summary.json", "metrics.jsonl", "log.jsonl"):
@@ -220,7 +220,7 @@ def test_wrong_figures_leave_out_their_site_alone(
 
     summary = federation.run(federation.sites(dict(three), behave), held_back=0.2)
     assert {(item["site"], item["phase"]) for item in summary["left_out"]} == {("north", kind)}
-    assert all(len(item["reason"]) <= REASON_CHARACTERS for item in summary["left_out"])
+    assert all(len(item["reason"]) <= _REASON_CHARACTERS for item in summary["left_out"])
     assert [event["updates"] for event in federation.events("round")] == [3, 3, 3]
     assert summary["levels"][0]["images"] == (8 if kind == "evaluate.test" else 12)
     assert [level["kl"] for level in summary["bags"]] == pytest.approx([0.1, 0.2])

@@ -40,7 +40,7 @@ def afresh(events: tuple[Event, ...], adjacency: Adjacency = Adjacency.REPLACE_O
 
 def forget_all() -> None:
     """Leave what a new process has: nothing."""
-    composition.forget()
+    composition._forget()
     for cache in (accounting._epsilon, accounting._coarse, accounting._fine):
         cache.cache_clear()
 
@@ -150,7 +150,7 @@ def test_few_different_events_are_always_composed_directly(monkeypatch: pytest.M
 def test_memory_is_bounded() -> None:
     for number in range(4, len(MANY) + 1):
         spent(MANY[:number], DELTA, Adjacency.REPLACE_ONE)
-    assert len(composition._kept) == composition.KEPT
+    assert len(composition._kept) == composition._KEPT
 
 
 def test_packed_compositions_come_back_as_they_were() -> None:

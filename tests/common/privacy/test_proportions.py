@@ -12,8 +12,8 @@ from common.privacy.events import Adjacency, Unit
 from common.privacy.proportions import (
     CountRelease,
     Granularity,
+    _seeded_noise,
     release_counts,
-    seeded_noise,
 )
 from common.privacy.randomness import (
     InsecureSeededRandomness,
@@ -45,7 +45,7 @@ def test_noise_is_scaled_to_the_unit(source: Randomness, unit: Unit, images: int
 
 
 def test_planted_bug_half_noise() -> None:
-    noise = seeded_noise(SEEDED.stream(Purpose.NOISE, 9), 20_000, 1.5)
+    noise = _seeded_noise(SEEDED.stream(Purpose.NOISE, 9), 20_000, 1.5)
     with pytest.raises(AssertionError):
         check_noise(noise, 3.0)
 

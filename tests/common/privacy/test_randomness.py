@@ -14,13 +14,13 @@ from common.errors import UserError
 from common.privacy import randomness
 from common.privacy.plan import PrivacyPlan
 from common.privacy.randomness import (
-    CHUNK,
-    NEAR_ONE,
+    _CHUNK,
+    _NEAR_ONE,
     InsecureSeededRandomness,
     Purpose,
     SecureRandomness,
     Stream,
-    log_near_one,
+    _log_near_one,
 )
 
 MakePlan = Callable[..., PrivacyPlan]
@@ -90,15 +90,15 @@ def test_no_pair_of_noise_is_zero_and_no_number_either() -> None:
 
 def test_the_logarithm_next_to_one_is_exact() -> None:
     beyond = np.array([2**k for k in range(47)], dtype=np.int64)
-    found = log_near_one(TOP - beyond)
+    found = _log_near_one(TOP - beyond)
     assert found == pytest.approx(np.log1p(-(beyond + 0.5) / 2.0**63), rel=1e-15)
-    assert (log_near_one(np.array([TOP])) < 0).all()
-    assert NEAR_ONE > 1 - 2**-15
+    assert (_log_near_one(np.array([TOP])) < 0).all()
+    assert _NEAR_ONE > 1 - 2**-15
 
 
 def test_the_tails_of_real_noise_are_a_normal_distributions() -> None:
     """Of 2**22 numbers, how many lie beyond 1 to 5 and within 2**-4 to 2**-14 standard deviations."""
-    values = torch.zeros(2**22 + CHUNK // 3)
+    values = torch.zeros(2**22 + _CHUNK // 3)
     SecureRandomness().stream(Purpose.NOISE, 1).add_normals(values, 1.0)
     sample = values.abs().double().numpy()
     for limit in (1.0, 2.0, 3.0, 4.0, 5.0):
@@ -132,7 +132,7 @@ def test_every_stream_has_a_key_of_32_bytes_of_its_own(
     assert len(set(drawn)) == len(drawn) == 4
 
 
-@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 12 * CHUNK // 2, 12 * CHUNK // 2 + 1])
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 12 * _CHUNK // 2, 12 * _CHUNK // 2 + 1])
 def test_a_stream_goes_on_where_it_was_whatever_is_asked_for(size: int) -> None:
     stream = randomness._AesStream()
     first, second = stream.raw(size), stream.raw(64)

@@ -14,7 +14,7 @@ from common.errors import IdentityError, RunError, SecureAggregationRefused
 from common.pki import load_node_key
 from common.secure_aggregation import keys, member
 from common.secure_aggregation.cohort import neighbourhood, sums, threshold
-from common.secure_aggregation.demands import KEYS_SIGNED, Limits, check_weights, effective_number
+from common.secure_aggregation.demands import KEYS_SIGNED, Limits, _check_weights, effective_number
 from common.secure_aggregation.records import SEALED_BYTES, MaskRequest, SessionOffer
 from common.secure_aggregation.recovery import MaskedSum
 from deploy.simulation.ephemeral_pki import ephemeral_kit
@@ -567,7 +567,7 @@ def test_weights_count_as_so_many_equal_sites(weights: list[float], number: floa
     for least in (1, 2, 3, 4, 5):
         enough = number >= least - 1e-9
         with nullcontext() if enough else pytest.raises(SecureAggregationRefused, match="sites"):
-            check_weights(named, named, Limits(least, 1.0))
+            _check_weights(named, named, Limits(least, 1.0))
 
 
 def test_the_ring_joins_both_ways(consortium: Make) -> None:
