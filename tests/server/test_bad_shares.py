@@ -26,6 +26,7 @@ from common.secure_aggregation.records import (
 from common.secure_aggregation.recovery import MaskedSum
 from common.wire import from_records, to_records
 from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.simulation.ephemeral_pki import make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
 from server import quorum, rounds
 from server.app import app
@@ -130,6 +131,7 @@ def run(config: RunConfig, bend: Callable[[Message], Message] | None = None) -> 
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             return [bend(reply) if bend else reply for reply in super().pull_messages(message_ids)]
 
+    make_ephemeral_pki(config)
     flat = config.to_flat()
     with Bent(config.federation.sites, flat) as grid:
         app(grid, grid.server_context(flat))
