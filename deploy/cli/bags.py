@@ -126,8 +126,19 @@ def build(
         if images is None or counts is None or hierarchy is None or name is None:
             raise UserError("--source counts needs --images, --counts, --hierarchy and --name")
         table_of_bags = Path(bags) if bags else None
-        paths = (images, counts, hierarchy, table_of_bags)
-        _show(_build_counted(*paths, out, name, minimum_bag_size, fold_case, skip_bad), as_json)
+        found = counted_bags.read_counted_bags(
+            images,
+            counts,
+            hierarchy,
+            table_of_bags,
+            minimum_bag_size=minimum_bag_size,
+            fold_case=fold_case,
+        )
+        with bars.counted("checking and writing", transient=True) as progress:
+            made = counted_bags.build_counted_site(
+                found, out, name, minimum_bag_size=minimum_bag_size, skip_bad=skip_bad, progress=progress
+            )
+        _show(made, as_json)
         return
     _refuse_unread(context, source, ("counts", "name"))
 
@@ -166,27 +177,6 @@ def build(
             progress=progress,
         )
     _show(report, as_json)
-
-
-def _build_counted(
-    images: Path,
-    counts: Path,
-    hierarchy: Path,
-    bags: Path | None,
-    out: Path,
-    name: str,
-    minimum: int,
-    fold_case: bool,
-    skip_bad: bool,
-) -> "site_writer.BuildReport":
-    """Build the one site of ``--source counts``."""
-    found = counted_bags.read_counted_bags(
-        images, counts, hierarchy, bags, minimum_bag_size=minimum, fold_case=fold_case
-    )
-    with bars.counted("checking and writing", transient=True) as progress:
-        return counted_bags.build_counted_site(
-            found, out, name, minimum_bag_size=minimum, skip_bad=skip_bad, progress=progress
-        )
 
 
 def _refuse_unread(context: typer.Context, source: SourceKind, options: Iterable[str]) -> None:

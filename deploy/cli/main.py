@@ -1,7 +1,7 @@
 """Define the ``fedbags`` command.
 
-Each command reads its options and calls one function; nothing is computed here. Heavy libraries are imported
-inside the commands, so that ``--help`` answers at once.
+Each command reads its options and calls one function; nothing is computed here. What a command works with is
+imported lazily (``deploy.lazy``), so that ``--help`` answers at once.
 """
 
 import json
