@@ -25,7 +25,7 @@ QUICKSTART = ROOT / "docs" / "quickstart.md"
 SECURITY = ROOT / "docs" / "security.md"
 FEDBAGS = Path(sys.executable).parent / "fedbags"
 PATH = os.pathsep.join([str(FEDBAGS.parent), os.environ["PATH"]])
-ATTACKS = 13
+ATTACKS = 15
 """Rows of the table of attacks."""
 
 
