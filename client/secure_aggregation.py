@@ -56,8 +56,8 @@ EPHEMERAL = "throw-away-identities"
 STATE = "secure-aggregation"
 CLAIMS_FILE = "secure-aggregation.sqlite"
 MOST_CLIPPED = 1e-3
-"""Largest share of an update beyond the clip range. With settings that cut every number, each would be
-plus or minus the range times the site's weight, and their sum would tell every site's sign."""
+"""Largest share beyond the clip range of an update without noise. With settings that cut every number, each
+would be plus or minus the range times the site's weight, and their sum would tell every site's sign."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ class Member:
         state = self._state()
         plan = state.agreed()
         weight = plan.weights[self.node.site.name]
-        words = quantise(sent, trained, Grid(plan.clip_range, len(plan.sites)), weight, MOST_CLIPPED)
+        # Signs of a private update are noised like the rest of it, and noise of many rounds may be large.
+        most_clipped = 1.0 if self.node.config.dp.epsilon else MOST_CLIPPED
+        words = quantise(sent, trained, Grid(plan.clip_range, len(plan.sites)), weight, most_clipped)
         self._keep(member.mask(state, words))
         return words
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from safetensors.numpy import load_file
 
+from client import secure_aggregation as client_side
 from client.data.bags import BagStore
 from client.secure_aggregation import CERTIFICATE_FILE, EPHEMERAL, KEY_FILE
 from client.session import SiteSession
@@ -166,6 +168,18 @@ def test_a_private_run_keeps_its_noise_and_its_statements(config: Config) -> Non
         told = second["statements"][site]
         assert told["epsilon"] == statement["epsilon"] > 0
         assert len(told["events"]) == len(statement["events"])
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_only_an_update_without_noise_is_refused_for_what_the_clip_range_cuts(
+    config: Config, monkeypatch: pytest.MonkeyPatch, private: bool
+) -> None:
+    """Noise of a few rounds at a small epsilon is larger than the clip range at some numbers in a hundred."""
+    monkeypatch.setattr(client_side, "MOST_CLIPPED", -1.0)  # any update is cut too often
+    dp = {"dp.epsilon": 4.0, "dp.delta": 1e-3, "dp.expected-bags": 3.0, "dp.steps-per-round": 2}
+    settings = config("run", ONE_ROUND | {"train.held-back": 0.0} | (dp if private else {}))
+    with nullcontext() if private else pytest.raises(RunError):
+        run(settings)
 
 
 def test_what_is_known_of_a_site_in_clear_is_what_its_policy_lets_out(config: Config, tmp_path: Path) -> None:
