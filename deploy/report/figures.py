@@ -10,21 +10,7 @@ from dataclasses import dataclass, replace
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
 from common.privacy.randomness import Generator
 from deploy.report.accounts import ACCOUNTANT, Accountants, Answer, Events, Question
-from deploy.report.evidence import (
-    Charge,
-    Collected,
-    Evidence,
-    RunEvidence,
-    Statement,
-    charges,
-    check_ledgers,
-    events_up_to,
-    looks_of,
-    refusals_of,
-    releases_of,
-    rows_of,
-    training_of,
-)
+from deploy.report.evidence import Collected, Evidence, RunEvidence, Statement, check_ledgers
 from deploy.report.model import (
     CurvePoint,
     GeneratorKind,
@@ -39,6 +25,16 @@ from deploy.report.model import (
     Training,
     WhatIf,
     Worst,
+)
+from deploy.report.spending import (
+    Charge,
+    charges,
+    events_up_to,
+    looks_of,
+    refusals_of,
+    releases_of,
+    rows_of,
+    training_of,
 )
 
 _ALL_POINTS = 120
