@@ -22,6 +22,7 @@ from client.data.image_cache import decode_all
 from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
 from deploy.datasets.files import FileImages, SourceTable
+from deploy.datasets.options import Division
 
 REPEATS = 5
 
@@ -60,7 +61,7 @@ def measure(name: str, number: int, width: int, height: int, suffix: str, size: 
     """Return the times of one pass over all bags, read in both ways."""
     with tempfile.TemporaryDirectory() as scratch:
         source = write_images(Path(scratch) / "images", number, width, height, suffix)
-        build_sites(source, Path(scratch) / "sites", sites=1)
+        build_sites(source, Path(scratch) / "sites", Division(sites=1))
         site = Path(scratch) / "sites/site-1"
         store = BagStore.open(site, size)
         paths = sorted((site / "images").iterdir())

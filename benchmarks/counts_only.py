@@ -26,7 +26,7 @@ from client.data.tables import write_csv
 from client.evaluation import read_predictions
 from client.site import SiteConfig, site_folders
 from common.model.model_file import load_model
-from deploy.datasets.counts import build_counted_site, read_counted_bags
+from deploy.datasets.counts import CountedFiles, build_counted_site, read_counted_bags
 from deploy.simulation.simulate import simulate
 
 
@@ -53,13 +53,9 @@ def build_from_counts(labelled: Sequence[Path], work: Path) -> Path:
         hospital = work / "hospitals" / site.name
         take_apart(site, hospital)
         policy = SiteConfig.load(site).policy
-        bags = read_counted_bags(
-            hospital / "bags",
-            hospital / "counts.csv",
-            hospital / "hierarchy.csv",
-            minimum_bag_size=policy.minimum_bag_size,
-        )
-        build_counted_site(bags, out, site.name, minimum_bag_size=policy.minimum_bag_size)
+        files = CountedFiles(hospital / "bags", hospital / "counts.csv", hospital / "hierarchy.csv")
+        bags = read_counted_bags(files, minimum_bag_size=policy.minimum_bag_size)
+        build_counted_site(bags, out, site.name)
     return out
 
 

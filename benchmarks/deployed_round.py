@@ -50,7 +50,8 @@ from deploy.consortium.control import control
 from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.submit import COMPLETED, changes, wait_for_end
-from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 from deploy.flower.processes import free_port
 
 APPS = Path(__file__).with_name("deployed_apps.py")
@@ -103,9 +104,16 @@ class Consortium:
         )
         self.fedbags(["provision", settings, "--out", self.kits, "--keys-here"])
         write_synthetic_sites(
-            self.data, sites=len(self.sites), seed=0, images_per_site=256, image_size=PIXELS, bag_size=BAG,
-            test_images_per_site=16,
-        )  # fmt: skip
+            self.data,
+            SyntheticHospitals(
+                sites=len(self.sites),
+                seed=0,
+                images_per_site=256,
+                image_size=PIXELS,
+                session_size=BAG,
+                test_images_per_site=16,
+            ),
+        )
         for site in self.sites:
             kit = self.kit(site) / "kit.toml"
             kit.write_text(kit.read_text().replace('data-path = ""', f'data-path = "{self.data / site}"'))

@@ -30,7 +30,8 @@ from client.training import TrainingResult
 from common.config import RunConfig, Scalar
 from common.model.model_file import trainable_arrays
 from common.wire import size
-from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 from deploy.simulation.ephemeral_pki import make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
 from server.app import _begin
@@ -98,12 +99,14 @@ def main() -> None:
         folder = Path(name)
         write_synthetic_sites(
             folder / "sites",
-            sites=options.sites,
-            seed=0,
-            images_per_site=16,
-            image_size=PIXELS,
-            bag_size=8,
-            test_images_per_site=4,
+            SyntheticHospitals(
+                sites=options.sites,
+                seed=0,
+                images_per_site=16,
+                image_size=PIXELS,
+                session_size=8,
+                test_images_per_site=4,
+            ),
         )
         sides = {secure: prepare(folder, options.sites, secure) for secure in (False, True)}
         arrays = trainable_arrays(sides[False][0].model)

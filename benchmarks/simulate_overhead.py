@@ -24,7 +24,8 @@ from client.site import site_folders
 from client.training import train_round
 from common.config import RunConfig
 from common.model.build import build_model
-from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 
@@ -65,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         sites_dir = Path(folder) / "sites"
-        write_synthetic_sites(sites_dir, sites=5, seed=0, image_size=32)
+        write_synthetic_sites(sites_dir, SyntheticHospitals(sites=5, seed=0, image_size=32))
         config = RunConfig().with_changes(
             {"rounds": options.rounds, "sites-dir": str(sites_dir), "model.image-size": 32}
         )

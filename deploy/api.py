@@ -17,7 +17,7 @@ from common.config import RunConfig, Scalar
 from common.errors import RunError
 from common.hierarchy import Hierarchy
 from deploy.compare import run as comparison
-from deploy.datasets.counts import build_counted_site, read_counted_bags
+from deploy.datasets.counts import CountedFiles, build_counted_site, read_counted_bags
 from deploy.datasets.site_check import check_site as describe_site
 from deploy.figures.draw import draw_figures
 from deploy.report import files as report_files
@@ -135,14 +135,9 @@ def build_site(
         DataError: faults in the tables or images, all of them; nothing was written.
         UserError: the folder exists or cannot be written.
     """
-    found = read_counted_bags(
-        Path(images),
-        Path(counts),
-        Path(hierarchy),
-        None if bags is None else Path(bags),
-        minimum_bag_size=minimum_bag_size,
-    )
-    report = build_counted_site(found, Path(out), name, minimum_bag_size=minimum_bag_size, skip_bad=skip_bad)
+    files = CountedFiles(Path(images), Path(counts), Path(hierarchy), None if bags is None else Path(bags))
+    found = read_counted_bags(files, minimum_bag_size=minimum_bag_size)
+    report = build_counted_site(found, Path(out), name, skip_bad=skip_bad)
     return report.to_dict()
 
 

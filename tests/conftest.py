@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.config import RunConfig
-from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 
 SIZE = 16
 """Side of the test images, pixels."""
@@ -30,7 +31,10 @@ def sites_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three small synthetic hospitals; tests that change a site copy it first."""
     out = tmp_path_factory.mktemp("data") / "sites"
     write_synthetic_sites(
-        out, sites=3, seed=1, images_per_site=64, image_size=SIZE, bag_size=8, test_images_per_site=24
+        out,
+        SyntheticHospitals(
+            sites=3, seed=1, images_per_site=64, image_size=SIZE, session_size=8, test_images_per_site=24
+        ),
     )
     return out
 

@@ -42,7 +42,8 @@ from common.secure_aggregation.records import (
     UnmaskShares,
 )
 from common.wire import combine, from_records, to_records
-from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 from deploy.flower.internals import become_server
 from deploy.simulation.ephemeral_pki import ephemeral_kit
 
@@ -262,12 +263,9 @@ def coordinator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     root = tmp_path_factory.mktemp("hostile")
     write_synthetic_sites(
         root / "sites",
-        sites=5,
-        seed=1,
-        images_per_site=96,
-        image_size=SIZE,
-        bag_size=8,
-        test_images_per_site=24,
+        SyntheticHospitals(
+            sites=5, seed=1, images_per_site=96, image_size=SIZE, session_size=8, test_images_per_site=24
+        ),
     )
     for name, policy in POLICIES.items():
         path = root / "sites" / name / "site.toml"

@@ -12,7 +12,7 @@ import typer
 from click.core import ParameterSource
 
 from common.errors import UserError
-from deploy.datasets.catalogue import SourceKind, open_source
+from deploy.datasets.options import Division, SourceKind, SourceOptions, SyntheticHospitals
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
@@ -20,7 +20,7 @@ with lazy_imports():
     from deploy.cli import tables
     from deploy.datasets import build as building
     from deploy.datasets import counts as counted_bags
-    from deploy.datasets import site_writer, synthetic
+    from deploy.datasets import site_writer
 
 _COUNTS_READS = frozenset(
     {"out", "source", "images", "counts", "hierarchy", "bags", "name"}
@@ -125,57 +125,33 @@ def build(
         _refuse_unread(context, source, sorted(context.params.keys() - _COUNTS_READS))
         if images is None or counts is None or hierarchy is None or name is None:
             raise UserError("--source counts needs --images, --counts, --hierarchy and --name")
-        table_of_bags = Path(bags) if bags else None
-        found = counted_bags.read_counted_bags(
-            images,
-            counts,
-            hierarchy,
-            table_of_bags,
-            minimum_bag_size=minimum_bag_size,
-            fold_case=fold_case,
-        )
+        files = counted_bags.CountedFiles(images, counts, hierarchy, Path(bags) if bags else None)
+        found = counted_bags.read_counted_bags(files, minimum_bag_size=minimum_bag_size, fold_case=fold_case)
         with bars.counted("checking and writing", transient=True) as progress:
-            made = counted_bags.build_counted_site(
-                found, out, name, minimum_bag_size=minimum_bag_size, skip_bad=skip_bad, progress=progress
-            )
+            made = counted_bags.build_counted_site(found, out, name, skip_bad=skip_bad, progress=progress)
         _show(made, as_json)
         return
     _refuse_unread(context, source, ("counts", "name"))
-
-    table = open_source(
-        source,
-        images=images,
-        labels=labels,
-        hierarchy=hierarchy,
-        label_column=label_column,
-        sites=sites or 5,
-        seed=seed,
-        images_per_site=images_per_site,
-        image_size=image_size,
-        bag_size=bag_size,
-        depth=levels,
-        fold_case=fold_case,
+    options = SourceOptions(source, images, labels, hierarchy, label_column, levels, fold_case)
+    hospitals = SyntheticHospitals(
+        sites or 5, seed, images_per_site, image_size, images_per_site // 5, session_size=bag_size
     )
-    usual = ("iid", "random")
-    if source is SourceKind.SYNTHETIC:
-        usual = (synthetic.SYNTHETIC_PARTITION, synthetic.SYNTHETIC_BAGS)
+    usual = hospitals.division if source is SourceKind.SYNTHETIC else Division()
+    division = Division(
+        bag_size=bag_size,
+        minimum_bag_size=minimum_bag_size,
+        sites=sites,
+        partition=partition or usual.partition,
+        bags=bags or usual.bags,
+        group_column=group_column,
+        groups=groups,
+        missing_groups=missing_groups,
+        split_column=split_column,
+        seed=seed,
+    )
+    table = building.open_source(options, hospitals)
     with bars.counted("checking and writing", transient=True) as progress:
-        report = building.build_sites(
-            table,
-            out,
-            bag_size=bag_size,
-            sites=sites,
-            partition=partition or usual[0],
-            bags=bags or usual[1],
-            group_column=group_column,
-            groups=groups,
-            split_column=split_column,
-            seed=seed,
-            skip_bad=skip_bad,
-            minimum_bag_size=minimum_bag_size,
-            missing_groups=missing_groups,
-            progress=progress,
-        )
+        report = building.build_sites(table, out, division, skip_bad=skip_bad, progress=progress)
     _show(report, as_json)
 
 

@@ -11,37 +11,12 @@ from pathlib import Path
 from common.config import RunConfig, Scalar
 from common.errors import ConfigError
 from deploy.compare.scenario import Data, Entry, Grid, Scenario, Setting
+from deploy.datasets.options import Division
 
 WEIGHTS = "model.weights"
 """The one key of the run configuration that names a file."""
-
-
-@dataclass(frozen=True)
-class Division:
-    """Describe how the training images are divided into sites and bags.
-
-    Cells with the same division share its folder.
-    """
-
-    bags: str
-    groups: str
-    bag_size: int
-    seed: int
-    partition: str
-    sites: int
-
-    @property
-    def name(self) -> str:
-        """Return a folder name that no other division has."""
-        words = (
-            self.partition,
-            f"{self.sites}-sites",
-            self.bags,
-            self.groups,
-            f"bag{self.bag_size}",
-            f"seed{self.seed}",
-        )
-        return "_".join(word.replace(":", "-").replace("/", "-") for word in words)
+_SMALLEST_BAG = 4
+"""Images: the policy of the site folders, where bags are larger than that."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +108,7 @@ def _of_entry(
     division = _division(scenario.data, setting, bag_size, seed)
     passes = context.passes or entry.passes or grid.passes or scenario.passes
     # A pooled or local-only model is trained at one site, whatever the division.
-    sites = division.sites if setting is Setting.FEDERATED else 1
+    sites = division.number_of_sites if setting is Setting.FEDERATED else 1
     chosen = {**scenario.run, **grid.set, **entry.set}
     if chosen.get(WEIGHTS):
         chosen[WEIGHTS] = str(context.folder / str(chosen[WEIGHTS]))
@@ -165,7 +140,7 @@ def _of_entry(
     name = f"{entry.name}_bag{bag_size}_seed{seed}_{setting.value}"
     alone: tuple[int | None, ...] = (None,)
     if setting is Setting.LOCAL_ONLY:
-        alone = tuple(range(1, division.sites + 1))
+        alone = tuple(range(1, division.number_of_sites + 1))
     for site in alone:
         full = name if site is None else f"{name}_site{site}"
         yield Cell(
@@ -185,10 +160,12 @@ def _division(data: Data, setting: Setting, bag_size: int, seed: int) -> Divisio
     # A bag of one image cannot keep a group together, so only sites keep the groups of single images.
     pooled, single = setting is Setting.POOLED, bag_size == 1
     return Division(
-        bags="random" if single else data.bags,
-        groups="sites" if single else data.groups,
         bag_size=bag_size,
-        seed=seed,
-        partition="iid" if pooled else data.partition,
+        minimum_bag_size=min(_SMALLEST_BAG, bag_size),
         sites=1 if pooled else data.sites,
+        partition="iid" if pooled else data.partition,
+        bags="random" if single else data.bags,
+        group_column=data.group_column,
+        groups="sites" if single else data.groups,
+        seed=seed,
     )

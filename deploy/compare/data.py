@@ -31,18 +31,29 @@ from client.data.tables import write_csv
 from client.site import SiteConfig, site_folders
 from common.errors import BadRow, DataError, UserError
 from common.files import new_folder
-from deploy.compare.cells import Cell, Division
+from deploy.compare.cells import Cell
 from deploy.compare.scenario import Data
-from deploy.datasets.build import read_split, write_sites
-from deploy.datasets.catalogue import SourceKind, open_source
+from deploy.datasets.build import open_source, read_split, write_sites
 from deploy.datasets.files import ArrayImages, FileImages, SourceTable, image_fault
-from deploy.datasets.partition import Indices, column, units_of
+from deploy.datasets.options import Division, SourceKind, SourceOptions, SyntheticHospitals
+from deploy.datasets.partition import Indices, Split, column, units_of
 
 _SPLIT_SEED = 0
 """The test images and a limit are the same for every cell, whatever its seed."""
-_SMALLEST_BAG = 4
-"""Images: the policy of the site folders, where bags are larger than that."""
 _LIST = "images.json"
+
+
+def folder_name(division: Division) -> str:
+    """Return a folder name that no other division of the same data has."""
+    words = (
+        division.partition,
+        f"{division.sites}-sites",
+        division.bags,
+        division.groups,
+        f"bag{division.bag_size}",
+        f"seed{division.seed}",
+    )
+    return "_".join(word.replace(":", "-").replace("/", "-") for word in words)
 
 
 @dataclass(frozen=True)
@@ -96,16 +107,10 @@ def _open_table(data: Data, folder: Path, path: Path | None) -> SourceTable:
         return Path(os.path.normpath(path / os.path.relpath(folder / name, usual)))
 
     try:
-        table = open_source(
-            data.source,
-            images=path or usual,
-            labels=beside(data.labels),
-            hierarchy=beside(data.hierarchy),
-            label_column=data.label_column,
-            sites=data.sites,
-            images_per_site=data.images_per_site,
-            image_size=data.image_size,
-        )
+        labels, hierarchy = beside(data.labels), beside(data.hierarchy)
+        options = SourceOptions(data.source, path or usual, labels, hierarchy, data.label_column)
+        number = data.images_per_site
+        table = open_source(options, SyntheticHospitals(data.sites, 0, number, data.image_size, number // 5))
     except UserError as error:
         if isinstance(error, DataError) or data.source is SourceKind.SYNTHETIC:
             raise
@@ -213,8 +218,8 @@ class DataFolders:
 
     def sites_dir(self, cell: Cell) -> Path:
         """Return the folder of site folders that this cell trains on."""
-        whole = self.root / cell.division.name
-        return whole if cell.site is None else self.root / f"{cell.division.name}.alone" / f"site{cell.site}"
+        name = folder_name(cell.division)
+        return self.root / name if cell.site is None else self.root / f"{name}.alone" / f"site{cell.site}"
 
     def site_name(self, cell: Cell) -> str | None:
         """Return the name of a local-only cell's site, whose folder must exist, or None for other cells."""
@@ -248,7 +253,7 @@ class DataFolders:
             self._check_size(division)
         self._store_images(progress("storing the images"))
         for division in divisions:
-            self._divide(division, progress(f"dividing: {division.name}"))
+            self._divide(division, progress(f"dividing: {folder_name(division)}"))
         # Decoded before any cell starts: cells run at the same time, and then only read the cache.
         for site, size in dict.fromkeys(
             (site, cell.config.model.image_size)
@@ -297,7 +302,7 @@ class DataFolders:
             (folder / _LIST).write_text(json.dumps(names["images"]), encoding="utf-8")
 
     def _divide(self, division: Division, progress: Progress) -> None:
-        out = self.root / division.name
+        out = self.root / folder_name(division)
         if not out.exists():
             table = self._training_table()
             done = 0
@@ -307,21 +312,8 @@ class DataFolders:
                 done += 1
                 progress(done, len(table))
 
-            write_sites(
-                table,
-                out,
-                np.arange(len(table)),
-                np.zeros(0, dtype=np.int64),
-                bag_size=division.bag_size,
-                sites=division.sites,
-                partition=division.partition,
-                bags=division.bags,
-                group_column=self._opened.group_column,
-                groups=division.groups,
-                seed=division.seed,
-                minimum_bag_size=min(_SMALLEST_BAG, division.bag_size),
-                step=step,
-            )
+            split = Split(np.arange(len(table)), np.zeros(0, dtype=np.int64))
+            write_sites(table, out, division, split, step)
         alone = out.with_name(f"{out.name}.alone")
         if not alone.exists():
             with _whole(alone) as folder:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,8 @@ _ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
 _PLACES = ("run-dir", "sites-dir", "resume", "name", "train.device")
 """Keys that say where and how a run is done, not what it computes; of the weights file the name counts, once
 there is a result."""
+_DIVISION = ("bags", "groups", "bag_size", "seed", "partition", "sites")
+"""What of a division differs between the cells of one source; the rest of it is in the digest of the data."""
 _DIFFERENCES_TOLD = 3
 _INTERVAL = 0.5
 _GRACE = 10.0
@@ -122,7 +124,7 @@ def _identity(cell: Cell, digest: str) -> Identity:
     config = {key: value for key, value in cell.config.to_flat().items() if key not in _PLACES}
     # A weights file may be moved to another folder, so its name counts and its path does not.
     config[WEIGHTS] = Path(str(config[WEIGHTS])).name
-    division = {f"data.{key}": value for key, value in asdict(cell.division).items()}
+    division = {f"data.{key}": getattr(cell.division, key) for key in _DIVISION}
     return {**config, **division, "data.digest": digest, "setting": cell.setting.value, "site": cell.site}
 
 

@@ -14,7 +14,7 @@ from common.config import RunConfig, Scalar, flatten
 from common.errors import ConfigError, require_file
 from common.model.methods import Method
 from common.settings_file import Section, nearest, read_toml
-from deploy.datasets.catalogue import SourceKind
+from deploy.datasets.options import SourceKind
 
 _Count = Annotated[int, Field(strict=True, ge=1)]
 _Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]

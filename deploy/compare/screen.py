@@ -122,7 +122,7 @@ class Board:
 
 def _work_of(cell: Cell) -> float:
     """Return the relative amount of work of a cell, in passes over all images, for the estimate of time."""
-    return cell.passes / (cell.division.sites if cell.setting is Setting.LOCAL_ONLY else 1)
+    return cell.passes / (cell.division.number_of_sites if cell.setting is Setting.LOCAL_ONLY else 1)
 
 
 def _share_done(run: Path, rounds: int) -> float:

@@ -1,6 +1,8 @@
-"""Read hierarchical archives, one .npz with images, labels at every level, class names and the tree.
+"""Read archives of arrays, one .npz with images and labels, after checking the size that they declare.
 
-Knows nothing of sites or bags. Two layouts, for levels 1..L, coarse to fine::
+A few kilobytes can declare terabytes, in the zip's directory or in an array's shape, so headers are read
+before anything is unpacked. MedMNIST's archives have train, val and test arrays. Hierarchical ones have
+labels at every level, class names and the tree, in two layouts, for levels 1..L, coarse to fine::
 
     x, y1..yL, is_test                                one array of images, and which of them are for tests
     x_train, y1_train..yL_train, x_test, y1_test..    two arrays of images
@@ -8,14 +10,13 @@ Knows nothing of sites or bags. Two layouts, for levels 1..L, coarse to fine::
 and in both ``names1..namesL`` (class names), ``tree_LtoL-1`` .. ``tree_2to1`` (the parent of each class),
 and, where there are any, ``levels`` (names of the levels) and ``group`` or ``track`` (whole numbers: the
 patient, or whatever else several images show; with ``_train`` and ``_test`` in the second layout).
-
-Check the size that an .npz declares in its headers before anything of it is unpacked.
-
-A few kilobytes can declare terabytes, in the zip's directory or in an array's shape.
 """
 
 import math
 import os
+import shutil
+import tempfile
+import weakref
 import zipfile
 import zlib
 from collections.abc import Collection, Sequence
@@ -31,9 +32,15 @@ from deploy.datasets.files import ArrayImages, SourceTable
 
 _MAX_MEMBERS = 1000
 """Files in one archive; data sets have a dozen."""
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, TypeError, OSError)
+"""What a damaged archive makes its readers raise."""
+_SPLIT_COLUMN, _GROUP_COLUMN = "split", "group"
+_SPLITS = ("train", "test")
+_GROUP_ARRAYS = ("group", "track")
+_MEDMNIST_SPLITS = ("train", "val", "test")
 
 
-def check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | None = None) -> None:
+def _check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | None = None) -> None:
     """Refuse an archive that would not fit, or whose arrays are not of the size that they declare.
 
     A file that is longer than the zip declares is cut off there by ``zipfile`` and fails its checksum, so
@@ -77,11 +84,6 @@ def check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | No
             raise ValueError(f"{info.filename} declares {dtype} of shape {shape}, and holds {held:,} bytes")
 
 
-_SPLIT_COLUMN, _GROUP_COLUMN = "split", "group"
-_SPLITS = ("train", "test")
-_GROUP_ARRAYS = ("group", "track")
-
-
 def archive_source(archive: Path) -> SourceTable:
     """Read an archive of either layout, holding its images in memory.
 
@@ -101,18 +103,10 @@ def archive_source(archive: Path) -> SourceTable:
         # This says "File is not a zip file"; numpy would speak of pickles.
         with zipfile.ZipFile(archive) as listed:
             # Half of the memory, since all images are copied once when the parts are joined.
-            check_arrays(listed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+            _check_arrays(listed, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
         with np.load(archive, allow_pickle=False) as packed:
             arrays = _Arrays(archive, dict(packed))
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        ValueError,
-        TypeError,
-        OSError,
-    ) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{archive} cannot be read as an archive of arrays: {error}") from error
     tree, paths = arrays.tree()
     in_one = arrays.has("x")
@@ -215,3 +209,97 @@ class _Arrays:
                 ids = self.get(f"{name}{suffix}", np.integer, number)
                 groups = [f"{name} {value}" for value in ids.tolist()]
         return images, np.stack(labels, axis=1).astype(np.int64), groups
+
+
+def medmnist_source(archive: Path, hierarchy: Path | None = None) -> SourceTable:
+    """Read ``{train,val,test}_{images,labels}`` of an archive, with val counted as training.
+
+    The arrays are unpacked to a temporary folder and mapped, since the larger archives do not fit into
+    memory; the folder goes when the table does.
+
+    Args:
+        archive: the .npz; images (N, H, W) or (N, H, W, 3) uint8, labels (N,) or (N, 1).
+        hierarchy: label tree whose i-th row is class i; without it one level, ``class-0`` and so on.
+
+    Raises:
+        UserError: no such file, an array of another shape, or several labels per image.
+        DataError: the tree cannot be read.
+    """
+    require_file(archive, "the archive", "Give the .npz file of the data set.")
+    folder = Path(tempfile.mkdtemp(prefix="fedbags-"))
+    try:
+        parts = _unpack_medmnist(archive, folder)
+        labels = np.concatenate([part[1] for part in parts.values()])
+        classes = int(labels.max()) + 1
+        if hierarchy is None:
+            tree = Hierarchy.from_rows(["class"], [[f"class-{number}"] for number in range(classes)])
+        else:
+            tree = Hierarchy.from_csv(hierarchy)
+        starts = np.cumsum([0, *(len(part[1]) for part in parts.values())])
+        arrays = [part[0] for part in parts.values()]
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    splits = [split for split, part in parts.items() for _ in range(len(part[1]))]
+
+    def get(index: int) -> NDArray[np.uint8]:
+        part = int(np.searchsorted(starts, index, side="right")) - 1
+        return np.array(arrays[part][index - starts[part]])
+
+    known = labels < tree.sizes[-1]
+    kept = np.flatnonzero(known)
+    bad = [
+        BadRow(archive.name, None, f"image {index}: class {labels[index]} has no row in the hierarchy")
+        for index in np.flatnonzero(~known).tolist()
+    ]
+    table = SourceTable(
+        file=archive.name,
+        images=ArrayImages(lambda index: get(int(kept[index]))),
+        labels=labels[kept],
+        hierarchy=tree,
+        lines=[None] * len(kept),
+        columns={"split": [splits[index] for index in kept]},
+        split_column="split",
+        bad=tuple(bad),
+    )
+    # The images are read from the folder as long as the table is in use, so it goes with the table.
+    weakref.finalize(table, shutil.rmtree, folder, ignore_errors=True)
+    return table
+
+
+def _unpack_medmnist(archive: Path, folder: Path) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Return per split the images, mapped from disk, and the labels, shape (N,)."""
+    parts = {}
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            names = set(packed.namelist())
+            wanted = {f"{split}_{what}.npy" for split in _MEDMNIST_SPLITS for what in ("images", "labels")}
+            _check_arrays(packed, shutil.disk_usage(folder).free, wanted)
+            for split in _MEDMNIST_SPLITS:
+                files = [f"{split}_{what}.npy" for what in ("images", "labels")]
+                if names.isdisjoint(files):
+                    continue
+                # Unpacked first, because a compressed member cannot be mapped.
+                mapped = [np.load(packed.extract(name, folder), mmap_mode="r") for name in files]
+                parts[split] = _check_medmnist(archive, split, *mapped)
+    except (*_UNREADABLE, KeyError) as error:
+        raise UserError(f"{archive} cannot be read as a MedMNIST archive: {error}") from error
+    if "train" not in parts:
+        raise UserError(f"{archive} holds no train_images; it is not a MedMNIST archive")
+    return parts
+
+
+def _check_medmnist(
+    archive: Path, split: str, images: NDArray[np.uint8], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    shape = images.shape
+    if images.dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] != 3):
+        raise UserError(
+            f"{archive}: {split}_images is {images.dtype} of shape {shape}; needed is uint8 of shape "
+            "(N, H, W) or (N, H, W, 3)"
+        )
+    if labels.size != len(images) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise UserError(
+            f"{archive}: {split}_labels has shape {labels.shape}; needed is one class number per image"
+        )
+    return images, np.asarray(labels, dtype=np.int64).ravel()

@@ -1,13 +1,10 @@
-"""Read the images of a hospital and one count per class and bag, without any label of a single image.
+"""Build a site folder from bags of images with one count per class and bag, without a label of any image.
 
-Reads bags (one folder each, or a table) and their counts, long or wide, and checks one against the other.
-Every fault names its bag, since a bag with a fault can only be used or left out whole.
-
-Build one site folder from counted bags.
-
-The images are checked, bags with faults are left out where that is asked for, and the rest is written and
-reported. The site folder holds images under numbers, the bag of each and the counts of each bag. A label of a
-single image is nowhere, since nobody knows one.
+Bags (one folder each, or a table) and their counts, long or wide, are read and checked one against the other.
+Every fault names its bag, since a bag with a fault can only be used or left out whole. Then the images are
+checked, bags with faults are left out where that is asked for, and the rest is written and reported: images
+under numbers, the bag of each and the counts of each bag. A label of a single image is nowhere, since nobody
+knows one.
 """
 
 import hashlib
@@ -36,12 +33,6 @@ from client.data.tables import (
 from client.site import SiteConfig, SitePolicy
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
-from deploy.datasets.build import (
-    Steps,
-    image_faults,
-    refuse_existing,
-    whole_or_nothing,
-)
 from deploy.datasets.dicom import DICOM_SUFFIXES, MixedImages
 from deploy.datasets.files import (
     IMAGE_SUFFIXES,
@@ -50,7 +41,16 @@ from deploy.datasets.files import (
     find_images,
     is_hidden,
 )
-from deploy.datasets.site_writer import BuildReport, SiteReport, write_counts, write_images
+from deploy.datasets.site_writer import (
+    BuildReport,
+    SiteReport,
+    Steps,
+    image_faults,
+    refuse_existing,
+    whole_or_nothing,
+    write_counts,
+    write_images,
+)
 from deploy.datasets.table import image_column
 
 _BAG_COLUMNS = ("bag", "bag_id", "folder")
@@ -64,6 +64,24 @@ _ALIKE = 0.88
 
 
 @dataclass(frozen=True)
+class CountedFiles:
+    """Say where the bags of a hospital and their counts are.
+
+    Attributes:
+        images: folder of images; without ``bags`` every folder in it is a bag, with all images below it.
+        counts: the table of counts: long (a row for each bag and class: ``bag``, ``label``, ``count``) or
+            wide (a row for each bag: ``bag``, then a column for each class).
+        hierarchy: label tree as CSV, one row per leaf.
+        bags: a table with the columns ``image`` and ``bag``.
+    """
+
+    images: Path
+    counts: Path
+    hierarchy: Path
+    bags: Path | None = None
+
+
+@dataclass(frozen=True)
 class CountedBags:
     """Hold bags of images with the number of images of each leaf.
 
@@ -73,6 +91,7 @@ class CountedBags:
             counts.
         images: per bag its files, in the order of their names or of the table.
         counts: shape (B, C_L) int64, images per leaf.
+        minimum_bag_size: images; a smaller bag is a fault.
         found: images that were found.
         faults: every fault; a bag that one of them names must not be used.
         notes: what the user should know.
@@ -82,28 +101,19 @@ class CountedBags:
     bag_ids: tuple[str, ...]
     images: tuple[tuple[Path, ...], ...]
     counts: NDArray[np.int64]
+    minimum_bag_size: int
     found: int
     faults: tuple[Fault, ...]
     notes: tuple[str, ...]
 
 
 def read_counted_bags(
-    images: Path,
-    counts: Path,
-    hierarchy: Path,
-    bags: Path | None = None,
-    *,
-    minimum_bag_size: int = 4,
-    fold_case: bool = False,
+    files: CountedFiles, *, minimum_bag_size: int = 4, fold_case: bool = False
 ) -> CountedBags:
     """Read bags and counts, and check that they fit.
 
     Args:
-        images: folder of images; without ``bags`` every folder in it is a bag, with all images below it.
-        counts: the table of counts: long (a row for each bag and class: ``bag``, ``label``, ``count``) or
-            wide (a row for each bag: ``bag``, then a column for each class).
-        hierarchy: label tree as CSV, one row per leaf.
-        bags: a table with the columns ``image`` and ``bag``.
+        files: where they are.
         minimum_bag_size: images; a smaller bag is a fault.
         fold_case: take labels that differ from a leaf only by case or blanks for that leaf.
 
@@ -113,26 +123,28 @@ def read_counted_bags(
     """
     fatal: list[BadRow] = []
     ragged: list[BadRow] = []
-    table = read_csv(counts, (), fatal, ragged)
+    images, bags = files.images, files.bags
+    table = read_csv(files.counts, (), fatal, ragged)
     listing = read_csv(bags, (), fatal, ragged) if bags is not None else None
     if table is None or (bags is not None and listing is None):
         raise DataError("the bags cannot be read", fatal)
-    tree = Hierarchy.from_csv(hierarchy)
-    refuse_twins(tree, hierarchy.name)
+    tree = Hierarchy.from_csv(files.hierarchy)
+    refuse_twins(tree, files.hierarchy.name)
     faults = [Fault(row) for row in ragged]
     reader = _Counts(table, tree, fold_case, faults)
     members, found = _bags_of_table(images, listing, faults) if listing else _bags_of_folders(images, faults)
     _cross_check(members, reader, images.name, minimum_bag_size, faults)
     both = [bag for bag in reader.vectors if bag in members]
-    notes = [f"{counts.name} is {reader.layout}: {reader.shape}.", *reader.notes]
+    notes = [f"{files.counts.name} is {reader.layout}: {reader.shape}.", *reader.notes]
     if unlisted := len(found.images) - len({path for paths in members.values() for path in paths}):
         notes.append(f"{unlisted} image(s) below {images.name} are in no bag and were left out.")
-    tables = {path.suffix.lower() for path in (counts, hierarchy, bags) if path is not None}
+    tables = {path.suffix.lower() for path in (files.counts, files.hierarchy, bags) if path is not None}
     return CountedBags(
         hierarchy=tree,
         bag_ids=tuple(both),
         images=tuple(tuple(members[bag]) for bag in both),
         counts=np.array([reader.vectors[bag] for bag in both], np.int64).reshape(len(both), tree.sizes[-1]),
+        minimum_bag_size=minimum_bag_size,
         found=len(found.images),
         faults=tuple(faults),
         notes=(*notes, *found.notes(*tables)),
@@ -335,7 +347,6 @@ def build_counted_site(
     out: Path,
     name: str,
     *,
-    minimum_bag_size: int = 4,
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -345,7 +356,6 @@ def build_counted_site(
         bags: what the hospital has.
         out: folder of site folders; made if missing.
         name: of the site, also its folder.
-        minimum_bag_size: images; the site's policy.
         skip_bad: leave out every bag with a fault, and list the faults in the site's quarantine.csv.
         progress: called with (done, all); every image counts once for checking, once for writing.
 
@@ -354,7 +364,7 @@ def build_counted_site(
         UserError: the name cannot be one, ``out/name`` exists, or the disk refuses.
     """
     try:
-        config = SiteConfig(name=name, policy=SitePolicy(minimum_bag_size=minimum_bag_size))
+        config = SiteConfig(name=name, policy=SitePolicy(minimum_bag_size=bags.minimum_bag_size))
     except ValidationError as error:
         reasons = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
         raise UserError(f"--name {name!r} cannot name a site: {reasons}") from error
@@ -384,7 +394,7 @@ def build_counted_site(
     with whole_or_nothing(target, lambda: sum(images.size(index) for index in used.tolist())) as folder:
         bag_ids = [bags.bag_ids[number] for number in good]
         write_counts(folder, config, bags.hierarchy, bag_ids, bags.counts[good])
-        files = write_images(folder, "images", images, used, np.arange(len(used)), step)
+        files = write_images(folder / "images", images, used, np.arange(len(used)), step)
         listed = [
             (file, bags.bag_ids[bag_of[index]]) for file, index in zip(files, used.tolist(), strict=True)
         ]
@@ -393,17 +403,7 @@ def build_counted_site(
     sizes = [len(bags.images[number]) for number in good]
     return BuildReport(
         out=target,
-        sites=(
-            SiteReport(
-                name=name,
-                bags=len(sizes),
-                images=sum(sizes),
-                test_images=0,
-                bag_size_min=min(sizes),
-                bag_size_mean=round(sum(sizes) / len(sizes), 2),
-                bag_size_max=max(sizes),
-            ),
-        ),
+        sites=(SiteReport.of(name, sizes, 0),),
         listed=bags.found,
         used=sum(sizes),
         quarantined=len(rows),

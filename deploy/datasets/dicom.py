@@ -22,6 +22,7 @@ from deploy.datasets.files import (
     SourceTable,
     save_png,
 )
+from deploy.datasets.options import SourceOptions
 from deploy.datasets.table import table_source
 
 if TYPE_CHECKING:  # pydicom is an extra
@@ -96,36 +97,18 @@ def _require_pydicom() -> None:
         raise UserError("DICOM needs pydicom: pip install 'fedbags[dicom]'")
 
 
-def dicom_source(
-    folder: Path,
-    labels: Path,
-    hierarchy: Path | None = None,
-    label_column: str | None = None,
-    *,
-    depth: int | None = None,
-    fold_case: bool = False,
-) -> SourceTable:
+def dicom_source(options: SourceOptions) -> SourceTable:
     """Read a label table whose images are DICOM files.
 
     Groups are the files' PatientID; files without one are bad rows, since nobody could tell whose they
     are.
-
-    Args:
-        folder: the folder of the image files.
-        labels: the CSV.
-        hierarchy: label tree as CSV. Without it the diagnosis columns are the tree.
-        label_column: the column of leaf names; needs ``hierarchy``.
-        depth: see ``table_source``.
-        fold_case: see ``table_source``.
 
     Raises:
         UserError: pydicom is not installed; and see table_source.
         DataError: see table_source.
     """
     _require_pydicom()
-    table = table_source(
-        folder, labels, hierarchy, label_column, DicomImages, is_dicom_name, depth=depth, fold_case=fold_case
-    )
+    table = table_source(options, DicomImages, is_dicom_name)
     assert isinstance(table.images, DicomImages)
     bad = list(table.bad)
     kept, patients = [], []

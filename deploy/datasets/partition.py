@@ -1,21 +1,36 @@
-"""Divide images into sites and bags by pure functions on indices.
+"""Divide the images of a source into sites, and those of a site into bags, by pure functions on indices.
 
 The generator that is handed in fixes the result. What is moved about is a *unit*: all images of one patient
 (or lesion), or a single image where no such ids exist. A unit is never divided here.
-
-Divide a source table into sites by `--partition`, and a site into bags by `--bags`.
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.errors import BadRow, UserError
 from deploy.datasets.files import SourceTable, thumbnail
+from deploy.datasets.options import Division
 
 Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Hold the images of a source that are in use, and the rows that are not.
+
+    Attributes:
+        train: indices of the training images.
+        test: indices of the test images.
+        bad: rows that were left out.
+    """
+
+    train: Indices
+    test: Indices
+    bad: tuple[BadRow, ...] = ()
 
 
 def units_of(indices: Indices, groups: Sequence[str] | None) -> list[Indices]:
@@ -40,7 +55,6 @@ def _partition_dirichlet(
     labels: NDArray[np.int64],
     sites: int,
     concentration: float,
-    fewest: int,
     rng: np.random.Generator,
 ) -> Indices:
     """Deal the units of each leaf class by proportions drawn from a Dirichlet law.
@@ -50,8 +64,6 @@ def _partition_dirichlet(
         labels: shape (N,), leaf index of every image.
         sites: number of sites.
         concentration: of the law; small gives every class to few sites, large is nearly iid.
-        fewest: images that every site gets at least, moved there from the largest site, as far as
-            undivided units allow; at most half an equal share.
         rng: source of randomness.
 
     Returns:
@@ -62,6 +74,17 @@ def _partition_dirichlet(
     for leaf in np.unique(classes):
         mix = rng.dirichlet(np.full(sites, concentration))
         _deal(units, np.flatnonzero(classes == leaf), mix, site_of, rng)
+    return site_of
+
+
+def _feed_poorest(
+    units: Sequence[Indices], site_of: Indices, sites: int, fewest: int, rng: np.random.Generator
+) -> Indices:
+    """Move units from the largest site to the smallest until every site has its fewest images.
+
+    That is as far as undivided units allow; ``fewest`` is at most half an equal share. Returns ``site_of``,
+    which is changed.
+    """
     sizes = np.array([len(unit) for unit in units])
     images = np.bincount(site_of, weights=sizes, minlength=sites)
     for _ in units:
@@ -195,25 +218,8 @@ def _deal(
 _BAGS_AT_LEAST = 4
 """Bags that `dirichlet` leaves to its poorest site, where there are enough images."""
 
-_MISSING_WORDS = frozenset(
-    {
-        "",
-        "nan",
-        "na",
-        "n/a",
-        "#n/a",
-        "<na>",
-        "none",
-        "null",
-        "nil",
-        "nat",
-        "missing",
-        "unknown",
-        "-",
-        "--",
-        "?",
-    }
-)
+_MISSING_WORDS = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nil", "nat", "missing", "unknown"}
+_MISSING_SIGNS = {"-", "--", "?"}
 
 
 def column(source: SourceTable, name: str) -> Sequence[str]:
@@ -230,7 +236,7 @@ def column(source: SourceTable, name: str) -> Sequence[str]:
 
 def is_missing(cell: str) -> bool:
     """Return whether a cell stands for an unknown value, as spreadsheets and data frames write it."""
-    return cell.strip().lower() in _MISSING_WORDS
+    return cell.strip().lower() in _MISSING_WORDS | _MISSING_SIGNS
 
 
 def groups_of(source: SourceTable, name: str) -> list[str]:
@@ -243,62 +249,57 @@ def groups_of(source: SourceTable, name: str) -> list[str]:
 
 def divide(
     source: SourceTable,
-    train: Indices,
-    test: Indices,
+    split: Split,
     groups: Sequence[str] | None,
-    partition: str,
-    sites: int | None,
-    bag_size: int,
+    division: Division,
     rng: np.random.Generator,
 ) -> tuple[list[str], list[tuple[list[Indices], Indices]]]:
     """Return the name of every site, with its training units and test images."""
-    kind, _, argument = partition.partition(":")
+    train, test = split.train, split.test
+    kind, _, argument = division.partition.partition(":")
     if kind == "column" and argument:
         values = column(source, argument)
         chosen = sorted({values[index] for index in train})
-        if sites not in (None, len(chosen)):
-            raise UserError(f"--sites {sites}: column {argument!r} has {len(chosen)} values")
+        if division.sites not in (None, len(chosen)):
+            raise UserError(f"--sites {division.sites}: column {argument!r} has {len(chosen)} values")
         cells = np.array(values, dtype=object)
         parts = [
             (units_of(train[cells[train] == value], groups), test[cells[test] == value]) for value in chosen
         ]
         return _site_names(chosen), parts
-    number = 5 if sites is None else sites
+    number = division.number_of_sites
     if number < 1:
         raise UserError(f"--sites {number}: at least one site is needed")
     units = units_of(train, groups)
     if kind == "iid" and not argument:
         site_of = _partition_iid(units, number, rng)
     elif kind == "dirichlet":
-        fewest = min(_BAGS_AT_LEAST * bag_size, len(train) // (2 * number))
+        fewest = min(_BAGS_AT_LEAST * division.bag_size, len(train) // (2 * number))
         alpha = _concentration(argument)
-        site_of = _partition_dirichlet(units, source.labels, number, alpha, fewest, rng)
+        site_of = _partition_dirichlet(units, source.labels, number, alpha, rng)
+        site_of = _feed_poorest(units, site_of, number, fewest, rng)
     else:
-        raise UserError(f"--partition {partition!r}: write iid, dirichlet:ALPHA or column:NAME")
-    split = [[units[index] for index in np.flatnonzero(site_of == site)] for site in range(number)]
+        raise UserError(f"--partition {division.partition!r}: write iid, dirichlet:ALPHA or column:NAME")
+    owned = [[units[index] for index in np.flatnonzero(site_of == site)] for site in range(number)]
     none = np.zeros(0, dtype=np.int64)
     counts = np.stack(
         [
             np.bincount(source.labels[np.concatenate([none, *own])], minlength=source.hierarchy.sizes[-1])
-            for own in split
+            for own in owned
         ]
     )
     test_site = _spread_like(test, source.labels, counts, rng)
     width = len(str(number))
     names = [f"site-{site:0{width}d}" for site in range(1, number + 1)]
-    return names, [(own, test[test_site == site]) for site, own in enumerate(split)]
+    return names, [(own, test[test_site == site]) for site, own in enumerate(owned)]
 
 
 def make_bags(
-    source: SourceTable,
-    units: list[Indices],
-    bags: str,
-    bag_size: int,
-    minimum: int,
-    rng: np.random.Generator,
+    source: SourceTable, units: list[Indices], division: Division, rng: np.random.Generator
 ) -> list[Indices]:
     """Make the bags of a site in random order, each with its images in random order."""
-    kind, _, argument = bags.partition(":")
+    bag_size, minimum = division.bag_size, division.minimum_bag_size
+    kind, _, argument = division.bags.partition(":")
     shuffled = [units[index] for index in rng.permutation(len(units))]
     if kind == "random" and not argument:
         made = fill_bags(shuffled, bag_size, minimum)
@@ -311,7 +312,7 @@ def make_bags(
         order = _order_by_similarity(features, bag_size)
         made = fill_bags([shuffled[index] for index in order], bag_size, minimum)
     else:
-        raise UserError(f"--bags {bags!r}: write random, column:NAME or similarity")
+        raise UserError(f"--bags {division.bags!r}: write random, column:NAME or similarity")
     # Shuffled within and among bags: sources are often sorted by class, and the order would give labels
     # away.
     return [rng.permutation(made[index]) for index in rng.permutation(len(made))]

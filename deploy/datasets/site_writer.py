@@ -1,22 +1,92 @@
-"""Write one site folder, as docs/data.md describes it, from a plan of the images of each site.
+"""Check images, write site folders as docs/data.md describes them, all or nothing, and report what was done.
 
-Report what a build of site folders did, and what that means for the unit of a privacy statement.
+Shared by images with labels, which are divided first (``deploy.datasets.build``), and by bags that come with
+counts (``deploy.datasets.counts``). The report says what the division means for the unit of a privacy
+statement.
 """
 
-from collections.abc import Callable, Sequence
+import errno
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from client.data.image_cache import CHUNK, Progress
 from client.data.site_files import BAGS_FILE, MANIFEST_FILE, TEST_FILE
 from client.data.tables import write_csv
 from client.site import SiteConfig, SitePolicy
+from common.errors import UserError
+from common.files import new_folder
 from common.hierarchy import Hierarchy
-from deploy.datasets.files import SourceImages, SourceTable
-from deploy.datasets.partition import Indices
+from deploy.datasets.files import SourceImages, SourceTable, image_fault
+from deploy.datasets.partition import Indices, Split
+
+
+class Steps:
+    """Count the work done, for the progress callback."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, number: int = 1) -> None:
+        """Count ``number`` more steps as done."""
+        self._done += number
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def image_faults(images: SourceImages, number: int, step: Callable[[int], None]) -> Iterator[tuple[int, str]]:
+    """Decode images 0 to ``number - 1`` once, and yield index and fault of every unusable one."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # Pillow only warns of an image of 90 to 180 million pixels; here it is a bad image.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for start in range(0, number, CHUNK):
+            chunk = range(start, min(start + CHUNK, number))
+            faults = pool.map(lambda index: image_fault(images, index), chunk)
+            yield from ((index, fault) for index, fault in zip(chunk, faults, strict=True) if fault)
+            step(len(chunk))
+
+
+def refuse_existing(target: Path, option: str) -> None:
+    """Refuse a ``target`` that exists already, naming the option that chose it.
+
+    Raises:
+        UserError: there is something at ``target``.
+    """
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists already; remove it or choose another {option}")
+
+
+@contextmanager
+def whole_or_nothing(target: Path, needed: Callable[[], int]) -> Iterator[Path]:
+    """Give a temporary folder that becomes ``target`` only when the block ends without a fault.
+
+    Args:
+        target: the folder to make; its parents are made.
+        needed: bytes that a complete ``target`` takes, for the message about a full disk.
+
+    Raises:
+        UserError: the disk is full or refuses.
+    """
+    try:
+        with new_folder(target) as temporary:
+            yield temporary
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full: {target} needs about {needed():,} bytes. Free some space, or choose "
+                "another --out."
+            ) from error
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -28,14 +98,32 @@ class SitePlan:
     test: Indices
 
 
+@dataclass(frozen=True)
+class BuildPlan:
+    """Hold what a build is about to write.
+
+    Attributes:
+        source: the table that was divided.
+        split: its images in use.
+        sites: their division into sites and bags.
+        groups: the group of every image of the source, or None.
+        minimum_bag_size: images; goes into the sites' policy.
+    """
+
+    source: SourceTable
+    split: Split
+    sites: Sequence[SitePlan]
+    groups: Sequence[str] | None
+    minimum_bag_size: int
+
+    def size(self) -> int:
+        """Return about how many bytes the images take."""
+        parts = (part for site in self.sites for part in (*site.bags, site.test))
+        return sum(self.source.images.size(index) for part in parts for index in part.tolist())
+
+
 def write_site(
-    folder: Path,
-    source: SourceTable,
-    plan: SitePlan,
-    groups: Sequence[str] | None,
-    minimum_bag_size: int,
-    rng: np.random.Generator,
-    step: Callable[[], None],
+    folder: Path, plan: BuildPlan, site: SitePlan, rng: np.random.Generator, step: Callable[[], None]
 ) -> None:
     """Write site.toml, hierarchy.csv, manifest.csv, bags.csv, images/, and test.csv with test/.
 
@@ -46,29 +134,28 @@ def write_site(
         OSError: the disk is full or refuses.
     """
     folder.mkdir()
+    source = plan.source
     leaves = source.hierarchy.classes[-1]
-    width = max(4, len(str(len(plan.bags))))
-    bag_ids = [f"b{number:0{width}d}" for number in range(1, len(plan.bags) + 1)]
-    counts = np.stack([np.bincount(source.labels[bag], minlength=len(leaves)) for bag in plan.bags])
-    config = SiteConfig(name=plan.name, policy=SitePolicy(minimum_bag_size=minimum_bag_size))
+    width = max(4, len(str(len(site.bags))))
+    bag_ids = [f"b{number:0{width}d}" for number in range(1, len(site.bags) + 1)]
+    counts = np.stack([np.bincount(source.labels[bag], minlength=len(leaves)) for bag in site.bags])
+    config = SiteConfig(name=site.name, policy=SitePolicy(minimum_bag_size=plan.minimum_bag_size))
     write_counts(folder, config, source.hierarchy, bag_ids, counts)
 
-    bag_of = np.repeat(np.arange(len(plan.bags)), [len(bag) for bag in plan.bags])
-    members = np.concatenate(plan.bags)
-    order = rng.permutation(len(members))
-    paths = write_images(folder, "images", source.images, members, order, step)
+    bag_of = np.repeat(np.arange(len(site.bags)), [len(bag) for bag in site.bags])
+    members = np.concatenate(site.bags)
+    paths = write_images(folder / "images", source.images, members, rng.permutation(len(members)), step)
     header = ["path", "bag_id"]
     rows = [[path, bag_ids[bag]] for path, bag in zip(paths, bag_of.tolist(), strict=True)]
-    if groups is not None:
+    if plan.groups is not None:
         header.append("patient_id")
         opaque: dict[str, str] = {}
         for row, index in zip(rows, members.tolist(), strict=True):
-            row.append(opaque.setdefault(groups[index], f"p{len(opaque) + 1:04d}"))
+            row.append(opaque.setdefault(plan.groups[index], f"p{len(opaque) + 1:04d}"))
     write_csv(folder / MANIFEST_FILE, header, rows)
-    if len(plan.test):
-        test = rng.permutation(plan.test)
-        order = rng.permutation(len(test))
-        test_paths = write_images(folder, "test", source.images, test, order, step)
+    if len(site.test):
+        test = rng.permutation(site.test)
+        test_paths = write_images(folder / "test", source.images, test, rng.permutation(len(test)), step)
         labels = [leaves[label] for label in source.labels[test].tolist()]
         write_csv(folder / TEST_FILE, ("path", "label"), list(zip(test_paths, labels, strict=True)))
 
@@ -101,18 +188,12 @@ def write_counts(
 
 
 def write_images(
-    folder: Path,
-    name: str,
-    images: SourceImages,
-    indices: Indices,
-    order: Indices,
-    step: Callable[[], None],
+    folder: Path, images: SourceImages, indices: Indices, order: Indices, step: Callable[[], None]
 ) -> list[str]:
-    """Write images as ``name/000001.png`` and so on, and return their relative paths.
+    """Write images as ``000001.png`` and so on, and return their paths from the site folder.
 
     Args:
-        folder: the site folder.
-        name: the folder to make in it.
+        folder: the folder of the site to make.
         images: what to write from.
         indices: shape (n,), the images to write.
         order: shape (n,), the position in ``indices`` of the first file, the second, and so on.
@@ -121,11 +202,11 @@ def write_images(
     Raises:
         OSError: the disk is full or refuses.
     """
-    (folder / name).mkdir()
+    folder.mkdir()
     paths = [""] * len(indices)
     for number, position in enumerate(order.tolist(), start=1):
-        suffix = images.write(int(indices[position]), folder / name / f"{number:06d}")
-        paths[position] = f"{name}/{number:06d}{suffix}"
+        suffix = images.write(int(indices[position]), folder / f"{number:06d}")
+        paths[position] = f"{folder.name}/{number:06d}{suffix}"
         step()
     return paths
 
@@ -141,6 +222,12 @@ class SiteReport:
     bag_size_min: int
     bag_size_mean: float
     bag_size_max: int
+
+    @classmethod
+    def of(cls, name: str, bags: Sequence[int], test_images: int) -> Self:
+        """Return the summary of a site with these numbers of images in its bags."""
+        mean = round(sum(bags) / len(bags), 2)
+        return cls(name, len(bags), sum(bags), test_images, min(bags), mean, max(bags))
 
 
 @dataclass(frozen=True)
@@ -163,50 +250,21 @@ class BuildReport:
         return {**asdict(self), "out": str(self.out)}
 
 
-def make_report(
-    source: SourceTable,
-    out: Path,
-    plans: Sequence[SitePlan],
-    groups: Sequence[str] | None,
-    tested: Indices,
-    quarantined: int,
-) -> BuildReport:
-    """Summarise the site folders that were written.
-
-    Args:
-        source: the table that was divided.
-        out: the folder of the sites.
-        plans: the sites as they were written.
-        groups: the group of every image, or None.
-        tested: the test images.
-        quarantined: number of bad rows.
-    """
-    reports = []
-    bags_of: dict[str, int] = {}
-    for plan in plans:
-        sizes = [len(bag) for bag in plan.bags]
-        reports.append(
-            SiteReport(
-                name=plan.name,
-                bags=len(sizes),
-                images=sum(sizes),
-                test_images=len(plan.test),
-                bag_size_min=min(sizes),
-                bag_size_mean=round(sum(sizes) / len(sizes), 2),
-                bag_size_max=max(sizes),
-            )
-        )
-        if groups is not None:
-            for bag in plan.bags:
-                for group in {groups[index] for index in bag.tolist()}:
-                    bags_of[group] = bags_of.get(group, 0) + 1
+def make_report(out: Path, plan: BuildPlan) -> BuildReport:
+    """Summarise the site folders that were written below ``out``."""
+    source, groups = plan.source, plan.groups
+    sites = tuple(SiteReport.of(s.name, [len(bag) for bag in s.bags], len(s.test)) for s in plan.sites)
     notes = list(source.notes)
+    bags_of: Counter[str] = Counter()
     if groups is None:
         notes.append(
             "No patient or lesion ids were given: images of one patient may lie in several bags, and a "
             "privacy statement per bag is not one per patient."
         )
     else:
+        for site in plan.sites:
+            for bag in site.bags:
+                bags_of.update({groups[index] for index in bag.tolist()})
         divided = sum(number > 1 for number in bags_of.values())
         notes.append(
             f"{divided} of {len(bags_of)} groups lie in several bags (at most {max(bags_of.values())}): a "
@@ -214,15 +272,15 @@ def make_report(
             if divided
             else f"Each of the {len(bags_of)} groups lies in one bag: the bag covers whole groups."
         )
-        test_groups = {groups[index] for index in tested.tolist()}
+        test_groups = {groups[index] for index in plan.split.test.tolist()}
         if shared := len(test_groups & set(bags_of)):
             notes.append(f"{shared} group(s) have images on both sides of the split.")
     return BuildReport(
         out=out,
-        sites=tuple(reports),
+        sites=sites,
         listed=len(source) + len(source.bad),
-        used=sum(report.images + report.test_images for report in reports),
-        quarantined=quarantined,
+        used=sum(site.images + site.test_images for site in sites),
+        quarantined=len(plan.split.bad),
         max_bags_per_group=max(bags_of.values()) if bags_of else None,
         notes=tuple(notes),
     )

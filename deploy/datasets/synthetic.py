@@ -5,18 +5,12 @@ closer look than the one above it. Every hospital has its own staining and its o
 that what federated learning is for can be shown without downloading anything.
 """
 
-import fcntl
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.image_cache import Progress
-from client.site import site_folders
-from common.config import RunConfig
 from common.hierarchy import Hierarchy
-from deploy.datasets.build import build_sites
 from deploy.datasets.files import ArrayImages, SourceTable
+from deploy.datasets.options import SyntheticHospitals
 
 _OUTLINES = ("round", "annular", "linear")
 _PIGMENTS = ("brown", "blue", "red")
@@ -30,9 +24,6 @@ _HOSPITAL_CONCENTRATION = 2.0
 
 _SESSION_CONCENTRATION = 2.7
 """In all, of the Dirichlet law of a session's mix around its hospital's; smaller makes purer bags."""
-
-SYNTHETIC_PARTITION, SYNTHETIC_BAGS = "column:hospital", "column:session"
-"""How these images are meant to be divided."""
 
 _BLOCK = 64
 """Images drawn at once: large enough for NumPy, small enough for the processor's cache."""
@@ -72,50 +63,36 @@ def _draw_lesions(
     return out
 
 
-def synthetic_source(
-    sites: int = 5,
-    seed: int = 0,
-    images_per_site: int = 1200,
-    image_size: int = 48,
-    test_images_per_site: int = 240,
-    session_size: int = 16,
-) -> SourceTable:
+def synthetic_source(hospitals: SyntheticHospitals = SyntheticHospitals()) -> SourceTable:
     """Draw hospitals of synthetic lesions as a table with columns ``hospital``, ``session`` and ``split``.
 
     A hospital's training images come from sessions whose class mixes scatter widely around the
     hospital's own, as clinic days do: bags made of sessions differ, and differences between bags are all
     that proportions can teach. Test images are drawn from the hospital's mix.
-
-    Args:
-        sites: number of hospitals.
-        seed: fixes everything.
-        images_per_site: training images of each hospital.
-        image_size: side of the images, pixels.
-        test_images_per_site: test images of each hospital.
-        session_size: images per session; the last session of a hospital may be smaller.
     """
     hierarchy = lesion_hierarchy()
     leaves, images = [], []
     columns: dict[str, list[str]] = {"hospital": [], "session": [], "split": []}
+    images_per_site, test_images = hospitals.images_per_site, hospitals.test_images_per_site
     # A generator for each hospital, so that its images do not depend on how many hospitals there are.
-    for site, child in enumerate(np.random.SeedSequence(seed).spawn(sites), start=1):
+    for site, child in enumerate(np.random.SeedSequence(hospitals.seed).spawn(hospitals.sites), start=1):
         rng = np.random.default_rng(child)
         mix = rng.dirichlet(np.full(hierarchy.sizes[-1], _HOSPITAL_CONCENTRATION))
         stain = rng.uniform(0.86, 1.14, 3).astype(np.float32)
-        session = np.arange(images_per_site) // session_size
+        session = np.arange(images_per_site) // hospitals.session_size
         # The small constant keeps the law proper where a class has next to no share.
         mixes = rng.dirichlet(_SESSION_CONCENTRATION * mix + 1e-3, size=int(session[-1]) + 1)
         drawn = np.concatenate(
             [
                 *(rng.choice(len(mix), np.sum(session == day), p=own) for day, own in enumerate(mixes)),
-                rng.choice(len(mix), test_images_per_site, p=mix),
+                rng.choice(len(mix), test_images, p=mix),
             ]
         )
         leaves.append(drawn)
-        images.append(_draw_lesions(drawn, image_size, stain, rng))
-        columns["hospital"] += [f"hospital-{site:0{len(str(sites))}d}"] * len(drawn)
-        columns["session"] += [f"{site}.{day}" for day in session] + ["test"] * test_images_per_site
-        columns["split"] += ["train"] * images_per_site + ["test"] * test_images_per_site
+        images.append(_draw_lesions(drawn, hospitals.image_size, stain, rng))
+        columns["hospital"] += [f"hospital-{site:0{len(str(hospitals.sites))}d}"] * len(drawn)
+        columns["session"] += [f"{site}.{day}" for day in session] + ["test"] * test_images
+        columns["split"] += ["train"] * images_per_site + ["test"] * test_images
     pixels = np.concatenate(images)
     return SourceTable(
         file="synthetic",
@@ -126,57 +103,6 @@ def synthetic_source(
         columns=columns,
         split_column="split",
     )
-
-
-def write_synthetic_sites(
-    out: Path,
-    sites: int = 5,
-    seed: int = 0,
-    images_per_site: int = 1200,
-    image_size: int = 48,
-    bag_size: int = 16,
-    test_images_per_site: int = 240,
-    progress: Progress | None = None,
-) -> None:
-    """Write complete site folders ``out/hospital-K`` of synthetic lesions, one bag per session.
-
-    Args:
-        out: folder to make; it must not exist.
-        sites: number of hospitals.
-        seed: fixes everything.
-        images_per_site: training images of each hospital.
-        image_size: side of the images, pixels.
-        bag_size: images per bag.
-        test_images_per_site: test images of each hospital.
-        progress: called with (done, all).
-
-    Raises:
-        UserError: ``out`` exists, or cannot be written.
-    """
-    source = synthetic_source(sites, seed, images_per_site, image_size, test_images_per_site, bag_size)
-    build_sites(
-        source,
-        out,
-        bag_size=bag_size,
-        partition=SYNTHETIC_PARTITION,
-        bags=SYNTHETIC_BAGS,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def kept_synthetic_sites(config: RunConfig) -> list[Path]:
-    """Return the folders of a configuration's synthetic hospitals, drawn once and kept in the user's home."""
-    sites, size, seed = config.federation.sites, config.model.image_size, config.seed
-    root = Path.home() / ".fedbags" / "synthetic"
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "lock").open("w") as lock:
-        # Several processes may ask at once, and drawing takes a while.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        target = root / f"sites-{sites}-pixels-{size}-seed-{seed}"
-        if not target.exists():
-            write_synthetic_sites(target, sites=sites, seed=seed, image_size=size)
-    return site_folders(target)
 
 
 def _draw_block(

@@ -1,14 +1,14 @@
-"""Read images that are listed in a label table, such as ISIC metadata, HAM10000, or any labelled CSV.
+"""Read image files whose labels stand in a table, or in the names of the folders that they lie in.
 
-Read images in nested class folders, ``ROOT/coarse/fine/image.png``.
-
-The depth is the number of levels. Where the folders directly below ROOT are called train, val and test, they
-are the split.
+Tables are ISIC metadata, HAM10000, or any labelled CSV. Class folders are nested,
+``ROOT/coarse/fine/image.png``, as deep as there are levels; where the folders directly below ROOT are called
+train, val and test, they are the split.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from deploy.datasets.files import (
     SourceTable,
     find_images,
 )
+from deploy.datasets.options import SourceOptions
 
 _IMAGE_COLUMNS = (
     "image", "isic_id", "image_id", "image_name", "img_id", "filename", "file_name", "file", "path"
@@ -47,15 +48,9 @@ _HAM10000_TREE = (
 
 
 def table_source(
-    images: Path,
-    labels: Path,
-    hierarchy: Path | None = None,
-    label_column: str | None = None,
+    options: SourceOptions,
     reader: Callable[[Sequence[Path]], SourceImages] = FileImages,
     is_image: Ending = IMAGE_SUFFIXES.__contains__,
-    *,
-    depth: int | None = None,
-    fold_case: bool = False,
 ) -> SourceTable:
     """Read a label table and find the images that it lists.
 
@@ -65,14 +60,8 @@ def table_source(
     whose ``lesion_id`` becomes the group.
 
     Args:
-        images: folder of the image files.
-        labels: the CSV.
-        hierarchy: label tree as CSV. Without it the diagnosis columns are the tree.
-        label_column: the column of leaf names; needs ``hierarchy``.
+        options: with images and labels.
         reader: what reads the files found.
-        depth: take the first so many of the diagnosis columns; all if None.
-        fold_case: join labels that differ only by case, blanks or the form of a letter; else those that are
-            not written as most are, are bad rows.
         is_image: tells of an ending whether images have it; see ``find_images``.
 
     Returns:
@@ -83,6 +72,9 @@ def table_source(
         DataError: the CSV or the tree cannot be read.
         UserError: no image or label column can be found.
     """
+    images, labels, label_column = options.images, options.labels, options.label_column
+    assert images is not None
+    assert labels is not None
     fatal: list[BadRow] = []
     bad: list[BadRow] = []
     table = read_csv(labels, (), fatal, bad)
@@ -90,11 +82,12 @@ def table_source(
         raise DataError(f"the label table cannot be read: {labels}", fatal)
     image = image_column(table)
     levels = _level_columns(table, label_column)
+    depth = options.depth
     if depth is not None and (label_column is not None or not 1 <= depth <= len(levels)):
         raise UserError(f"--levels {depth}: {labels} has {len(levels)} diagnosis column(s) to take from")
     levels = levels[:depth]
     group = None
-    tree = Hierarchy.from_csv(hierarchy) if hierarchy is not None else None
+    tree = Hierarchy.from_csv(options.hierarchy) if options.hierarchy is not None else None
     if not levels and label_column is None and _HAM10000_COLUMN in table.columns:
         levels = [_HAM10000_COLUMN]
         tree = tree or Hierarchy.from_rows(_HAM10000_LEVELS, _HAM10000_TREE)
@@ -107,9 +100,10 @@ def table_source(
     if tree is None and label_column is not None:
         raise UserError("--label-column needs --hierarchy: one row per leaf, coarse to fine")
     notes: list[str] = []
-    table = _one_spelling(table, levels, tree, fold_case, bad, notes)
+    usual = _usual_spellings(table, levels, tree)
+    table = _joined(table, usual, notes) if options.fold_case else _only_usual(table, usual, bad)
     tree = tree or _tree_from(table, levels, bad)
-    refuse_twins(tree, (hierarchy or labels).name)
+    refuse_twins(tree, (options.hierarchy or labels).name)
     index = FileIndex(images, is_image)
     kept: list[int] = []
     paths: list[Path] = []
@@ -172,46 +166,43 @@ def _level_columns(table: CsvTable, label_column: str | None) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-def _one_spelling(
-    table: CsvTable,
-    levels: Sequence[str],
-    tree: Hierarchy | None,
-    fold_case: bool,
-    bad: list[BadRow],
-    notes: list[str],
-) -> CsvTable:
-    """Return the table with each class written in one way.
-
-    Without ``fold_case`` rows in another spelling become bad rows.
-    """
-    rows, lines = [], []
-    joined: Counter[str] = Counter()
-    usual = []
+def _usual_spellings(
+    table: CsvTable, levels: Sequence[str], tree: Hierarchy | None
+) -> dict[str, dict[str, str]]:
+    """Return, by column of labels, how each label in it is usually written."""
+    usual = {}
     for level, name in enumerate(levels):
         known: tuple[str, ...] = ()
         if tree is not None and len(levels) == len(tree.levels):
             known = tree.classes[level]
         elif tree is not None and name == levels[-1]:
             known = tree.classes[-1]
-        usual.append(usual_spellings([row[name] for row in table.rows], known))
+        usual[name] = usual_spellings([row[name] for row in table.rows], known)
+    return usual
+
+
+def _joined(table: CsvTable, usual: Mapping[str, Mapping[str, str]], notes: list[str]) -> CsvTable:
+    """Return the table with each class written in its usual way, and note what was changed."""
+    changed = [row[name] for row in table.rows for name, own in usual.items() if own[row[name]] != row[name]]
+    if changed:
+        names = ", ".join(f"{name!r} ({number})" for name, number in Counter(changed).most_common(5))
+        notes.append(f"{len(changed)} label(s) were joined with others: {names}.")
+    rows = tuple({**row, **{name: own[row[name]] for name, own in usual.items()}} for row in table.rows)
+    return replace(table, rows=rows)
+
+
+def _only_usual(table: CsvTable, usual: Mapping[str, Mapping[str, str]], bad: list[BadRow]) -> CsvTable:
+    """Return the rows whose labels are written as usual; the others become bad rows."""
+    kept = []
     for line, row in table:
-        other = {
-            name: own[row[name]]
-            for name, own in zip(levels, usual, strict=True)
-            if own[row[name]] != row[name]
-        }
-        if other and not fold_case:
-            (name, spelling), *_ = other.items()
-            reason = f"{name} {row[name]!r} is written {spelling!r} elsewhere; did you mean it? (--fold-case)"
-            bad.append(BadRow(table.file, line, reason))
-            continue
-        joined.update(row[name] for name in other)
-        rows.append({**row, **other})
-        lines.append(line)
-    if joined:
-        names = ", ".join(f"{name!r} ({number})" for name, number in joined.most_common(5))
-        notes.append(f"{sum(joined.values())} label(s) were joined with others: {names}.")
-    return CsvTable(table.file, table.columns, tuple(rows), tuple(lines))
+        for name, own in usual.items():
+            if (spelling := own[row[name]]) != row[name]:
+                hint = f"is written {spelling!r} elsewhere; did you mean it? (--fold-case)"
+                bad.append(BadRow(table.file, line, f"{name} {row[name]!r} {hint}"))
+                break
+        else:
+            kept.append((line, row))
+    return replace(table, rows=tuple(row for _, row in kept), lines=tuple(line for line, _ in kept))
 
 
 def _tree_from(table: CsvTable, levels: Sequence[str], bad: list[BadRow]) -> Hierarchy:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from client.data.labelled import LabelledImages
 from client.site import SiteConfig, site_folders
 from common.errors import UserError
-from deploy.datasets.synthetic import kept_synthetic_sites, lesion_hierarchy
+from deploy.datasets.build import kept_synthetic_sites
+from deploy.datasets.synthetic import lesion_hierarchy
 from deploy.figures.finished_run import FinishedRun
 
 

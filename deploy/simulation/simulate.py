@@ -18,6 +18,7 @@ from common.run_records import RunSummary
 from deploy.cli.progress import Follower, counted
 from deploy.cli.tables import console
 from deploy.configuration import compose, say_presets
+from deploy.datasets.options import SyntheticHospitals
 from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary, run_events
 from deploy.runs.runs import print_summary
@@ -31,7 +32,7 @@ with lazy_imports():
     from client.data import bags, labelled
     from common.model import build
     from common.privacy import randomness
-    from deploy.datasets import synthetic
+    from deploy.datasets import build as datasets
     from deploy.figures import draw as figures_of_runs
     from deploy.report import files as budget_report
     from deploy.simulation import ephemeral_pki, flower_engine, local_grid
@@ -141,13 +142,10 @@ def _synthetic_sites(config: RunConfig, folder: "run_folder.RunFolder") -> Path:
     if folder.config.exists() and sites_dir.exists():
         return sites_dir
     with counted("drawing synthetic hospitals") as progress:
-        synthetic.write_synthetic_sites(
-            sites_dir,
-            sites=config.federation.sites,
-            seed=config.seed,
-            image_size=config.model.image_size,
-            progress=progress,
+        hospitals = SyntheticHospitals(
+            config.federation.sites, config.seed, image_size=config.model.image_size
         )
+        datasets.write_synthetic_sites(sites_dir, hospitals, progress)
     return sites_dir
 
 

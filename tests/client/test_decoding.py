@@ -21,6 +21,7 @@ from common.errors import DataError
 from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
 from deploy.datasets.files import IMAGE_SUFFIXES, FileImages, SourceTable, image_fault
+from deploy.datasets.options import Division
 
 UPRIGHT = np.zeros((8, 12, 3), dtype=np.uint8)
 UPRIGHT[:, :6] = (255, 0, 0)
@@ -121,7 +122,7 @@ def test_one_pixel_limit_and_one_message_for_build_check_and_predict(tmp_path: P
         Hierarchy.from_rows(["leaf"], [["a"]]), [2],
     )  # fmt: skip
     with pytest.raises(DataError, match=r"table.csv, row 2: .*more than the 89,478,485 pixels"):
-        build_sites(source, tmp_path / "out", sites=1)
+        build_sites(source, tmp_path / "out", Division(sites=1))
 
 
 def test_the_limit_itself_is_read() -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ from deploy.consortium import programs
 from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import SiteKit
 from deploy.datasets import synthetic
+from deploy.datasets.files import SourceTable
+from deploy.datasets.options import SyntheticHospitals
 from deploy.datasets.site_check import check_site, print_check
 from tests.deploy import in_process
 
@@ -75,8 +77,12 @@ def test_the_run_can_be_repeated_from_its_configuration(finished: Path, tmp_path
 
 
 def test_synthetic_hospitals_are_drawn_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = partial(synthetic.write_synthetic_sites, images_per_site=64, test_images_per_site=24)
-    monkeypatch.setattr(synthetic, "write_synthetic_sites", few)
+    draw = synthetic.synthetic_source
+
+    def few(hospitals: SyntheticHospitals) -> SourceTable:
+        return draw(replace(hospitals, images_per_site=64, test_images_per_site=24))
+
+    monkeypatch.setattr(synthetic, "synthetic_source", few)
     assert_drawn_into_the_run(
         in_process.fedbags(
             "simulate", "--sites", 2, "--rounds", 1, "--out", "run", "--json", *SMALL, cwd=tmp_path

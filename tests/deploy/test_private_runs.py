@@ -26,7 +26,8 @@ from common.privacy.events import Adjacency, event_from_dict
 from common.privacy.proportions import GRID
 from common.records import ModelUpdate, SiteError
 from common.wire import to_records
-from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 from deploy.flower.internals import become_server
 from deploy.report.files import report
 from deploy.runs.reading import read_summary
@@ -59,9 +60,16 @@ def uneven(tmp_path: Path) -> Path:
     small, large = tmp_path / "small", tmp_path / "large"
     for out, images in ((small, 64), (large, 128)):
         write_synthetic_sites(
-            out, sites=1, seed=images, images_per_site=images, image_size=16, bag_size=8,
-            test_images_per_site=16,
-        )  # fmt: skip
+            out,
+            SyntheticHospitals(
+                sites=1,
+                seed=images,
+                images_per_site=images,
+                image_size=16,
+                session_size=8,
+                test_images_per_site=16,
+            ),
+        )
     both = tmp_path / "both"
     for name, source in (("small", small), ("large", large)):
         shutil.copytree(source / "hospital-1", both / name)

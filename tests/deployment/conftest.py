@@ -21,7 +21,8 @@ from common.files import read_json_lines
 from deploy.consortium.checks import nginx_program
 from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import CoordinatorKit, SiteKit
-from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 from deploy.flower.processes import free_port, with_variable
 
 SITES = ("hospital-1", "hospital-2", "hospital-3")
@@ -231,7 +232,10 @@ def alive(pid: int) -> bool:
 def write_data(folder: Path, count: int) -> None:
     """Hospitals of 16 bags, each with a budget of its own, without which a real site trains not privately."""
     write_synthetic_sites(
-        folder, sites=count, seed=1, images_per_site=64, image_size=SIZE, bag_size=4, test_images_per_site=12
+        folder,
+        SyntheticHospitals(
+            sites=count, seed=1, images_per_site=64, image_size=SIZE, session_size=4, test_images_per_site=12
+        ),
     )
     for site in folder.iterdir():
         text = (site / "site.toml").read_text().split("[policy.budget]")[0]

@@ -25,7 +25,8 @@ from common.secure_aggregation.records import (
 )
 from common.secure_aggregation.recovery import MaskedSum
 from common.wire import from_records, to_records
-from deploy.datasets.synthetic import write_synthetic_sites
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 from deploy.simulation.ephemeral_pki import make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
 from server import quorum, rounds
@@ -49,7 +50,10 @@ def five(
     """Runs of five sites, of whom three recover a secret."""
     folder = tmp_path_factory.mktemp("five") / "sites"
     write_synthetic_sites(
-        folder, sites=5, seed=2, images_per_site=32, image_size=16, bag_size=8, test_images_per_site=9
+        folder,
+        SyntheticHospitals(
+            sites=5, seed=2, images_per_site=32, image_size=16, session_size=8, test_images_per_site=9
+        ),
     )
 
     def make(changes: dict[str, Any] | None = None) -> RunConfig:

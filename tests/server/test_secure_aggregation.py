@@ -214,11 +214,15 @@ def test_the_weights_are_those_of_the_training_bags(sites_dir: Path) -> None:
 @pytest.fixture
 def five(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Runs of five sites: the threshold is four."""
-    from deploy.datasets.synthetic import write_synthetic_sites
+    from deploy.datasets.build import write_synthetic_sites
+    from deploy.datasets.options import SyntheticHospitals
 
     folder = tmp_path_factory.mktemp("five") / "sites"
     write_synthetic_sites(
-        folder, sites=5, seed=2, images_per_site=32, image_size=16, bag_size=8, test_images_per_site=9
+        folder,
+        SyntheticHospitals(
+            sites=5, seed=2, images_per_site=32, image_size=16, session_size=8, test_images_per_site=9
+        ),
     )
 
     def make(name: str, changes: dict[str, Any] | None = None, secure: bool = True) -> RunConfig:

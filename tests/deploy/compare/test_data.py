@@ -12,7 +12,7 @@ from client.data.tables import read_csv
 from client.site import site_folders
 from common.errors import DataError, UserError
 from deploy.compare.cells import Cell, Context, expand
-from deploy.compare.data import DataFolders, open_data
+from deploy.compare.data import DataFolders, folder_name, open_data
 from deploy.compare.scenario import Scenario, Setting
 from tests.deploy.compare.conftest import LEAVES, SIZE, TEST, TRAIN, write_archive
 from tests.deploy.datasets.layouts import draw_image
@@ -145,7 +145,7 @@ def test_nothing_is_made_twice(scenario: Write, tmp_path: Path) -> None:
     assert again.root == folders.root
     assert {file: file.stat().st_mtime_ns for file in folders.root.rglob("*.csv")} == stamps
     assert {file: file.stat().st_ino for file in folders.root.rglob("images.npy")} == caches
-    divided = {cell.division.name for cell in cells}
+    divided = {folder_name(cell.division) for cell in cells}
     assert {folder.name for folder in folders.root.iterdir()} == {
         "images", "images.json", "test", *divided, *(f"{name}.alone" for name in divided),
     }  # fmt: skip

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from common.errors import DataError, UserError
-from deploy.datasets.build import build_sites
-from deploy.datasets.catalogue import open_source
+from deploy.datasets.build import build_sites, open_source
+from deploy.datasets.options import Division, SourceOptions
 
 NAMES = {"names1": ["warm", "cold"], "names2": ["blue", "red", "green"]}
 TREE = {"tree_2to1": [1, 0, 1]}
@@ -43,7 +43,7 @@ def in_two_parts(content: dict[str, Any]) -> dict[str, Any]:
 def test_both_layouts_are_the_same_table(tmp_path: Path, parts: int) -> None:
     content = arrays()
     path = write(tmp_path / "x.npz", content if parts == 1 else in_two_parts(content))
-    table = open_source("archive", images=path)
+    table = open_source(SourceOptions("archive", images=path))
     assert table.hierarchy.levels == ("level_1", "level_2")
     # Leaves keep the archive's numbers; coarse classes stand in the order of their leaves.
     assert table.hierarchy.classes == (("cold", "warm"), ("blue", "red", "green"))
@@ -56,7 +56,9 @@ def test_both_layouts_are_the_same_table(tmp_path: Path, parts: int) -> None:
 def test_levels_and_groups_by_name(tmp_path: Path) -> None:
     ids = np.array([4, 4, 7, 7, 7, 9, 1, 1])
     table = open_source(
-        "archive", images=write(tmp_path / "x.npz", arrays(levels=["kind", "colour"], group=ids))
+        SourceOptions(
+            "archive", images=write(tmp_path / "x.npz", arrays(levels=["kind", "colour"], group=ids))
+        )
     )
     assert table.hierarchy.levels == ("kind", "colour")
     assert table.group_column == "group"
@@ -66,7 +68,7 @@ def test_levels_and_groups_by_name(tmp_path: Path) -> None:
 def test_tracks_of_the_training_part_alone(tmp_path: Path) -> None:
     """A test image is then a group of its own, and no training image's."""
     content = in_two_parts(arrays()) | {"track_train": np.array([0, 0, 0, 1, 1, 1])}
-    table = open_source("archive", images=write(tmp_path / "x.npz", content))
+    table = open_source(SourceOptions("archive", images=write(tmp_path / "x.npz", content)))
     groups = table.columns["group"]
     assert groups[:6] == ["track 0"] * 3 + ["track 1"] * 3
     assert len(set(groups[6:])) == 2
@@ -78,14 +80,14 @@ def test_labels_that_are_no_path_are_bad_rows(tmp_path: Path) -> None:
     beyond = LABELS.copy()
     beyond[2] = 9
     path = write(tmp_path / "x.npz", arrays(y1=wrong, y2=beyond))
-    table = open_source("archive", images=path)
+    table = open_source(SourceOptions("archive", images=path))
     assert [row.reason for row in table.bad] == [
         "image 2: [1, 9] is no path of the tree",
         "image 5: [0, 2] is no path of the tree",
     ]
     assert len(table) == 6
     with pytest.raises(DataError, match="image 5"):
-        build_sites(table, tmp_path / "out", sites=1, bag_size=2, minimum_bag_size=1)
+        build_sites(table, tmp_path / "out", Division(sites=1, bag_size=2, minimum_bag_size=1))
 
 
 @pytest.mark.parametrize(
@@ -109,21 +111,21 @@ def test_arrays_that_are_missing_or_of_another_kind(
 ) -> None:
     path = write(tmp_path / "x.npz", arrays(**changes))
     with pytest.raises(UserError, match=message):
-        open_source("archive", images=path)
+        open_source(SourceOptions("archive", images=path))
 
 
 def test_parts_of_different_sizes_and_files_that_are_none(tmp_path: Path) -> None:
     content = in_two_parts(arrays()) | {"x_test": np.zeros((2, 5, 5, 3), np.uint8)}
     with pytest.raises(UserError, match="different sizes"):
-        open_source("archive", images=write(tmp_path / "x.npz", content))
+        open_source(SourceOptions("archive", images=write(tmp_path / "x.npz", content)))
     with pytest.raises(UserError, match="not found"):
-        open_source("archive", images=tmp_path / "nothing.npz")
+        open_source(SourceOptions("archive", images=tmp_path / "nothing.npz"))
     (tmp_path / "y.npz").write_bytes(b"no zip")
     with pytest.raises(UserError, match="cannot be read as an archive of arrays: File is not a zip file"):
-        open_source("archive", images=tmp_path / "y.npz")
+        open_source(SourceOptions("archive", images=tmp_path / "y.npz"))
     np.savez(tmp_path / "z.npz", x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UserError, match="cannot be read as an archive"):
-        open_source("archive", images=tmp_path / "z.npz")
+        open_source(SourceOptions("archive", images=tmp_path / "z.npz"))
 
 
 def test_groups_keep_within_sites_while_their_bags_are_drawn_at_random(tmp_path: Path) -> None:
@@ -134,9 +136,9 @@ def test_groups_keep_within_sites_while_their_bags_are_drawn_at_random(tmp_path:
         x=np.random.default_rng(1).integers(0, 256, (number, 8, 8, 3), dtype=np.uint8),
         y1=parents[labels], y2=labels, is_test=np.zeros(number, np.bool_), group=np.arange(number) // 8,
     )  # fmt: skip
-    table = open_source("archive", images=write(tmp_path / "x.npz", content))
-    whole = build_sites(table, tmp_path / "whole", sites=4, bag_size=8)
-    mixed = build_sites(table, tmp_path / "mixed", sites=4, bag_size=8, groups="sites")
+    table = open_source(SourceOptions("archive", images=write(tmp_path / "x.npz", content)))
+    whole = build_sites(table, tmp_path / "whole", Division(sites=4, bag_size=8))
+    mixed = build_sites(table, tmp_path / "mixed", Division(sites=4, bag_size=8, groups="sites"))
     assert whole.max_bags_per_group == 1
     assert mixed.max_bags_per_group is not None
     assert mixed.max_bags_per_group > 2
@@ -145,4 +147,4 @@ def test_groups_keep_within_sites_while_their_bags_are_drawn_at_random(tmp_path:
     patients = [{line.split(",")[2] for line in text.splitlines()[1:]} for text in manifests]
     assert sum(map(len, patients)) == 40, "a group is whole within its site"
     with pytest.raises(UserError, match="write bags or sites"):
-        build_sites(table, tmp_path / "x", groups="site")
+        build_sites(table, tmp_path / "x", Division(groups="site"))

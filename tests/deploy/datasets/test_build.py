@@ -21,6 +21,7 @@ from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
 from deploy.datasets.files import ArrayImages, FileImages, SourceTable
+from deploy.datasets.options import Division
 
 TREE = Hierarchy.from_rows(
     ("kind", "leaf"), [("dark", "canary-a"), ("dark", "canary-b"), ("light", "canary-c")]
@@ -71,11 +72,7 @@ def test_every_training_image_lands_in_one_bag_with_true_counts(
     report = build_sites(
         source,
         tmp_path / "out",
-        sites=number,
-        bag_size=8,
-        partition=partition,
-        bags=bags,
-        split_column="split",
+        Division(sites=number, bag_size=8, partition=partition, bags=bags, split_column="split"),
     )
     trained, tested = [], []
     for site in report.sites:
@@ -103,7 +100,7 @@ def test_every_training_image_lands_in_one_bag_with_true_counts(
 def test_the_seed_fixes_every_byte(tmp_path: Path, split: list[str]) -> None:
     source = array_source(split=split)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        build_sites(source, tmp_path / name, sites=2, bag_size=8, split_column="split", seed=seed)
+        build_sites(source, tmp_path / name, Division(sites=2, bag_size=8, split_column="split", seed=seed))
     assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
     assert tree_bytes(tmp_path / "a") != tree_bytes(tmp_path / "c")
 
@@ -118,7 +115,7 @@ def test_no_instance_label_original_name_or_group_is_written(
         array_source(60, patient=[f"secret-patient-{index // 2}" for index in range(60)]),
         images=FileImages(paths),
     )
-    build_sites(source, tmp_path / "out", sites=1, bag_size=10, group_column="patient")
+    build_sites(source, tmp_path / "out", Division(sites=1, bag_size=10, group_column="patient"))
     site = tmp_path / "out/site-1"
     assert not (site / "test.csv").exists()
     for name, content in tree_bytes(site).items():
@@ -145,7 +142,7 @@ def test_files_keep_their_bytes_but_not_their_time(
     Image.new("RGB", (12, 12)).save(tmp_path / "in/8.bmp")
     paths[8] = tmp_path / "in/8.bmp"
     source = replace(array_source(9), images=FileImages(paths))
-    build_sites(source, tmp_path / "out", sites=1, bag_size=4)
+    build_sites(source, tmp_path / "out", Division(sites=1, bag_size=4))
     written = list((tmp_path / "out/site-1/images").iterdir())
     assert {path.suffix for path in written} == {".png"}, "what is neither PNG nor JPEG becomes PNG"
     contents = {path.read_bytes() for path in written}
@@ -157,7 +154,7 @@ def test_a_group_lies_in_one_bag_and_the_report_says_so(tmp_path: Path) -> None:
     sizes = [1, 2, 3, 30, 5, 7, 1, 1, 12, 9, 4, 20]
     patients = [str(patient) for patient, size in enumerate(sizes) for _ in range(size)]
     source = array_source(len(patients), patient=patients)
-    report = build_sites(source, tmp_path / "out", sites=2, bag_size=8, group_column="patient")
+    report = build_sites(source, tmp_path / "out", Division(sites=2, bag_size=8, group_column="patient"))
     assert report.max_bags_per_group == 1
     assert "Each of the 12 groups lies in one bag" in report.notes[0]
     seen: dict[str, set[tuple[str, str]]] = {}
@@ -181,10 +178,7 @@ def test_a_group_that_a_column_divides_is_reported(tmp_path: Path) -> None:
     report = build_sites(
         source,
         tmp_path / "out",
-        bag_size=6,
-        partition="column:clinic",
-        group_column="patient",
-        split_column="split",
+        Division(bag_size=6, partition="column:clinic", group_column="patient", split_column="split"),
     )
     assert report.max_bags_per_group == 2
     assert "1 of 10 groups lie in several bags (at most 2)" in report.notes[0]
@@ -192,7 +186,7 @@ def test_a_group_that_a_column_divides_is_reported(tmp_path: Path) -> None:
 
 
 def test_without_groups_the_report_warns_about_the_unit(tmp_path: Path) -> None:
-    report = build_sites(array_source(), tmp_path / "out", bag_size=8)
+    report = build_sites(array_source(), tmp_path / "out", Division(bag_size=8))
     assert report.max_bags_per_group is None
     assert "not one per patient" in report.notes[0]
     assert report.to_dict()["sites"][0]["name"] == "site-1"
@@ -200,7 +194,7 @@ def test_without_groups_the_report_warns_about_the_unit(tmp_path: Path) -> None:
 
 
 def test_the_minimum_bag_size_goes_into_the_policy(tmp_path: Path) -> None:
-    build_sites(array_source(), tmp_path / "out", sites=1, bag_size=16, minimum_bag_size=9)
+    build_sites(array_source(), tmp_path / "out", Division(sites=1, bag_size=16, minimum_bag_size=9))
     assert SiteConfig.load(tmp_path / "out/site-1").policy.minimum_bag_size == 9
     assert BagStore.open(tmp_path / "out/site-1", 12).bag_sizes.sum() == 120
     assert sorted(BagStore.open(tmp_path / "out/site-1", 12).bag_sizes)[-2:] == [16, 24]
@@ -209,7 +203,7 @@ def test_the_minimum_bag_size_goes_into_the_policy(tmp_path: Path) -> None:
 def test_bags_by_similarity_are_purer_than_random_ones(tmp_path: Path) -> None:
     purity = {}
     for bags in ("random", "similarity"):
-        build_sites(array_source(), tmp_path / bags, sites=1, bag_size=8, bags=bags)
+        build_sites(array_source(), tmp_path / bags, Division(sites=1, bag_size=8, bags=bags))
         store = BagStore.open(tmp_path / bags / "site-1", 12)
         purity[bags] = (store.leaf_counts.max(axis=1) / store.bag_sizes).mean()
     assert purity["similarity"] > 0.95 > purity["random"]
@@ -229,7 +223,7 @@ def test_bad_rows_are_listed_together_or_quarantined(
         bad=(BadRow("metadata.csv", 900, "unknown label 'x'"),),
     )
     with pytest.raises(DataError) as caught:
-        build_sites(source, tmp_path / "out", bag_size=8, sites=2, split_column="split")
+        build_sites(source, tmp_path / "out", Division(bag_size=8, sites=2, split_column="split"))
     text = str(caught.value)
     assert "metadata.csv holds 3 bad row(s)" in text
     assert "row 7: " in text
@@ -238,7 +232,9 @@ def test_bad_rows_are_listed_together_or_quarantined(
     assert "row 900: unknown label 'x'" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
-    report = build_sites(source, tmp_path / "out", bag_size=8, sites=2, split_column="split", skip_bad=True)
+    report = build_sites(
+        source, tmp_path / "out", Division(bag_size=8, sites=2, split_column="split"), skip_bad=True
+    )
     assert (report.listed, report.used, report.quarantined) == (121, 118, 3)
     assert len((tmp_path / "out/quarantine.csv").read_text().splitlines()) == 4
     for site in report.sites:
@@ -268,7 +264,7 @@ def test_a_wrong_option_is_explained_and_nothing_is_written(
 ) -> None:
     source = array_source(clinic=["x", "y"] * 60)
     with pytest.raises(UserError) as caught:
-        build_sites(source, tmp_path / "out", **options)
+        build_sites(source, tmp_path / "out", Division(**options))
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -278,7 +274,7 @@ def test_an_existing_folder_and_a_source_without_training_images(tmp_path: Path)
     with pytest.raises(UserError, match="exists already"):
         build_sites(array_source(), tmp_path / "out")
     with pytest.raises(UserError, match="no usable training image"):
-        build_sites(array_source(split=["test"] * 120), tmp_path / "new", split_column="split")
+        build_sites(array_source(split=["test"] * 120), tmp_path / "new", Division(split_column="split"))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +296,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(
 
     monkeypatch.setattr(deploy.datasets.build, "write_site", fail_at_second)
     with pytest.raises(UserError, match=message):
-        build_sites(array_source(), tmp_path / "out", bag_size=8)
+        build_sites(array_source(), tmp_path / "out", Division(bag_size=8))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,21 +306,26 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_sites(array_source(), tmp_path / "out", bag_size=8, progress=stop)
+        build_sites(array_source(), tmp_path / "out", Division(bag_size=8), progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_counts_every_image_twice(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     build_sites(
-        array_source(), tmp_path / "out", bag_size=8, progress=lambda done, total: seen.append((done, total))
+        array_source(),
+        tmp_path / "out",
+        Division(bag_size=8),
+        progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (240, 240)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_training_needs_no_label_source_after_the_build(tmp_path: Path, split: list[str]) -> None:
-    build_sites(array_source(split=split), tmp_path / "out", sites=1, bag_size=8, split_column="split")
+    build_sites(
+        array_source(split=split), tmp_path / "out", Division(sites=1, bag_size=8, split_column="split")
+    )
     (tmp_path / "out/site-1/test.csv").unlink()
     shutil.rmtree(tmp_path / "out/site-1/test")
     assert len(BagStore.open(tmp_path / "out/site-1", 12)) == 12
@@ -338,21 +339,23 @@ def test_images_without_a_patient_never_become_one_patient(tmp_path: Path, word:
     patients = [word if index % 2 else f"p{index // 8}" for index in range(96)]
     source = array_source(96, patient=patients)
     with pytest.raises(DataError, match=r"row 3: patient is (empty|missing): whose image is it") as caught:
-        build_sites(source, tmp_path / "out", sites=1, bag_size=8, group_column="patient")
+        build_sites(source, tmp_path / "out", Division(sites=1, bag_size=8, group_column="patient"))
     assert len(caught.value.rows) == 48
     report = build_sites(
-        source, tmp_path / "skip", sites=1, bag_size=8, group_column="patient", skip_bad=True
+        source, tmp_path / "skip", Division(sites=1, bag_size=8, group_column="patient"), skip_bad=True
     )
     assert (report.used, report.quarantined) == (48, 48)
     alone = build_sites(
-        source, tmp_path / "alone", sites=1, bag_size=8, group_column="patient", missing_groups="alone"
+        source,
+        tmp_path / "alone",
+        Division(sites=1, bag_size=8, group_column="patient", missing_groups="alone"),
     )
     assert alone.sites[0].bag_size_max < 16
     assert any(
         note.startswith("48 image(s) without patient are each a group of its own") for note in alone.notes
     )
     with pytest.raises(UserError, match="write refuse or alone"):
-        build_sites(source, tmp_path / "x", group_column="patient", missing_groups="join")
+        build_sites(source, tmp_path / "x", Division(group_column="patient", missing_groups="join"))
 
 
 @pytest.mark.parametrize("options", [{"partition": "column:clinic"}, {"bags": "column:clinic", "sites": 1}])
@@ -362,9 +365,9 @@ def test_blank_cells_of_a_partition_column_are_bad_rows(
 ) -> None:
     source = array_source(60, clinic=[word if index in (4, 5) else "north" for index in range(60)])
     with pytest.raises(DataError, match="clinic is") as caught:
-        build_sites(source, tmp_path / "out", bag_size=8, **options)  # type: ignore[arg-type]
+        build_sites(source, tmp_path / "out", Division(bag_size=8, **options))  # type: ignore[arg-type]
     assert [row.row for row in caught.value.rows] == [6, 7]
-    report = build_sites(source, tmp_path / "out", bag_size=8, skip_bad=True, **options)  # type: ignore[arg-type]
+    report = build_sites(source, tmp_path / "out", Division(bag_size=8, **options), skip_bad=True)  # type: ignore[arg-type]
     assert len(report.sites) == 1
     assert report.used == 58
 
@@ -372,4 +375,4 @@ def test_blank_cells_of_a_partition_column_are_bad_rows(
 def test_classes_written_in_two_ways_are_refused_whatever_the_source(tmp_path: Path) -> None:
     tree = Hierarchy.from_rows(("leaf",), [("Nevus",), ("nevus ",), ("mel",)])
     with pytest.raises(DataError, match="'nevus' and 'Nevus' differ only by case"):
-        build_sites(replace(array_source(), hierarchy=tree), tmp_path / "out", sites=1)
+        build_sites(replace(array_source(), hierarchy=tree), tmp_path / "out", Division(sites=1))

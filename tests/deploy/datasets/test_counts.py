@@ -14,7 +14,7 @@ from client.data.labelled import LabelledImages
 from client.site import SiteConfig
 from common.errors import DataError, UserError
 from deploy.cli.bags import app
-from deploy.datasets.counts import build_counted_site, read_counted_bags
+from deploy.datasets.counts import CountedFiles, build_counted_site, read_counted_bags
 from deploy.datasets.dicom import to_8_bits
 from deploy.datasets.site_writer import BuildReport
 from tests.deploy.datasets.test_dicom import write_dicom
@@ -51,13 +51,13 @@ def hospital(tmp_path: Path) -> Path:
 
 
 def build(hospital: Path, skip_bad: bool = False, fold_case: bool = False, **files: str) -> BuildReport:
-    bags = read_counted_bags(
+    found = CountedFiles(
         hospital / "bags",
         hospital / files.get("counts", "counts.csv"),
         hospital / "hierarchy.csv",
         hospital / files["bags"] if "bags" in files else None,
-        fold_case=fold_case,
     )
+    bags = read_counted_bags(found, fold_case=fold_case)
     return build_counted_site(bags, hospital / "SITES", files.get("name", "site-a"), skip_bad=skip_bad)
 
 

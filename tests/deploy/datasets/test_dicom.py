@@ -11,9 +11,9 @@ import client.data.decoding
 from client.data.bags import BagStore
 from common.errors import UserError
 from deploy.datasets import dicom
-from deploy.datasets.build import build_sites
-from deploy.datasets.catalogue import open_source
+from deploy.datasets.build import build_sites, open_source
 from deploy.datasets.dicom import _PATIENT_COLUMN, to_8_bits
+from deploy.datasets.options import Division, SourceOptions
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -175,7 +175,7 @@ def test_files_called_by_uid_and_files_without_preamble_are_read(tmp_path: Path)
     assert (tmp_path / "in/plain").read_bytes()[128:132] != b"DICM"
     assert np.array_equal(to_8_bits(tmp_path / "in/plain"), expected)
     (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
-    table = open_source("dicom", images=tmp_path / "in", labels=tmp_path / "labels.csv")
+    table = open_source(SourceOptions("dicom", images=tmp_path / "in", labels=tmp_path / "labels.csv"))
     assert table.bad == ()
     assert [path.name for path in table.images.paths] == names  # type: ignore[attr-defined]
 
@@ -195,8 +195,8 @@ def test_a_compression_without_decoder_names_the_package(tmp_path: Path) -> None
 
 def test_burned_in_writing_is_noted(folder: Path) -> None:
     write_dicom(folder / "in/scan0", RAMP, BurnedInAnnotation="YES")
-    table = open_source("dicom", images=folder / "in", labels=folder / "labels.csv")
-    report = build_sites(table, folder / "out", sites=1, bag_size=4)
+    table = open_source(SourceOptions("dicom", images=folder / "in", labels=folder / "labels.csv"))
+    report = build_sites(table, folder / "out", Division(sites=1, bag_size=4))
     assert any("1 file(s) say that text is burned into their pixels" in note for note in report.notes)
 
 
@@ -213,10 +213,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_dicom_folder_becomes_a_site_without_patient_ids(folder: Path) -> None:
-    table = open_source("dicom", images=folder / "in", labels=folder / "labels.csv")
+    table = open_source(SourceOptions("dicom", images=folder / "in", labels=folder / "labels.csv"))
     assert table.group_column == _PATIENT_COLUMN
     assert table.columns[_PATIENT_COLUMN][:4] == ["CANARY^0"] * 3 + ["CANARY^1"]
-    report = build_sites(table, folder / "out", sites=1, bag_size=4)
+    report = build_sites(table, folder / "out", Division(sites=1, bag_size=4))
     assert report.max_bags_per_group == 1
     for path in (folder / "out").rglob("*"):
         assert path.is_dir() or b"CANARY" not in path.read_bytes()
@@ -228,13 +228,13 @@ def test_bad_dicom_files_are_bad_rows(folder: Path) -> None:
     (folder / "in/scan1.dcm").write_bytes(b"not DICOM")
     whole = (folder / "in/scan2").read_bytes()
     (folder / "in/scan2").write_bytes(whole[:-100])
-    table = open_source("dicom", images=folder / "in", labels=folder / "labels.csv")
+    table = open_source(SourceOptions("dicom", images=folder / "in", labels=folder / "labels.csv"))
     reasons = [str(row) for row in table.bad]
     assert "row 2" in reasons[0]
     assert "has no PatientID" in reasons[0]
     assert "row 3" in reasons[1]
     assert "not a DICOM file" in reasons[1]
-    report = build_sites(table, folder / "out", sites=1, bag_size=4, skip_bad=True)
+    report = build_sites(table, folder / "out", Division(sites=1, bag_size=4), skip_bad=True)
     assert (report.used, report.quarantined) == (9, 3)
 
 
@@ -243,7 +243,7 @@ def test_without_pydicom_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(dicom, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'fedbags\[dicom\]'"):
-        open_source("dicom", images=folder / "in", labels=folder / "labels.csv")
+        open_source(SourceOptions("dicom", images=folder / "in", labels=folder / "labels.csv"))
 
 
 def test_importing_the_module_does_not_import_pydicom() -> None:

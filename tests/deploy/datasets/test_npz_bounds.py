@@ -11,8 +11,9 @@ import pytest
 
 import deploy.datasets.archive
 from common.errors import UserError
-from deploy.datasets.archive import check_arrays
-from deploy.datasets.catalogue import open_source
+from deploy.datasets.archive import _check_arrays
+from deploy.datasets.build import open_source
+from deploy.datasets.options import SourceOptions
 
 
 def npy(shape: tuple[int, ...], data: bytes = b"", descr: str = "|u1") -> bytes:
@@ -35,7 +36,7 @@ def refuse(kind: str, path: Path) -> str:
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match="cannot be read as") as caught:
-            open_source(kind, images=path)
+            open_source(SourceOptions(kind, images=path))
         assert tracemalloc.get_traced_memory()[1] < 2**26
     finally:
         tracemalloc.stop()
@@ -70,7 +71,7 @@ def test_a_bomb_is_refused_by_what_the_zip_declares(tmp_path: Path, kind: str, n
         zipfile.ZipFile(path) as packed,
         pytest.raises(ValueError, match="it takes 4,294,967,296 bytes unpacked"),
     ):
-        check_arrays(packed, room=2**30)
+        _check_arrays(packed, room=2**30)
     assert "declares uint8" in refuse(kind, path), "where there is room, the header does not fit"
 
 
@@ -78,7 +79,7 @@ def test_a_real_bomb_is_not_unpacked(tmp_path: Path) -> None:
     path = write(tmp_path / "x.npz", x=npy((2**26,), bytes(2**26)))
     assert path.stat().st_size < 2**17
     with zipfile.ZipFile(path) as packed, pytest.raises(ValueError, match="room for 1,000"):
-        check_arrays(packed, room=1000)
+        _check_arrays(packed, room=1000)
 
 
 def test_a_stream_longer_than_declared_is_an_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from deploy.datasets.partition import (
     Indices,
+    _feed_poorest,
     _fill_bags_by_value,
     _order_by_similarity,
     _partition_dirichlet,
@@ -84,9 +85,11 @@ def test_dirichlet_gives_every_site_its_fewest(images: int, sites: int, alpha: f
     fewest = images // (2 * sites)
     rng = np.random.default_rng(seed)
     units = units_of(np.arange(images), None)
-    site_of = _partition_dirichlet(units, labels, sites, alpha, fewest, rng)
+    site_of = _partition_dirichlet(units, labels, sites, alpha, rng)
+    _feed_poorest(units, site_of, sites, fewest, rng)
     assert np.bincount(site_of, minlength=sites).min() >= fewest
-    again = _partition_dirichlet(units, labels, sites, alpha, fewest, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    again = _feed_poorest(units, _partition_dirichlet(units, labels, sites, alpha, rng), sites, fewest, rng)
     assert np.array_equal(site_of, again)
 
 
@@ -95,7 +98,7 @@ def test_small_alpha_makes_uneven_mixes_and_large_alpha_even_ones() -> None:
     units = units_of(np.arange(2000), None)
     spread = []
     for alpha in (0.1, 1000):
-        site_of = _partition_dirichlet(units, labels, 5, alpha, 0, np.random.default_rng(0))
+        site_of = _partition_dirichlet(units, labels, 5, alpha, np.random.default_rng(0))
         table = np.stack([np.bincount(site_of[labels == leaf], minlength=5) for leaf in range(4)])
         spread.append(table.std())
     assert spread[0] > 10 * spread[1]

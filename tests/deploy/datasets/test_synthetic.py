@@ -7,11 +7,12 @@ import pytest
 
 from client.data.bags import BagStore
 from client.data.labelled import LabelledImages
+from deploy.datasets.build import write_synthetic_sites
+from deploy.datasets.options import SyntheticHospitals
 from deploy.datasets.synthetic import (
     _draw_lesions,
     lesion_hierarchy,
     synthetic_source,
-    write_synthetic_sites,
 )
 
 PLAIN = np.ones(3, dtype=np.float32)
@@ -65,7 +66,9 @@ def test_stain_shifts_the_colour() -> None:
 
 def test_sites_are_complete_and_unlike_one_another(tmp_path: Path) -> None:
     out = tmp_path / "sites"
-    write_synthetic_sites(out, sites=3, seed=4, images_per_site=160, image_size=16, test_images_per_site=32)
+    write_synthetic_sites(
+        out, SyntheticHospitals(sites=3, seed=4, images_per_site=160, image_size=16, test_images_per_site=32)
+    )
     stores = [BagStore.open(folder, 16) for folder in sorted(out.iterdir())]
     assert [store.name for store in stores] == ["hospital-1", "hospital-2", "hospital-3"]
     assert all(store.bag_sizes.tolist() == [16] * 10 for store in stores)
@@ -78,7 +81,9 @@ def test_sites_are_complete_and_unlike_one_another(tmp_path: Path) -> None:
 
 
 def test_sessions_differ_more_than_random_bags_would() -> None:
-    table = synthetic_source(sites=1, images_per_site=1600, image_size=8, test_images_per_site=0)
+    table = synthetic_source(
+        SyntheticHospitals(sites=1, images_per_site=1600, image_size=8, test_images_per_site=0)
+    )
     counts = np.stack([np.bincount(bag, minlength=27) for bag in table.labels.reshape(-1, 16)])
     shuffled = np.random.default_rng(0).permutation(table.labels).reshape(-1, 16)
     at_random = np.stack([np.bincount(bag, minlength=27) for bag in shuffled])

@@ -7,6 +7,7 @@ import pytest
 
 from common.errors import DataError, UserError
 from deploy.datasets.files import SourceTable
+from deploy.datasets.options import SourceOptions
 from deploy.datasets.table import table_source
 
 Draw = Callable[[Path], None]
@@ -28,7 +29,8 @@ def folder(tmp_path: Path, draw: Draw) -> Path:
 
 
 def read(folder: Path, **options: object) -> SourceTable:
-    return table_source(folder / "images", folder / "labels.csv", **options)  # type: ignore[arg-type]
+    given = {"images": folder / "images", "labels": folder / "labels.csv", **options}
+    return table_source(SourceOptions("table", **given))  # type: ignore[arg-type]
 
 
 def test_isic_columns_are_the_tree(folder: Path, leaf_names: LeafNames) -> None:
@@ -133,7 +135,7 @@ def test_tables_that_cannot_be_used(folder: Path) -> None:
         read(folder)
     (folder / "labels.csv").write_text(ISIC)
     with pytest.raises(UserError, match="image folder is missing"):
-        table_source(folder / "pictures", folder / "labels.csv")
+        read(folder, images=folder / "pictures")
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|"])
