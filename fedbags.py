@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from deploy.api import (
         Run,
         build_site,
+        build_sites,
         check_site,
         compare,
         load_run,
@@ -50,16 +51,21 @@ if TYPE_CHECKING:
         report,
         simulate,
     )
+    from deploy.datasets.options import Division, SourceOptions, SyntheticHospitals
 
 __all__ = [
     "DataError",
+    "Division",
     "FedbagsError",
     "Hierarchy",
     "Run",
     "RunConfig",
     "RunError",
+    "SourceOptions",
+    "SyntheticHospitals",
     "UserError",
     "build_site",
+    "build_sites",
     "check_site",
     "compare",
     "load_run",
@@ -70,6 +76,7 @@ __all__ = [
 _ELSEWHERE = {
     "Hierarchy": "common.hierarchy",
     "RunConfig": "common.config",
+    **dict.fromkeys(("Division", "SourceOptions", "SyntheticHospitals"), "deploy.datasets.options"),
     **dict.fromkeys(("DataError", "FedbagsError", "RunError", "UserError"), "common.errors"),
 }
 _HOMES = {name: _ELSEWHERE.get(name, "deploy.api") for name in __all__}

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import RunConfig
-from server.exchange import ask
+from server.exchange import Phase, ask
 
 ROUNDS_FILE = "rounds.json"
 client_app = ClientApp()
@@ -31,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     seconds = []
     for number in range(1, config.rounds + 1):
         started = time.perf_counter()
-        replies = list(ask(grid, dict.fromkeys(nodes, content), "train", round=number, deadline=120.0))
+        replies = list(ask(grid, dict.fromkeys(nodes, content), Phase("train", number, 120.0)))
         seconds.append(time.perf_counter() - started)
         assert all(reply.content is not None for reply in replies), replies[0].failure
     (Path(config.run_dir) / ROUNDS_FILE).write_text(json.dumps(seconds))

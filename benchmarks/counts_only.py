@@ -26,6 +26,7 @@ from client.data.tables import write_csv
 from client.evaluation import read_predictions
 from client.site import SiteConfig, site_folders
 from common.model.model_file import load_model
+from deploy.configuration import RunRequest
 from deploy.datasets.counts import CountedFiles, build_counted_site, read_counted_bags
 from deploy.simulation.simulate import simulate
 
@@ -102,8 +103,8 @@ def compare(
     counted = build_from_counts(labelled, work)
     runs = {"labels": (sites_dir, work / "run-labels"), "counts": (counted, work / "run-counts")}
     for sites, run in runs.values():
-        options = {"sites-dir": str(sites.resolve())}
-        simulate(options, settings=settings, out=run, workers=workers, figures=False, quiet=True)
+        request = RunRequest({"sites-dir": str(sites.resolve())}, settings, out=run)
+        simulate(request, workers=workers, figures=False, quiet=True)
     models = [(run / "model.safetensors").read_bytes() for _, run in runs.values()]
     size = load_model(work / "run-counts")[1].preprocessing.image_size
     return {

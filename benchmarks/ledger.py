@@ -26,7 +26,7 @@ from pathlib import Path
 
 from client.ledger.check import CarryFile
 from client.ledger.file import Kind
-from client.ledger.ledger import Ledger
+from client.ledger.ledger import Ledger, Opening
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, PoissonGaussian
 
@@ -37,10 +37,10 @@ NEW_PROCESS = f"""
 import json, sys, time
 from pathlib import Path
 import dp_accounting.pld.privacy_loss_distribution
-from client.ledger.ledger import Ledger
+from client.ledger.ledger import Ledger, Opening
 from common.privacy.events import PoissonGaussian
 times = [time.perf_counter()]
-ledger = Ledger.open(Path(sys.argv[1]), "site-1", "version", 1e3, {DELTA})
+ledger = Ledger.open(Path(sys.argv[1]), Opening("site-1", "version", 1e3, {DELTA}))
 times.append(time.perf_counter())
 ledger.reserve(PoissonGaussian(sample_rate=0.1, noise_multiplier=float(sys.argv[2]), steps=1), "run", 1)
 times.append(time.perf_counter())
@@ -72,7 +72,7 @@ def measure() -> dict[str, float]:
     rounds, statements, syncs = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        ledger = Ledger.open(folder / "ledger.sqlite", "site-1", "version", cap, DELTA)
+        ledger = Ledger.open(folder / "ledger.sqlite", Opening("site-1", "version", cap, DELTA))
 
         def one_round(number: int) -> None:
             ledger.confirm(ledger.reserve(event, "run", number))
@@ -103,7 +103,7 @@ def measure_long() -> dict[str, dict[str, float]]:
     """Return the seconds of a new process with each of the two long ledgers."""
     figures = {}
     with tempfile.TemporaryDirectory() as scratch:
-        ledger = Ledger.open(Path(scratch) / "sigmas.sqlite", "site-1", "version", 1e3, DELTA)
+        ledger = Ledger.open(Path(scratch) / "sigmas.sqlite", Opening("site-1", "version", 1e3, DELTA))
         for number in range(SIGMAS):
             event = PoissonGaussian(sample_rate=0.1, noise_multiplier=20 + number / 100, steps=1)
             ledger.reserve(event, "run", number)
@@ -112,7 +112,7 @@ def measure_long() -> dict[str, dict[str, float]]:
         CarryFile(ledger.path).path.unlink()
         figures[f"{SIGMAS} sigmas, without the file"] = in_new_process(ledger.path, 11.0)
 
-        ledger = Ledger.open(Path(scratch) / "rows.sqlite", "site-1", "version", 1e3, DELTA)
+        ledger = Ledger.open(Path(scratch) / "rows.sqlite", Opening("site-1", "version", 1e3, DELTA))
         event = PoissonGaussian(sample_rate=0.1, noise_multiplier=500.0, steps=1)
         body = {"event": event.model_dump(), "run_id": "run", "round": 1}
         for _ in range(ROWS // BATCH):

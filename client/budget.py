@@ -24,7 +24,7 @@ from pathlib import Path
 from client.data.bags import CACHE_FOLDER, BagStore
 from client.journal import journal_path, newest_mark
 from client.ledger.anchor import anchor_file
-from client.ledger.ledger import Ledger, Reservation
+from client.ledger.ledger import Ledger, Opening, Reservation
 from client.session import SiteSession
 from client.site import PrivateMetrics, ReleaseProportions
 from common.config import RunConfig
@@ -180,12 +180,15 @@ def open_budget(session: SiteSession) -> Budget:
     path = session.ledger_path
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = journal_path(session.node)
-    ledger = Ledger.open(
-        path,
+    opening = Opening(
         session.site.name,
         session.store.data_version,
         dp.epsilon if own.epsilon is None else own.epsilon,
         dp.delta if own.delta is None else own.delta,
+    )
+    ledger = Ledger.open(
+        path,
+        opening,
         # Two witnesses outside the ledger: an older copy put back has to deceive both to pass.
         anchor=anchor_file(path, session.kit),
         seen=newest_mark(journal) if journal else (),

@@ -4,7 +4,7 @@
 calls one function of the module that does the work. Mistakes raise UserError, as they end a command.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,12 @@ from common.config import RunConfig, Scalar
 from common.errors import RunError
 from common.hierarchy import Hierarchy
 from deploy.compare import run as comparison
+from deploy.configuration import RunRequest
+from deploy.datasets import build as datasets
 from deploy.datasets.counts import CountedFiles, build_counted_site, read_counted_bags
+from deploy.datasets.options import Division, SourceOptions, SyntheticHospitals
 from deploy.datasets.site_check import check_site as describe_site
+from deploy.datasets.synthetic import synthetic_source
 from deploy.figures.draw import draw_figures
 from deploy.report import files as report_files
 from deploy.runs.predict import Classifier
@@ -105,7 +109,40 @@ def load_run(path: PathLike) -> Run:
     return run
 
 
-def build_site(
+def build_sites(
+    out: PathLike,
+    source: SourceOptions | SyntheticHospitals,
+    division: Division | None = None,
+    *,
+    skip_bad: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Make the site folders of several hospitals from images with labels, or of synthetic hospitals.
+
+    Args:
+        out: folder to make, with a site folder per site; it must not exist.
+        source: where images and labels are, or which hospitals to draw.
+        division: into sites and bags; ``Division()`` if None, and for synthetic hospitals a site per hospital
+            and a bag per session.
+        skip_bad: leave bad rows out, and list them in ``out/quarantine.csv``.
+        progress: called with (done, all); every image counts once for checking, once for writing.
+
+    Returns:
+        The report of the build, as ``fedbags bags build --json`` prints it.
+
+    Raises:
+        DataError: bad rows, all of them; nothing was written.
+        UserError: a wrong option, ``out`` exists or cannot be written, or too few images.
+    """
+    if isinstance(source, SyntheticHospitals):
+        table, usual = synthetic_source(source), source.division
+    else:
+        table, usual = datasets.open_source(source), Division()
+    report = datasets.build_sites(table, Path(out), division or usual, skip_bad=skip_bad, progress=progress)
+    return report.to_dict()
+
+
+def build_site(  # noqa: PLR0913 (a program names the few that it needs)
     images: PathLike,
     counts: PathLike,
     hierarchy: PathLike,
@@ -154,7 +191,7 @@ def check_site(site: PathLike, *, image_size: int = 64) -> dict[str, Any]:
     return describe_site(Path(site), image_size)
 
 
-def simulate(
+def simulate(  # noqa: PLR0913 (a program names the few that it needs)
     out: PathLike,
     *,
     sites: PathLike | None = None,
@@ -186,7 +223,8 @@ def simulate(
         options["sites-dir"] = str(sites)
     if epsilon is not None:
         options["dp.epsilon"] = epsilon
-    simulation.simulate(options, out=Path(out), workers=workers, resume=resume, figures=figures, quiet=True)
+    request = RunRequest(options, out=Path(out), resume=resume)
+    simulation.simulate(request, workers=workers, figures=figures, quiet=True)
     return load_run(out)
 
 
@@ -210,7 +248,7 @@ def compare(scenario: PathLike, out: PathLike, *, only: str = "*", jobs: int | N
         UserError: a faulty scenario or faulty data.
         RunError: cells failed; their names and the ends of their logs.
     """
-    outcome = comparison.compare(Path(scenario), Path(out), only=only, jobs=jobs)
+    outcome = comparison.compare(Path(scenario), Path(out), comparison.Request(only=only), jobs=jobs)
     if outcome.failed:
         raise RunError("\n".join(f"{name}: {end}" for name, end in outcome.failed.items()))
     return outcome.table

@@ -6,8 +6,9 @@ comment at its line. ``--sites-dir`` and ``--dp`` bring the presets of their nam
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
@@ -24,57 +25,76 @@ _IMAGE_SIZE = "model.image-size"
 _LARGEST_IMAGE_SIZE = 224
 
 
-def compose(
-    options: Mapping[str, Scalar],
-    settings: Sequence[str] = (),
-    config_file: Path | None = None,
-    presets: Sequence[str] = (),
-) -> RunConfig:
+@dataclass(frozen=True)
+class RunRequest:
+    """Hold what a user asks of one run."""
+
+    options: Mapping[str, Scalar] = field(default_factory=dict)
+    """Flat configuration keys that were given as options of a command."""
+    settings: Sequence[str] = ()
+    """``KEY=VALUE`` texts; they win."""
+    config_file: Path | None = None
+    """A config.toml to start from; then only presets that are named count."""
+    presets: Sequence[str] = ()
+    """Names of presets, beside those that ``options`` bring along."""
+    out: Path | None = None
+    """The run folder; one called after the run and the time if None."""
+    resume: bool = False
+    """Go on with the run in ``out``."""
+
+    @property
+    def given(self) -> dict[str, Scalar]:
+        """Return the keys that were given, as options or as texts."""
+        return {**self.options, **dict(parse_setting(text) for text in self.settings)}
+
+    def with_its_configuration(self) -> Self:
+        """Return the request with the settings that its run began with, if it goes on with one.
+
+        Raises:
+            UserError: nobody says which run.
+        """
+        if not self.resume:
+            return self
+        if self.out is None:
+            raise UserError("--resume needs the run folder: give it with --out")
+        file = self.out / "config.toml"
+        return replace(self, config_file=file) if self.config_file is None and file.exists() else self
+
+
+def compose(request: RunRequest) -> RunConfig:
     """Compose the configuration of a run from the file or the defaults, presets, options and settings.
 
     Each wins over those before it.
 
-    Args:
-        options: flat configuration keys given as command options.
-        settings: ``KEY=VALUE`` texts.
-        config_file: a config.toml to start from; then only presets that are named count.
-        presets: names of presets.
-
     Raises:
         UserError: an unknown key, a value out of bounds, or no such preset.
     """
-    base = RunConfig.from_toml(config_file) if config_file else RunConfig()
-    given = {**options, **dict(parse_setting(text) for text in settings)}
+    base = RunConfig.from_toml(request.config_file) if request.config_file else RunConfig()
+    given = request.given
     # Called for its errors: a wrong key is named before any image is opened.
     base.with_changes(given)
     suited: dict[str, Scalar] = {}
-    for name in _presets_in_use(given, config_file, presets):
+    for name in _presets_in_use(request):
         suited |= preset_values(name)
         if name == "sites-dir" and "sites-dir" in given:
             suited[_IMAGE_SIZE] = _usual_image_size(Path(str(given["sites-dir"])))
     return base.with_changes({**suited, **given})
 
 
-def say_presets(
-    config: RunConfig,
-    options: Mapping[str, Scalar],
-    settings: Sequence[str] = (),
-    config_file: Path | None = None,
-    presets: Sequence[str] = (),
-) -> None:
+def say_presets(config: RunConfig, request: RunRequest) -> None:
     """Print on standard error which settings a run has because of its presets.
 
-    ``config`` is what ``compose`` made of the other arguments.
+    ``config`` is what ``compose`` made of the request.
     """
-    given = {**options, **dict(parse_setting(text) for text in settings)}
+    given = request.given
     flat = config.to_flat()
-    for name in _presets_in_use(given, config_file, presets):
+    for name in _presets_in_use(request):
         taken = [
             f"{row['key']}={flat[row['key']]}"
             for row in preset_rows(name)
             if row["key"] not in given and flat[row["key"]] != row["default"]
         ]
-        source = f"--preset {name}" if name in presets else f"--{name} also"
+        source = f"--preset {name}" if name in request.presets else f"--{name} also"
         console(stderr=True).print(f"{source} sets {', '.join(taken)} (`fedbags config --preset {name}`)")
 
 
@@ -130,12 +150,11 @@ def parse_dp(text: str | None) -> dict[str, Scalar]:
     return {f"dp.{key}": value for key, value in keys.items()}
 
 
-def _presets_in_use(
-    given: Mapping[str, Scalar], config_file: Path | None, named: Sequence[str]
-) -> Sequence[str]:
+def _presets_in_use(request: RunRequest) -> Sequence[str]:
     """Return the names of the presets that count, where the later one wins."""
-    implied = [] if config_file else [preset for key, preset in _IMPLIED_BY.items() if given.get(key)]
-    return list(dict.fromkeys([*implied, *named]))
+    given = request.given
+    implied = [preset for key, preset in _IMPLIED_BY.items() if given.get(key)]
+    return list(dict.fromkeys([*([] if request.config_file else implied), *request.presets]))
 
 
 def _usual_image_size(sites_dir: Path) -> int:

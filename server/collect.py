@@ -21,7 +21,7 @@ from server.acceptance import cause_of, fault_of, is_replay, read_update, usable
 from server.aggregation import Aggregator, Arrays, fedpals_weights, training_bags
 from server.enrolment import is_answer
 from server.evaluation import check_figures
-from server.exchange import ask
+from server.exchange import Phase, ask
 from server.quorum import Quorum, RoundCohort
 from server.secure_aggregation import Session, SessionFailed, UselessSum
 from server.statements import StatementBook
@@ -185,8 +185,8 @@ class Collector:
         if self.config.dp.epsilon:
             # What is known now must be in every answer; what another run learns meanwhile need not be.
             self._statements.asking({site: self.roster.keys[site] for site in by_node.values()})
-        deadline, note = self.config.federation.deadline, self.folder.record
-        for reply in ask(self.grid, asked, kind, round=number, deadline=deadline, note=note):
+        phase = Phase(kind, number, self.config.federation.deadline)
+        for reply in ask(self.grid, asked, phase, self.folder.record):
             site = by_node[reply.node]
             if reply.content is not None:
                 yield site, reply.content

@@ -38,38 +38,45 @@ class Reply:
     """The error code of the failure: one of ``SiteError``, or Flower's; 0 where there is none."""
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Say what is asked of sites at a point of a run, and how long they have.
+
+    Attributes:
+        kind: Flower's message type, such as ``train`` or ``query.proportions``.
+        round: travels as the message's group.
+        deadline: seconds from now; a node without a reply by then yields a failure.
+    """
+
+    kind: str
+    round: int
+    deadline: float
+
+
 _Note = Callable[[Exchanged], None]
 """Called once all replies of an exchange are in."""
 
 
 def ask(
-    grid: Grid,
-    requests: Mapping[int, RecordDict],
-    message_type: str,
-    *,
-    round: int,
-    deadline: float,
-    note: _Note | None = None,
+    grid: Grid, requests: Mapping[int, RecordDict], phase: Phase, note: _Note | None = None
 ) -> Iterator[Reply]:
     """Send one request to each node and yield one reply per node, in the order of ``requests``.
 
     Args:
         grid: Flower's grid, or ours.
         requests: node id to content, in the order in which replies are wanted.
-        message_type: Flower message type, such as ``train`` or ``query.proportions``.
-        round: travels as the message's group.
-        deadline: seconds from now; a node without a reply by then yields a failure.
+        phase: what they are.
         note: called with the seconds and bytes of the exchange at its end, if anybody was asked.
     """
     started = time.monotonic()
-    end = started + deadline
+    end = started + phase.deadline
     replies = sent = received = 0
     nodes = list(requests)
     ids = grid.push_messages(
         [
             # The message outlives the deadline by a minute, so that the deadline here decides and not
             # Flower's own expiry.
-            Message(content, node, message_type, ttl=deadline + 60.0, group_id=str(round))
+            Message(content, node, phase.kind, ttl=phase.deadline + 60.0, group_id=str(phase.round))
             for node, content in requests.items()
         ]
     )
@@ -88,7 +95,7 @@ def ask(
             yield Reply(node, None, f"unreadable reply: {kind} while it was unpacked", Cause.UNREADABLE)
             continue
         if message is None:
-            yield Reply(node, None, f"no reply within {deadline:g} s", Cause.DEADLINE)
+            yield Reply(node, None, f"no reply within {phase.deadline:g} s", Cause.DEADLINE)
         elif message.has_error():
             # A lost node's error names no sender, so the node is the one this request went to.
             code = message.error.code
@@ -100,8 +107,8 @@ def ask(
     if note is not None and nodes:
         note(
             Exchanged(
-                round=round,
-                phase=message_type,
+                round=phase.round,
+                phase=phase.kind,
                 seconds=_seconds_since(started),
                 asked=len(nodes),
                 replies=replies,

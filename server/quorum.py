@@ -18,7 +18,7 @@ from common.errors import RunError
 from common.run_records import Cause, Joined, Left, LeftOut, SiteLeftOut, Waiting
 from server.checkpoint import ServerState
 from server.enrolment import ATTEMPTS, PROPORTIONS, Roster, allowed_names, enrol, majority_tree
-from server.exchange import ask
+from server.exchange import Phase, ask
 from server.run_folder import RunFolder
 
 log = logging.getLogger("fedbags.server")
@@ -69,8 +69,8 @@ class Quorum:
             return []
         known = set(self.roster.releases)
         requests = {node: RecordDict() for node in fresh}
-        deadline, note = self.config.enrol_deadline, self.folder.record
-        replies = ask(self.grid, requests, PROPORTIONS, round=round, deadline=deadline, note=note)
+        phase = Phase(PROPORTIONS, round, self.config.enrol_deadline)
+        replies = ask(self.grid, requests, phase, self.folder.record)
         added = enrol(self.roster, replies, self.config, self.report)
         for site in added:
             self.roster.keys[site] = connected[self.roster.nodes[site]]

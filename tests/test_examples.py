@@ -44,6 +44,34 @@ def test_hospitals_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert fedbags.load_run(tmp_path / "run").summary["rounds"] == 2
 
 
+def test_hospitals_are_built_from_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(48):
+        folder = tmp_path / "images" / "ab"[number % 2] / f"leaf-{number % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((12, 12, 3), 5 * number, np.uint8)).save(folder / f"{number}.png")
+    load("build_hospitals").main(str(tmp_path / "images"), str(tmp_path / "SITES"))
+    said = capsys.readouterr().out
+    assert re.search(r"site-1: \d+ bags of [\d.]+ images", said)
+    assert "what leaves: label counts (total)" in said
+    assert len(list((tmp_path / "SITES").glob("site-*/bags.csv"))) == 2
+
+
+def test_synthetic_hospitals_are_built_a_bag_per_session(tmp_path: Path) -> None:
+    hospitals = fedbags.SyntheticHospitals(2, images_per_site=32, image_size=16, test_images_per_site=8)
+    steps: list[tuple[int, int]] = []
+    built = fedbags.build_sites(
+        tmp_path / "SITES", hospitals, progress=lambda done, total: steps.append((done, total))
+    )
+    assert [(site["name"], site["bags"]) for site in built["sites"]] == [("hospital-1", 2), ("hospital-2", 2)]
+    assert steps[-1] == (160, 160)
+    again = fedbags.build_sites(tmp_path / "small", hospitals, fedbags.Division(bag_size=8, sites=1))
+    assert [(site["name"], site["bags"]) for site in again["sites"]] == [("site-1", 8)]
+    with pytest.raises(fedbags.UserError, match="exists already"):
+        fedbags.build_sites(tmp_path / "SITES", hospitals)
+    with pytest.raises(fedbags.UserError, match="unknown source 'jpeg'"):
+        fedbags.build_sites(tmp_path / "x", fedbags.SourceOptions("jpeg", images=tmp_path))
+
+
 def test_a_clinic_predicts(private_run: fedbags.Run, capsys: pytest.CaptureFixture[str]) -> None:
     load("predict_in_a_clinic").main(str(private_run.path))
     first, second, refused = capsys.readouterr().out.splitlines()
@@ -62,7 +90,7 @@ def test_a_report_is_read(
 
 def test_every_example_has_a_test_here() -> None:
     here = Path(__file__).read_text(encoding="utf-8")
-    assert len(EXAMPLES) >= 3
+    assert len(EXAMPLES) >= 4
     for path in EXAMPLES:
         assert f'load("{path.stem}")' in here, path
 

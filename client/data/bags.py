@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data.image_cache import Progress, open_cache
+from client.data.image_cache import CacheKey, Progress, open_cache
 from client.data.site_files import (
     MANIFEST_FILE,
     Fault,
@@ -150,14 +150,8 @@ class BagStore:
         if not listing.images:
             _refuse(config, site_dir, faults, "holds no usable image")
         version = data_version(site_dir, config, listing)
-        cache = open_cache(
-            site_dir / CACHE_FOLDER,
-            "bags",
-            version,
-            [site_dir / row.path for row in listing.images],
-            image_size,
-            progress,
-        )
+        paths, key = [site_dir / row.path for row in listing.images], CacheKey("bags", version, image_size)
+        cache = open_cache(site_dir / CACHE_FOLDER, key, paths, progress)
         for index, reason in cache.failed.items():
             image = listing.images[index]
             row = BadRow(MANIFEST_FILE, image.line, f"{image.path!r}: {reason}")

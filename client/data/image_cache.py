@@ -75,32 +75,45 @@ class _Decoded:
     fault: str = ""
 
 
+@dataclass(frozen=True)
+class CacheKey:
+    """Identify a cache among those of its folder.
+
+    Attributes:
+        kind: what the images are for (``bags`` or ``test``): kinds do not replace one another.
+        version: hash of everything the content depends on.
+        image_size: S, pixels.
+    """
+
+    kind: str
+    version: str
+    image_size: int
+
+    @property
+    def folder_name(self) -> str:
+        """Return the name of the cache's own folder."""
+        return f"{self.kind}-{self.image_size}-{_FORMAT}.{self.version[:24]}"
+
+
 def open_cache(
-    folder: Path,
-    kind: str,
-    version: str,
-    paths: Sequence[Path],
-    image_size: int,
-    progress: Progress | None = None,
+    folder: Path, key: CacheKey, paths: Sequence[Path], progress: Progress | None = None
 ) -> CachedImages:
     """Map the cache of these images, building it first where it does not exist.
 
     Args:
         folder: where caches live; made if missing.
-        kind: what the images are for (``bags`` or ``test``): kinds do not replace one another.
-        version: hash of everything the content depends on.
+        key: which of them.
         paths: at least one image file, in the order of the rows wanted.
-        image_size: S, pixels.
         progress: called after every CHUNK images while building.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full; no partial cache is left.
     """
-    target = folder / f"{kind}-{image_size}-{_FORMAT}.{version[:24]}"
+    target = folder / key.folder_name
     for _ in range(_ATTEMPTS):
         if not (target / "cache.json").is_file():
-            _build_or_say(folder, target, paths, image_size, progress)
-            _remove_others(folder, target, kind)
+            _build_or_say(folder, target, paths, key.image_size, progress)
+            _remove_others(folder, target, key.kind)
         try:
             return _map(target)
         except FileNotFoundError:

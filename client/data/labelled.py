@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.bags import CACHE_FOLDER
-from client.data.image_cache import Progress, open_cache
+from client.data.image_cache import CacheKey, Progress, open_cache
 from client.data.site_files import (
     TEST_FILE,
     Fault,
@@ -90,10 +90,8 @@ class LabelledImages:
         if known:
             cache = open_cache(
                 site_dir / CACHE_FOLDER,
-                "test",
-                fingerprint(site_dir, (TEST_FILE,), known),
+                CacheKey("test", fingerprint(site_dir, (TEST_FILE,), known), image_size),
                 [site_dir / image.path for image in known],
-                image_size,
                 progress,
             )
             for index, reason in cache.failed.items():

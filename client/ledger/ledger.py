@@ -9,6 +9,7 @@ that a server sends can raise it. One ledger holds for all runs and data version
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from sqlite3 import Connection
@@ -59,6 +60,7 @@ __all__ = [
     "LedgerBusyError",
     "LedgerError",
     "LedgerLostError",
+    "Opening",
     "Reservation",
     "verify",
 ]
@@ -75,6 +77,36 @@ class DataVersionError(DataError):
     """Report that the ledger does not know the data version and that nobody accepted it."""
 
 
+@dataclass(frozen=True)
+class Opening:
+    """Say whose ledger is opened, for which data, and under which cap.
+
+    Attributes:
+        site: the site's name.
+        data_version: ``BagStore.data_version``. One that the ledger has not seen must have been accepted
+            (``Ledger.accept_version``), and is no new budget: all that was ever spent counts.
+        cap_epsilon: the most that may ever be spent, replace-one of ``unit``.
+        cap_delta: the delta of the cap and of every figure.
+        unit: what the cap protects; fixed when the ledger is made.
+    """
+
+    site: str
+    data_version: str
+    cap_epsilon: float
+    cap_delta: float
+    unit: Unit = Unit.BAG
+
+    def body(self) -> dict[str, Any]:
+        """Return the content of the row that records it."""
+        return {
+            "site": self.site,
+            "unit": self.unit.value,
+            "data_version": self.data_version,
+            "cap_epsilon": float(self.cap_epsilon),
+            "cap_delta": float(self.cap_delta),
+        }
+
+
 class Ledger:
     """Read and extend one site's ledger for one data version.
 
@@ -85,19 +117,15 @@ class Ledger:
         self, path: Path, data_version: str, anchor: AnchorFile | None = None, seen: Sequence[Mark] = ()
     ) -> None:
         self.path, self.data_version, self._state = path, data_version, LedgerState()
-        self._anchor, self._seen = anchor or anchor_file(path), tuple(seen)
+        self.anchor, self.seen = anchor or anchor_file(path), tuple(seen)
         self._carry = CarryFile(path)
 
     @classmethod
     def open(
         cls,
         path: Path,
-        site: str,
-        data_version: str,
-        cap_epsilon: float,
-        cap_delta: float,
+        opening: Opening,
         *,
-        unit: Unit = Unit.BAG,
         anchor: AnchorFile | None = None,
         seen: Sequence[Mark] = (),
     ) -> Self:
@@ -107,12 +135,7 @@ class Ledger:
 
         Args:
             path: the file; its folder must exist.
-            site: the site's name.
-            data_version: ``BagStore.data_version``. One that the ledger has not seen must have been
-                accepted (``accept_version``), and is no new budget: all that was ever spent counts.
-            cap_epsilon: the most that may ever be spent, replace-one of ``unit``.
-            cap_delta: the delta of the cap and of every figure.
-            unit: what the cap protects; fixed when the ledger is made.
+            opening: whose, for which data, and under which cap.
             anchor: its anchor; the one in the ledger's folder if None.
             seen: other witnesses of the chain, such as the site's journal.
 
@@ -123,18 +146,13 @@ class Ledger:
             LedgerError: the file belongs to another site or unit, or cannot be trusted.
             LedgerBusyError: the file cannot be written.
         """
+        site, data_version, unit = opening.site, opening.data_version, opening.unit
+        cap_epsilon, cap_delta = opening.cap_epsilon, opening.cap_delta
         if not (0 < cap_epsilon < float("inf") and 0 < cap_delta < 1):
             raise ConfigError(
                 f"a privacy budget of epsilon = {cap_epsilon:g} at delta = {cap_delta:g} cannot be kept: "
                 "epsilon must be above 0 and finite, delta between 0 and 1"
             )
-        opening = {
-            "site": site,
-            "unit": unit.value,
-            "data_version": data_version,
-            "cap_epsilon": float(cap_epsilon),
-            "cap_delta": float(cap_delta),
-        }
         ledger = cls(path, data_version, anchor, seen)
         marks = ledger._marks()
         # The marks were read first: a process that wrote one had made the file before, so a missing file
@@ -142,7 +160,7 @@ class Ledger:
         if not path.exists():
             if marks:
                 raise LedgerLostError(f"the privacy ledger {path} of site {site!r} is missing\n{ADVICE}")
-            create(path, {**opening, "identifier": new_identifier(), "time": now()})
+            create(path, {**opening.body(), "identifier": new_identifier(), "time": now()})
         with ledger.transaction() as db:
             state = ledger._state
             if state.site != site or state.unit is not unit:
@@ -162,7 +180,7 @@ class Ledger:
                         f"than a cap of {cap_epsilon:g}: it cannot take part in private training any more"
                     )
                 name = state.identifiers.get(data_version) or new_identifier()
-                ledger.append(db, Kind.OPENED, {**opening, "identifier": name})
+                ledger.append(db, Kind.OPENED, {**opening.body(), "identifier": name})
         return ledger
 
     @staticmethod
@@ -373,7 +391,7 @@ class Ledger:
             raise
         # Only after the commit: an anchor ahead of its ledger would name rows that do not exist, and the
         # site would refuse its own sound ledger after a crash.
-        self._anchor.advance(self._state)
+        self.anchor.advance(self._state)
         self._carry.keep(self._state)
 
     def _read(self, db: Connection) -> None:
@@ -387,8 +405,8 @@ class Ledger:
             self._state.add(entry)
 
     def _marks(self) -> tuple[Mark, ...]:
-        anchored = self._anchor.read()
-        return (*(() if anchored is None else (anchored.mark,)), *self._seen)
+        anchored = self.anchor.read()
+        return (*(() if anchored is None else (anchored.mark,)), *self.seen)
 
     def _refuse_lost(self, db: Connection) -> None:
         lost = lost_marks(self._marks(), self._state, lambda seq: hash_of(db, seq))

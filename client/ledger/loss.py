@@ -4,11 +4,9 @@ Only the site's owner can accept a loss, by hand (``fedbags ledger accept-loss``
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from client.ledger.anchor import (
     Anchor,
-    AnchorFile,
     LedgerLostError,
     lost_events,
     lost_marks,
@@ -21,7 +19,7 @@ from client.ledger.file import (
     hash_of,
     holds,
 )
-from client.ledger.ledger import Ledger, new_identifier, now
+from client.ledger.ledger import Ledger, Opening, new_identifier, now
 from client.ledger.state import LedgerState, Tally
 from common.privacy.events import PoissonGaussian, Unit
 
@@ -34,14 +32,7 @@ _UNKNOWN_ROWS = 0
 """Stands for the length of a chain of which only the newest hash is known."""
 
 
-def accept_loss(
-    path: Path,
-    site: str,
-    data_version: str,
-    anchor: AnchorFile,
-    seen: Sequence[Mark] = (),
-    head: str | None = None,
-) -> bool:
+def accept_loss(ledger: Ledger, site: str, head: str | None = None) -> bool:
     """Record that the site's owner accepts the loss of ledger rows, and charge what is known of them.
 
     Spending that the anchor records and the ledger does not is charged. Where a witness names rows that no
@@ -49,11 +40,9 @@ def accept_loss(
     budget counts as spent.
 
     Args:
-        path: the ledger; a missing one is made anew.
+        ledger: for the site's data as it is now, which is taken as accepted in a new ledger, with its anchor
+            and the other witnesses of its chain. A missing one is made anew.
         site: the site's name.
-        data_version: of the site's data as it is now; taken as accepted in a new ledger.
-        anchor: the ledger's anchor.
-        seen: other witnesses of the chain, such as the site's journal.
         head: the ledger head that the coordinator holds of this site, 64 hexadecimal digits.
 
     Returns:
@@ -63,7 +52,7 @@ def accept_loss(
         LedgerError: the ledger there is damaged, or another site's, or the anchor is.
         LedgerBusyError: the file cannot be written.
     """
-    ledger = Ledger(path, data_version, anchor, seen)
+    path, anchor, seen = ledger.path, ledger.anchor, ledger.seen
     unreadable, anchored = False, None
     try:
         anchored = anchor.read()
@@ -76,14 +65,10 @@ def accept_loss(
     if not path.exists():
         if anchored is None and not unreadable and not seen and head is None:
             return False
-        opening = {
-            "site": site,
-            "unit": anchored.unit if anchored else Unit.BAG.value,
-            "data_version": data_version,
-            # Where no cap is known, the smallest: opening with the site's own records that one.
-            "cap_epsilon": anchored.cap_epsilon if anchored else _LEAST_CAP,
-            "cap_delta": anchored.cap_delta if anchored else _LEAST_CAP,
-        }
+        # Where no cap is known, the smallest: opening with the site's own records that one.
+        epsilon, delta = (anchored.cap_epsilon, anchored.cap_delta) if anchored else (_LEAST_CAP, _LEAST_CAP)
+        opening = Opening(site, ledger.data_version, epsilon, delta).body()
+        opening["unit"] = anchored.unit if anchored else Unit.BAG.value
         create(path, {**opening, "identifier": new_identifier(), "time": now()})
     # Unchecked, because the check would refuse exactly the ledger that is to be mended here.
     with ledger.transaction(checked=False) as db:

@@ -106,7 +106,7 @@ def _settings(
             "dp.epsilon": _EPSILON if epsilon is None else epsilon,
             "rounds": rounds or _ROUNDS,
         }
-        return configuration.compose(options), Path("audit")
+        return configuration.compose(configuration.RunRequest(options)), Path("audit")
     if epsilon is not None:
         raise UserError("a run is audited for what it claimed; leave --epsilon out, or give no RUN")
     config = run_config.RunConfig.from_toml(run / "config.toml")

@@ -44,14 +44,15 @@ def compare_command(
       fedbags compare benchmarks/short.toml --out compare/short
       fedbags compare SCENARIO.toml --out compare/mine --dry-run
     """
+    request = run.Request(data, set_ or [], passes, only)
     if dry_run:
-        listed = run.list_cells(scenario, out, data=data, settings=set_ or [], passes=passes, only=only)
+        listed = run.list_cells(scenario, out, request)
         if json_:
             typer.echo(json.dumps(listed, indent=2))
         else:
             screen.print_cells(listed)
         return
-    outcome = run.compare(scenario, out, data=data, settings=set_ or [], passes=passes, only=only, jobs=jobs)
+    outcome = run.compare(scenario, out, request, jobs=jobs)
     if json_:
         typer.echo(json.dumps(outcome.table, indent=2))
     else:

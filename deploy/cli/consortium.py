@@ -170,7 +170,7 @@ def _run_command(
     options = configuration.parse_dp(dp) | ({} if rounds is None else {"rounds": rounds})
     summary = submit.run(
         kit_folder.CoordinatorKit.load(kit),
-        submit.RunRequest(options, set_ or [], config, preset or [], out, resume),
+        configuration.RunRequest(options, set_ or [], config, preset or [], out, resume),
         # Without a terminal nobody can answer, and an interruption stops the run.
         ask=sys.stdin.isatty(),
         quiet=json_,

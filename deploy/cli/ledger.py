@@ -179,9 +179,8 @@ def accept_loss(
     # Each line of the journal repeats the ledger's rows and hash, so it may name rows of which ledger and
     # anchor, put back from one backup, know nothing.
     seen = site_journal.newest_mark(journal)
-    accepted = loss.accept_loss(
-        file, config.name, version, ledger_anchor.anchor_file(file, kit), seen, _head(head)
-    )
+    lost = site_ledger.Ledger(file, version, ledger_anchor.anchor_file(file, kit), seen)
+    accepted = loss.accept_loss(lost, config.name, _head(head))
     if not accepted:
         if json_:
             typer.echo(json.dumps({"accepted": False}, indent=2))

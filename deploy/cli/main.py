@@ -33,6 +33,7 @@ from deploy.lazy import lazy_imports
 from deploy.simulation import interrupt, prerequisites
 
 with lazy_imports():
+    from common import config as run_config
     from deploy import configuration
     from deploy.cli import progress as bars
     from deploy.cli import tables
@@ -167,16 +168,12 @@ def simulate(
         "skip-bad": skip_bad or None,
     }
     # Only options that were given: a default here would win over the configuration file and the presets.
-    given = {key: value for key, value in options.items() if value is not None}
+    given: dict[str, run_config.Scalar] = {key: value for key, value in options.items() if value is not None}
+    given |= configuration.parse_dp(dp)
     summary = simulation.simulate(
-        given | configuration.parse_dp(dp),
-        settings=set_ or [],
-        config_file=config,
-        presets=preset or [],
-        out=out,
+        configuration.RunRequest(given, set_ or [], config, preset or [], out, resume),
         engine=engine.value,
         workers=workers,
-        resume=resume,
         figures=figures,
         quiet=json_,
     )

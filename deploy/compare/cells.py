@@ -7,6 +7,7 @@ site. The module is pure. It turns a scenario into names and run configurations 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from common.config import RunConfig, Scalar
 from common.errors import ConfigError
@@ -91,20 +92,22 @@ def _of_grid(scenario: Scenario, context: Context, setting: Setting, grid: Grid)
                 # Methods that see labels get bags of one image whatever the size, so their cells coincide.
                 fits = entry.method.sees_labels or bag_size in (entry.bag_sizes or (bag_size,))
                 if fits and seed in (entry.seeds or (seed,)):
-                    yield from _of_entry(scenario, context, setting, grid, entry, bag_size, seed)
+                    point = _Point(setting, 1 if entry.method.sees_labels else bag_size, seed)
+                    yield from _of_entry(scenario, context, grid, entry, point)
+
+
+class _Point(NamedTuple):
+    """Name a point of a grid."""
+
+    setting: Setting
+    bag_size: int
+    seed: int
 
 
 def _of_entry(
-    scenario: Scenario,
-    context: Context,
-    setting: Setting,
-    grid: Grid,
-    entry: Entry,
-    bag_size: int,
-    seed: int,
+    scenario: Scenario, context: Context, grid: Grid, entry: Entry, point: _Point
 ) -> Iterator[Cell]:
-    if entry.method.sees_labels:
-        bag_size = 1
+    setting, bag_size, seed = point
     division = _division(scenario.data, setting, bag_size, seed)
     passes = context.passes or entry.passes or grid.passes or scenario.passes
     # A pooled or local-only model is trained at one site, whatever the division.

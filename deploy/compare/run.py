@@ -32,6 +32,23 @@ _LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
+class Request:
+    """Say which cells of a scenario are wanted, and what differs from what its file says.
+
+    Attributes:
+        data: stands in for the scenario's ``data.path``.
+        settings: ``KEY=VALUE`` of the run configuration, which win over all that the file says.
+        passes: wins over all passes of the file.
+        only: a pattern (``*`` and ``?``): cells of other names are not run.
+    """
+
+    data: Path | None = None
+    settings: Sequence[str] = ()
+    passes: int | None = None
+    only: str = "*"
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Hold the result of a comparison."""
 
@@ -43,25 +60,13 @@ class Outcome:
     """Whether Ctrl-C ended it early."""
 
 
-def compare(
-    file: Path,
-    out: Path,
-    *,
-    data: Path | None = None,
-    settings: Sequence[str] = (),
-    passes: int | None = None,
-    only: str = "*",
-    jobs: int | None = None,
-) -> Outcome:
+def compare(file: Path, out: Path, request: Request = Request(), *, jobs: int | None = None) -> Outcome:
     """Run every cell of a scenario that is not done, and write the table and plots of all that are.
 
     Args:
         file: the scenario.
         out: folder of the comparison: ``runs/``, ``data/``, ``plots/`` and the table.
-        data: stands in for the scenario's ``data.path``.
-        settings: ``KEY=VALUE`` of the run configuration, which win over all that the file says.
-        passes: wins over all passes of the file.
-        only: a pattern (``*`` and ``?``): cells of other names are not run.
+        request: what differs from the file.
         jobs: cells at once; as many as cores if None, or one on a GPU.
 
     Returns:
@@ -70,14 +75,14 @@ def compare(
     Raises:
         UserError: a faulty scenario or faulty data; nothing was started.
     """
-    scenario, cells = _read(file, settings, passes)
-    chosen = _of_names(cells, only)
+    scenario, cells = _read(file, request)
+    chosen = _of_names(cells, request.only)
     for cell in chosen:
         prerequisites.check(cell.config)
     interrupt.at("the comparison: what is done stays, and the same command goes on")
     # Two comparisons in one folder would train the same cells in the same run folders.
     with locked(out, "another comparison", _LOCK_SECONDS):
-        planned, folders = _look(scenario, cells, out, file.resolve().parent, data)
+        planned, folders = _look(scenario, cells, out, file.resolve().parent, request.data)
         todo = [one for one in planned if one.state is not State.DONE and one.cell in chosen]
         say_plan(planned, todo)
         failed: dict[str, str] = {}
@@ -99,21 +104,14 @@ def compare(
         return Outcome(table, failed, stopped)
 
 
-def list_cells(
-    file: Path,
-    out: Path,
-    *,
-    data: Path | None = None,
-    settings: Sequence[str] = (),
-    passes: int | None = None,
-    only: str = "*",
-) -> list[dict[str, Any]]:
+def list_cells(file: Path, out: Path, request: Request = Request()) -> list[dict[str, Any]]:
     """Return the cells of a scenario with their states, without writing anything.
 
     Arguments and errors are those of compare.
     """
-    scenario, cells = _read(file, settings, passes)
-    planned, _ = _look(scenario, _of_names(cells, only), out, file.resolve().parent, data)
+    scenario, cells = _read(file, request)
+    folder = file.resolve().parent
+    planned, _ = _look(scenario, _of_names(cells, request.only), out, folder, request.data)
     return [
         {
             "cell": one.cell.name,
@@ -127,20 +125,20 @@ def list_cells(
     ]
 
 
-def _read(file: Path, settings: Sequence[str], passes: int | None) -> tuple[Scenario, list[Cell]]:
+def _read(file: Path, request: Request) -> tuple[Scenario, list[Cell]]:
     """Read the scenario file and return the scenario with its cells.
 
     Raises:
         UserError: what is wrong with the file or the settings.
     """
     scenario = Scenario.load(file)
-    overrides: dict[str, Scalar] = dict(parse_setting(text) for text in settings)
+    overrides: dict[str, Scalar] = dict(parse_setting(text) for text in request.settings)
     try:
         check_settings(overrides)
     except ValueError as error:
         raise ConfigError(f"--set: {error}") from error
     try:
-        return scenario, expand(scenario, Context(file.resolve().parent, overrides, passes))
+        return scenario, expand(scenario, Context(file.resolve().parent, overrides, request.passes))
     except ConfigError as error:
         raise ConfigError(f"the scenario {file}: {error}") from error
 

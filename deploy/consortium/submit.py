@@ -9,9 +9,9 @@ import signal
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -23,7 +23,7 @@ from common.run_records import Failed, RunSummary
 from deploy.cli.progress import Follower
 from deploy.cli.say import say
 from deploy.cli.tables import console
-from deploy.configuration import compose, say_presets
+from deploy.configuration import RunRequest, compose, say_presets
 from deploy.consortium.checks import check_bundle
 from deploy.consortium.control import Control, RunStatus, control
 from deploy.consortium.kit import CoordinatorKit
@@ -33,24 +33,6 @@ from server.run_folder import RunFolder
 
 _POLL, _OUTAGE = 0.5, 300.0
 COMPLETED, _STOPPED = "completed", "stopped"
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """Hold what a user asks of one run."""
-
-    options: Mapping[str, Scalar]
-    """Flat configuration keys that were given as command options."""
-    settings: Sequence[str] = ()
-    """``KEY=VALUE`` texts; they win."""
-    config_file: Path | None = None
-    """A config.toml to start from."""
-    presets: Sequence[str] = ()
-    """Names of presets, beside those that ``options`` bring along."""
-    out: Path | None = None
-    """The run folder; ``state/runs/NAME-TIME`` of the kit when None."""
-    resume: bool = False
-    """Go on with the run in ``out``."""
 
 
 def run(kit: CoordinatorKit, request: RunRequest, *, ask: bool = True, quiet: bool = False) -> RunSummary:
@@ -91,16 +73,11 @@ def run(kit: CoordinatorKit, request: RunRequest, *, ask: bool = True, quiet: bo
 
 
 def _configuration(kit: CoordinatorKit, request: RunRequest) -> RunConfig:
-    config_file, out = request.config_file, request.out
-    if request.resume and out is None:
-        raise UserError("--resume needs the run folder: give it with --out")
-    if request.resume and config_file is None and out is not None and (out / "config.toml").exists():
-        config_file = out / "config.toml"
-    options, presets = _expected_sites(kit, request.options, config_file), request.presets
-    config = compose(options, request.settings, config_file, presets)
-    say_presets(config, request.options, request.settings, config_file, presets)
+    request = request.with_its_configuration()
+    config = compose(replace(request, options=_expected_sites(kit, request.options, request.config_file)))
+    say_presets(config, request)
     # Absolute, because the ServerApp has another working directory.
-    path = (out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    path = (request.out or kit.runs / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     here: dict[str, Scalar] = {"run-dir": str(path), "resume": request.resume}
     if not config.federation.statements:
         here["federation.statements"] = str(kit.statements)

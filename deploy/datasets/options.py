@@ -52,6 +52,12 @@ class SourceOptions:
     depth: int | None = None
     fold_case: bool = False
 
+    def __post_init__(self) -> None:
+        # Python programs give paths as texts, too.
+        for name in ("images", "labels", "hierarchy"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path))
+
 
 @dataclass(frozen=True)
 class Division:

@@ -8,16 +8,15 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import RunConfig, Scalar
-from common.errors import UserError
+from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from common.run_records import RunSummary
 from deploy.cli.progress import Follower, counted
 from deploy.cli.tables import console
-from deploy.configuration import compose, say_presets
+from deploy.configuration import RunRequest, compose, say_presets
 from deploy.datasets.options import SyntheticHospitals
 from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary, run_events
@@ -44,29 +43,19 @@ _LOCK_SECONDS = 0.5
 
 
 def simulate(
-    options: Mapping[str, Scalar],
+    request: RunRequest,
     *,
-    settings: Sequence[str] = (),
-    config_file: Path | None = None,
-    presets: Sequence[str] = (),
-    out: Path | None = None,
     engine: str = "local",
     workers: int | None = None,
-    resume: bool = False,
     figures: bool = True,
     quiet: bool = False,
 ) -> RunSummary:
     """Run one simulation from its options to its summary.
 
     Args:
-        options: flat configuration keys given as command options; they win over ``config_file``.
-        settings: ``KEY=VALUE`` texts; they win over both.
-        config_file: a config.toml to start from.
-        presets: names of presets, beside those that ``options`` bring along.
-        out: the run folder; ``runs/NAME-TIME`` when None.
+        request: what to run; in ``runs/NAME-TIME`` if it names no folder.
         engine: ``local`` or ``flower``.
         workers: worker processes of the local engine; as many as cores when None, 0 for none.
-        resume: go on with the run in ``out``.
         figures: draw the pictures at the end, and write the privacy-budget report of a private run.
         quiet: no tables on standard output (progress goes to standard error anyway).
 
@@ -77,20 +66,16 @@ def simulate(
         UserError: faulty options or data; nothing was started.
         RunError: the run failed.
     """
-    if resume and out is None:
-        raise UserError("--resume needs the run folder: give it with --out")
-    if resume and config_file is None and out is not None and (out / "config.toml").exists():
-        # A run goes on with the settings that it began with.
-        config_file = out / "config.toml"
-    config = compose(options, settings, config_file, presets)
+    request = request.with_its_configuration()
+    config = compose(request)
     prerequisites.check(config)
-    shown = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = config.with_changes({"run-dir": str(shown.resolve()), "resume": resume})
+    shown = request.out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = config.with_changes({"run-dir": str(shown.resolve()), "resume": request.resume})
     folder = run_folder.RunFolder(shown.resolve())
     again = f"fedbags simulate --out {shlex.quote(str(shown))} --resume" + (
         f" --engine {engine}" if engine != "local" else ""
     )
-    say_presets(config, options, settings, config_file, presets)
+    say_presets(config, request)
     # A function, because how far the run has come is read only when Ctrl-C comes.
     interrupt.at(lambda: _whereabouts(folder, config.rounds, again))
     with locked(folder.path, "a run", _LOCK_SECONDS):

@@ -22,7 +22,7 @@ import numpy as np
 from client.ledger import state
 from client.ledger.anchor import anchor_file
 from client.ledger.file import Entry, Kind
-from client.ledger.ledger import Ledger, LedgerLostError, verify
+from client.ledger.ledger import Ledger, LedgerLostError, Opening, verify
 from client.ledger.state import LedgerState, _untally
 from common.privacy.accounting import spent as epsilon
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict
@@ -36,7 +36,7 @@ RELEASE = release_counts(np.array([[3, 5], [4, 4]]), scale=4.0, randomness=Secur
 
 def work(path: Path, kind: str, started: Path) -> None:
     """What must be charged before ``started`` appears, which stands for training or sending."""
-    ledger = Ledger.open(path, "site-1", "v1", 8.0, 1e-5)
+    ledger = Ledger.open(path, Opening("site-1", "v1", 8.0, 1e-5))
     if kind == "release":
         ledger.store_release(RELEASE, "run")
         started.touch()
@@ -128,7 +128,7 @@ def main() -> None:
         if anchor is None or epsilon(_untally(anchor.events), 1e-5, Adjacency.REPLACE_ONE) < due:
             forgotten.append(point)
         try:
-            Ledger.open(copy, "site-1", "v1", 8.0, 1e-5)
+            Ledger.open(copy, Opening("site-1", "v1", 8.0, 1e-5))
         except LedgerLostError:
             refused.append(point)
     print(

@@ -19,7 +19,7 @@ from client.ledger.file import (
     read_entries,
     writing,
 )
-from client.ledger.ledger import BudgetRefused, Ledger
+from client.ledger.ledger import BudgetRefused, Ledger, Opening
 from client.ledger.state import LedgerState
 from client.session import SiteSession
 from client.site import PrivacyBudget, SiteConfig, SitePolicy
@@ -194,7 +194,7 @@ def test_a_new_process_reads_few_rows_of_a_long_ledger(
 ) -> None:
     path = tmp_path / "ledger.sqlite"
     long_ledger(path, 1000)
-    Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
+    Ledger.open(path, Opening("site-1", "v1", 50.0, 1e-5))
     read: list[int] = []
     right = ledger_module.read_entries
 
@@ -206,14 +206,14 @@ def test_a_new_process_reads_few_rows_of_a_long_ledger(
     monkeypatch.setattr(ledger_module, "read_entries", counted)
     for round in range(ledger_module._CARRY_EVERY + 5):
         if round % 64 == 0:
-            ledger = Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
+            ledger = Ledger.open(path, Opening("site-1", "v1", 50.0, 1e-5))
             assert len(ledger.events()) == 1000 + round
             assert max(read) <= ledger_module._CARRY_EVERY + 2
         ledger.confirm(
             ledger.reserve(PoissonGaussian(sample_rate=0.01, noise_multiplier=4.0, steps=1), "r", 1)
         )
     monkeypatch.undo()
-    whole, carried = LedgerState.read(path), Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
+    whole, carried = LedgerState.read(path), Ledger.open(path, Opening("site-1", "v1", 50.0, 1e-5))
     assert carried.state.as_json() == whole.as_json()
     assert carried.state.head == whole.head
     assert [entry.kind for entry in whole.entries].count("carried") >= 3
@@ -226,7 +226,7 @@ def test_a_row_that_carries_the_ledger_counts_no_event_anew(
     """Its length goes with the different events, and reading a ledger with its rows, not their square."""
     path = tmp_path / "ledger.sqlite"
     events = [PoissonGaussian(sample_rate=0.01, noise_multiplier=sigma, steps=1) for sigma in (4.0, 5.0)]
-    ledger = Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
+    ledger = Ledger.open(path, Opening("site-1", "v1", 50.0, 1e-5))
     for _ in range(8):
         with ledger.transaction() as db:
             for number in range(ledger_module._CARRY_EVERY):
@@ -244,7 +244,7 @@ def test_a_row_that_carries_the_ledger_counts_no_event_anew(
     assert [entry.kind for entry in book.entries].count("carried") == 8
     assert len(compared) <= 4 * book.rows
     assert len(book.as_json()["events"]) == len(book.as_json()["bag_events"]) == 2
-    begun = Ledger.open(path, "site-1", "v1", 50.0, 1e-5).state
+    begun = Ledger.open(path, Opening("site-1", "v1", 50.0, 1e-5)).state
     assert begun.as_json() == book.as_json()
     assert begun.spent() == book.spent()
 

@@ -18,7 +18,7 @@ from client.app import app
 from client.egress import SiteError
 from client.ledger import file
 from client.ledger.file import LEDGER_FILE, Kind
-from client.ledger.ledger import _CARRY_EVERY, Ledger
+from client.ledger.ledger import _CARRY_EVERY, Ledger, Opening
 from client.ledger.state import LedgerState
 from client.ledger.view import Charges
 from client.session import SiteSession
@@ -455,7 +455,7 @@ def test_the_guard_reads_the_ledger_once_a_reply_and_from_the_newest_row_that_ca
 ) -> None:
     path, config = tmp_path / LEDGER_FILE, RunConfig().with_changes(PRIVATE)
     event = PoissonGaussian(sample_rate=0.01, noise_multiplier=50.0, steps=2)
-    ledger = Ledger.open(path, "site-1", "v1", 50.0, 1e-5)
+    ledger = Ledger.open(path, Opening("site-1", "v1", 50.0, 1e-5))
     body = {"event": event.model_dump(), "run_id": "r", "round": 1, "copies": 1, "generator": ""}
     for _ in range(3):
         with ledger.transaction() as db:

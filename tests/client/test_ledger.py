@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from client.ledger.ledger import (
     Ledger,
     LedgerBusyError,
     LedgerError,
+    Opening,
     verify,
 )
 from client.ledger.state import LedgerState
@@ -56,7 +58,9 @@ def open_ledger(tmp_path: Path) -> Opener:
             "cap_epsilon": 8.0,
             "cap_delta": DELTA,
         }
-        return Ledger.open(**(settings | changes))
+        settings |= changes
+        own = {field.name: settings.pop(field.name) for field in fields(Opening) if field.name in settings}
+        return Ledger.open(opening=Opening(**own), **settings)
 
     return make
 
@@ -537,10 +541,10 @@ def test_two_openers_share_one_budget(open_ledger: Opener) -> None:
 
 def test_processes_that_make_the_ledger_at_once_make_one(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from client.ledger.ledger import Ledger\n"
+        "import sys; from pathlib import Path; from client.ledger.ledger import Ledger, Opening\n"
         "from common.privacy.events import PoissonGaussian\n"
         "event = PoissonGaussian(sample_rate=0.05, noise_multiplier=2.0, steps=1)\n"
-        "ledger = Ledger.open(Path(sys.argv[1]), 'site-1', 'v1', 8.0, 1e-5)\n"
+        "ledger = Ledger.open(Path(sys.argv[1]), Opening('site-1', 'v1', 8.0, 1e-5))\n"
         "for round in range(5): ledger.confirm(ledger.reserve(event, sys.argv[2], round))\n"
     )
     path = tmp_path / "ledger.sqlite"

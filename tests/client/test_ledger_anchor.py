@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from client.ledger.ledger import (
     Ledger,
     LedgerError,
     LedgerLostError,
+    Opening,
     verify,
 )
 from client.ledger.loss import accept_loss
@@ -54,7 +56,9 @@ def reopen(tmp_path: Path, anchor: AnchorFile) -> Callable[..., Ledger]:
             "cap_delta": DELTA,
             "anchor": anchor,
         }
-        return Ledger.open(**(settings | changes))
+        settings |= changes
+        own = {field.name: settings.pop(field.name) for field in fields(Opening) if field.name in settings}
+        return Ledger.open(opening=Opening(**own), **settings)
 
     return make
 
@@ -81,7 +85,7 @@ def roll_back(path: Path) -> None:
 
 def replace_by_a_fresh_one(path: Path) -> None:
     path.unlink()
-    Ledger.open(path, "site-1", "v1", 8.0, DELTA, anchor=AnchorFile(path.with_name("elsewhere")))
+    Ledger.open(path, Opening("site-1", "v1", 8.0, DELTA), anchor=AnchorFile(path.with_name("elsewhere")))
 
 
 LOSSES = pytest.mark.parametrize("lose", [delete, roll_back, replace_by_a_fresh_one])
@@ -121,8 +125,8 @@ def test_an_accepted_loss_is_charged_recorded_and_stated(
     lost = anchor.read()
     assert lost is not None
     lose(ledger.path)
-    assert accept_loss(ledger.path, "site-1", "v1", anchor)
-    assert not accept_loss(ledger.path, "site-1", "v1", anchor)
+    assert accept_loss(Ledger(ledger.path, "v1", anchor), "site-1")
+    assert not accept_loss(Ledger(ledger.path, "v1", anchor), "site-1")
     again = reopen()
     assert again.state.spent() == pytest.approx(cost, rel=1e-9)
     (row,) = [entry for entry in again.state.entries if entry.kind == "lost"]
@@ -143,7 +147,7 @@ def test_what_is_left_after_a_loss_is_what_was_left_before(reopen: Reopen, ancho
     for round in range(1, 4):
         ledger.reserve(EVENT, "run", round)
     ledger.path.unlink()
-    accept_loss(ledger.path, "site-1", "v1", anchor)
+    accept_loss(Ledger(ledger.path, "v1", anchor), "site-1")
     again = reopen(cap_epsilon=cap)
     again.reserve(EVENT, "run", 4)
     with pytest.raises(BudgetRefused):
@@ -155,9 +159,11 @@ def test_a_ledger_beside_the_anchors_chain_is_charged_with_both(reopen: Reopen, 
     first = reopen()
     first.reserve(EVENT, "run", 1)
     first.path.unlink()
-    other = Ledger.open(first.path, "site-1", "v1", 8.0, DELTA, anchor=AnchorFile(first.path.with_name("x")))
+    other = Ledger.open(
+        first.path, Opening("site-1", "v1", 8.0, DELTA), anchor=AnchorFile(first.path.with_name("x"))
+    )
     other.reserve(OTHER, "run", 1)
-    assert accept_loss(first.path, "site-1", "v1", anchor)
+    assert accept_loss(Ledger(first.path, "v1", anchor), "site-1")
     assert sorted(event.model_dump_json() for event in reopen().events()) == sorted(
         event.model_dump_json() for event in (EVENT, OTHER)
     )
@@ -173,7 +179,7 @@ def test_without_an_anchor_the_journal_tells_and_the_whole_budget_counts_as_spen
     anchor.path.unlink()
     with pytest.raises(LedgerLostError, match="missing"):
         reopen(seen=seen)
-    assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    assert accept_loss(Ledger(ledger.path, "v1", anchor, seen), "site-1")
     with pytest.raises(ConfigError, match="has spent epsilon inf"):
         reopen(seen=seen)
     assert math.isinf(LedgerState.read(ledger.path).spent())
@@ -192,9 +198,11 @@ def put_back(*files: Path) -> None:
 def refuses_all(path: Path, anchor: AnchorFile, seen: tuple[Mark, ...] = ()) -> None:
     """No further round is granted, nor under another cap."""
     with pytest.raises(BudgetRefused):
-        Ledger.open(path, "site-1", "v1", 8.0, DELTA, anchor=anchor, seen=seen).reserve(EVENT, "run", 9)
+        Ledger.open(path, Opening("site-1", "v1", 8.0, DELTA), anchor=anchor, seen=seen).reserve(
+            EVENT, "run", 9
+        )
     with pytest.raises(ConfigError, match="has spent epsilon inf"):
-        Ledger.open(path, "site-1", "v1", 9.0, DELTA, anchor=anchor, seen=seen)
+        Ledger.open(path, Opening("site-1", "v1", 9.0, DELTA), anchor=anchor, seen=seen)
 
 
 @pytest.mark.parametrize("anchor_from", ["the ledger's backup", "a later backup"])
@@ -215,8 +223,8 @@ def test_rows_that_only_the_journal_names_use_up_the_whole_budget(
     put_back(anchor.path)
     with pytest.raises(LedgerLostError):
         reopen(seen=seen)
-    assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
-    assert not accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    assert accept_loss(Ledger(ledger.path, "v1", anchor, seen), "site-1")
+    assert not accept_loss(Ledger(ledger.path, "v1", anchor, seen), "site-1")
     assert math.isinf(LedgerState.read(ledger.path).spent())
     assert LedgerState.read(ledger.path).losses == 1
     refuses_all(ledger.path, anchor, seen)
@@ -232,7 +240,7 @@ def test_a_chain_beside_the_one_that_ledger_and_anchor_agree_on_uses_up_the_whol
     seen = (Mark(ledger.state.rows, ledger.state.head),)
     put_back(ledger.path, anchor.path)
     fill(reopen())
-    assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    assert accept_loss(Ledger(ledger.path, "v1", anchor, seen), "site-1")
     assert math.isinf(LedgerState.read(ledger.path).spent())
 
 
@@ -242,7 +250,7 @@ def test_a_journal_behind_the_anchor_costs_nothing_on_top(reopen: Reopen, anchor
     seen = (Mark(ledger.state.rows, ledger.state.head),)
     cost = fill(ledger)
     ledger.path.unlink()
-    assert accept_loss(ledger.path, "site-1", "v1", anchor, seen)
+    assert accept_loss(Ledger(ledger.path, "v1", anchor, seen), "site-1")
     assert reopen(seen=seen).state.spent() == pytest.approx(cost, rel=1e-9)
 
 
@@ -258,10 +266,10 @@ def test_a_head_that_only_the_coordinator_holds_uses_up_the_whole_budget(
     put_back(ledger.path, anchor.path)
     again = reopen()
     again.reserve(OTHER, "another run", 1)
-    assert not accept_loss(ledger.path, "site-1", "v1", anchor)
-    assert not accept_loss(ledger.path, "site-1", "v1", anchor, head=again.statement(1).ledger_head)
-    assert accept_loss(ledger.path, "site-1", "v1", anchor, head=told)
-    assert not accept_loss(ledger.path, "site-1", "v1", anchor, head=told)
+    assert not accept_loss(Ledger(ledger.path, "v1", anchor), "site-1")
+    assert not accept_loss(Ledger(ledger.path, "v1", anchor), "site-1", head=again.statement(1).ledger_head)
+    assert accept_loss(Ledger(ledger.path, "v1", anchor), "site-1", head=told)
+    assert not accept_loss(Ledger(ledger.path, "v1", anchor), "site-1", head=told)
     statement = LedgerState.read(ledger.path).statement(1)
     assert (statement.losses, statement.epsilon, statement.budget_left) == (1, None, 0.0)
     refuses_all(ledger.path, anchor)
@@ -273,7 +281,7 @@ def test_the_coordinators_head_costs_nothing_on_top_where_the_anchor_has_it(
     ledger = reopen()
     cost = fill(ledger)
     ledger.path.unlink()
-    assert accept_loss(ledger.path, "site-1", "v1", anchor, head=ledger.state.head)
+    assert accept_loss(Ledger(ledger.path, "v1", anchor), "site-1", head=ledger.state.head)
     assert reopen().state.spent() == pytest.approx(cost, rel=1e-9)
 
 
@@ -281,7 +289,7 @@ def test_a_site_of_which_only_the_coordinator_knows_starts_with_its_budget_used_
     tmp_path: Path, anchor: AnchorFile
 ) -> None:
     path = tmp_path / "ledger.sqlite"
-    assert accept_loss(path, "site-1", "v1", anchor, head="ab" * 32)
+    assert accept_loss(Ledger(path, "v1", anchor), "site-1", head="ab" * 32)
     assert math.isinf(LedgerState.read(path).spent())
 
 
@@ -294,7 +302,7 @@ def test_a_damaged_anchor_refuses_until_the_loss_is_accepted(
     anchor.path.write_bytes(content)
     with pytest.raises(LedgerLostError, match="cannot be read"):
         reopen()
-    assert accept_loss(ledger.path, "site-1", "v1", anchor)
+    assert accept_loss(Ledger(ledger.path, "v1", anchor), "site-1")
     assert LedgerState.read(ledger.path).losses == 1
     found = anchor.read()
     assert found is not None
@@ -345,12 +353,12 @@ def test_another_sites_anchor_is_no_loss_that_can_be_accepted(reopen: Reopen, an
     ledger = reopen()
     ledger.path.unlink()
     with pytest.raises(LedgerError, match="of site 'site-1', not of 'site-2'"):
-        accept_loss(ledger.path, "site-2", "v1", anchor)
+        accept_loss(Ledger(ledger.path, "v1", anchor), "site-2")
     assert not ledger.path.exists()
 
 
 def test_a_fresh_site_has_nothing_to_lose(tmp_path: Path, anchor: AnchorFile) -> None:
-    assert not accept_loss(tmp_path / "ledger.sqlite", "site-1", "v1", anchor)
+    assert not accept_loss(Ledger(tmp_path / "ledger.sqlite", "v1", anchor), "site-1")
     assert not (tmp_path / "ledger.sqlite").exists()
 
 
@@ -379,7 +387,7 @@ def test_the_journal_keeps_the_mark(with_kit: bool, tmp_path: Path) -> None:
     file = kit / LOGS / JOURNAL_FILE if kit else site / JOURNAL_FILE
     assert newest_mark(file) == ()
     place = anchor_file(site / "ledger.sqlite", kit)
-    ledger = Ledger.open(site / "ledger.sqlite", "site-1", "v1", 8.0, DELTA, anchor=place)
+    ledger = Ledger.open(site / "ledger.sqlite", Opening("site-1", "v1", 8.0, DELTA), anchor=place)
     journal.record(message, context, answer)
     mark = (Mark(ledger.state.rows, ledger.state.head),)
     assert newest_mark(file) == mark
@@ -389,4 +397,6 @@ def test_the_journal_keeps_the_mark(with_kit: bool, tmp_path: Path) -> None:
     place.path.unlink()
     ledger.path.unlink()
     with pytest.raises(LedgerLostError):
-        Ledger.open(site / "ledger.sqlite", "site-1", "v1", 8.0, DELTA, anchor=place, seen=newest_mark(file))
+        Ledger.open(
+            site / "ledger.sqlite", Opening("site-1", "v1", 8.0, DELTA), anchor=place, seen=newest_mark(file)
+        )

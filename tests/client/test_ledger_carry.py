@@ -14,7 +14,7 @@ from client.ledger import check, state
 from client.ledger import ledger as ledger_module
 from client.ledger.check import _SEAL_BYTES, CarryFile
 from client.ledger.file import hash_of, reading
-from client.ledger.ledger import Ledger, verify
+from client.ledger.ledger import Ledger, Opening, verify
 from common.errors import UserError
 from common.privacy import accounting, composition
 from common.privacy.composition import amounts_of
@@ -47,7 +47,7 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def opened(path: Path, cap: float = 8.0, unit: Unit = Unit.BAG) -> Ledger:
-    return Ledger.open(path, "site-1", "v1", cap, DELTA, unit=unit)
+    return Ledger.open(path, Opening("site-1", "v1", cap, DELTA, unit=unit))
 
 
 def fill(folder: Path, first: int = 0, last: int = ROUNDS, unit: Unit = Unit.BAG) -> Path:
@@ -183,10 +183,10 @@ def note(sigma, **options):
     built.append([sigma, options["value_discretization_interval"]])
     return right(sigma, **options)
 pld.from_gaussian_mechanism = note
-from client.ledger.ledger import Ledger
+from client.ledger.ledger import Ledger, Opening
 from common.privacy.events import PoissonGaussian
 from pathlib import Path
-ledger = Ledger.open(Path(sys.argv[1]), "site-1", "v1", 8.0, {delta})
+ledger = Ledger.open(Path(sys.argv[1]), Opening("site-1", "v1", 8.0, {delta}))
 ledger.refuse_used_up("run", 0)
 ledger.reserve(PoissonGaussian(sample_rate=0.1, noise_multiplier=7.0, steps=5), "run", 99)
 ledger.statement(99)

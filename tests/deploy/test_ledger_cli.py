@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from client.data.bags import BagStore
 from client.ledger.anchor import anchor_file
-from client.ledger.ledger import DataVersionError, Ledger, LedgerLostError
+from client.ledger.ledger import DataVersionError, Ledger, LedgerLostError, Opening
 from client.ledger.state import LedgerState
 from common.errors import UserError
 from common.privacy.events import PoissonGaussian
@@ -22,7 +22,7 @@ EVENT = PoissonGaussian(sample_rate=0.05, noise_multiplier=1.0, steps=10)
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """A ledger with one confirmed and one open round."""
-    ledger = Ledger.open(tmp_path / "ledger.sqlite", "site-1", "v1", 8.0, 1e-5)
+    ledger = Ledger.open(tmp_path / "ledger.sqlite", Opening("site-1", "v1", 8.0, 1e-5))
     ledger.confirm(ledger.reserve(EVENT, "first", 1))
     ledger.reserve(EVENT, "first", 2)
     return ledger
@@ -50,17 +50,17 @@ def test_a_new_data_version_is_accepted_by_hand(sites_dir: Path, tmp_path: Path)
     site = tmp_path / "site"
     shutil.copytree(sites_dir / "hospital-1", site)
     path, name = site / "ledger.sqlite", "hospital-1"
-    Ledger.open(path, name, "old", 8.0, 1e-5).reserve(EVENT, "first", 1)
+    Ledger.open(path, Opening(name, "old", 8.0, 1e-5)).reserve(EVENT, "first", 1)
     version = BagStore.open(site, 16).data_version
     with pytest.raises(DataVersionError):
-        Ledger.open(path, name, version, 8.0, 1e-5)
+        Ledger.open(path, Opening(name, version, 8.0, 1e-5))
     runner = CliRunner(env={"COLUMNS": "200"})
     told = json.loads(runner.invoke(app, ["accept-version", str(site), "--json"]).output)
     assert told == {"accepted": True, "data_version": version, "versions": ["old", version]}
     again = runner.invoke(app, ["accept-version", str(site), "--ledger", str(path)])
     assert "nothing was changed" in again.output
     assert f"epsilon {LedgerState.read(path).spent():.4g} of 8" in again.output
-    assert Ledger.open(path, name, version, 8.0, 1e-5).events() == (EVENT,)
+    assert Ledger.open(path, Opening(name, version, 8.0, 1e-5)).events() == (EVENT,)
     assert LedgerState.read(path).identifiers[version][:12] in runner.invoke(app, ["show", str(path)]).output
 
 
@@ -75,12 +75,12 @@ def test_a_loss_is_accepted_by_hand_and_shown(with_kit: bool, sites_dir: Path, t
     runner = CliRunner(env={"COLUMNS": "200"})
     told = runner.invoke(app, ["accept-loss", str(site), *options, "--json"])
     assert json.loads(told.output) == {"accepted": False}
-    ledger = Ledger.open(path, "hospital-1", version, 8.0, 1e-5, anchor=anchor)
+    ledger = Ledger.open(path, Opening("hospital-1", version, 8.0, 1e-5), anchor=anchor)
     ledger.reserve(EVENT, "first", 1)
     spent = ledger.state.spent()
     path.unlink()
     with pytest.raises(LedgerLostError):
-        Ledger.open(path, "hospital-1", version, 8.0, 1e-5, anchor=anchor)
+        Ledger.open(path, Opening("hospital-1", version, 8.0, 1e-5), anchor=anchor)
     told = runner.invoke(app, ["accept-loss", str(site), *options, "--json"])
     assert json.loads(told.output) == {"accepted": True, "losses": 1, "spent": pytest.approx(spent)}
     assert "nothing is lost" in runner.invoke(app, ["accept-loss", str(site), *options]).output
@@ -97,7 +97,7 @@ def test_the_coordinators_head_is_a_loss_where_the_site_itself_sees_none(
     site = tmp_path / "site"
     shutil.copytree(sites_dir / "hospital-1", site)
     ledger = Ledger.open(
-        site / "ledger.sqlite", "hospital-1", BagStore.open(site, 16).data_version, 8.0, 1e-5
+        site / "ledger.sqlite", Opening("hospital-1", BagStore.open(site, 16).data_version, 8.0, 1e-5)
     )
     ledger.reserve(EVENT, "first", 1)
     runner = CliRunner(env={"COLUMNS": "400"})

@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import deploy.report.accounts
-from client.ledger.ledger import BudgetRefused, Ledger
+from client.ledger.ledger import BudgetRefused, Ledger, Opening
 from client.ledger.state import LedgerState
 from common.errors import UserError
 from common.privacy.accounting import spent
@@ -49,7 +49,7 @@ def fill(
 ) -> Ledger:
     """A ledger with a release, three confirmed rounds and one that broke off."""
     folder.mkdir(parents=True)
-    ledger = Ledger.open(folder / "ledger.sqlite", site, "v1", cap, DELTA)
+    ledger = Ledger.open(folder / "ledger.sqlite", Opening(site, "v1", cap, DELTA))
     counts = release_counts(
         np.array([[3, 5], [4, 2]]), scale=8.0, randomness=InsecureSeededRandomness(0, site)
     )
@@ -191,7 +191,7 @@ def test_every_figure_on_the_page_is_the_json_which_is_the_ledger(run: Path, tmp
 
 def test_looks_at_held_back_bags_are_told_apart_and_counted(run: Path, tmp_path: Path) -> None:
     path = run / "sites" / "north" / "ledger.sqlite"
-    ledger = Ledger.open(path, "north", "v1", 20.0, DELTA)
+    ledger = Ledger.open(path, Opening("north", "v1", 20.0, DELTA))
     look = DiscreteLaplace(scale=50.0)
     ledger.confirm(ledger.reserve(look, "demo", 4, copies=3, generator=Generator.OPENDP))
     ledger.reserve(look, "demo", 4, copies=3, generator=Generator.OPENDP)
@@ -236,7 +236,7 @@ def test_a_ledger_alone_tells_every_row(run: Path, tmp_path: Path) -> None:
 
 def test_two_runs_on_the_same_data_are_one_spending(run: Path, tmp_path: Path) -> None:
     path = run / "sites" / "north" / "ledger.sqlite"
-    ledger = Ledger.open(path, "north", "v1", 20.0, DELTA)
+    ledger = Ledger.open(path, Opening("north", "v1", 20.0, DELTA))
     ledger.confirm(
         ledger.reserve(PoissonGaussian(sample_rate=0.3, noise_multiplier=1.6, steps=4), "again", 1)
     )
@@ -494,7 +494,8 @@ def test_an_unfinished_run_is_reported_from_its_checkpoint(run: Path, tmp_path: 
     (run / "summary.json").unlink()
     state = checkpoint.ServerState(round=2)
     statements = {
-        site: Ledger.open(run / "sites" / site / "ledger.sqlite", site, "v1", 20.0, DELTA) for site in SIGMAS
+        site: Ledger.open(run / "sites" / site / "ledger.sqlite", Opening(site, "v1", 20.0, DELTA))
+        for site in SIGMAS
     }
     state.statements = {site: ledger.statement(2) for site, ledger in statements.items()}
     checkpoint.save(run / "checkpoints", state, {"w": np.zeros(1, np.float32)}, {}, {})

@@ -15,7 +15,7 @@ from client.site import SiteConfig, site_folders
 from common.config import RunConfig
 from common.errors import UserError
 from deploy.cli.tables import config_rows, print_config, print_preset
-from deploy.configuration import compose, preset_rows, preset_values, say_presets
+from deploy.configuration import RunRequest, compose, preset_rows, preset_values, say_presets
 from deploy.runs.reading import read_summary
 from deploy.runs.runs import (
     _trivial_accuracies,
@@ -242,15 +242,17 @@ def test_every_setting_of_a_preset_is_listed_with_its_reason() -> None:
 
 def test_a_preset_counts_where_an_option_or_its_name_asks_for_it(tmp_path: Path) -> None:
     usual, private = RunConfig(), {**preset_values("dp"), "dp.epsilon": 8.0}
-    assert compose({}) == usual
-    assert compose({"dp.epsilon": 8.0}) == usual.with_changes(private)
-    assert compose({"dp.epsilon": 8.0}, ["rounds=7"]) == usual.with_changes({**private, "rounds": 7})
-    assert compose({}, presets=["dp"]) == usual.with_changes(preset_values("dp"))
+    assert compose(RunRequest()) == usual
+    assert compose(RunRequest({"dp.epsilon": 8.0})) == usual.with_changes(private)
+    assert compose(RunRequest({"dp.epsilon": 8.0}, ["rounds=7"])) == usual.with_changes(
+        {**private, "rounds": 7}
+    )
+    assert compose(RunRequest({}, presets=["dp"])) == usual.with_changes(preset_values("dp"))
     file = tmp_path / "config.toml"
     file.write_text("seed = 3")
     from_file = usual.with_changes({"seed": 3, "dp.epsilon": 8.0})
-    assert compose({"dp.epsilon": 8.0}, (), file) == from_file
-    assert compose({"dp.epsilon": 8.0}, (), file, ["dp"]) == from_file.with_changes(private)
+    assert compose(RunRequest({"dp.epsilon": 8.0}, (), file)) == from_file
+    assert compose(RunRequest({"dp.epsilon": 8.0}, (), file, ["dp"])) == from_file.with_changes(private)
 
 
 def test_flower_reads_the_file_of_a_preset_itself() -> None:
@@ -259,12 +261,12 @@ def test_flower_reads_the_file_of_a_preset_itself() -> None:
 
 def test_what_a_preset_changes_is_said_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig().with_changes({**preset_values("dp"), "dp.epsilon": 8.0, "rounds": 7})
-    say_presets(config, {"dp.epsilon": 8.0, "rounds": 7})
+    say_presets(config, RunRequest({"dp.epsilon": 8.0, "rounds": 7}))
     told = capsys.readouterr().err.replace("\n", " ")
     assert "fedbags config --preset dp" in told
     assert "model.backbone=colour-histogram" in told
     assert "rounds=" not in told
-    say_presets(RunConfig(), {})
+    say_presets(RunConfig(), RunRequest())
     assert capsys.readouterr().err == ""
 
 

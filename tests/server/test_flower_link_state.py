@@ -14,7 +14,7 @@ from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from common.run_records import FLOWER_ERRORS
 from deploy.flower.internals import become_server
-from server.exchange import ask
+from server.exchange import Phase, ask
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def connect(grid: InMemoryGrid, key: bytes, heartbeat: float = 30.0) -> int:
 
 
 def failures(grid: Any, nodes: list[int]) -> list[tuple[int, int, str]]:
-    replies = ask(grid, {node: RecordDict() for node in nodes}, "train", round=1, deadline=2.0)
+    replies = ask(grid, {node: RecordDict() for node in nodes}, Phase("train", 1, 2.0))
     return [(reply.node, reply.code, reply.failure) for reply in replies]
 
 

@@ -20,7 +20,7 @@ from deploy.cli.main import app
 from deploy.compare import run as comparison
 from deploy.compare.cell import _work
 from deploy.compare.plan import LOG, RESULT
-from deploy.compare.run import compare, list_cells
+from deploy.compare.run import Request, compare, list_cells
 from deploy.simulation.folder_lock import LOCK
 from tests.deploy.datasets.layouts import write_aircraft, write_cars, write_cub, write_ham10000
 
@@ -99,10 +99,10 @@ def test_only_what_changed_runs_again(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match=r"'frist\*' is the name of no cell.* 'first_bag8_seed0_pooled'"):
-        compare(scenario(TWO), out, only="frist*")
+        compare(scenario(TWO), out, Request(only="frist*"))
     assert not out.exists()
-    assert [cell["state"] for cell in list_cells(scenario(TWO), out, only="first*")] == ["new"]
-    outcome = compare(scenario(TWO), out, only="first*")
+    assert [cell["state"] for cell in list_cells(scenario(TWO), out, Request(only="first*"))] == ["new"]
+    outcome = compare(scenario(TWO), out, Request(only="first*"))
     assert list(results(out)) == ["first_bag8_seed0_pooled"]
     assert outcome.table["missing"] == ["second_bag8_seed0_pooled"]
     compare(scenario(TWO), out)
@@ -254,10 +254,7 @@ def test_the_scenarios_of_public_data_run_on_their_layouts(
     outcome = compare(
         ROOT / "benchmarks/scenarios" / f"{name}.toml",
         tmp_path / "out",
-        data=data,
-        settings=small,
-        passes=1,
-        only="dllp_bag4_seed0_pooled",
+        Request(data, small, 1, "dllp_bag4_seed0_pooled"),
     )
     (row,) = outcome.table["rows"]
     assert (row["method"], row["bag_size"]) == ("dllp", 4)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.compare.run import compare
+from deploy.compare.run import Request, compare
 
 ROOT = Path(__file__).parents[3]
 SHORT = ROOT / "benchmarks" / "short.toml"
@@ -30,7 +30,7 @@ def test_lhfglp_learns_real_signs_from_bags(tmp_path: Path) -> None:
         text = text.replace(usual, small)
     (tmp_path / "small.toml").write_text(text, encoding="utf-8")
     outcome = compare(
-        tmp_path / "small.toml", tmp_path / "out", data=SIGNS, passes=PASSES, only="lhfglp_*", jobs=1
+        tmp_path / "small.toml", tmp_path / "out", Request(data=SIGNS, passes=PASSES, only="lhfglp_*"), jobs=1
     )
     assert not outcome.failed
     (row,) = outcome.table["rows"]
@@ -41,7 +41,7 @@ def test_lhfglp_learns_real_signs_from_bags(tmp_path: Path) -> None:
 @with_signs
 def test_lhfglp_is_above_dllp_at_the_leaf(tmp_path: Path) -> None:
     for method in ("lhfglp", "dllp"):
-        outcome = compare(SHORT, tmp_path, passes=PASSES, only=f"{method}_*", jobs=1)
+        outcome = compare(SHORT, tmp_path, Request(passes=PASSES, only=f"{method}_*"), jobs=1)
         assert not outcome.failed
     leaf = {row["method"]: row["levels"][-1] for row in outcome.table["rows"]}
     assert leaf["lhfglp"]["accuracy"] > leaf["dllp"]["accuracy"]

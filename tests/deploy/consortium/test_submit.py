@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from deploy.configuration import compose
+from deploy.configuration import RunRequest, compose
 from deploy.consortium.kit import CoordinatorKit
 from deploy.consortium.provision import provision
 from deploy.consortium.submit import _expected_sites
@@ -21,7 +21,7 @@ def coordinator(folder: Path, keys_here: bool) -> CoordinatorKit:
 
 def test_all_sites_with_a_key_are_waited_for_and_every_round_is_looked_at(tmp_path: Path) -> None:
     kit = coordinator(tmp_path, keys_here=True)
-    config = compose(_expected_sites(kit, {}, None), (), None)
+    config = compose(RunRequest(_expected_sites(kit, {}, None)))
     assert config.federation.sites == 2
     assert all(config.evaluation.is_due(number, 5) for number in range(1, 6))
 
