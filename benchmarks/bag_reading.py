@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from client.data.bags import BagStore, to_tensor
-from client.data.image_cache import decode_all
+from client.data.images import decode_all
 from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
 from deploy.datasets.files import FileImages, SourceTable

@@ -21,8 +21,7 @@ import torch
 
 from client.data.bags import BagStore
 from client.data.labelled import LabelledImages
-from client.data.site_files import read_listing
-from client.data.tables import write_csv
+from client.data.tables import read_listing, write_csv
 from client.evaluation import read_predictions
 from client.site import SiteConfig, site_folders
 from common.model.model_file import load_model

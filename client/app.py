@@ -7,8 +7,7 @@ from flwr.app import Message
 from client import egress, journal
 from client.door import SiteApp
 from client.evaluation import evaluate_bags, evaluate_labelled, sum_distances
-from client.metrics import may_leave, suppress
-from client.release import private_release, release_proportions
+from client.release import may_leave, private_release, release_proportions, suppress
 from client.session import SiteSession
 from client.site import ReleaseProportions
 from client.training import TrainingResult, train_round

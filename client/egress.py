@@ -21,8 +21,7 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from client.door import QUESTIONS, Handler, Question, admit
 from client.ledger.view import Charges
-from client.metrics import NOISED_SUMS, check_metrics
-from client.release import release_proportions
+from client.release import NOISED_SUMS, check_metrics, release_proportions
 from client.session import SiteSession
 from client.site import ReleaseProportions
 from common.errors import (

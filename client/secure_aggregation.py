@@ -1,13 +1,20 @@
 """Play a site's part in secure aggregation, one message after the other.
 
 The mathematics are in ``common.secure_aggregation.member``. Here are the site's files (node key and CA
-certificate of its kit, the claims), and its secrets between two messages: they wait in ``Context.state``,
-which a SuperNode keeps in memory and never sends (``flwr.supernode.nodestate`` has no other kind). Knows
-nothing of models beyond their arrays.
+certificate of its kit), and its secrets between two messages: they wait in ``Context.state``, which a
+SuperNode keeps in memory and never sends (``flwr.supernode.nodestate`` has no other kind). Knows nothing of
+models beyond their arrays.
+
+A replay guard stands with them. Flower runs every message in a process of its own, two at once if a server
+sends two, and each gets the node's state as it was before. So a rule such as "one mask, one vector" is kept
+in a small file, where the first process wins: a row of SQLite whose key is unique.
 """
 
 import hashlib
 import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,20 +22,20 @@ from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from client.claims import claim, claimed
 from client.session import SiteSession
 from client.site import KIT
 from common.config import RunConfig
 from common.errors import (
     ConfigError,
     RoundTaken,
+    RunError,
     SecureAggregationRefused,
     require_file,
 )
 from common.pki import load_node_key
 from common.records import FloatArray, ModelUpdate
 from common.secure_aggregation import member
-from common.secure_aggregation.demands import Limits
+from common.secure_aggregation.cohort import Limits
 from common.secure_aggregation.member import MemberState
 from common.secure_aggregation.quantisation import Grid, digest, quantise
 from common.secure_aggregation.records import (
@@ -55,6 +62,8 @@ EPHEMERAL = "throw-away-identities"
 """The folder, in the run folder of a simulation, with a kit for each of its sites."""
 STATE = "secure-aggregation"
 CLAIMS_FILE = "secure-aggregation.sqlite"
+WAIT_SECONDS = 30.0
+"""How long to wait for another process that writes the file of claims."""
 MOST_CLIPPED = 1e-3
 """Largest share beyond the clip range of an update without noise. With settings that cut every number, each
 would be plus or minus the range times the site's weight, and their sum would tell every site's sign."""
@@ -265,3 +274,45 @@ def run_folder(session: SiteSession) -> Path:
     if session.config.run_dir:
         return Path(session.config.run_dir)
     return Path.home() / ".fedbags" / "runs" / session.run_name
+
+
+def claim(path: Path, key: str, content: str | None = None) -> None:
+    """Claim ``key`` for good, or refuse if it was claimed before.
+
+    With ``content``, the same claim may be repeated, and no other made.
+
+    Raises:
+        SecureAggregationRefused: it was claimed before (with something else).
+        RunError: the file cannot be written; nothing may be done then.
+    """
+    with _open(path) as db:
+        # One statement decides: to look first and write then would let two processes both find the key
+        # free.
+        made = db.execute("INSERT OR IGNORE INTO claims VALUES (?, ?)", (key, content)).rowcount
+        kept = db.execute("SELECT content FROM claims WHERE key = ?", (key,)).fetchone()
+    if not made and (content is None or kept != (content,)):
+        raise SecureAggregationRefused("asked a second time for what is done once")
+
+
+def claimed(path: Path, key: str) -> str | None:
+    """Return the content under which ``key`` was claimed, or None if it was not.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    with _open(path) as db:
+        kept = db.execute("SELECT content FROM claims WHERE key = ?", (key,)).fetchone()
+    return kept[0] if kept else None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with closing(sqlite3.connect(path, timeout=WAIT_SECONDS)) as db, db:
+            # A claim that a power cut undoes could be made again, and a second answer under the same
+            # masks gives the first away.
+            db.execute("PRAGMA synchronous = EXTRA")
+            db.execute("CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, content TEXT)")
+            yield db
+    except sqlite3.Error as error:
+        raise RunError("the site's file of claims cannot be written; is its disk full?") from error

@@ -14,9 +14,9 @@ from common.errors import RunError, UserError
 from common.model.build import build_model, trainable_parameters
 from common.model.model_file import ModelCard, load_arrays, save_model
 from common.run_records import CheckpointDamaged, Enrolled, Failed, Finished, RunSummary, SiteFigures
-from server import checkpoint
-from server.checkpoint import ServerState
+from server import run_folder
 from server.collect import Collector
+from server.enrolment import Quorum, RoundCohort
 from server.evaluation import (
     Confusion,
     accuracy_bounds,
@@ -26,9 +26,8 @@ from server.evaluation import (
     shown,
     smallest_cell,
 )
-from server.quorum import Quorum, RoundCohort
 from server.rounds import Rounds
-from server.run_folder import RunFolder, code_version
+from server.run_folder import RunFolder, ServerState, code_version
 
 log = logging.getLogger("fedbags.server")
 
@@ -82,7 +81,7 @@ def _begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     damaged: list[dict[str, str]] = []
     found = None
     if config.resume:
-        found = checkpoint.load_newest(
+        found = run_folder.newest_checkpoint(
             folder.checkpoints, lambda file, reason: damaged.append({"file": file, "reason": reason})
         )
     state, groups = found if found is not None else (ServerState(), None)

@@ -17,12 +17,18 @@ from common.hierarchy import Hierarchy
 from common.records import MessageError, ModelUpdate, PrivacyStatement, SiteError
 from common.run_records import Cause, DeclaredLoss, LedgerLost, LeftOut, Stated, UpdateTaken
 from common.wire import from_records
-from server.acceptance import cause_of, fault_of, is_replay, read_update, usable_loss
 from server.aggregation import Aggregator, Arrays, fedpals_weights, training_bags
-from server.enrolment import is_answer
+from server.enrolment import Quorum, RoundCohort, is_answer
 from server.evaluation import check_figures
-from server.exchange import Phase, ask
-from server.quorum import Quorum, RoundCohort
+from server.exchange import (
+    Phase,
+    ask,
+    cause_of,
+    fault_of,
+    is_replay,
+    read_update,
+    usable_loss,
+)
 from server.secure_aggregation import Session, SessionFailed, UselessSum
 from server.statements import StatementBook
 

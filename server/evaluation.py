@@ -15,7 +15,7 @@ from common.hierarchy import Hierarchy
 from common.privacy.proportions import GRID
 from common.records import SMALLEST_CELL, SUPPRESSED, MessageError, ModelUpdate
 from common.run_records import BagFigures, LevelFigures, Suppression
-from server.acceptance import LARGEST_FIGURE
+from server.exchange import LARGEST_FIGURE
 
 Confusion = list[NDArray[np.int64]]
 """One (C_l, C_l) array of counts per level, rows the true class."""

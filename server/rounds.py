@@ -16,12 +16,11 @@ from common.model.model_file import all_arrays, load_arrays, trainable_arrays
 from common.records import FloatArray, ModelUpdate
 from common.run_records import BagsEvaluated, RoundDone, RoundSkipped, StoppedEarly
 from common.wire import to_records
-from server import checkpoint
+from server import run_folder
 from server.aggregation import ServerOptimiser
 from server.collect import EVALUATE_BAGS, EVALUATE_TEST, Collector
-from server.enrolment import ATTEMPTS
+from server.enrolment import ATTEMPTS, QuorumMissed
 from server.evaluation import noised_bag_figures, pooled_bag_figures, selection_score
-from server.quorum import QuorumMissed
 from server.secure_aggregation import UselessSum
 
 log = logging.getLogger("fedbags.server")
@@ -72,7 +71,7 @@ class Rounds:
                 self._evaluate_bags(number)
             self.state.round = number
             self.state.seconds += time.monotonic() - started
-            checkpoint.save(
+            run_folder.save_checkpoint(
                 self.folder.checkpoints,
                 self.state,
                 trainable_arrays(self.model),

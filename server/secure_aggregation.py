@@ -22,8 +22,7 @@ from common.config_tables import SecureAggregationConfig
 from common.errors import IdentityError, RunError, SecureAggregationRefused
 from common.records import FloatArray, MessageError, ModelUpdate, PrivacyStatement
 from common.secure_aggregation import keys
-from common.secure_aggregation.cohort import neighbourhoods
-from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
+from common.secure_aggregation.cohort import KEYS_SIGNED, effective_number, neighbourhoods
 from common.secure_aggregation.quantisation import Grid, digest, length, mean_of, refuse_noise
 from common.secure_aggregation.records import (
     SEALED_BYTES,
@@ -41,7 +40,7 @@ from common.secure_aggregation.records import (
 )
 from common.secure_aggregation.recovery import MaskedSum
 from common.wire import check_only, combine, from_records, to_records
-from server.acceptance import check_statement, reading
+from server.exchange import check_statement, reading
 
 _KEYS, _SHARES, _TRAIN_MASKED = "query.keys", "query.shares", "train.masked"
 _SURVIVORS, _UNMASK = "query.survivors", "query.unmask"

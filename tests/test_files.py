@@ -24,7 +24,7 @@ from common.files import (
 from common.records import PrivacyStatement
 from deploy.consortium.authority import Authority, Issued
 from deploy.consortium.kit import SiteKit
-from server import checkpoint
+from server import run_folder
 from server.run_folder import RunFolder
 from server.statements import StatementBook, _Memory
 
@@ -65,8 +65,8 @@ def statement(folder: Path, version: int) -> None:
 
 
 def server_state(folder: Path, version: int) -> None:
-    state = checkpoint.ServerState(round=1, seconds=float(version))
-    checkpoint.save(folder, state, {"w": np.full(3, version, np.float32)}, {}, {})
+    state = run_folder.ServerState(round=1, seconds=float(version))
+    run_folder.save_checkpoint(folder, state, {"w": np.full(3, version, np.float32)}, {}, {})
 
 
 WRITERS = {

@@ -20,7 +20,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import message_to_proto
 
 from client.app import app
-from client.data.site_files import data_version, read_listing
+from client.data.tables import data_version, read_listing
 from client.ledger.file import Kind
 from client.ledger.state import LedgerState
 from client.site import SiteConfig

@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data.image_cache import CacheKey, Progress, open_cache
-from client.data.site_files import (
+from client.data.images import CacheKey, Progress, open_cache
+from client.data.tables import (
     MANIFEST_FILE,
     Fault,
     Listing,
     data_version,
     read_listing,
+    write_csv,
 )
-from client.data.tables import write_csv
 from client.site import BUILD_ADVICE, SiteConfig
 from common.errors import BadRow, DataError, UserError
 from common.files import replacing
@@ -106,7 +106,7 @@ class BagStore:
     config: SiteConfig
     hierarchy: Hierarchy
     data_version: str
-    """See ``client.data.site_files.fingerprint``."""
+    """See ``client.data.tables.fingerprint``."""
     summary: StoreSummary
     bag_ids: tuple[str, ...]
     leaf_counts: NDArray[np.int64]

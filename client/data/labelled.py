@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.bags import CACHE_FOLDER
-from client.data.image_cache import CacheKey, Progress, open_cache
-from client.data.site_files import (
+from client.data.images import CacheKey, Progress, open_cache
+from client.data.tables import (
     TEST_FILE,
     Fault,
     collect_images,
     fingerprint,
+    read_csv,
     read_hierarchy,
+    unknown_label,
 )
-from client.data.tables import read_csv, unknown_label
 from client.site import SiteConfig
 from common.errors import BadRow, DataError
 from common.hierarchy import Hierarchy

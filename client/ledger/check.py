@@ -16,7 +16,7 @@ unless
 - the ledger's chain holds the very row after which it was written, so another ledger's file, or one newer
   than a ledger that was rolled back, is not used.
 
-In addition, what it composes must be among the ledger's events (``common.privacy.composition``), so that
+In addition, what it composes must be among the ledger's events (``common.privacy.accounting``), so that
 an older file of the same ledger costs time only.
 """
 
@@ -45,9 +45,8 @@ from client.ledger.file import (
 from client.ledger.state import LedgerState
 from common.errors import UserError, require_file
 from common.files import write_bytes
-from common.privacy import composition
-from common.privacy.accounting import fits
-from common.privacy.composition import Composition, amounts_of
+from common.privacy import accounting
+from common.privacy.accounting import Composition, amounts_of, fits
 from common.privacy.events import Adjacency, Unit
 
 
@@ -216,7 +215,7 @@ class CarryFile:
             # unpacking code.
             if not hmac.compare_digest(seal, self._seal(content)):
                 return
-            about, compositions = composition.unpack(content)
+            about, compositions = accounting.unpack(content)
         except (OSError, UserError, ValueError, KeyError, zipfile.BadZipFile):
             return  # there is none, or none that this site's code writes: everything is composed again
         # The head is read from this ledger: the file of another ledger, or of rows that were rolled back,
@@ -224,7 +223,7 @@ class CarryFile:
         if about != _about(state, about["rows"], hash_of(about["rows"])):
             return
         for carried in compositions:
-            composition.keep(carried)
+            accounting.keep(carried)
         self._written = compositions
 
     def keep(self, state: LedgerState) -> None:
@@ -234,7 +233,7 @@ class CarryFile:
         kept = _kept_of(state)
         if not kept or set(kept) <= set(self._written):
             return
-        content = composition.pack(kept, _about(state, state.rows, state.head))
+        content = accounting.pack(kept, _about(state, state.rows, state.head))
         # The ledger holds what counts: where this file cannot be written, the next process takes longer.
         with suppress(OSError, UserError):
             write_bytes(self.path, self._seal(content) + content, 0o600, sync="nothing")
@@ -245,14 +244,14 @@ class CarryFile:
 
 
 def _is_long(state: LedgerState) -> bool:
-    return len(state.events_for(state.unit)) > composition.DIRECT
+    return len(state.events_for(state.unit)) > accounting.DIRECT
 
 
 def _kept_of(state: LedgerState) -> tuple[Composition, ...]:
     """Return the compositions in memory of the ledger's events, scaled to its unit and to a bag."""
     kept: dict[Composition, None] = {}
     for unit in dict.fromkeys((state.unit, Unit.BAG)):
-        kept |= dict.fromkeys(composition.kept_for(amounts_of(state.events_for(unit)), Adjacency.REPLACE_ONE))
+        kept |= dict.fromkeys(accounting.kept_for(amounts_of(state.events_for(unit)), Adjacency.REPLACE_ONE))
     return tuple(kept)
 
 

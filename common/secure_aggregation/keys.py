@@ -1,8 +1,9 @@
-"""Agree on keys, seal shares and share secrets by the cryptographic parts of libraries.
+"""Agree on keys, seal and split secrets, and draw masks, by the cryptographic parts of libraries.
 
-X25519, HKDF-SHA256 and ChaCha20-Poly1305 are `cryptography`'s; Shamir's scheme over GF(2^128) is Flower's
-wrapper of pycryptodome. This module knows sites by name only, and nothing of sessions and rounds: their
-transcript comes in as ``context``.
+X25519, HKDF-SHA256, ChaCha20 and ChaCha20-Poly1305 are `cryptography`'s; Shamir's scheme over GF(2^128) is
+Flower's wrapper of pycryptodome. This module knows sites by name only, and nothing of sessions and rounds:
+their transcript comes in as ``context``. A mask is the keystream of a 256-bit key that was derived for it and
+is used for nothing else, added to words modulo 2**32.
 """
 
 import hashlib
@@ -10,15 +11,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
+from numpy.typing import NDArray
 
 from common.errors import SecureAggregationRefused
-from common.secure_aggregation.records import SHARE_BYTES
+from common.secure_aggregation.records import SHARE_BYTES, Words
 
 _SECRET_BYTES = 32
 _ONCE = bytes(12)
@@ -143,3 +147,42 @@ def join(shares: Mapping[str, bytes], threshold: int) -> bytes | None:
     except ValueError:
         return None
     return secret if len(secret) == _SECRET_BYTES else None
+
+
+CHUNK = 2**16
+"""Words at once: keystream and vector stay in the processor's cache."""
+_ZEROS = bytes(4 * CHUNK)
+_FROM_ZERO = bytes(16)
+"""Block counter and nonce; a key makes one stream."""
+
+
+class Keystream:
+    """Provide the ChaCha20 keystream of a 32-byte key, as 32-bit words."""
+
+    def __init__(self, key: bytes) -> None:
+        cipher = Cipher(algorithms.ChaCha20(key, _FROM_ZERO), mode=None)
+        self._encryptor: CipherContext = cipher.encryptor()
+        # Little-endian on every machine: two sites must read the same words from the same stream.
+        self._buffer = np.empty(CHUNK, np.dtype("<u4"))
+
+    def next(self, number: int) -> NDArray[np.uint32]:
+        """Return the next ``number`` <= CHUNK words, in a buffer that the following call overwrites."""
+        zeros = _ZEROS if number == CHUNK else _ZEROS[: 4 * number]
+        self._encryptor.update_into(zeros, self._buffer.data.cast("B"))
+        return self._buffer[:number]
+
+
+def add_mask(vector: Words, key: bytes) -> None:
+    """Add the keystream of ``key`` to the words in place, modulo 2**32."""
+    stream = Keystream(key)
+    for start in range(0, len(vector), CHUNK):
+        part = vector[start : start + CHUNK]
+        np.add(part, stream.next(len(part)), out=part)
+
+
+def subtract_mask(vector: Words, key: bytes) -> None:
+    """Subtract the mask that ``add_mask`` adds with the same key."""
+    stream = Keystream(key)
+    for start in range(0, len(vector), CHUNK):
+        part = vector[start : start + CHUNK]
+        np.subtract(part, stream.next(len(part)), out=part)

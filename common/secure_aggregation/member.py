@@ -18,8 +18,7 @@ from common import pki
 from common.errors import SecureAggregationRefused
 from common.records import Record
 from common.secure_aggregation import keys
-from common.secure_aggregation.cohort import neighbourhood, threshold
-from common.secure_aggregation.demands import (
+from common.secure_aggregation.cohort import (
     KEYS_SIGNED,
     SURVIVORS_SIGNED,
     Limits,
@@ -27,8 +26,10 @@ from common.secure_aggregation.demands import (
     check_plan,
     check_signatures,
     check_survivors,
+    neighbourhood,
+    threshold,
 )
-from common.secure_aggregation.masking import add_mask, subtract_mask
+from common.secure_aggregation.keys import add_mask, subtract_mask
 from common.secure_aggregation.records import (
     SHARE_BYTES,
     InSession,

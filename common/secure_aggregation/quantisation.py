@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import RunError
-from common.secure_aggregation.keys import new_secret
-from common.secure_aggregation.masking import CHUNK, Keystream
+from common.secure_aggregation.keys import CHUNK, Keystream, new_secret
 from common.secure_aggregation.records import Words
 
 _FloatArray = NDArray[np.float32]

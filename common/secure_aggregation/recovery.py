@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import RunError
 from common.secure_aggregation import keys
 from common.secure_aggregation.cohort import neighbourhoods, threshold
-from common.secure_aggregation.masking import add_mask, subtract_mask
+from common.secure_aggregation.keys import add_mask, subtract_mask
 from common.secure_aggregation.member import PAIR_MASK, SELF_MASK, mask_context
 from common.secure_aggregation.records import SealedShares, SessionPlan, UnmaskShares, Words
 

@@ -15,9 +15,8 @@ from common.errors import UserError
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
-    from client import journal as site_journal
     from client import site as site_file
-    from client.data import site_files
+    from client.data import tables as site_tables
     from client.ledger import anchor as ledger_anchor
     from client.ledger import check, loss
     from client.ledger import ledger as site_ledger
@@ -125,7 +124,7 @@ def accept_version(
     Example: fedbags ledger accept-version SITES/site-1
     """
     config = site_file.SiteConfig.load(site_folder)
-    version = site_files.data_version(site_folder, config, site_files.read_listing(site_folder, config)[1])
+    version = site_tables.data_version(site_folder, config, site_tables.read_listing(site_folder, config)[1])
     file = ledger or site_folder / "ledger.sqlite"
     accepted = site_ledger.Ledger.accept_version(
         file, config.name, version, anchor=ledger_anchor.anchor_file(file, kit)
@@ -169,16 +168,12 @@ def accept_loss(
     Example: fedbags ledger accept-loss SITES/site-1 --kit KITS/site-1
     """
     config = site_file.SiteConfig.load(site_folder)
-    version = site_files.data_version(site_folder, config, site_files.read_listing(site_folder, config)[1])
+    version = site_tables.data_version(site_folder, config, site_tables.read_listing(site_folder, config)[1])
     file = ledger or site_folder / "ledger.sqlite"
-    journal = (
-        kit / site_journal.LOGS / site_journal.JOURNAL_FILE
-        if kit
-        else file.with_name(site_journal.JOURNAL_FILE)
-    )
+    journal = site_file.journal_path({site_file.KIT: kit, site_file.DATA_PATH: file.parent})
     # Each line of the journal repeats the ledger's rows and hash, so it may name rows of which ledger and
     # anchor, put back from one backup, know nothing.
-    seen = site_journal.newest_mark(journal)
+    seen = ledger_anchor.newest_mark(journal) if journal else ()
     lost = site_ledger.Ledger(file, version, ledger_anchor.anchor_file(file, kit), seen)
     accepted = loss.accept_loss(lost, config.name, _head(head))
     if not accepted:

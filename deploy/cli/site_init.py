@@ -14,7 +14,7 @@ from deploy.lazy import lazy_imports
 
 with lazy_imports():
     from client import site as site_file
-    from client.data import site_files
+    from client.data import tables
     from common import config as run_config
     from common import settings_file
     from deploy.datasets import site_check
@@ -84,7 +84,7 @@ def init(
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
     missing = [
         file
-        for file in (site_files.MANIFEST_FILE, site_files.BAGS_FILE, config.hierarchy)
+        for file in (tables.MANIFEST_FILE, tables.BAGS_FILE, config.hierarchy)
         if not (site / file).exists()
     ]
     if not json_:

@@ -24,10 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.bags import BagStore
-from client.data.image_cache import Progress
+from client.data.images import Progress
 from client.data.labelled import LabelledImages
-from client.data.site_files import TEST_FILE
-from client.data.tables import write_csv
+from client.data.tables import TEST_FILE, write_csv
 from client.site import SiteConfig, site_folders
 from common.errors import BadRow, DataError, UserError
 from common.files import new_folder

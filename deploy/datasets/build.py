@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.bags import write_quarantine
-from client.data.image_cache import Progress
+from client.data.images import Progress
 from client.data.tables import refuse_twins
 from client.site import site_folders
 from common.config import RunConfig

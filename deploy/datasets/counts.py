@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from client.data.bags import write_quarantine
-from client.data.image_cache import Progress
-from client.data.site_files import MANIFEST_FILE, Fault
+from client.data.images import Progress
 from client.data.tables import (
+    MANIFEST_FILE,
     CsvTable,
+    Fault,
     did_you_mean,
     fold,
     read_csv,

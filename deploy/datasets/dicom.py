@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.data.decoding import check_pixels, stretch
+from client.data.images import check_pixels, stretch
 from common.errors import BadRow, UserError
 from deploy.datasets.files import (
     FileImages,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.data.decoding import (
+from client.data.images import (
     check_pixels,
     describe,
     open_image,
@@ -47,7 +47,7 @@ IMAGE_SUFFIXES = frozenset(
     }
     | {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif"}
 )
-"""Endings of the formats that ``client.data.image_cache`` decodes, lower case."""
+"""Endings of the formats that ``client.data.images`` decodes, lower case."""
 
 _SYSTEM_NAMES = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini"})
 """Lower case: what file servers and archive programs put beside pictures; so does every name with a dot."""

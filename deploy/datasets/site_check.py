@@ -10,8 +10,7 @@ from typing import Any
 
 from client.data.bags import BagStore
 from client.data.labelled import LabelledImages
-from client.metrics import IN_REPLY, may_leave
-from client.release import release_proportions
+from client.release import IN_REPLY, may_leave, release_proportions
 from client.session import with_own_split
 from client.site import KNOWN_METRICS, SitePolicy
 from common.config import RunConfig

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.data.image_cache import CHUNK, Progress
-from client.data.site_files import BAGS_FILE, MANIFEST_FILE, TEST_FILE
+from client.data.images import CHUNK, Progress
+from client.data.tables import BAGS_FILE, MANIFEST_FILE, TEST_FILE
 from client.data.tables import write_csv
 from client.site import SiteConfig, SitePolicy
 from common.errors import UserError

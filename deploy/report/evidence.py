@@ -32,7 +32,7 @@ from deploy.report.model import (
     Settings,
 )
 from deploy.runs.reading import read_summary, run_events
-from server import checkpoint
+from server import run_folder
 
 _LEDGER = "ledger.sqlite"
 
@@ -256,7 +256,7 @@ def _summary(path: Path) -> tuple[RunSummary, bool]:
         if {"statements", "releases"} <= summary.model_fields_set:
             return summary, True
     try:
-        newest = checkpoint.load_newest(path / "checkpoints")
+        newest = run_folder.newest_checkpoint(path / "checkpoints")
     except RunError as error:
         raise UserError(str(error)) from error
     if newest is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from client.data.decoding import open_image
+from client.data.images import open_image
 from common.errors import BadRow, UserError
 from deploy.datasets.dicom import DicomImages, is_dicom_name
 from deploy.datasets.files import IMAGE_SUFFIXES, find_images
@@ -71,7 +71,7 @@ def open_picture(path: Path) -> Image.Image:
     """Read one picture as a site's images are read, or a DICOM file as ``bags build`` reads it.
 
     Raises:
-        ValueError: see client.data.decoding.open_image and deploy.datasets.dicom.to_8_bits.
+        ValueError: see client.data.images.open_image and deploy.datasets.dicom.to_8_bits.
         OSError: the file cannot be read.
     """
     return DicomImages([path]).read(0) if _is_dicom(path) else open_image(path)

@@ -19,8 +19,7 @@ from rich.box import SIMPLE_HEAD
 from torch import Tensor
 
 from client.data.bags import to_tensor
-from client.data.decoding import describe, square, to_rgb
-from client.data.image_cache import CHUNK, Progress, decode_all
+from client.data.images import CHUNK, Progress, decode_all, describe, square, to_rgb
 from common.errors import BadRow, UserError
 from common.files import write_text
 from common.hierarchy import Hierarchy

@@ -13,7 +13,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from client.secure_aggregation import CA_FILE, CERTIFICATE_FILE, EPHEMERAL, KEY_FILE
+from client.secure_aggregation import (
+    CA_FILE,
+    CERTIFICATE_FILE,
+    EPHEMERAL,
+    KEY_FILE,
+)
 from client.site import SiteConfig, site_folders
 from common.config import RunConfig
 from common.files import write_bytes

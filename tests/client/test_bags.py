@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import client.data.decoding
-import client.data.image_cache
+import client.data.images
 from client.data.bags import BagStore, to_tensor
 from client.data.labelled import LabelledImages
 from common.errors import DataError, UserError
@@ -90,7 +89,7 @@ def test_the_cache_is_reused_and_rebuilt_when_the_data_change(
     first = BagStore.open(site, 8, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(15, 15)]
     with monkeypatch.context() as patch:
-        patch.setattr(client.data.image_cache, "_decode", None)  # decoding again would now fail
+        patch.setattr(client.data.images, "_decode", None)  # decoding again would now fail
         again = BagStore.open(site, 8, progress=lambda done, total: seen.append((done, total)))
     assert len(seen) == 1
     assert np.array_equal(again[2].images, first[2].images)
@@ -108,17 +107,17 @@ def test_the_cache_is_reused_and_rebuilt_when_the_data_change(
 def test_runs_of_different_sizes_decode_once_each(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (8, 12):
         BagStore.open(site, size)
-    monkeypatch.setattr(client.data.image_cache, "_decode", None)  # decoding again would now fail
+    monkeypatch.setattr(client.data.images, "_decode", None)  # decoding again would now fail
     for size in (8, 12, 8, 12):
         assert BagStore.open(site, size)[0].images.shape[1] == size
 
 
 def test_a_cache_that_never_stays_is_one_clear_error(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(target: Path) -> object:
-        client.data.image_cache._remove(target)
+        client.data.images._remove(target)
         raise FileNotFoundError(target)
 
-    monkeypatch.setattr(client.data.image_cache, "_map", gone)
+    monkeypatch.setattr(client.data.images, "_map", gone)
     with pytest.raises(UserError, match="removed by other runs"):
         BagStore.open(site, 8)
 
@@ -138,14 +137,14 @@ def test_a_cache_that_another_process_removes_meanwhile_is_built_anew(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     BagStore.open(site, 8)
-    whole = client.data.image_cache._map
+    whole = client.data.images._map
 
     def removed_first(target: Path) -> object:
-        monkeypatch.setattr(client.data.image_cache, "_map", whole)
-        client.data.image_cache._remove(target)
+        monkeypatch.setattr(client.data.images, "_map", whole)
+        client.data.images._remove(target)
         return whole(target)
 
-    monkeypatch.setattr(client.data.image_cache, "_map", removed_first)
+    monkeypatch.setattr(client.data.images, "_map", removed_first)
     assert len(BagStore.open(site, 8)) == 3
     assert len(caches(site)) == 1
 
@@ -160,7 +159,7 @@ def test_the_data_version_covers_the_tables_but_not_the_test_labels(site: Path, 
 
 
 def test_leftovers_of_killed_processes_are_removed_once_stale(site: Path) -> None:
-    for name, age in (("tmp-old", 2 * client.data.image_cache._STALE_SECONDS), ("tmp-new", 0)):
+    for name, age in (("tmp-old", 2 * client.data.images._STALE_SECONDS), ("tmp-new", 0)):
         folder = site / ".cache" / name
         folder.mkdir(parents=True)
         then = folder.stat().st_mtime - age
@@ -173,14 +172,14 @@ def test_leftovers_of_killed_processes_are_removed_once_stale(site: Path) -> Non
 def test_two_processes_that_build_at_once_end_with_one_cache(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = client.data.image_cache._decode
+    decode = client.data.images._decode
 
     def other_process_wins(path: Path, size: int, *read: object) -> object:
-        monkeypatch.setattr(client.data.image_cache, "_decode", decode)
+        monkeypatch.setattr(client.data.images, "_decode", decode)
         BagStore.open(site, 8)
         return decode(path, size, *read)
 
-    monkeypatch.setattr(client.data.image_cache, "_decode", other_process_wins)
+    monkeypatch.setattr(client.data.images, "_decode", other_process_wins)
     assert len(BagStore.open(site, 8)) == 3
     assert len(caches(site)) == 1
 
@@ -245,7 +244,7 @@ def test_an_unreadable_and_a_truncated_image(site: Path) -> None:
 
 
 def test_an_image_of_too_many_pixels(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.data.decoding, "_MAX_PIXELS", 200)
+    monkeypatch.setattr(client.data.images, "_MAX_PIXELS", 200)
     assert "16 x 16 pixels are more than the 200 pixels that one image may have" in refuse(site)
 
 
@@ -440,10 +439,10 @@ def test_the_bag_store_works_without_any_label_source(site: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["data/bags", "data/batch", "data/site_files", "data/image_cache", "data/decoding", "training"],
+    ["data/bags", "data/batch", "data/tables", "data/images", "training"],
 )
 def test_what_training_reads_never_imports_the_labelled_images(module: str) -> None:
-    path = Path(client.data.image_cache.__file__).parents[1] / f"{module}.py"
+    path = Path(client.data.images.__file__).parents[1] / f"{module}.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert "client.data.labelled" not in imported

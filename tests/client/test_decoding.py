@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import client.data.decoding
-from client.data.decoding import (
+import client.data.images
+from client.data.images import (
     _MAX_PIXELS,
+    decode_all,
     describe,
     open_image,
     stretch,
     to_rgb,
 )
-from client.data.image_cache import decode_all
 from common.errors import DataError
 from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
@@ -126,9 +126,9 @@ def test_one_pixel_limit_and_one_message_for_build_check_and_predict(tmp_path: P
 
 
 def test_the_limit_itself_is_read() -> None:
-    client.data.decoding.check_pixels(_MAX_PIXELS, 1)
+    client.data.images.check_pixels(_MAX_PIXELS, 1)
     with pytest.raises(ValueError, match="pixels are more"):
-        client.data.decoding.check_pixels(_MAX_PIXELS + 1, 1)
+        client.data.images.check_pixels(_MAX_PIXELS + 1, 1)
 
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.app import app
-from client.data.site_files import data_version, read_listing
+from client.data.tables import data_version, read_listing
 from client.ledger.file import NO_ROW, _canonical, _chain_hash
 from client.ledger.state import LedgerState
 from client.session import SiteSession

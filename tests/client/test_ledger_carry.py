@@ -16,8 +16,8 @@ from client.ledger.check import _SEAL_BYTES, CarryFile
 from client.ledger.file import hash_of, reading
 from client.ledger.ledger import Ledger, Opening, verify
 from common.errors import UserError
-from common.privacy import accounting, composition
-from common.privacy.composition import amounts_of
+from common.privacy import accounting
+from common.privacy.accounting import amounts_of
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
 
 DELTA = 1e-5
@@ -33,14 +33,14 @@ def step(number: int) -> PoissonGaussian:
 
 def forget_all() -> None:
     """Leave what a new process has: nothing."""
-    composition._forget()
+    accounting._forget()
     for cache in (accounting._epsilon, accounting._coarse, accounting._fine):
         cache.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def carried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(composition, "DIRECT", DIRECT)
+    monkeypatch.setattr(accounting, "DIRECT", DIRECT)
     forget_all()
     yield
     forget_all()
@@ -75,11 +75,11 @@ def afresh(ledger: Ledger) -> float:
 def weaken(path: Path, *, sealed: bool) -> None:
     """Rewrite the file so that it tells of the same events at next to no loss."""
     file = CarryFile(path)
-    about, kept = composition.unpack(file.path.read_bytes()[_SEAL_BYTES:])
+    about, kept = accounting.unpack(file.path.read_bytes()[_SEAL_BYTES:])
     quiet = [
-        replace(one, pld=composition._release(1e6, REPLACE_ONE, one.interval).self_compose(1)) for one in kept
+        replace(one, pld=accounting._release(1e6, REPLACE_ONE, one.interval).self_compose(1)) for one in kept
     ]
-    content = composition.pack(quiet, about)
+    content = accounting.pack(quiet, about)
     seal = file._seal(content) if sealed else file.path.read_bytes()[:_SEAL_BYTES]
     file.path.write_bytes(seal + content)
 
@@ -126,22 +126,22 @@ def test_a_file_that_is_not_the_ledgers_own_is_dropped_and_written_anew(
 ) -> None:
     damage(ledger_path)
     ledger = opened(ledger_path)
-    assert composition._kept == ()
+    assert accounting._kept == ()
     assert ledger.statement(ROUNDS).epsilon == pytest.approx(afresh(ledger), abs=1e-12)
     forget_all()
     opened(ledger_path)
-    assert composition._kept != ()
+    assert accounting._kept != ()
 
 
 def test_a_file_of_another_accountant_is_dropped(ledger_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "version", lambda _: "0.7.0")
     opened(ledger_path)
-    assert composition._kept == ()
+    assert accounting._kept == ()
 
 
 def test_the_ledgers_own_file_is_used(ledger_path: Path) -> None:
     ledger = opened(ledger_path)
-    assert {dict(one.amounts) == amounts_of(merge(ledger.events())) for one in composition._kept} == {True}
+    assert {dict(one.amounts) == amounts_of(merge(ledger.events())) for one in accounting._kept} == {True}
     assert ledger.statement(ROUNDS).epsilon == pytest.approx(afresh(ledger), abs=AGREEMENT)
 
 
@@ -151,7 +151,7 @@ def test_an_older_file_of_the_ledger_is_used_for_what_it_holds(ledger_path: Path
     CarryFile(ledger_path).path.write_bytes(kept)
     forget_all()
     ledger = opened(ledger_path)
-    assert composition._kept != ()
+    assert accounting._kept != ()
     assert ledger.statement(ROUNDS + 2).epsilon == pytest.approx(afresh(ledger), abs=AGREEMENT)
 
 
@@ -169,7 +169,7 @@ def test_the_file_of_a_ledger_that_was_rolled_back_is_dropped(ledger_path: Path,
         forget_all()
     CarryFile(ledger_path).path.write_bytes(newer)
     ledger = opened(ledger_path)
-    assert composition._kept == ()
+    assert accounting._kept == ()
     assert ledger.statement(1).epsilon == pytest.approx(afresh(ledger), abs=1e-12)
 
 
@@ -215,14 +215,14 @@ def test_the_ledger_of_an_image_keeps_what_a_bag_comes_to_as_well(tmp_path: Path
     with ledger.transaction():
         book = ledger.state
         book.bag_events.append(DiscreteLaplace(scale=3.0))
-    assert composition.kept_for(amounts_of(book.bag_events), REPLACE_ONE)
+    assert accounting.kept_for(amounts_of(book.bag_events), REPLACE_ONE)
     expected = accounting._epsilon.__wrapped__(merge(book.bag_events), DELTA, REPLACE_ONE, True)
     assert book.statement(1).epsilon == pytest.approx(expected, abs=AGREEMENT)
     CarryFile(path).keep(book)
     forget_all()
     with reading(path) as db:
         CarryFile(path).recall(book, lambda seq: hash_of(db, seq))
-    assert any(dict(one.amounts) == amounts_of(book.bag_events) for one in composition._kept)
+    assert any(dict(one.amounts) == amounts_of(book.bag_events) for one in accounting._kept)
 
 
 def test_verify_composes_from_the_events_alone(ledger_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,9 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from client import app as client_app
-from client.claims import claim
 from client.door import QUESTIONS
 from client.egress import _rebuild_masked
-from client.secure_aggregation import STATE, Member
+from client.secure_aggregation import STATE, Member, claim
 from client.session import SiteSession
 from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
 from common.config import RunConfig

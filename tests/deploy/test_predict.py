@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from client.data.bags import to_tensor
-from client.data.image_cache import square, to_rgb
+from client.data.images import square, to_rgb
 from common.config_tables import ModelConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy

@@ -15,7 +15,7 @@ from client.site import PrivacyBudget, SiteConfig
 from common.config import RunConfig
 from common.files import read_json_lines
 from deploy.simulation.local_grid import LocalGrid
-from server import quorum
+from server import enrolment
 from server.app import app
 
 
@@ -40,7 +40,7 @@ class LosesOneReply(LocalGrid):
 def test_a_lost_reply_is_paid_again_by_that_site_alone_and_every_statement_agrees_with_its_ledger(
     small_config: Callable[..., RunConfig], sites_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quorum, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(enrolment, "_FIRST_PAUSE", 0.01)
     sites = tmp_path / "sites"
     shutil.copytree(sites_dir, sites)
     for site in sites.iterdir():

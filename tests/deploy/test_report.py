@@ -488,17 +488,17 @@ def test_mistakes_are_told_as_such_and_leave_nothing(run: Path, tmp_path: Path) 
 
 
 def test_an_unfinished_run_is_reported_from_its_checkpoint(run: Path, tmp_path: Path) -> None:
-    from server import checkpoint
+    from server import run_folder
 
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").unlink()
-    state = checkpoint.ServerState(round=2)
+    state = run_folder.ServerState(round=2)
     statements = {
         site: Ledger.open(run / "sites" / site / "ledger.sqlite", Opening(site, "v1", 20.0, DELTA))
         for site in SIGMAS
     }
     state.statements = {site: ledger.statement(2) for site, ledger in statements.items()}
-    checkpoint.save(run / "checkpoints", state, {"w": np.zeros(1, np.float32)}, {}, {})
+    run_folder.save_checkpoint(run / "checkpoints", state, {"w": np.zeros(1, np.float32)}, {}, {})
     report([run], tmp_path / "out")
     data, _ = read(tmp_path / "out")
     assert (data["finished"], data["rounds"]) == (False, 2)

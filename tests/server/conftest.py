@@ -15,7 +15,7 @@ from common.hierarchy import Hierarchy
 from common.records import ModelUpdate, PrivacyStatement, ProportionRelease
 from common.wire import from_records, to_records
 from deploy.simulation.local_grid import LocalGrid
-from server import exchange, quorum
+from server import enrolment, exchange
 from server.app import app
 
 TREE = Hierarchy.from_rows(["kind", "leaf"], [["a", "a1"], ["a", "a2"], ["b", "b1"], ["b", "b2"]])
@@ -142,8 +142,8 @@ class Federation:
 @pytest.fixture
 def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Federation:
     """A federation that looks for missing sites every few milliseconds."""
-    monkeypatch.setattr(quorum, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(quorum, "_LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(enrolment, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(enrolment, "_LONGEST_PAUSE", 0.02)
     monkeypatch.setattr(exchange, "_LONGEST_PAUSE", 0.05)
     return Federation(tmp_path / "run")
 

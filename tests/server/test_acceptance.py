@@ -5,7 +5,7 @@ import pytest
 
 from common.config_tables import FederationConfig
 from common.records import FloatArray, ModelUpdate
-from server.acceptance import fault_of, is_replay
+from server.exchange import fault_of, is_replay
 
 Arrays = dict[str, FloatArray]
 LIMITS = FederationConfig(max_update_mb=10.0, max_change=100.0)

@@ -29,7 +29,7 @@ from deploy.datasets.build import write_synthetic_sites
 from deploy.datasets.options import SyntheticHospitals
 from deploy.simulation.ephemeral_pki import make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
-from server import quorum, rounds
+from server import enrolment, rounds
 from server.app import app
 
 CULPRIT = "hospital-2"
@@ -39,8 +39,8 @@ Attack = Callable[[Member, SessionPlan, SealedShares], dict[str, bytes]]
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quorum, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(quorum, "_LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(enrolment, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(enrolment, "_LONGEST_PAUSE", 0.02)
 
 
 @pytest.fixture

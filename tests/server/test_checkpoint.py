@@ -8,8 +8,8 @@ import safetensors.numpy
 
 from common.errors import RunError
 from common.records import PrivacyStatement
-from server import checkpoint
-from server.checkpoint import LeftOut, ServerState
+from server import run_folder
+from server.run_folder import LeftOut, ServerState
 
 ARRAYS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(1, np.float32)}
 OPTIMISER = {"m_t/w": np.full((2, 3), 0.1)}
@@ -26,8 +26,8 @@ def state(round: int) -> ServerState:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, state(3), ARRAYS, {"w": ARRAYS["w"] + 1}, OPTIMISER)
-    found = checkpoint.load_newest(tmp_path)
+    run_folder.save_checkpoint(tmp_path, state(3), ARRAYS, {"w": ARRAYS["w"] + 1}, OPTIMISER)
+    found = run_folder.newest_checkpoint(tmp_path)
     assert found is not None
     loaded, groups = found
     assert loaded == state(3)
@@ -41,9 +41,9 @@ def test_a_checkpoint_of_0_1_is_read(tmp_path: Path) -> None:
     """There the state is in the header of the file."""
     arrays = {f"{group}/{name}": array for group in ("model", "best") for name, array in ARRAYS.items()}
     text = state(3).model_dump_json()
-    metadata = {"state": text, "digest": checkpoint._digest(arrays, text.encode())}
+    metadata = {"state": text, "digest": run_folder._digest(arrays, text.encode())}
     safetensors.numpy.save_file(arrays, tmp_path / "round-00003.safetensors", metadata=metadata)
-    found = checkpoint.load_newest(tmp_path)
+    found = run_folder.newest_checkpoint(tmp_path)
     assert found is not None
     assert found[0] == state(3)
     assert set(found[1]["model"]) == set(ARRAYS)
@@ -51,7 +51,7 @@ def test_a_checkpoint_of_0_1_is_read(tmp_path: Path) -> None:
 
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
     for number in range(1, 5):
-        checkpoint.save(tmp_path, state(number), ARRAYS, ARRAYS, {})
+        run_folder.save_checkpoint(tmp_path, state(number), ARRAYS, ARRAYS, {})
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["round-00003.safetensors", "round-00004.safetensors"]
 
@@ -59,7 +59,7 @@ def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
     for number in (1, 2):
-        checkpoint.save(tmp_path, state(number), ARRAYS, ARRAYS, {})
+        run_folder.save_checkpoint(tmp_path, state(number), ARRAYS, ARRAYS, {})
     newest = tmp_path / "round-00002.safetensors"
     content = bytearray(newest.read_bytes())
     if damage == "flip":
@@ -67,30 +67,30 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damag
     newest.write_bytes(
         {"flip": bytes(content), "truncate": bytes(content[: len(content) // 2]), "empty": b""}[damage]
     )
-    found = checkpoint.load_newest(tmp_path)
+    found = run_folder.newest_checkpoint(tmp_path)
     assert found is not None
     assert found[0].round == 1
 
 
 def test_no_checkpoint_is_no_error_but_only_damaged_ones_are(tmp_path: Path) -> None:
-    assert checkpoint.load_newest(tmp_path) is None
+    assert run_folder.newest_checkpoint(tmp_path) is None
     (tmp_path / "round-00001.safetensors").write_bytes(b"nonsense")
     with pytest.raises(RunError, match="no intact checkpoint"):
-        checkpoint.load_newest(tmp_path)
+        run_folder.newest_checkpoint(tmp_path)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, state(1), ARRAYS, ARRAYS, {})
+    run_folder.save_checkpoint(tmp_path, state(1), ARRAYS, ARRAYS, {})
 
     def full(tensors: object, filename: Path, metadata: object = None) -> None:
         Path(filename).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(run_folder, "save_file", full)
     with pytest.raises(RunError, match="No space left"):
-        checkpoint.save(tmp_path, state(2), ARRAYS, ARRAYS, {})
+        run_folder.save_checkpoint(tmp_path, state(2), ARRAYS, ARRAYS, {})
     assert [path.name for path in tmp_path.iterdir()] == ["round-00001.safetensors"]
-    monkeypatch.setattr(checkpoint, "save_file", safetensors.numpy.save_file)
-    found = checkpoint.load_newest(tmp_path)
+    monkeypatch.setattr(run_folder, "save_file", safetensors.numpy.save_file)
+    found = run_folder.newest_checkpoint(tmp_path)
     assert found is not None
     assert found[0].round == 1

@@ -21,7 +21,7 @@ from common.errors import RunError
 from common.files import read_json_lines
 from deploy.simulation.local_grid import LocalGrid
 from server import app as server_app
-from server import checkpoint, run_folder
+from server import run_folder
 from server.app import app
 from server.run_folder import RunFolder, _append_line
 
@@ -99,7 +99,7 @@ def only(name: str, write: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("module", "function", "file", "rounds"),
     [
-        (checkpoint, "save_file", None, 0),
+        (run_folder, "save_file", None, 0),
         (run_folder, "_append_line", "metrics.jsonl", 1),
         (server_app, "save_model", None, 3),
         (run_folder, "write_json", "summary.json", 3),
@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_when_there_is_space(
     assert str(caught.value).count("--resume") == 1
     assert_nothing_half_written(federation.folder)
     assert not (federation.folder / "summary.json").exists()
-    kept = checkpoint.load_newest(federation.folder / "checkpoints")
+    kept = run_folder.newest_checkpoint(federation.folder / "checkpoints")
     assert (kept[0].round if kept else 0) == rounds
     monkeypatch.setattr(module, function, real)
     federation.run(federation.sites(three), quorum=3, resume=True)
@@ -220,7 +220,7 @@ def test_a_disk_that_is_really_full(
             federation.run(federation.sites(dict(three), behave), quorum=3)
         assert str(caught.value).count("--resume") == 1
         assert_nothing_half_written(federation.folder)
-        found = checkpoint.load_newest(federation.folder / "checkpoints")
+        found = run_folder.newest_checkpoint(federation.folder / "checkpoints")
         assert found is not None
         assert found[0].round == 1
         ballast.unlink()

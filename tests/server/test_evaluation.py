@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.metrics import suppress
+from client.release import suppress
 from common.hierarchy import Hierarchy
 from common.records import Metric, ModelUpdate
 from common.run_records import BagFigures, Suppression

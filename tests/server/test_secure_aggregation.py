@@ -24,13 +24,13 @@ from common.errors import ConfigError, RunError
 from common.files import read_json_lines
 from common.pki import load_node_key
 from common.secure_aggregation import keys
-from common.secure_aggregation.demands import KEYS_SIGNED, effective_number
+from common.secure_aggregation.cohort import KEYS_SIGNED, effective_number
 from common.secure_aggregation.quantisation import Grid
 from common.secure_aggregation.records import KeyAdvert, MaskedUpdate, UnmaskShares
 from common.wire import from_records, to_records
 from deploy.simulation.ephemeral_pki import ephemeral_kit, make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
-from server import collect, quorum
+from server import collect, enrolment
 from server.aggregation import training_bags
 from server.app import app
 from server.secure_aggregation import _levelled
@@ -91,8 +91,8 @@ def _failed(reply: Message) -> Message:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quorum, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(quorum, "_LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(enrolment, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(enrolment, "_LONGEST_PAUSE", 0.02)
 
 
 @pytest.fixture

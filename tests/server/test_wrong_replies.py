@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord
 from common.records import ModelUpdate, PrivacyStatement, ProportionRelease
 from common.text import _REASON_CHARACTERS
 from common.wire import from_records, to_records
-from server.checkpoint import load_newest
+from server.run_folder import newest_checkpoint
 
 Change = Callable[[Message], None]
 LONG = "x" * 5_900_000
@@ -141,7 +141,7 @@ def after(
     folder: Path = federation.folder
     for file in ("summary.json", "metrics.jsonl", "log.jsonl"):
         assert (folder / file).stat().st_size < 100_000, file
-    found = load_newest(folder / "checkpoints")
+    found = newest_checkpoint(folder / "checkpoints")
     assert found is not None
     assert len(found[0].model_dump_json()) < 100_000
     return summary
@@ -229,7 +229,7 @@ def test_wrong_figures_leave_out_their_site_alone(
 def test_an_error_that_nobody_expected_is_that_site_s_and_is_logged(
     federation: Any, three: dict[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server import acceptance
+    from server import exchange
 
     def failing(content: Any, kind: Any) -> Any:
         found = from_records(content, kind)
@@ -237,14 +237,14 @@ def test_an_error_that_nobody_expected_is_that_site_s_and_is_logged(
             raise ZeroDivisionError("/data/patient-7.png")
         return found
 
-    monkeypatch.setattr(acceptance, "from_records", failing)
+    monkeypatch.setattr(exchange, "from_records", failing)
     summary = federation.run(federation.sites(three))
     (left_out,) = summary["left_out"]
     assert left_out["reason"] == "unreadable reply: ZeroDivisionError while it was read"
     lines = [json.loads(line) for line in (federation.folder / "log.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line["level"] == "error"]
     assert line["error"] == "ZeroDivisionError"
-    assert line["at"].startswith("server.acceptance:")
+    assert line["at"].startswith("server.exchange:")
     assert "patient-7" not in (federation.folder / "log.jsonl").read_text()
 
 
@@ -301,13 +301,13 @@ def test_an_honest_site_without_a_gradient_stays(federation: Any) -> None:
 
 def test_a_state_larger_than_a_header_can_be_is_kept(tmp_path: Path) -> None:
     """The header of a safetensors file holds at most 100 MB; a state in it ended the run."""
-    from server import checkpoint
-    from server.checkpoint import ServerState
+    from server import run_folder
+    from server.run_folder import ServerState
 
     big = ServerState(round=1, digests={"north": ["d" * 1_000_000] * 120})
     arrays = {"w": np.zeros(2, np.float32)}
-    checkpoint.save(tmp_path, big, arrays, arrays, {})
-    found = load_newest(tmp_path)
+    run_folder.save_checkpoint(tmp_path, big, arrays, arrays, {})
+    found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found[0] == big
     assert set(found[1]["model"]) == {"w"}

@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from common.errors import UserError
-from common.privacy import accounting, composition
-from common.privacy.accounting import calibrate, epsilon_curve, fits, spent
+from common.privacy import accounting
+from common.privacy.accounting import (
+    calibrate,
+    epsilon_curve,
+    fits,
+    spent,
+)
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
 from tests.reference_accounting import delta_at, opacus_prv, opacus_rdp, without_amplification
 
@@ -194,9 +199,9 @@ def test_the_second_accountant_agrees(sigma: float, number: int, q: float) -> No
 
 
 def test_planted_bug_an_epsilon_for_add_remove_sold_as_replace_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = composition._step
+    right = accounting._step
     monkeypatch.setattr(
-        composition, "_step", lambda q, sigma, _, interval: right(q, sigma, ADD_REMOVE, interval)
+        accounting, "_step", lambda q, sigma, _, interval: right(q, sigma, ADD_REMOVE, interval)
     )
     accounting._epsilon.cache_clear()
     accounting._fine.cache_clear()

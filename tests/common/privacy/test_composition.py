@@ -8,9 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.privacy import accounting, composition
-from common.privacy.accounting import fits, spent
-from common.privacy.composition import amounts_of
+from common.privacy import accounting
+from common.privacy.accounting import amounts_of, fits, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, merge
 
 DELTA = 1e-5
@@ -40,14 +39,14 @@ def afresh(events: tuple[Event, ...], adjacency: Adjacency = Adjacency.REPLACE_O
 
 def forget_all() -> None:
     """Leave what a new process has: nothing."""
-    composition._forget()
+    accounting._forget()
     for cache in (accounting._epsilon, accounting._coarse, accounting._fine):
         cache.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def carried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(composition, "DIRECT", 3)
+    monkeypatch.setattr(accounting, "DIRECT", 3)
     forget_all()
     yield
     forget_all()
@@ -57,13 +56,13 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Every step whose distribution was constructed, with its grid."""
     calls: list[tuple[Any, ...]] = []
-    right = composition._step.__wrapped__
+    right = accounting._step.__wrapped__
 
     def note(*arguments: Any) -> Any:
         calls.append(arguments)
         return right(*arguments)
 
-    monkeypatch.setattr(composition, "_step", note)
+    monkeypatch.setattr(accounting, "_step", note)
     return calls
 
 
@@ -139,24 +138,24 @@ def test_another_grid_is_composed_on_its_own_and_once(built: list[tuple[Any, ...
 
 def test_few_different_events_are_always_composed_directly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    few = tuple(step(4.0 + number / 100) for number in range(composition.DIRECT))
+    few = tuple(step(4.0 + number / 100) for number in range(accounting.DIRECT))
     figures = [spent(few[:number], DELTA, Adjacency.REPLACE_ONE) for number in (15, 16)]
-    assert composition._kept == ()
-    parts = composition._parts(amounts_of(merge(few)), Adjacency.REPLACE_ONE, 2.0**-10)
-    assert figures[1] == reduce(composition._both, parts).get_epsilon_for_delta(DELTA)
+    assert accounting._kept == ()
+    parts = accounting._parts(amounts_of(merge(few)), Adjacency.REPLACE_ONE, 2.0**-10)
+    assert figures[1] == reduce(accounting._both, parts).get_epsilon_for_delta(DELTA)
     assert figures == [afresh(few[:15]), afresh(few)]
 
 
 def test_memory_is_bounded() -> None:
     for number in range(4, len(MANY) + 1):
         spent(MANY[:number], DELTA, Adjacency.REPLACE_ONE)
-    assert len(composition._kept) == composition._KEPT
+    assert len(accounting._kept) == accounting._KEPT
 
 
 def test_packed_compositions_come_back_as_they_were() -> None:
     spent(MANY, DELTA, Adjacency.REPLACE_ONE)
-    kept = composition.kept_for(amounts_of(MANY), Adjacency.REPLACE_ONE)
-    about, again = composition.unpack(composition.pack(kept, {"rows": 3}))
+    kept = accounting.kept_for(amounts_of(MANY), Adjacency.REPLACE_ONE)
+    about, again = accounting.unpack(accounting.pack(kept, {"rows": 3}))
     assert about == {"rows": 3}
     assert [dict(one.amounts) for one in again] == [dict(one.amounts) for one in kept]
     for before, after in zip(kept, again, strict=True):
@@ -166,16 +165,16 @@ def test_packed_compositions_come_back_as_they_were() -> None:
 
 def test_a_distribution_with_two_directions_is_not_packed() -> None:
     spent(MANY, DELTA, Adjacency.ADD_REMOVE)
-    kept = composition.kept_for(amounts_of(MANY), Adjacency.ADD_REMOVE)
+    kept = accounting.kept_for(amounts_of(MANY), Adjacency.ADD_REMOVE)
     assert kept
     with pytest.raises(ValueError, match="both directions"):
-        composition.pack(kept, {})
+        accounting.pack(kept, {})
 
 
 def test_planted_bug_a_composition_used_for_fewer_events_than_it_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spent(MANY, DELTA, Adjacency.REPLACE_ONE)
-    monkeypatch.setattr(composition, "_within", lambda part, whole: True)
+    monkeypatch.setattr(accounting, "_within", lambda part, whole: True)
     with pytest.raises((AssertionError, ValueError)):
         assert spent(MANY[:6], DELTA, Adjacency.REPLACE_ONE) == pytest.approx(afresh(MANY[:6]), abs=AGREEMENT)

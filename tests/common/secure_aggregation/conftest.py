@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from client.secure_aggregation import EPHEMERAL
 from common.pki import load_node_key
 from common.secure_aggregation import member
-from common.secure_aggregation.demands import Limits
+from common.secure_aggregation.cohort import Limits
 from common.secure_aggregation.member import MemberState
 from common.secure_aggregation.records import (
     KeyAdvert,

@@ -10,9 +10,8 @@ import pytest
 
 from common.errors import RunError, SecureAggregationRefused
 from common.secure_aggregation import keys, member
-from common.secure_aggregation.cohort import threshold
-from common.secure_aggregation.demands import Limits
-from common.secure_aggregation.masking import add_mask, subtract_mask
+from common.secure_aggregation.cohort import Limits, threshold
+from common.secure_aggregation.keys import add_mask, subtract_mask
 from common.secure_aggregation.records import (
     SEALED_BYTES,
     SHARE_BYTES,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from common.errors import SecureAggregationRefused
 from common.secure_aggregation import keys
-from common.secure_aggregation.masking import CHUNK, add_mask, subtract_mask
+from common.secure_aggregation.keys import CHUNK, add_mask, subtract_mask
 from common.secure_aggregation.records import SHARE_BYTES
 
 ROOT = Path(__file__).parents[3]

@@ -10,9 +10,8 @@ from scipy.sparse.csgraph import maximum_flow
 
 from common.errors import SecureAggregationRefused
 from common.secure_aggregation import keys, member
-from common.secure_aggregation.cohort import neighbourhood, neighbourhoods, threshold
-from common.secure_aggregation.demands import Limits
-from common.secure_aggregation.masking import add_mask, subtract_mask
+from common.secure_aggregation.cohort import Limits, neighbourhood, neighbourhoods, threshold
+from common.secure_aggregation.keys import add_mask, subtract_mask
 from common.secure_aggregation.records import (
     MaskRequest,
     SessionPlan,

@@ -13,8 +13,15 @@ from scipy import stats
 from common.errors import IdentityError, RunError, SecureAggregationRefused
 from common.pki import load_node_key
 from common.secure_aggregation import keys, member
-from common.secure_aggregation.cohort import neighbourhood, sums, threshold
-from common.secure_aggregation.demands import KEYS_SIGNED, Limits, _check_weights, effective_number
+from common.secure_aggregation.cohort import (
+    KEYS_SIGNED,
+    Limits,
+    _check_weights,
+    effective_number,
+    neighbourhood,
+    sums,
+    threshold,
+)
 from common.secure_aggregation.records import SEALED_BYTES, MaskRequest, SessionOffer
 from common.secure_aggregation.recovery import MaskedSum
 from deploy.simulation.ephemeral_pki import ephemeral_kit

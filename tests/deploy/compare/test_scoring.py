@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 import client.evaluation
-from client.data.site_files import TEST_FILE
-from client.data.tables import write_csv
+from client.data.tables import TEST_FILE, write_csv
 from client.site import SiteConfig
 from common.config import RunConfig
 from common.hierarchy import Hierarchy

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import client.data.decoding
+import client.data.images
 from client.data.bags import BagStore
 from common.errors import UserError
 from deploy.datasets import dicom
@@ -81,7 +81,7 @@ def test_colour_pixels_stay_and_what_is_no_picture_is_refused(
     write_dicom(tmp_path / "lab.dcm", RAMP, PhotometricInterpretation="HSV")
     with pytest.raises(ValueError, match="photometric interpretation HSV"):
         to_8_bits(tmp_path / "lab.dcm")
-    monkeypatch.setattr(client.data.decoding, "_MAX_PIXELS", 200)
+    monkeypatch.setattr(client.data.images, "_MAX_PIXELS", 200)
     with pytest.raises(ValueError, match="16 x 16 pixels are more than the 200 pixels"):
         to_8_bits(tmp_path / "colour.dcm")
 

@@ -17,8 +17,7 @@ from deploy.runs.prometheus import _run_metrics
 from deploy.runs.reading import RunSource, run_events
 from deploy.runs.state import RunState, Stage
 from deploy.runs.table import run_table
-from server.checkpoint import load_newest
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, newest_checkpoint
 
 NAMES = st.sampled_from(["a", "b", "c", "node 7"])
 ROUNDS = st.integers(0, 5)
@@ -174,7 +173,7 @@ def test_the_state_of_a_real_run(watched_run: Path) -> None:
     assert state.phases["train"].count == 2
     assert state.first == events[0]["time"]
     # Five updates of all trained arrays as float32, and little besides.
-    found = load_newest(watched_run / "checkpoints")
+    found = newest_checkpoint(watched_run / "checkpoints")
     assert found is not None
     raw = sum(array.nbytes for array in found[1]["model"].values())
     train = [e for e in events if e["event"] == "phase" and e["phase"] == "train"]
