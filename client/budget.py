@@ -22,11 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from client.data.bags import CACHE_FOLDER, BagStore
-from client.journal import journal_path, newest_mark
-from client.ledger.anchor import anchor_file
+from client.ledger.anchor import anchor_file, newest_mark
 from client.ledger.ledger import Ledger, Opening, Reservation
 from client.session import SiteSession
-from client.site import PrivateMetrics, ReleaseProportions
+from client.site import PrivateMetrics, ReleaseProportions, journal_path
 from common.config import RunConfig
 from common.errors import ConfigError
 from common.files import write_text

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,13 @@ from typing import Any
 from flwr.app import Context, Message
 
 from client.door import QUESTIONS, Answer
-from client.ledger.file import LEDGER_FILE, LedgerError, Mark
-from client.site import DATA_PATH, KIT
-from common.files import newest_json_lines
+from client.ledger.file import LEDGER_FILE, LedgerError
+from client.site import DATA_PATH, KIT, journal_path
 from common.logs import JsonLines
 from common.wire import size
 
 log = logging.getLogger("fedbags.client")
 
-JOURNAL_FILE = "journal.jsonl"
-LOGS = "logs"
-"""The kit's folder for logs."""
 _OTHER = "other"
 """The phase of a message of a type that the site does not know."""
 
@@ -87,31 +83,6 @@ def record(message: Message, context: Context, call_next: Answer) -> Message:
             # The reply is worth more than the line about it, and the ledger has its own say on full disks.
             log.warning("the journal cannot be written (%(error)s)", {"error": type(error).__name__})
     return reply
-
-
-def journal_path(node: Mapping[str, Any]) -> Path | None:
-    """Return the path of the journal of a node with this configuration, or None at a simulated site.
-
-    It lies in the site's kit, or in the site folder if there is no kit.
-    """
-    if kit := node.get(KIT):
-        return Path(str(kit)) / LOGS / JOURNAL_FILE
-    if data := node.get(DATA_PATH):
-        return Path(str(data)) / JOURNAL_FILE
-    return None
-
-
-def newest_mark(path: Path) -> tuple[Mark, ...]:
-    """Return the newest mark of the ledger in a journal, if there is one, from the end of the file.
-
-    A line that is torn or edited is passed over: the ledger's anchor has the mark too.
-    """
-    for line in newest_json_lines(path):
-        with suppress(ValueError, TypeError, KeyError):
-            mark = Mark(int(line["ledger_rows"]), str(line["ledger_head"]))
-            if mark.rows > 0:
-                return (mark,)
-    return ()
 
 
 def _ledger_mark(node: Mapping[str, Any]) -> dict[str, Any]:

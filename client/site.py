@@ -4,10 +4,11 @@ The file belongs to the site. Nothing that a server sends can change it, and it 
 run configuration: where both set the same thing, the stricter one is the site's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tomli_w
 from pydantic import Field, field_validator
@@ -20,6 +21,9 @@ from common.settings_file import Section, read_toml, validated
 SITE_FILE = "site.toml"
 DATA_PATH, KIT, PARTITION = "data-path", "kit", "partition-id"
 """Keys of a node's configuration: site folder and kit of a real site, and the number of a simulated one."""
+JOURNAL_FILE = "journal.jsonl"
+_LOGS = "logs"
+"""The kit's folder for logs."""
 BUILD_ADVICE = (
     "`fedbags bags build` writes complete site folders: from labelled images, or with --source counts from "
     "images and one count per class and bag."
@@ -214,3 +218,15 @@ def site_folders(sites_dir: Path) -> list[Path]:
             f"{BUILD_ADVICE} Without --sites-dir there are synthetic hospitals."
         )
     return folders
+
+
+def journal_path(node: Mapping[str, Any]) -> Path | None:
+    """Return the path of the journal of a node with this configuration, or None at a simulated site.
+
+    It lies in the site's kit, or in the site folder if there is no kit.
+    """
+    if kit := node.get(KIT):
+        return Path(str(kit)) / _LOGS / JOURNAL_FILE
+    if data := node.get(DATA_PATH):
+        return Path(str(data)) / JOURNAL_FILE
+    return None

@@ -8,6 +8,7 @@ the anchor's head has lost rows. The anchor carries the events, so that a lost f
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client.ledger.file import LedgerBusyError, LedgerError, Mark
 from client.ledger.state import LedgerState, Tally, tally
-from common.files import locked, write_text
+from common.files import locked, newest_json_lines, write_text
 from common.privacy.events import Unit
 
 _ANCHOR_SUFFIX = ".anchor.json"
@@ -123,6 +124,19 @@ def anchor_file(ledger: Path, kit: Path | None = None) -> AnchorFile:
     """Return the anchor of a ledger, in the kit's state folder if there is a kit, else in the ledger's."""
     folder = ledger.parent if kit is None else kit / _STATE
     return AnchorFile(folder / ledger.with_suffix(_ANCHOR_SUFFIX).name)
+
+
+def newest_mark(path: Path) -> tuple[Mark, ...]:
+    """Return the newest mark of the ledger in a journal, if there is one, from the end of the file.
+
+    A line that is torn or edited is passed over: the ledger's anchor has the mark too.
+    """
+    for line in newest_json_lines(path):
+        with suppress(ValueError, TypeError, KeyError):
+            mark = Mark(int(line["ledger_rows"]), str(line["ledger_head"]))
+            if mark.rows > 0:
+                return (mark,)
+    return ()
 
 
 def lost_marks(marks: Iterable[Mark], state: LedgerState, hash_of: Callable[[int], str | None]) -> list[Mark]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from client.journal import JOURNAL_FILE
 from client.ledger.file import LEDGER_FILE
 from client.ledger.state import LedgerState
-from client.site import SITE_FILE, SiteConfig
+from client.site import JOURNAL_FILE, SITE_FILE, SiteConfig
 from common.errors import FedbagsError, UserError
 from common.files import JsonLinesFile
 from common.run_records import Cause, cause_of_code

@@ -13,7 +13,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from client import journal
 from client.app import app
 from client.ledger.anchor import anchor_file
-from client.site import PARTITION
+from client.site import JOURNAL_FILE, PARTITION
 from common.config import RunConfig
 from common.records import ModelUpdate, SiteError
 from common.wire import size, to_records
@@ -42,7 +42,7 @@ def good(message: Message, context: Context) -> Message:
 def test_a_message_becomes_one_line_of_figures(tmp_path: Path) -> None:
     message, context = question({"data-path": str(tmp_path)})
     reply = journal.record(message, context, good)
-    (line,) = lines(tmp_path / journal.JOURNAL_FILE)
+    (line,) = lines(tmp_path / JOURNAL_FILE)
     assert line.pop("seconds") >= 0
     assert line.pop("time") > 1e9
     assert line == {
@@ -63,7 +63,7 @@ def test_a_refusal_is_its_code_and_no_bytes(tmp_path: Path) -> None:
 
     message, context = question({"data-path": str(tmp_path)})
     journal.record(message, context, refuse)
-    (line,) = lines(tmp_path / journal.JOURNAL_FILE)
+    (line,) = lines(tmp_path / JOURNAL_FILE)
     assert (line["code"], line["bytes_sent"]) == (SiteError.BUDGET, 0)
 
 
@@ -73,7 +73,7 @@ def test_with_a_kit_the_journal_lies_where_the_kit_says(tmp_path: Path) -> None:
     kit = SiteKit(consortium="c", app_hash="0" * 64, site="north", server="fl.example.org", port=8443).at(
         tmp_path
     )
-    assert len(lines(kit.logs / journal.JOURNAL_FILE)) == 1
+    assert len(lines(kit.logs / JOURNAL_FILE)) == 1
 
 
 def test_a_simulated_site_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,14 +87,14 @@ def test_a_simulated_site_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_a_server_writes_into_a_message_gets_no_further(group: str, tmp_path: Path) -> None:
     message, context = question({"data-path": str(tmp_path)}, kind="query.melanoma", group=group)
     journal.record(message, context, good)
-    (line,) = lines(tmp_path / journal.JOURNAL_FILE)
+    (line,) = lines(tmp_path / JOURNAL_FILE)
     assert (line["round"], line["phase"]) == (0, journal._OTHER)
 
 
 def test_a_journal_that_cannot_be_written_stops_no_reply(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / journal.JOURNAL_FILE).mkdir()
+    (tmp_path / JOURNAL_FILE).mkdir()
     message, context = question({"data-path": str(tmp_path)})
     assert not journal.record(message, context, good).has_error()
     assert "the journal cannot be written (IsADirectoryError)" in caplog.text
@@ -145,14 +145,14 @@ def test_no_fault_of_a_file_changes_what_the_guard_decided(
     """Whatever becomes of the ledger's anchor, the reply goes out and no exception with a path does."""
     data, kit = tmp_path / "data", tmp_path / "St-Mary-oncology"
     data.mkdir()
-    (kit / journal.LOGS).mkdir(parents=True)
+    (kit / "logs").mkdir(parents=True)
     (data / "ledger.sqlite").write_bytes(b"x")
     message, context = question({"data-path": str(data), "kit": str(kit)})
     spoil(data / "ledger.sqlite", kit / "state", monkeypatch)
     reply = journal.record(message, context, good)
     monkeypatch.undo()
     assert not reply.has_error()
-    assert [line["ledger_rows"] for line in lines(kit / journal.LOGS / journal.JOURNAL_FILE)] == [0]
+    assert [line["ledger_rows"] for line in lines(kit / "logs" / JOURNAL_FILE)] == [0]
 
 
 def test_naming_the_ledgers_row_makes_no_folder(tmp_path: Path) -> None:
@@ -162,14 +162,14 @@ def test_naming_the_ledgers_row_makes_no_folder(tmp_path: Path) -> None:
     (data / "ledger.sqlite").write_bytes(b"x")
     message, context = question({"data-path": str(data), "kit": str(kit)})
     journal.record(message, context, good)
-    assert [path.name for path in kit.iterdir()] == [journal.LOGS]
+    assert [path.name for path in kit.iterdir()] == ["logs"]
 
 
 def test_planted_identifiers_reach_neither_journal_nor_log(
     sites_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     site = tmp_path / "secret" / "path"
-    shutil.copytree(sites_dir / "hospital-1", site, ignore=shutil.ignore_patterns(journal.JOURNAL_FILE))
+    shutil.copytree(sites_dir / "hospital-1", site, ignore=shutil.ignore_patterns(JOURNAL_FILE))
     manifest = site / "manifest.csv"
     manifest.write_text(manifest.read_text() + "images/patient-4711-melanoma.png,bag-x\n")
     message, context = question({"data-path": str(site)})
@@ -186,8 +186,8 @@ def test_planted_identifiers_reach_neither_journal_nor_log(
     journal.record(message, context, fail)
     logged = capfd.readouterr().err.splitlines()
     assert [json.loads(text)["level"] for text in logged] == ["error", "warning", "error"]
-    written = (site / journal.JOURNAL_FILE).read_text()
-    assert [line["code"] for line in lines(site / journal.JOURNAL_FILE)] == [SiteError.DATA, 0]
+    written = (site / JOURNAL_FILE).read_text()
+    assert [line["code"] for line in lines(site / JOURNAL_FILE)] == [SiteError.DATA, 0]
     for canary in (*CANARIES, str(site), str(tmp_path)):
         assert canary not in written
         assert all(canary not in text for text in logged)

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from client.journal import JOURNAL_FILE, LOGS, newest_mark
-from client.ledger.anchor import Anchor, AnchorFile, anchor_file
+from client.ledger.anchor import Anchor, AnchorFile, anchor_file, newest_mark
 from client.ledger.file import LedgerBusyError, Mark
 from client.ledger.ledger import (
     BudgetRefused,
@@ -24,6 +23,7 @@ from client.ledger.ledger import (
 )
 from client.ledger.loss import accept_loss
 from client.ledger.state import LedgerState
+from client.site import JOURNAL_FILE
 from common.errors import ConfigError
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
@@ -384,7 +384,7 @@ def test_the_journal_keeps_the_mark(with_kit: bool, tmp_path: Path) -> None:
         return Message(RecordDict(), reply_to=message)
 
     journal.record(message, context, answer)
-    file = kit / LOGS / JOURNAL_FILE if kit else site / JOURNAL_FILE
+    file = kit / "logs" / JOURNAL_FILE if kit else site / JOURNAL_FILE
     assert newest_mark(file) == ()
     place = anchor_file(site / "ledger.sqlite", kit)
     ledger = Ledger.open(site / "ledger.sqlite", Opening("site-1", "v1", 8.0, DELTA), anchor=place)
