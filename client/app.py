@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from flwr.app import Message
 
-from client import egress, journal
+from client import egress
 from client.door import SiteApp
 from client.evaluation import evaluate_bags, evaluate_labelled, sum_distances
 from client.release import may_leave, private_release, release_proportions, suppress
@@ -28,7 +28,7 @@ from common.wire import from_records, to_records
 if TYPE_CHECKING:
     from client.secure_aggregation import Member
 
-app = SiteApp(journal.record, egress.guard)
+app = SiteApp(egress.guard)
 
 
 def _member(session: SiteSession) -> "Member":

@@ -41,7 +41,7 @@ with lazy_imports():
     from deploy.figures import draw
     from deploy.runs import predict as prediction
     from deploy.runs import reading
-    from deploy.runs import runs as finished
+    from deploy.runs import show as finished
     from deploy.simulation import simulate as simulation
 
 _HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.

@@ -20,8 +20,7 @@ from rich.progress import (
 
 from common.run_records import Left, RoundSkipped, RunEvent, SiteLeftOut, Waiting
 from deploy.cli.tables import console, text_column
-from deploy.runs.reading import EventsFile
-from deploy.runs.state import RunState
+from deploy.runs.reading import EventsFile, RunState
 
 _INTERVAL = 0.3
 

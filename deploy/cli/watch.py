@@ -19,7 +19,12 @@ with lazy_imports():
     from rich import console, live
 
     from deploy.cli import tables
-    from deploy.runs import prometheus, site_state, table, tracking
+    from deploy.runs import (
+        prometheus,
+        show,
+        site_state,
+        tracking,
+    )
 
 _INTERVAL = 1.0
 """Seconds between two looks of the live table."""
@@ -46,14 +51,14 @@ def status(
 
     def look() -> tuple["console.RenderableType", bool]:
         if isinstance(watched, site_state.SiteSource):
-            return table.site_table(watched.look(), time.time()), False
+            return show.site_table(watched.look(), time.time()), False
         state = watched.look()
-        return table.run_table(state, watched.name, time.time()), state.ended
+        return show.run_table(state, watched.name, time.time()), state.ended
 
     if json_:
         state = watched.look()
         name = "" if isinstance(watched, site_state.SiteSource) else watched.name
-        typer.echo(json.dumps(table.as_json(state, name), indent=2))
+        typer.echo(json.dumps(show.as_json(state, name), indent=2))
         return
     shown, ended = look()
     if once or ended:

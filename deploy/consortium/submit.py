@@ -28,7 +28,7 @@ from deploy.consortium.checks import check_bundle
 from deploy.consortium.control import Control, RunStatus, control
 from deploy.consortium.kit import CoordinatorKit
 from deploy.runs.reading import read_summary, run_events
-from deploy.runs.runs import print_summary
+from deploy.runs.show import print_summary
 from server.run_folder import RunFolder
 
 _POLL, _OUTAGE = 0.5, 300.0

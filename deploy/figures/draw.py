@@ -12,8 +12,7 @@ from common.errors import UserError
 from common.hierarchy import Hierarchy
 from deploy.cli.tables import console, text_column
 from deploy.figures.activation import activate, choose_images, draw_activation
-from deploy.figures.confusion import draw_confusion
-from deploy.figures.curves import draw_curves
+from deploy.figures.charts import draw_confusion, draw_curves
 from deploy.figures.embedding import MOST_IMAGES, draw_embedding, embed
 from deploy.figures.finished_run import FinishedRun, labels, open_runs
 from deploy.figures.samples import NoTestImages, TestSample, find_sites, read_sample

@@ -15,7 +15,7 @@ from sklearn.manifold import TSNE
 from client.data.bags import to_tensor
 from common.hierarchy import Hierarchy
 from common.model.lhfglp import LHFGLP
-from deploy.figures.confusion import tree_order
+from deploy.figures.charts import tree_order
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.samples import TestSample
 from deploy.figures.style import bare, class_styles, new_figure

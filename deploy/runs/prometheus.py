@@ -16,13 +16,8 @@ from prometheus_client.registry import Collector
 from common.errors import UserError
 from common.run_records import Cause
 from common.text import visible
-from deploy.runs.reading import RunSource
+from deploy.runs.reading import Phase, RunSource, RunState, Stage
 from deploy.runs.site_state import SiteSource, SiteState
-from deploy.runs.state import (
-    Phase,
-    RunState,
-    Stage,
-)
 
 _LOOPBACK = "127.0.0.1"
 

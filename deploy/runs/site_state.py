@@ -17,8 +17,7 @@ from common.errors import FedbagsError, UserError
 from common.files import JsonLinesFile
 from common.run_records import Cause, cause_of_code
 from deploy.consortium.kit import KIT_FILE, SiteKit, read_kit
-from deploy.runs.reading import RunSource, newest_run
-from deploy.runs.state import Phase
+from deploy.runs.reading import Phase, RunSource, newest_run
 from server.run_folder import RunFolder
 
 
@@ -61,7 +60,7 @@ class SiteState:
     """Why the ledger cannot be read; empty where it can, or there is none."""
 
     def after(self, done: Mapping[str, Any]) -> Self:
-        """Return the state after one more line of the journal (``client.journal._Done``)."""
+        """Return the state after one more line of the journal (``client.door._Done``)."""
         phase, code = str(done["phase"]), int(done["code"])
         refusals = dict(self.refusals)
         if code:

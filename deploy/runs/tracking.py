@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from common.config import RunConfig
 from common.errors import RunError, UserError
 from common.run_records import BagsEvaluated, Exchanged, RoundDone, RunEvent, Stated, UpdateTaken
-from deploy.runs.reading import EventsFile
-from deploy.runs.state import RunState, Stage
+from deploy.runs.reading import EventsFile, RunState, Stage
 from server.run_folder import RunFolder
 
 _INTERVAL = 1.0

@@ -20,7 +20,7 @@ from deploy.configuration import RunRequest, compose, say_presets
 from deploy.datasets.options import SyntheticHospitals
 from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary, run_events
-from deploy.runs.runs import print_summary
+from deploy.runs.show import print_summary
 from deploy.simulation import interrupt, prerequisites
 from deploy.simulation.folder_lock import locked
 

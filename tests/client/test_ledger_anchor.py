@@ -372,7 +372,7 @@ def question(site: Path, kit: Path | None) -> tuple[Message, Context]:
 
 @pytest.mark.parametrize("with_kit", [False, True])
 def test_the_journal_keeps_the_mark(with_kit: bool, tmp_path: Path) -> None:
-    from client import journal
+    from client import door
 
     site, kit = tmp_path / "site", tmp_path / "kit" if with_kit else None
     site.mkdir()
@@ -383,12 +383,12 @@ def test_the_journal_keeps_the_mark(with_kit: bool, tmp_path: Path) -> None:
     def answer(message: Message, context: Context) -> Message:
         return Message(RecordDict(), reply_to=message)
 
-    journal.record(message, context, answer)
+    door.record(message, context, answer)
     file = kit / "logs" / JOURNAL_FILE if kit else site / JOURNAL_FILE
     assert newest_mark(file) == ()
     place = anchor_file(site / "ledger.sqlite", kit)
     ledger = Ledger.open(site / "ledger.sqlite", Opening("site-1", "v1", 8.0, DELTA), anchor=place)
-    journal.record(message, context, answer)
+    door.record(message, context, answer)
     mark = (Mark(ledger.state.rows, ledger.state.head),)
     assert newest_mark(file) == mark
     with file.open("a") as stream:

@@ -176,8 +176,8 @@ def test_the_file_of_a_ledger_that_was_rolled_back_is_dropped(ledger_path: Path,
 COUNT = """
 import json, sys
 from dp_accounting.pld import privacy_loss_distribution as pld
-from common.privacy import composition
-composition.DIRECT = {direct}
+from common.privacy import accounting
+accounting.DIRECT = {direct}
 right, built = pld.from_gaussian_mechanism, []
 def note(sigma, **options):
     built.append([sigma, options["value_discretization_interval"]])

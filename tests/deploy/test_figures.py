@@ -27,8 +27,7 @@ from common.model.methods import Method
 from common.model.model_file import ModelCard, save_model
 from deploy.figures import draw
 from deploy.figures.activation import _last_feature_map, activate, choose_images
-from deploy.figures.confusion import _row_shares, draw_confusion, tree_order
-from deploy.figures.curves import draw_curves
+from deploy.figures.charts import _row_shares, draw_confusion, draw_curves, tree_order
 from deploy.figures.draw import _confusion_names, draw_figures
 from deploy.figures.embedding import _draw_bags
 from deploy.figures.finished_run import FinishedRun, labels

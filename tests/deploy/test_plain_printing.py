@@ -17,10 +17,10 @@ from deploy.cli import tables
 from deploy.cli.progress import Follower
 from deploy.cli.say import say
 from deploy.datasets import site_check
-from deploy.runs import predict, runs
+from deploy.runs import predict, show
 from deploy.runs.prometheus import _WatchCollector
-from deploy.runs.state import fold
-from deploy.runs.table import run_table
+from deploy.runs.reading import fold
+from deploy.runs.show import run_table
 from server.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def print_summary(name: str) -> None:
         "name": name, "classes": 2, "accuracy": 0.5, "balanced_accuracy": 0.5, "macro_f1": 0.5,
         "consistent_accuracy": 0.5,
     }  # fmt: skip
-    runs.print_summary(
+    show.print_summary(
         RunSummary.model_validate({
             "name": name, "method": "lhfglp", "sites": 1, "rounds": 1, "selected_round": 1, "seconds": 1.0,
             "stopped_early": name, "levels": [level], "bags": [{"level": name, "l1": 0.1}],

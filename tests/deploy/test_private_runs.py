@@ -31,7 +31,7 @@ from deploy.datasets.options import SyntheticHospitals
 from deploy.flower.internals import become_server
 from deploy.report.files import report
 from deploy.runs.reading import read_summary
-from deploy.runs.runs import print_summary
+from deploy.runs.show import print_summary
 from deploy.simulation.local_grid import LocalGrid
 from server.app import app
 from tests.reference_accounting import opacus_prv

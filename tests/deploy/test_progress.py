@@ -8,7 +8,7 @@ import pytest
 
 from common.run_records import read_event
 from deploy.cli.progress import Follower, _done, _without, bars
-from deploy.runs.state import RunState, fold
+from deploy.runs.reading import RunState, fold
 
 SITES = ["a", "b", "c", "d", "e"]
 

@@ -17,7 +17,7 @@ from common.errors import UserError
 from deploy.cli.tables import config_rows, print_config, print_preset
 from deploy.configuration import RunRequest, compose, preset_rows, preset_values, say_presets
 from deploy.runs.reading import read_summary
-from deploy.runs.runs import (
+from deploy.runs.show import (
     _trivial_accuracies,
     compare_runs,
     figure,

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from client.journal import _append, _Done
+from client.door import _append, _Done
 from client.ledger.file import LEDGER_FILE
 from client.ledger.state import LedgerState
 from client.session import SiteSession
@@ -22,9 +22,8 @@ from common.records import SiteError
 from common.run_records import Cause, SiteLeftOut, read_event
 from deploy.consortium.kit import SiteKit
 from deploy.runs.prometheus import _run_metrics, _site_metrics, serve
-from deploy.runs.reading import RunSource
+from deploy.runs.reading import RunSource, Stage, fold
 from deploy.runs.site_state import SiteSource, SiteState, source
-from deploy.runs.state import Stage, fold
 from server.run_folder import RunFolder
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

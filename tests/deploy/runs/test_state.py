@@ -12,11 +12,10 @@ from rich.console import Console
 from common.files import JsonLinesFile, read_json_lines
 from common.records import SITE_ERRORS, SiteError
 from common.run_records import FLOWER_ERRORS, Cause, RoundDone, SiteLeftOut, cause_of_code, read_event
-from deploy.runs import state as run_state
+from deploy.runs import reading as run_state
 from deploy.runs.prometheus import _run_metrics
-from deploy.runs.reading import RunSource, run_events
-from deploy.runs.state import RunState, Stage
-from deploy.runs.table import run_table
+from deploy.runs.reading import RunSource, RunState, Stage, run_events
+from deploy.runs.show import run_table
 from server.run_folder import RunFolder, newest_checkpoint
 
 NAMES = st.sampled_from(["a", "b", "c", "node 7"])

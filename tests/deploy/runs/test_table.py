@@ -11,9 +11,9 @@ from rich.console import Console
 
 from client.ledger.file import LEDGER_FILE
 from common.run_records import Finished, read_event
+from deploy.runs.reading import Phase, fold
+from deploy.runs.show import run_table, site_table
 from deploy.runs.site_state import SiteState, _Spending
-from deploy.runs.state import Phase, fold
-from deploy.runs.table import run_table, site_table
 from server.run_folder import RunFolder
 
 EVENTS = [

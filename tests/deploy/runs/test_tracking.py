@@ -13,8 +13,7 @@ from common.errors import UserError
 from common.files import read_json_lines
 from common.run_records import BagFigures, BagsEvaluated, Enrolled, Failed, Finished, RoundDone
 from deploy.runs import tracking
-from deploy.runs.reading import EventsFile
-from deploy.runs.state import Stage
+from deploy.runs.reading import EventsFile, Stage
 from deploy.runs.tracking import _figures_of, track
 from server.run_folder import RunFolder
 

@@ -1,0 +1,1 @@
+"""Read run folders, and show, serve, mirror and use what they hold."""
