@@ -32,7 +32,7 @@ from common.errors import (
     SecureAggregationRefused,
     require_file,
 )
-from common.pki import load_node_key
+from common.pki import read_node_key
 from common.records import FloatArray, ModelUpdate
 from common.secure_aggregation import member
 from common.secure_aggregation.cohort import Limits
@@ -213,7 +213,7 @@ class Member:
         return f"run {self.node.run_id}/round {request.round}"
 
     def _node_key(self) -> EllipticCurvePrivateKey:
-        return load_node_key(self.kit / KEY_FILE)
+        return read_node_key(self.kit / KEY_FILE)
 
     def _state(self) -> MemberState:
         state = remembered(self.node.state, STATE, MemberState)

@@ -33,25 +33,54 @@ class SiteIdentity:
     public_key: ec.EllipticCurvePublicKey
 
 
-def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a node's private key, in OpenSSH's format or PEM, without a password.
+def read_private_key(path: Path, password: bytes | None = None) -> ec.EllipticCurvePrivateKey:
+    """Read a P-384 private key, in OpenSSH's form or PEM.
 
     Raises:
-        UserError: there is no such file, or no NIST P-384 key in it. The text holds nothing of the key.
+        UserError: a password that is not given or wrong, a damaged file, or another type of key. The text
+            holds nothing of the key.
     """
-    advice = "Make one with `fedbags site keygen KIT`."
-    content = require_file(path, "the node key", advice).read_bytes()
-    openssh = content.lstrip().startswith(b"-----BEGIN OPENSSH")
+    content = path.read_bytes()
+    openssh = b"OPENSSH PRIVATE KEY" in content
+    load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
     try:
-        load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
-        key = load(content, password=None)
-    except TypeError as error:
-        raise UserError(f"{path} is protected by a password; a node key has none. {advice}") from error
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise UserError(f"{path} is not a private key. {advice}") from error
+        key = load(content, password)
+    # ``from None`` keeps the library's own error, and whatever it quotes of the key, out of a traceback.
+    except TypeError:
+        raise UserError(
+            f"{path} has no password, and one was given: leave the password out."
+            if password
+            else f"{path} is protected by a password: give it with --password-file."
+        ) from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise UserError(
+            f"{path} cannot be opened: the password is wrong, or the file is damaged."
+            if password
+            else f"{path} is not a private key that can be read (PEM or OpenSSH form, P-384)."
+        ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.key_size != _PUBLIC_BITS:
-        raise UserError(f"{path} is not a NIST P-{_PUBLIC_BITS} key. {advice}")
+        raise UserError(
+            f"{path} is not an elliptic-curve P-384 key. `fedbags site keygen` makes the right kind."
+        )
     return key
+
+
+def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a site's private key, which has no password, as the SuperNode does.
+
+    Raises:
+        UserError: missing, or as ``read_private_key``; a password-protected key is one.
+    """
+    require_file(path, "this site's key", "`fedbags site keygen KIT` makes it, here at the site.")
+    try:
+        return read_private_key(path)
+    except UserError as error:
+        if "protected by a password" not in str(error):
+            raise UserError(f"{error} A node key is made with `fedbags site keygen KIT`.") from None
+        raise UserError(
+            f"{path} is protected by a password, and the SuperNode starts without anyone to type it. "
+            "Use the key that `fedbags site keygen KIT` makes: it has none and only its owner can read it."
+        ) from None
 
 
 def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteIdentity:
@@ -70,7 +99,7 @@ def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteId
         issuer = x509.load_pem_x509_certificate(authority.encode())
     except ValueError as error:
         raise IdentityError("the consortium's CA certificate cannot be read") from error
-    owner = read_certificate(certificate, at)
+    owner = read_identity(certificate, at)
     site, subject = owner.site, x509.load_pem_x509_certificate(certificate.encode())
     try:
         subject.verify_directly_issued_by(issuer)
@@ -83,7 +112,7 @@ def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteId
     return owner
 
 
-def read_certificate(certificate: str, at: datetime) -> SiteIdentity:
+def read_identity(certificate: str, at: datetime) -> SiteIdentity:
     """Return the site name and key that a certificate states, whoever issued it.
 
     Args:

@@ -122,7 +122,7 @@ def _check_keys(advert: KeyAdvert, certificate: str) -> None:
     # A point of small order shows only when it is used, so the server uses it once with a key of its own.
     for key in (advert.seal_key, advert.mask_key):
         keys.pairwise_key(keys.new_secret(), key, "check", b"")
-    owner = pki.read_certificate(certificate, datetime.now(UTC))
+    owner = pki.read_identity(certificate, datetime.now(UTC))
     if owner.site != advert.site:
         raise IdentityError(f"the certificate is of {owner.site!r}")
     pki.verify(owner.public_key, KEYS_SIGNED, advert.signed(), advert.signature)
@@ -149,7 +149,7 @@ def _with_a_shared_key(adverts: Mapping[str, KeyAdvert]) -> list[str]:
             advert.seal_key,
             advert.mask_key,
             advert.commitment,
-            pki.read_certificate(advert.certificate, now).public_key.public_numbers(),
+            pki.read_identity(advert.certificate, now).public_key.public_numbers(),
         )
         for site, advert in adverts.items()
     }

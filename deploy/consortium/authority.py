@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Self
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -26,11 +25,11 @@ from deploy.consortium.pki import (
     distinguished_name,
     fingerprint,
     general_name,
-    key_usage,
     make_private_key,
     organisation,
     read_certificate,
     read_private_key,
+    sign_certificate,
     utc_now,
     write_certificate,
 )
@@ -86,13 +85,8 @@ class Authority:
         with new_folder(folder, 0o700) as work:
             key = make_private_key(work / _KEY_FILE, KeyForm.PKCS8, password)
             name = distinguished_name(consortium, f"{consortium} authority")
-            certificate = (
-                certificate_builder(name, key.public_key(), days)
-                # With path_length 0 it may certify keys, but no further authority.
-                .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-                .add_extension(key_usage(signs_certificates=True), critical=True)
-                .sign(key, hashes.SHA384())
-            )
+            builder = certificate_builder(name, key.public_key(), days)
+            certificate = sign_certificate(builder, key, authority=True)
             write_certificate(work / CERTIFICATE_FILE, certificate)
             write_json(work / _ISSUED_FILE, [], mode=0o644)
         return cls(folder, certificate, key)
@@ -193,11 +187,7 @@ class Authority:
     ) -> x509.Certificate:
         for extension in extensions:
             builder = builder.add_extension(extension, critical=False)
-        certificate = (
-            builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(key_usage(signs_certificates=False), critical=True)
-            .sign(self._key, hashes.SHA384())
-        )
+        certificate = sign_certificate(builder, self._key, authority=False)
         key = certificate.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
         # Recorded before it is handed out, so that issued.json lists every certificate issued here.

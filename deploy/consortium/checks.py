@@ -19,12 +19,12 @@ from pathlib import Path
 from cryptography.x509 import Certificate
 
 from common.errors import UserError, require_file
+from common.pki import read_node_key
 from deploy.consortium.kit import CoordinatorKit, Kit, SiteKit, app_hash
 from deploy.consortium.pki import (
     certified_hosts,
     check_certificate,
     read_certificate,
-    read_node_key,
     read_private_key,
     read_public_key,
     require_private,
@@ -61,6 +61,7 @@ def check_site(kit: SiteKit) -> None:
     """
     check_authority(kit)
     key = read_node_key(kit.node_key)
+    require_private(kit.node_key)
     if key.public_key() != read_public_key(kit.node_public_key):
         raise UserError(
             f"{kit.node_public_key} is not the public key of {kit.node_key.name}: bring back the pair that "

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from common import pki
 from common.errors import UserError, require_file
 from common.files import create_bytes, write_bytes, write_text
 
@@ -67,55 +68,14 @@ def _write_secret(path: Path, content: bytes) -> None:
 
 
 def read_private_key(path: Path, password: bytes | None = None) -> ec.EllipticCurvePrivateKey:
-    """Read a P-384 private key in either form.
+    """Read a P-384 private key that nobody but its owner can read.
 
     Raises:
-        UserError: missing, readable by others, with a password that is not given or wrong, or another type of
-            key.
+        UserError: missing, readable by others, or as ``common.pki.read_private_key``.
     """
     require_file(path, "the private key", "It is made once and cannot be restored from anything else.")
     require_private(path)
-    content = path.read_bytes()
-    openssh = b"OPENSSH PRIVATE KEY" in content
-    load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
-    try:
-        key = load(content, password)
-    # ``from None`` keeps the library's own error, and whatever it quotes of the key, out of a traceback.
-    except TypeError:
-        raise UserError(
-            f"{path} has no password, and one was given: leave the password out."
-            if password
-            else f"{path} is protected by a password: give it with --password-file."
-        ) from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise UserError(
-            f"{path} cannot be opened: the password is wrong, or the file is damaged."
-            if password
-            else f"{path} is not a private key that can be read (PEM or OpenSSH form, P-384)."
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, _CURVE):
-        raise UserError(
-            f"{path} is not an elliptic-curve P-384 key. `fedbags site keygen` makes the right kind."
-        )
-    return key
-
-
-def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a site's private key as the SuperNode does, in OpenSSH form and without a password.
-
-    Raises:
-        UserError: as ``read_private_key``; a password-protected key is one.
-    """
-    require_file(path, "this site's key", "`fedbags site keygen KIT` makes it, here at the site.")
-    try:
-        return read_private_key(path)
-    except UserError as error:
-        if "protected by a password" not in str(error):
-            raise
-        raise UserError(
-            f"{path} is protected by a password, and the SuperNode starts without anyone to type it. "
-            "Use the key that `fedbags site keygen KIT` makes: it has none and only its owner can read it."
-        ) from None
+    return pki.read_private_key(path, password)
 
 
 def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
@@ -309,7 +269,19 @@ def certificate_builder(
     )
 
 
-def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+def sign_certificate(
+    builder: x509.CertificateBuilder, signer: ec.EllipticCurvePrivateKey, *, authority: bool
+) -> x509.Certificate:
+    """Sign a certificate of an authority, which may certify keys and nothing else, or of anybody else."""
+    return (
+        # With path_length 0 an authority may certify keys, but no further authority.
+        builder.add_extension(x509.BasicConstraints(authority, 0 if authority else None), critical=True)
+        .add_extension(_key_usage(signs_certificates=authority), critical=True)
+        .sign(signer, hashes.SHA384())
+    )
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
     """Return what the certified key may sign, either certificates or anything but certificates."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,

@@ -9,6 +9,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import UserError
+from common.pki import read_node_key
 from deploy.consortium.app import build_bundle
 from deploy.consortium.authority import Authority
 from deploy.consortium.kit import KIT_FILE, CoordinatorKit, app_hash
@@ -20,8 +21,8 @@ from deploy.consortium.pki import (
     make_private_key,
     make_secret,
     read_certificate,
-    read_node_key,
     read_public_key,
+    require_private,
 )
 from deploy.consortium.settings import ConsortiumSettings, SitePorts
 
@@ -61,6 +62,7 @@ def provision(
             if not kit.node_key.exists():
                 kits.changes.written.append(make_node_key(kit))
             key = read_node_key(kit.node_key).public_key()
+            require_private(kit.node_key)
         if key is not None:
             kits.register(name, key, kits.coordinator.certificate_days)
     return kits.finished()

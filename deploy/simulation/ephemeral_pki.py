@@ -5,25 +5,28 @@ protocol that a real deployment runs is then run too, certificates and signature
 key is kept with the certificates, unprotected.
 """
 
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
-from client.secure_aggregation import (
-    CA_FILE,
-    CERTIFICATE_FILE,
-    EPHEMERAL,
-    KEY_FILE,
-)
+from client.secure_aggregation import CA_FILE, CERTIFICATE_FILE, EPHEMERAL, KEY_FILE
 from client.site import SiteConfig, site_folders
 from common.config import RunConfig
 from common.files import write_bytes
+from deploy.consortium.pki import (
+    KeyForm,
+    certificate_builder,
+    distinguished_name,
+    make_private_key,
+    read_certificate,
+    read_private_key,
+    sign_certificate,
+    write_certificate,
+)
 
-_VALID = timedelta(days=3650)
+_AUTHORITY_KEY = "ca.key"
+_CONSORTIUM = "simulation"
+_VALID_DAYS = 3650
 
 
 def make_ephemeral_pki(config: RunConfig) -> None:
@@ -43,38 +46,22 @@ def ephemeral_kit(run: Path, site: str) -> Path:
     kit = root / site
     if not (root / CA_FILE).exists():
         root.mkdir(parents=True, exist_ok=True)
-        key = ec.generate_private_key(ec.SECP384R1())
-        write_bytes(root / "ca.key", _private_pem(key), 0o600)
-        write_bytes(root / CA_FILE, _issue("throw-away authority", key.public_key(), key, None), 0o600)
+        key = _new_key(root / _AUTHORITY_KEY)
+        name = distinguished_name(_CONSORTIUM, "ephemeral authority")
+        builder = certificate_builder(name, key.public_key(), _VALID_DAYS)
+        write_certificate(root / CA_FILE, sign_certificate(builder, key, authority=True))
     if not (kit / CERTIFICATE_FILE).exists():
         kit.mkdir(exist_ok=True)
-        authority = (root / CA_FILE).read_bytes()
-        signer = serialization.load_pem_private_key((root / "ca.key").read_bytes(), None)
-        assert isinstance(signer, ec.EllipticCurvePrivateKey)
-        key = ec.generate_private_key(ec.SECP384R1())
-        write_bytes(kit / KEY_FILE, _private_pem(key), 0o600)
-        write_bytes(kit / CA_FILE, authority, 0o600)
-        write_bytes(kit / CERTIFICATE_FILE, _issue(site, key.public_key(), signer, authority), 0o600)
+        authority, signer = read_certificate(root / CA_FILE), read_private_key(root / _AUTHORITY_KEY)
+        key = _new_key(kit / KEY_FILE)
+        name = distinguished_name(_CONSORTIUM, site)
+        builder = certificate_builder(name, key.public_key(), _VALID_DAYS, authority)
+        write_bytes(kit / CA_FILE, (root / CA_FILE).read_bytes(), 0o600)
+        write_certificate(kit / CERTIFICATE_FILE, sign_certificate(builder, signer, authority=False))
     return kit
 
 
-def _issue(
-    name: str, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePrivateKey, authority: bytes | None
-) -> bytes:
-    """Issue a certificate in PEM for a site, or for the authority itself if ``authority`` is None."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    issuer = subject if authority is None else x509.load_pem_x509_certificate(authority).subject
-    now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(
-        issuer, subject, key, x509.random_serial_number(), now - timedelta(hours=1), now + _VALID
-    )
-    constraints = x509.BasicConstraints(ca=authority is None, path_length=None)
-    certificate = builder.add_extension(constraints, critical=True).sign(signer, hashes.SHA384())
-    return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Encode a private key in PEM, without a password."""
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def _new_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    # A key whose certificate is missing was left by a run that was killed in between.
+    path.unlink(missing_ok=True)
+    return make_private_key(path, KeyForm.PKCS8)

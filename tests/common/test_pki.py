@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
 from common.errors import IdentityError, UserError
-from common.pki import load_node_key, sign, verify, verify_certificate
+from common.pki import read_node_key, sign, verify, verify_certificate
 from deploy.simulation.ephemeral_pki import _issue as issue
 from deploy.simulation.ephemeral_pki import _private_pem as private_pem
 
@@ -106,7 +106,7 @@ def test_node_keys_are_read_in_both_formats(tmp_path: Path, site: ec.EllipticCur
     )
     (tmp_path / "openssh").write_bytes(openssh)
     for name in ("pem", "openssh"):
-        assert load_node_key(tmp_path / name).public_key() == site.public_key()
+        assert read_node_key(tmp_path / name).public_key() == site.public_key()
 
 
 def test_other_key_files_are_refused_without_their_content(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_other_key_files_are_refused_without_their_content(tmp_path: Path) -> No
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="keygen") as caught:
-            load_node_key(tmp_path / name)
+            read_node_key(tmp_path / name)
         assert "BEGIN" not in str(caught.value)
     with pytest.raises(UserError, match="not found"):
-        load_node_key(tmp_path / "missing")
+        read_node_key(tmp_path / "missing")
 
 
 def test_what_the_consortiums_authority_issues_is_accepted(

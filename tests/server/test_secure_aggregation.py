@@ -22,7 +22,7 @@ from common import pki
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.files import read_json_lines
-from common.pki import load_node_key
+from common.pki import read_node_key
 from common.secure_aggregation import keys
 from common.secure_aggregation.cohort import KEYS_SIGNED, effective_number
 from common.secure_aggregation.quantisation import Grid
@@ -364,7 +364,7 @@ def test_a_site_of_another_run_or_configuration_is_left_out_alone(
     def bend(asked: str, node: int, reply: Message) -> Message:
         if (asked, node) == ("query.keys", 2):
             advert = from_records(reply.content, KeyAdvert).model_copy(update=change)
-            key = load_node_key(tmp_path / "bent" / EPHEMERAL / advert.site / KEY_FILE)
+            key = read_node_key(tmp_path / "bent" / EPHEMERAL / advert.site / KEY_FILE)
             signature = pki.sign(key, KEYS_SIGNED, advert.signed())
             told = to_records(advert.model_copy(update={"signature": signature}))
             reply.content["key-advert"] = told["key-advert"]
@@ -398,7 +398,7 @@ def test_a_key_that_is_there_twice_costs_those_that_have_it_and_nobody_else(
         advert = from_records(reply.content, KeyAdvert)
         seen.append(advert)
         if node == 1:
-            key = load_node_key(tmp_path / "bent" / EPHEMERAL / advert.site / KEY_FILE)
+            key = read_node_key(tmp_path / "bent" / EPHEMERAL / advert.site / KEY_FILE)
             advert = change(advert, seen)
             signed = advert.model_copy(update={"signature": pki.sign(key, KEYS_SIGNED, advert.signed())})
             reply.content["key-advert"] = to_records(signed)["key-advert"]

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.secure_aggregation import EPHEMERAL
-from common.pki import load_node_key
+from common.pki import read_node_key
 from common.secure_aggregation import member
 from common.secure_aggregation.cohort import Limits
 from common.secure_aggregation.member import MemberState
@@ -132,7 +132,7 @@ def consortium(tmp_path: Path) -> Callable[..., Consortium]:
         made = Consortium(
             names,
             (kits[names[0]] / "ca.crt").read_text(),
-            {name: load_node_key(kit / "node.key") for name, kit in kits.items()},
+            {name: read_node_key(kit / "node.key") for name, kit in kits.items()},
             {name: (kit / "node.crt").read_text() for name, kit in kits.items()},
             tmp_path / EPHEMERAL,
         )

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from common.errors import IdentityError, RunError, SecureAggregationRefused
-from common.pki import load_node_key
+from common.pki import read_node_key
 from common.secure_aggregation import keys, member
 from common.secure_aggregation.cohort import (
     KEYS_SIGNED,
@@ -107,7 +107,7 @@ def test_keys_of_a_foreign_authority_are_refused(consortium: Make, tmp_path: Pat
         "site-02",
         RUN,
         SETTINGS,
-        load_node_key(outside / "node.key"),
+        read_node_key(outside / "node.key"),
     )
     forged = forged.model_copy(update={"certificate": (outside / "node.crt").read_text()})
     with pytest.raises(IdentityError, match="not of this consortium"):

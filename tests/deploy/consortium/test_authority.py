@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.pki import read_node_key
 from deploy.consortium.authority import Authority
 from deploy.consortium.pki import (
     _CLOCK_TOLERANCE,
@@ -29,7 +30,6 @@ from deploy.consortium.pki import (
     fingerprint,
     make_private_key,
     read_certificate,
-    read_node_key,
     read_public_key,
     write_certificate,
     write_public_key,

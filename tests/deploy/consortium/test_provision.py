@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from client.site import SiteConfig, SitePolicy
 from common.errors import UserError
+from common.pki import read_node_key
 from deploy.cli import main
 from deploy.consortium.app import build_bundle
 from deploy.consortium.authority import Authority
@@ -36,7 +37,6 @@ from deploy.consortium.pki import (
     certified_hosts,
     check_certificate,
     read_certificate,
-    read_node_key,
     read_public_key,
     write_public_key,
 )
