@@ -179,7 +179,7 @@ def _evaluate_privately(
     from client.budget import open_budget  # see ``_proportions``
 
     budget = open_budget(session)
-    if not budget.plan.look:
+    if not budget.plan.evaluation:
         return {}, budget.ledger.statement(round)
     reservation = budget.reserve_evaluation(round)
     sums = budget.plan.noised_look(sum_distances(model, session.store, session.config), round)

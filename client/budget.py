@@ -64,13 +64,13 @@ class SigmaCache:
         Raises:
             UserError: as ``calibrate`` does; a refusal is not remembered.
         """
-        beside = merge(also)
+        others = merge(also)
         asked = {
             "target": target_epsilon,
             "delta": delta,
             "rate": sample_rate,
             "steps": steps,
-            "beside": [event.model_dump() for event in beside],
+            "beside": [event.model_dump() for event in others],
             "adjacency": Adjacency.REPLACE_ONE.value,
             # Another release of the accountant may find another number for the same question.
             "accountant": version("dp-accounting"),
@@ -78,7 +78,7 @@ class SigmaCache:
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         sigma = self._stored(key)
         if sigma is None:
-            sigma = calibrate(target_epsilon, delta, sample_rate, steps, also=beside)
+            sigma = calibrate(target_epsilon, delta, sample_rate, steps, also=others)
             self._store(key, sigma)
         return sigma
 
@@ -139,7 +139,7 @@ class Budget:
             BudgetRefused: the site's cap does not allow it.
         """
         self.ledger.refuse_used_up(self.run_id, round)
-        levels, generator = self.plan.look, noise_generator(self.plan.randomness)
+        levels, generator = self.plan.evaluation, noise_generator(self.plan.randomness)
         return self.ledger.reserve(levels[0], self.run_id, round, copies=len(levels), generator=generator)
 
     def confirm(self, reservation: Reservation, round: int) -> PrivacyStatement:
@@ -219,7 +219,7 @@ def make_plan(
     dp = config.dp
     training, held_back = store.split(config.train.held_back, config.seed)
     noises = store.config.policy.private_metrics is PrivateMetrics.NOISE
-    looks = dp.metrics_scale > 0 and noises and len(held_back) > 0
+    evaluates = dp.metrics_scale > 0 and noises and len(held_back) > 0
     releases = store.config.policy.release_proportions is not ReleaseProportions.NONE
     settings = PlanSettings(
         delta=dp.delta,
@@ -233,8 +233,10 @@ def make_plan(
         release=DiscreteLaplace(scale=dp.release_scale) if releases else None,
         # Evaluations and the release are part of the plan from the start: paid for later, they would take
         # the budget of the last rounds.
-        look=(DiscreteLaplace(scale=dp.metrics_scale),) * len(store.hierarchy.levels) if looks else (),
-        looks=config.evaluation.looks(config.rounds),
+        evaluation=(DiscreteLaplace(scale=dp.metrics_scale),) * len(store.hierarchy.levels)
+        if evaluates
+        else (),
+        evaluations=config.evaluation.looks(config.rounds),
         force_delta=dp.force_delta,
     )
     return PrivacyPlan.build(settings, randomness, epsilon=dp.epsilon, find_sigma=find_sigma)

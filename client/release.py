@@ -109,17 +109,17 @@ def may_leave(kind: str, config: RunConfig, store: BagStore, terms: Terms) -> fr
     site = store.config
     training, held_back = map(len, store.split(config.train.held_back, config.seed))
     found = IN_REPLY.get(kind, frozenset())
-    beside = frozenset(site.policy.secure_aggregation.metrics)
+    in_clear = frozenset(site.policy.secure_aggregation.metrics)
     if config.dp.epsilon:
         if kind == "evaluate.bags":
             return _NOISED if site.policy.private_metrics is PrivateMetrics.NOISE else frozenset()
         # A loss is computed from private data and no epsilon covers it, so a policy that names it does
         # not help.
         found &= terms.metrics & _UNCOVERED_BY_DP
-        return found & beside if kind == "train.masked" else found
+        return found & in_clear if kind == "train.masked" else found
     found &= terms.metrics
     if kind == "train.masked":
-        found &= beside
+        found &= in_clear
     released = site.policy.release_proportions is ReleaseProportions.PER_BAG
     # A site that releases counts per bag has given away what these figures could tell; a simulated one
     # has no patients.
@@ -128,7 +128,7 @@ def may_leave(kind: str, config: RunConfig, store: BagStore, terms: Terms) -> fr
     if kind == "evaluate.bags":
         masked = config.secure_aggregation.enabled or site.policy.secure_aggregation.required
         # In clear, figures of a model that the server chose would tell what the masks hide.
-        found &= beside if masked else found
+        found &= in_clear if masked else found
         # An exact mean over one bag is that bag's figure: a server that sends chosen models reads its
         # counts off it.
         return found if held_back >= terms.minimum_held_back_bags else frozenset()

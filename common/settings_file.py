@@ -102,9 +102,9 @@ def _suggestion(model: type[BaseModel], place: list[str]) -> str:
     """Suggest a key of the same table that is spelled nearly so, or one of this name in another table."""
     *tables, last = place
     known = {key: key.split(".") for key in _keys(model)}
-    beside = {parts[-1]: key for key, parts in known.items() if parts[:-1] == tables}
-    if near := difflib.get_close_matches(last, beside, n=1):
-        return f"; did you mean {beside[near[0]]!r}?"
+    siblings = {parts[-1]: key for key, parts in known.items() if parts[:-1] == tables}
+    if near := difflib.get_close_matches(last, siblings, n=1):
+        return f"; did you mean {siblings[near[0]]!r}?"
     return "".join([f"; did you mean {key!r}?" for key, parts in known.items() if parts[-1] == last][:1])
 
 

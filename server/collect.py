@@ -30,7 +30,7 @@ from server.exchange import (
     usable_loss,
 )
 from server.secure_aggregation import Session, SessionFailed, UselessSum
-from server.statements import StatementBook
+from server.statements import StatementStore
 
 log = logging.getLogger("fedbags.server")
 
@@ -47,7 +47,7 @@ class Collector:
         )  # fmt: skip
         kept = config.federation.statements
         known, keys = self.state.statements, self.state.statement_keys
-        self._statements = StatementBook(Path(kept) if kept else None, known, self.folder.path.name, keys)
+        self._statements = StatementStore(Path(kept) if kept else None, known, self.folder.path.name, keys)
         self.used_up: dict[str, tuple[int, int]] = {}
         """Node and round of every site that left because of its privacy budget."""
         self.taken: set[str] = set()

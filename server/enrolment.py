@@ -41,9 +41,9 @@ class Roster:
     """Of every site that ever took part, those that left included."""
     refused: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Nodes that answered, but not so that they can take part: the site (or node), and why."""
-    strangers: set[int] = field(default_factory=set)
+    not_allowed: set[int] = field(default_factory=set)
     """Nodes whose name is not on the allow-list."""
-    rivals: dict[int, str] = field(default_factory=dict)
+    duplicates: dict[int, str] = field(default_factory=dict)
     """Nodes that gave the name of a site that is there, with that name."""
     expelled: dict[str, str] = field(default_factory=dict)
     """By site that is out for the rest of the run, under whatever node it comes back: why."""
@@ -79,16 +79,18 @@ class Roster:
         for site in gone:
             del self.nodes[site]
         self.refused = {node: why for node, why in self.refused.items() if node in connected}
-        self.strangers &= set(connected)
+        self.not_allowed &= set(connected)
         # A node with a duplicate name may ask again once the name is free: it may be the site itself, back
         # under another node id.
-        self.rivals = {n: site for n, site in self.rivals.items() if n in connected and site in self.nodes}
+        self.duplicates = {
+            n: site for n, site in self.duplicates.items() if n in connected and site in self.nodes
+        }
         self.silent = Counter({node: times for node, times in self.silent.items() if node in connected})
         return gone
 
     def newcomers(self, connected: Collection[int]) -> list[int]:
         """Return the connected nodes that are still to be asked for their release."""
-        known = {*self.nodes.values(), *self.refused, *self.strangers, *self.rivals}
+        known = {*self.nodes.values(), *self.refused, *self.not_allowed, *self.duplicates}
         return sorted(n for n in connected if n not in known and self.silent[n] < ATTEMPTS)
 
 
@@ -138,12 +140,12 @@ def enrol(
             roster.refused[reply.node] = (release.site, reason)
             leave_out(release.site, Cause.NOT_ADMITTED, reason)
         elif allowed and release.site not in allowed:
-            roster.strangers.add(reply.node)
+            roster.not_allowed.add(reply.node)
             leave_out(release.site, Cause.NOT_ADMITTED, "not on the allow-list (federation.allow)")
         # The name belongs to the node that gave it first. Otherwise a second node could replace a site by
         # giving its name.
         elif release.site in roster.nodes or release.site in offered:
-            roster.rivals[reply.node] = release.site
+            roster.duplicates[reply.node] = release.site
             leave_out(release.site, Cause.NOT_ADMITTED, f"{label} uses the name of another site")
         else:
             offered[release.site] = (reply.node, release, tree)

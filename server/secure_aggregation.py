@@ -55,7 +55,7 @@ _Report = Callable[[str, str, str], None]
 """Called with (site, message type, reason) for what cannot be used."""
 
 
-def _levelled(weights: Mapping[str, float], effective: int) -> dict[str, float]:
+def _evened_weights(weights: Mapping[str, float], effective: int) -> dict[str, float]:
     """Return the weights, normalised and drawn towards equal ones as far as sites demand it.
 
     Sites refuse weights that count as fewer than ``effective`` equal sites (1 / sum of squares): their sum
@@ -249,7 +249,7 @@ class Session:
             threshold_share=self.config.threshold_share,
             neighbours=self.config.neighbours,
             clip_range=self.config.clip_range,
-            weights=_levelled(weights, self.config.minimum_sites),
+            weights=_evened_weights(weights, self.config.minimum_sites),
             adverts=tuple(adverts[site] for site in sorted(adverts)),
         )
 

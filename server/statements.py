@@ -49,7 +49,7 @@ class _Memory(BaseModel):
 
 # Any node can give any name. What is kept of a name counts only against the node that gave it, or one node
 # could shut another site out by stating much in its name.
-class StatementBook:
+class StatementStore:
     """Keep the statements of all sites.
 
     A site is known by its name and its node's key together.

@@ -26,7 +26,7 @@ from deploy.consortium.authority import Authority, Issued
 from deploy.consortium.kit import SiteKit
 from server import run_folder
 from server.run_folder import RunFolder
-from server.statements import StatementBook, _Memory
+from server.statements import StatementStore, _Memory
 
 
 class KilledError(BaseException):
@@ -61,7 +61,7 @@ def confusion(folder: Path, version: int) -> None:
 def statement(folder: Path, version: int) -> None:
     event = {"kind": "poisson_gaussian", "sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 1 + version}
     last = PrivacyStatement(site="north", round=1, epsilon=1.0, delta=1e-5, events=(event,))
-    StatementBook(folder, {})._keep(("north", ""), _Memory(last=last))
+    StatementStore(folder, {})._keep(("north", ""), _Memory(last=last))
 
 
 def server_state(folder: Path, version: int) -> None:

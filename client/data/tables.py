@@ -134,7 +134,7 @@ def unknown_label(name: str, tree: Hierarchy) -> str:
     return f"unknown label {name!r}; it is no leaf of the hierarchy{did_you_mean(name, tree.classes[-1])}"
 
 
-def refuse_twins(tree: Hierarchy, file: str) -> None:
+def refuse_duplicate_names(tree: Hierarchy, file: str) -> None:
     """Refuse a tree in which two classes of a level differ only by case, blanks or the form of a letter.
 
     Raises:
@@ -213,7 +213,7 @@ def read_hierarchy(site_dir: Path, config: SiteConfig, fatal: list[BadRow]) -> H
     """Read the site's label tree, and append its faults to ``fatal``."""
     try:
         tree = Hierarchy.from_csv(site_dir / config.hierarchy)
-        refuse_twins(tree, config.hierarchy)
+        refuse_duplicate_names(tree, config.hierarchy)
         return tree
     except DataError as error:
         rows = error.rows or (BadRow(config.hierarchy, None, error.summary),)

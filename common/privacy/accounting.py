@@ -162,7 +162,7 @@ def unpack(content: bytes) -> tuple[Mapping[str, Any], tuple[Composition, ...]]:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        told = json.loads(arrays["arr_0"].tobytes())
+        stored = json.loads(arrays["arr_0"].tobytes())
         compositions = tuple(
             Composition(
                 {tuple(event): number for event, number in one["amounts"]},
@@ -172,9 +172,9 @@ def unpack(content: bytes) -> tuple[Mapping[str, Any], tuple[Composition, ...]]:
                     DensePLDPmf(one["interval"], one["lowest"], arrays[f"arr_{place}"], one["infinite"], True)
                 ),
             )
-            for place, one in enumerate(told["compositions"], start=1)
+            for place, one in enumerate(stored["compositions"], start=1)
         )
-    return told["about"], compositions
+    return stored["about"], compositions
 
 
 def _size(amounts: _Amounts) -> int:
@@ -332,7 +332,7 @@ def calibrate(
         if time.monotonic() > deadline:
             raise UserError(
                 f"the noise for {steps} steps at sample rate {sample_rate:g} was not found within "
-                f"{_CALIBRATION_SECONDS:g} s: ask for fewer steps or looks, or for more bags per step"
+                f"{_CALIBRATION_SECONDS:g} s: ask for fewer steps or evaluations, or for more bags per step"
             )
         # ALL steps of all rounds are composed: an epsilon per round bounds nothing over the run.
         event = PoissonGaussian(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
@@ -342,7 +342,7 @@ def calibrate(
         raise UserError(
             f"what is released beside training (label counts, noised metrics) spends "
             f"{spent(others, delta, adjacency):.4g} alone, more than epsilon = {target_epsilon:g}: release "
-            "with a larger scale, look less often, release nothing, or raise epsilon."
+            "with a larger scale, evaluate less often, release nothing, or raise epsilon."
         )
     good = 1.0
     while over(good) > 0:

@@ -72,7 +72,7 @@ class PoissonGaussian(_Event):
 class DiscreteLaplace(_Event):
     """Describe one release of integer counts, or of one noised metric, with discrete Laplace noise.
 
-    The noise has P(z) proportional to exp(-|z| / t). For metrics see looks.py.
+    The noise has P(z) proportional to exp(-|z| / t). For metrics see proportions.py.
 
     ``scale`` is b = t / m: the noise scale t in images, relative to the m images that one unit can move
     between classes (L1 distance 2 m of the counts: up to m leave some classes, up to m join others). The

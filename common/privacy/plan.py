@@ -52,9 +52,9 @@ class PlanSettings:
     release: DiscreteLaplace | None
     """The release of proportions in the same budget, if this run makes one. What it was scaled to is what
     epsilon protects: a bag (``CountRelease.event(Unit.BAG)``), or one image only."""
-    look: tuple[DiscreteLaplace, ...] = ()
+    evaluation: tuple[DiscreteLaplace, ...] = ()
     """What one evaluation on held-back bags costs, one event a level; empty if none is made."""
-    looks: int = 0
+    evaluations: int = 0
     """Evaluations on held-back bags in the whole run."""
     force_delta: bool = False
     """Accept a weak delta; ``PrivacyPlan.delta_is_weak`` then marks the plan."""
@@ -68,7 +68,7 @@ class PlanSettings:
     def released_beside(self) -> tuple[DiscreteLaplace, ...]:
         """Return the events of everything that is released in addition to training."""
         # Every evaluation is listed as often as it takes place: each has fresh noise and costs again.
-        return (*(() if self.release is None else (self.release,)), *self.look * self.looks)
+        return (*(() if self.release is None else (self.release,)), *self.evaluation * self.evaluations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +203,14 @@ class PrivacyPlan(PlanSettings):
         stream.add_normals(total.view(-1), self.noise_std)
 
     def noised_look(self, sums: NDArray[np.int64], round: int) -> NDArray[np.int64]:
-        """Return the sums of one evaluation, shape (levels,), with the noise that ``look`` charges for.
+        """Return the sums of one evaluation, shape (levels,), with the noise that ``evaluation`` charges for.
 
         Raises:
             ValueError: the number of sums is not the number that was charged for.
         """
-        if len(sums) != len(self.look):
-            raise ValueError(f"{len(self.look)} sums were charged for, {len(sums)} are to be sent")
-        return noised(sums, self.look[0].scale, self.randomness, round)
+        if len(sums) != len(self.evaluation):
+            raise ValueError(f"{len(self.evaluation)} sums were charged for, {len(sums)} are to be sent")
+        return noised(sums, self.evaluation[0].scale, self.randomness, round)
 
     def _steps(self, steps: int) -> PoissonGaussian:
         return PoissonGaussian(
@@ -262,9 +262,9 @@ def _faults(settings: PlanSettings) -> list[str]:
         faults.append(
             f"{settings.steps_per_round} steps in {settings.rounds} rounds are more than {_MOST_STEPS} in all"
         )
-    if len(settings.look) * settings.looks > _MOST_FIGURES:
+    if len(settings.evaluation) * settings.evaluations > _MOST_FIGURES:
         faults.append(
-            f"{settings.looks} looks of {len(settings.look)} figures each are more than {_MOST_FIGURES}; "
-            "look less often"
+            f"{settings.evaluations} evaluations of {len(settings.evaluation)} figures each are more than "
+            f"{_MOST_FIGURES}; evaluate less often"
         )
     return faults

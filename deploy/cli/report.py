@@ -52,7 +52,7 @@ def report_command(
         worst = written["worst"]
         if worst:
             screen.print(
-                f"epsilon {prose.figure(worst['epsilon'])} at delta {worst['delta']:g} "
+                f"epsilon {prose.epsilon_text(worst['epsilon'])} at delta {worst['delta']:g} "
                 f"at site {worst['site']} "
                 f"(unit {worst['unit']}, {worst['adjacency']}, {worst['accountant']}, upper bound)",
             )

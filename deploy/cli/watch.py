@@ -51,12 +51,12 @@ def status(
 
     def look() -> tuple["console.RenderableType", bool]:
         if isinstance(watched, site_state.SiteSource):
-            return show.site_table(watched.look(), time.time()), False
-        state = watched.look()
+            return show.site_table(watched.refresh(), time.time()), False
+        state = watched.refresh()
         return show.run_table(state, watched.name, time.time()), state.ended
 
     if json_:
-        state = watched.look()
+        state = watched.refresh()
         name = "" if isinstance(watched, site_state.SiteSource) else watched.name
         typer.echo(json.dumps(show.as_json(state, name), indent=2))
         return
@@ -86,7 +86,7 @@ def metrics(
     """
     watched = site_state.source(path)
     # Loads what the first scrape would wait for.
-    watched.look()
+    watched.refresh()
     server, close = prometheus.serve(watched, port, address)
     say(f"serving http://{address}:{server.server_port}/metrics", err=True)
     try:

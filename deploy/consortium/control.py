@@ -116,7 +116,7 @@ class Control:
 
     def run_status(self, run_id: int) -> RunStatus:
         """Return the present state of a run."""
-        with self._errors(f"run {run_id} cannot be looked at"):
+        with self._errors(f"the state of run {run_id} cannot be read"):
             answer = self._client.ListRuns(messages.ListRunsRequest(run_id=run_id))
         if run_id not in answer.run_dict:
             raise RunError(f"the SuperLink knows no run {run_id}: was its database removed?")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from client.data.bags import write_quarantine
 from client.data.images import Progress
-from client.data.tables import refuse_twins
+from client.data.tables import refuse_duplicate_names
 from client.site import site_folders
 from common.config import RunConfig
 from common.errors import BadRow, DataError, UserError
@@ -117,7 +117,7 @@ def build_sites(
     refuse_existing(out, "--out")
     bad = list(source.bad)
     steps = Steps(2 * len(source), progress)
-    refuse_twins(source.hierarchy, source.file)
+    refuse_duplicate_names(source.hierarchy, source.file)
     is_train, is_test = read_split(source, division.split_column or source.split_column, bad)
     group_column = division.group_column or source.group_column
     good, note = _known_groups(source, group_column, division.missing_groups, bad)

@@ -26,7 +26,7 @@ from client.data.tables import (
     did_you_mean,
     fold,
     read_csv,
-    refuse_twins,
+    refuse_duplicate_names,
     unknown_label,
     whole_number,
     write_csv,
@@ -130,7 +130,7 @@ def read_counted_bags(
     if table is None or (bags is not None and listing is None):
         raise DataError("the bags cannot be read", fatal)
     tree = Hierarchy.from_csv(files.hierarchy)
-    refuse_twins(tree, files.hierarchy.name)
+    refuse_duplicate_names(tree, files.hierarchy.name)
     faults = [Fault(row) for row in ragged]
     reader = _Counts(table, tree, fold_case, faults)
     members, found = _bags_of_table(images, listing, faults) if listing else _bags_of_folders(images, faults)

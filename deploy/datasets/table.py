@@ -16,7 +16,7 @@ import numpy as np
 from client.data.tables import (
     CsvTable,
     read_csv,
-    refuse_twins,
+    refuse_duplicate_names,
     unknown_label,
     usual_spellings,
 )
@@ -109,7 +109,7 @@ def table_source(
     usual = _usual_spellings(table, levels, tree)
     table = _joined(table, usual, notes) if options.fold_case else _only_usual(table, usual, bad)
     tree = tree or _tree_from(table, levels, bad)
-    refuse_twins(tree, (options.hierarchy or labels).name)
+    refuse_duplicate_names(tree, (options.hierarchy or labels).name)
     index = FileIndex(images, is_image)
     kept: list[int] = []
     paths: list[Path] = []

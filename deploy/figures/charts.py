@@ -19,7 +19,7 @@ from common.hierarchy import Hierarchy
 from common.run_records import BagsEvaluated, RoundDone, UpdateTaken
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.style import GREY, LINES, PALETTE, bare, new_figure, wrapped
-from deploy.runs.show import bounds_of, figure, suppression
+from deploy.runs.show import bounds_of, share_text, suppression
 
 _MOST_SITES_NAMED = 10
 
@@ -184,7 +184,7 @@ def draw_confusion(runs: Sequence[FinishedRun], level: int) -> Figure:
     for number, (axes, (heading, counts, bounds)) in enumerate(zip(grid, panels, strict=True)):
         drawn = _draw_matrix(axes, tree, level, counts)
         accuracy = float(np.trace(counts) / max(1, counts.sum()))
-        axes.set_title(f"{heading}: accuracy {figure(accuracy, bounds)}")
+        axes.set_title(f"{heading}: accuracy {share_text(accuracy, bounds)}")
         axes.set_xlabel("predicted")
         if number == 0:
             axes.set_ylabel("true")

@@ -26,10 +26,10 @@ from common.privacy.events import Event
 from common.run_records import RunSummary, Stated, UpdateTaken
 from deploy.report.model import (
     Audit,
-    LeftOut,
     Loss,
     Problem,
     Settings,
+    UnusedReply,
 )
 from deploy.runs.reading import read_summary, run_events
 from server import run_folder
@@ -72,9 +72,9 @@ class Evidence:
     """Hold what is known of one site."""
 
     name: str
-    book: LedgerState | None = None
+    state: LedgerState | None = None
     ledger: Path | None = None
-    """The ledger's file; without a ``book`` it cannot be believed."""
+    """The ledger's file; without a ``state`` it cannot be believed."""
     named: bool = False
     """Whether its ledger is itself a source, so that every row is shown."""
     statement: Statement | None = None
@@ -106,7 +106,7 @@ class Collected:
 
     sites: dict[str, Evidence] = field(default_factory=dict)
     runs: list[RunEvidence] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
+    left_out: list[UnusedReply] = field(default_factory=list)
 
 
 def collect(sources: Sequence[Path]) -> Collected:
@@ -158,21 +158,21 @@ def check_ledgers(found: Collected) -> None:
 
 
 def _read_named_ledger(path: Path, found: Collected) -> None:
-    book = _read_book(path)
-    name = _name_of(path, book)
+    state = _read_state(path)
+    name = _name_of(path, state)
     evidence = found.sites.setdefault(name, Evidence(name))
     # Two ledgers of one site can be an old copy and the present one, of which the old one lacks spending.
-    if evidence.book is not None and (book is None or evidence.book.head != book.head):
+    if evidence.state is not None and (state is None or evidence.state.head != state.head):
         raise UserError(
             f"site {name!r} is in two sources, with different ledgers: {path}\n"
             "A site's ledger holds all its runs: give the newest one alone."
         )
-    if evidence.book is None:
-        evidence.book, evidence.ledger = book, path
+    if evidence.state is None:
+        evidence.state, evidence.ledger = state, path
     evidence.named = True
 
 
-def _read_book(path: Path) -> LedgerState | None:
+def _read_state(path: Path) -> LedgerState | None:
     """Return the ledger's content, or None where it is damaged or was tampered with."""
     # A file that is no ledger, or is of another release, is the user's mistake and no sign of tampering.
     # It raises here and is not taken for a damaged ledger.
@@ -184,9 +184,9 @@ def _read_book(path: Path) -> LedgerState | None:
         return None
 
 
-def _name_of(path: Path, book: LedgerState | None) -> str:
+def _name_of(path: Path, state: LedgerState | None) -> str:
     """Return the name of the site that a ledger belongs to, or of its folder where it cannot be read."""
-    return book.site if book else path.resolve().parent.name or path.name
+    return state.site if state else path.resolve().parent.name or path.name
 
 
 def _read_run(path: Path, found: Collected) -> None:
@@ -201,7 +201,7 @@ def _read_run(path: Path, found: Collected) -> None:
             f"the statements of the run {path} are not of a form that this release reads: {error}"
         ) from error
     found.left_out += [
-        LeftOut(site=item.site, round=item.round, phase=item.phase, reason=item.reason)
+        UnusedReply(site=item.site, round=item.round, phase=item.phase, reason=item.reason)
         for item in summary.left_out
     ]
     # The epsilons of two runs must not be added or compared here: only the ledger composes what both spent.
@@ -239,10 +239,10 @@ def _read_run(path: Path, found: Collected) -> None:
 def _read_run_ledgers(path: Path, found: Collected) -> None:
     """Read the ledgers that simulated sites keep below the run folder."""
     for file in sorted((path / "sites").glob(f"*/{_LEDGER}")):
-        book = _read_book(file)
-        name = _name_of(file, book)
+        state = _read_state(file)
+        name = _name_of(file, state)
         evidence = found.sites.setdefault(name, Evidence(name))
-        evidence.book, evidence.ledger = book, file
+        evidence.state, evidence.ledger = state, file
 
 
 def _summary(path: Path) -> tuple[RunSummary, bool]:

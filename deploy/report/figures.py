@@ -14,7 +14,7 @@ from deploy.report.evidence import Collected, Evidence, RunEvidence, Statement, 
 from deploy.report.model import (
     CurvePoint,
     GeneratorKind,
-    LedgerState,
+    LedgerFile,
     Looks,
     Problem,
     Release,
@@ -106,9 +106,9 @@ def worst_of(sites: Iterable[Site]) -> Worst | None:
 def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
     """Return rounds of training, counted over the ledger's life, with the events before the next round."""
     # Where statements hold an epsilon for every round, the plot takes those and nothing is computed again.
-    if item.book is None or _told_by_statements(item):
+    if item.state is None or _told_by_statements(item):
         return {}
-    events = [charge.event for charge in charges(item.book)]
+    events = [charge.event for charge in charges(item.state)]
     ends = [number for number, event in enumerate(events, 1) if isinstance(event, PoissonGaussian)]
     shown = {0: merge(events[: ends[0] - 1] if ends else events)}
     for place in range(1, points + 1):
@@ -123,9 +123,9 @@ def _told_by_statements(item: Evidence) -> bool:
 
     Statements are for the unit bag in every case, so a ledger for another unit is never covered.
     """
-    if item.book is None or item.named or not item.stated or item.book.unit is not Unit.BAG:
+    if item.state is None or item.named or not item.stated or item.state.unit is not Unit.BAG:
         return False
-    return len({charge.run for charge in charges(item.book)}) <= 1
+    return len({charge.run for charge in charges(item.state)}) <= 1
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ class _Inquiry:
 def _ask(item: Evidence, run: RunEvidence | None, extent: _Extent) -> _Inquiry:
     statement, release = item.statement, item.release
     stated = merge(statement.events) if statement else ()
-    if item.book is not None:
-        spent = charges(item.book)
+    if item.state is not None:
+        spent = charges(item.state)
         rounds = _rounds_shown(item, extent.points)
         question = Question(
             events=merge(charge.event for charge in spent),
             # What is reserved counts as spent, so a crash wastes budget and never hides spending.
             confirmed=merge(charge.event for charge in spent if charge.confirmed),
-            delta=item.book.cap.delta,
+            delta=item.state.cap.delta,
             next_round=_last_round(spent),
             more_rounds=extent.more_rounds,
             prefixes=tuple(rounds.values()),
@@ -184,7 +184,7 @@ def _last_round(spent: Sequence[Charge]) -> Events:
     if not rounds:
         return ()
     return tuple(
-        charge.event for charge in spent[rounds[-1] :] if charge.is_look or charge is spent[rounds[-1]]
+        charge.event for charge in spent[rounds[-1] :] if charge.is_evaluation or charge is spent[rounds[-1]]
     )
 
 
@@ -207,12 +207,12 @@ def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
     where = f"the statement of round {statement.round}"
     reasons = []
     # Epsilons can be compared at one delta only.
-    compared = item.book is None or item.book.cap.delta == statement.delta
+    compared = item.state is None or item.state.cap.delta == statement.delta
     compared = compared and not _too_many(merge(statement.events))
     if compared and not math.isclose(statement.epsilon, answer.stated, rel_tol=_TOLERANCE, abs_tol=1e-9):
         reasons.append(f"{where} says epsilon {statement.epsilon:.4g}; its events cost {answer.stated:.4g}")
-    if item.book is not None:
-        then = events_up_to(item.book, statement.ledger_head, Unit.BAG)
+    if item.state is not None:
+        then = events_up_to(item.state, statement.ledger_head, Unit.BAG)
         if then is None:
             reasons.append(f"{where} names no row of the site's ledger: the statement or the ledger is false")
         elif tuple(then) != merge(statement.events):
@@ -222,14 +222,14 @@ def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
 
 def _site(item: Evidence, inquiry: _Inquiry, answer: Answer | None) -> Site:
     question = inquiry.question
-    book, run_bags = item.book, item.release.bags if item.release else None
+    state, run_bags = item.state, item.release.bags if item.release else None
     bags = item.training_bags or run_bags
     generators = _generators(item)
     status, why = _status(item, answer)
     bounded = answer if status is Status.BOUNDED else None
-    spent = charges(book) if book else []
-    cap = book.cap.epsilon if book else _stated_cap(item.statement)
-    training = training_of(spent) if book else _stated_training(item)
+    spent = charges(state) if state else []
+    cap = state.cap.epsilon if state else _stated_cap(item.statement)
+    training = training_of(spent) if state else _stated_training(item)
     epsilon = bounded.epsilon if bounded else None
     # Without rounds of a ledger the plot shows what the site stated round by round.
     if bounded and not bounded.spending:
@@ -241,7 +241,7 @@ def _site(item: Evidence, inquiry: _Inquiry, answer: Answer | None) -> Site:
         name=item.name,
         status=status,
         why=why,
-        unit=(book.unit if book else Unit.BAG).value,
+        unit=(state.unit if state else Unit.BAG).value,
         adjacency=Adjacency.REPLACE_ONE.value,
         accountant=ACCOUNTANT,
         delta=question.delta if question and bounded else None,
@@ -256,10 +256,10 @@ def _site(item: Evidence, inquiry: _Inquiry, answer: Answer | None) -> Site:
         bags=bags,
         delta_limit=1 / bags if bags else None,
         steps=sum(part.steps for part in training),
-        rounds=sum(part.rounds or 0 for part in training) if book else len(item.stated) or None,
+        rounds=sum(part.rounds or 0 for part in training) if state else len(item.stated) or None,
         training=training,
-        releases=releases_of(book) if book else _stated_release(item),
-        looks=looks_of(spent) if book else _stated_looks(item),
+        releases=releases_of(state) if state else _stated_release(item),
+        looks=looks_of(spent) if state else _stated_looks(item),
         spending=tuple(spending),
         curve=tuple(CurvePoint(delta=d, epsilon=e) for d, e in bounded.curve if math.isfinite(e))
         if bounded
@@ -271,21 +271,21 @@ def _site(item: Evidence, inquiry: _Inquiry, answer: Answer | None) -> Site:
         )
         if bounded
         else (),
-        refusals=refusals_of(book) if book else (),
+        refusals=refusals_of(state) if state else (),
         data_versions=_data_versions(item, spent),
-        losses=max(book.losses if book else 0, item.statement.losses if item.statement else 0),
+        losses=max(state.losses if state else 0, item.statement.losses if item.statement else 0),
         generator=_kind_of(generators),
         generators=tuple(generators),
         declared_losses=tuple(item.declared_losses),
         stated=_stated(item.statement),
-        ledger=_ledger_state(item),
-        rows=rows_of(book) if book and item.named else (),
+        ledger=_ledger_file(item),
+        rows=rows_of(state) if state and item.named else (),
     )
 
 
 def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
     # Checked first: no other record of a site is believed while its ledger cannot be trusted.
-    if item.ledger is not None and (item.book is None or item.problems):
+    if item.ledger is not None and (item.state is None or item.problems):
         return Status.UNKNOWN, "Its ledger was changed, or is not the one that its statements speak of."
     if item.statement is not None and item.statement.epsilon is None:
         return Status.NOT_PRIVATE, "It trained without noise: its model updates bound nothing."
@@ -314,8 +314,8 @@ def _data_versions(item: Evidence, spent: Sequence[Charge]) -> tuple[str, ...]:
 
 def _generators(item: Evidence) -> tuple[Generator, ...]:
     """Return the generators that the site's records name, or UNKNOWN where a name is missing."""
-    if item.book is not None:
-        return item.book.generators
+    if item.state is not None:
+        return item.state.generators
     if item.statement is not None and item.statement.events:
         return tuple(dict.fromkeys(map(Generator.read, item.statement.generator.split("; "))))
     drew = item.release is not None and item.release.event is not None
@@ -353,8 +353,8 @@ def _stated_training(item: Evidence) -> tuple[Training, ...]:
 
 
 def _stated_charge(event: PoissonGaussian | DiscreteLaplace) -> Charge:
-    is_look = isinstance(event, DiscreteLaplace)
-    return Charge(event, run="", data_version="", confirmed=True, row=0, is_look=is_look)
+    is_evaluation = isinstance(event, DiscreteLaplace)
+    return Charge(event, run="", data_version="", confirmed=True, row=0, is_evaluation=is_evaluation)
 
 
 def _stated_looks(item: Evidence) -> tuple[Looks, ...]:
@@ -393,10 +393,10 @@ def _stated(statement: Statement | None) -> Stated | None:
     return Stated.model_validate(statement.model_dump(exclude={"site", "events", "losses"}))
 
 
-def _ledger_state(item: Evidence) -> LedgerState | None:
+def _ledger_file(item: Evidence) -> LedgerFile | None:
     if item.ledger is None:
         return None
-    book = item.book
-    return LedgerState(
-        head=book.head if book else "", rows=len(book.entries) if book else 0, intact=not item.problems
+    state = item.state
+    return LedgerFile(
+        head=state.head if state else "", rows=len(state.entries) if state else 0, intact=not item.problems
     )

@@ -78,7 +78,7 @@ class Looks(_Part):
     run: str = Field(description="empty when only the server's statement is known")
     data_version: str
     scale: float = Field(description="b: noise scale / what one bag can move a figure by")
-    figures: int = Field(description="figures sent, one a level and look")
+    figures: int = Field(description="figures sent, one a level and evaluation")
     looks: int | None
     unconfirmed_looks: int = Field(description="reserved, and never confirmed; they count")
     epsilon_alone: float = Field(description="2 / b a figure: replace-one, delta 0, as charged")
@@ -94,7 +94,7 @@ class Refusal(_Part):
     asked: str
 
 
-class LeftOut(_Part):
+class UnusedReply(_Part):
     """Describe something of a site that the server did not use."""
 
     site: str
@@ -136,7 +136,7 @@ class Row(_Part):
     what: str
 
 
-class LedgerState(_Part):
+class LedgerFile(_Part):
     """Describe the ledger file that was read, and whether it can be believed."""
 
     head: str
@@ -206,7 +206,7 @@ class Site(_Part):
     generators: tuple[str, ...] = Field(description="by name, as the ledger or the statement records them")
     declared_losses: tuple[Loss, ...] = Field(description="to the server, with what was stated before")
     stated: Stated | None
-    ledger: LedgerState | None
+    ledger: LedgerFile | None
     rows: tuple[Row, ...] = Field(description="of ledgers that were named as a source")
 
 
@@ -285,7 +285,7 @@ class Report(_Part):
     )
     settings: Settings | None
     sites: dict[str, Site]
-    left_out: tuple[LeftOut, ...]
+    left_out: tuple[UnusedReply, ...]
     audit: Audit | None
     disclosures: tuple[Disclosure, ...] = Field(min_length=17, max_length=17)
     provenance: Provenance

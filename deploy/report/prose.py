@@ -112,8 +112,8 @@ def cautions(context: ReportContext) -> tuple[str, ...]:
     if (worst := context.worst) is not None and worst.epsilon > _WEAK:
         found.append(
             f"An epsilon above {_WEAK:g} is weak: staying within such a budget alone protects little "
-            f"({worst.site}: {figure(worst.epsilon)}, {worst.adjacency} {worst.unit}, delta {worst.delta:g}, "
-            f"{worst.accountant})."
+            f"({worst.site}: {epsilon_text(worst.epsilon)}, {worst.adjacency} {worst.unit}, "
+            f"delta {worst.delta:g}, {worst.accountant})."
         )
     for site in context.sites:
         if site.delta is not None and site.delta_limit is not None and site.delta >= site.delta_limit:
@@ -164,7 +164,7 @@ def _what_it_means(context: ReportContext) -> tuple[str, ...]:
     return (
         "What was sent was limited and mixed with random noise, so that there is a bound on what anybody can "
         f"tell from it about {_UNITS[worst.unit]}: whether it was there, or another in its place. The bound "
-        f"is epsilon: at {who}, epsilon is {figure(worst.epsilon)} at delta {worst.delta:g} (unit: "
+        f"is epsilon: at {who}, epsilon is {epsilon_text(worst.epsilon)} at delta {worst.delta:g} (unit: "
         f"{worst.unit}; adjacency: {worst.adjacency}; accountant: {worst.accountant}), over everything that "
         "was ever sent. Smaller is more private; delta is the chance that the bound fails.",
         f"Put as a bet: somebody who knows everything else, sees all that {worst.site} sent and must say "
@@ -192,7 +192,7 @@ def _judgement(worst: Worst) -> str:
     )
 
 
-def figure(epsilon: float) -> str:
+def epsilon_text(epsilon: float) -> str:
     """Return an epsilon for a sentence, with four digits and no more than thousandths."""
     return "less than 0.001" if 0 < epsilon < 1e-3 else f"{epsilon:.4g}"
 
@@ -306,8 +306,8 @@ def _released(context: ReportContext) -> list[str]:
         *(
             [
                 f"Noised figures of held-back bags ({_listed(looked)}): sums of distances between predicted "
-                "and true proportions, one a level and look, paid from the same budget. Each is charged as "
-                "twice what it costs, so that the accountant needs no further kind of event."
+                "and true proportions, one a level and evaluation, paid from the same budget. Each is "
+                "charged as twice what it costs, so that the accountant needs no further kind of event."
             ]
             if looked
             else []

@@ -25,24 +25,24 @@ class Charge:
     data_version: str
     confirmed: bool
     row: int
-    is_look: bool = False
+    is_evaluation: bool = False
     """Whether it is one noised figure of held-back bags."""
 
 
-def charges(book: LedgerState) -> list[Charge]:
-    """Return every charge in the order of the rows, with the events of ``book.events``."""
-    # A row may charge several events, which book.events lists one by one.
-    rows = [entry for entry in book.entries for _ in range(_events_of(entry))]
+def charges(state: LedgerState) -> list[Charge]:
+    """Return every charge in the order of the rows, with the events of ``state.events``."""
+    # A row may charge several events, which state.events lists one by one.
+    rows = [entry for entry in state.entries for _ in range(_events_of(entry))]
     return [
         Charge(
             event=event,
             run=str(entry.body.get("run_id", "")),
-            data_version=book.identifiers.get(str(entry.body.get("data_version", "")), ""),
-            confirmed=entry.seq not in book.open_reservations,
+            data_version=state.identifiers.get(str(entry.body.get("data_version", "")), ""),
+            confirmed=entry.seq not in state.open_reservations,
             row=entry.seq,
-            is_look=entry.kind == Kind.RESERVED and isinstance(event, DiscreteLaplace),
+            is_evaluation=entry.kind == Kind.RESERVED and isinstance(event, DiscreteLaplace),
         )
-        for entry, event in zip(rows, book.events, strict=True)
+        for entry, event in zip(rows, state.events, strict=True)
     ]
 
 
@@ -82,7 +82,7 @@ def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
     """Return the evaluations on held-back bags, with equal ones of one run and data version merged."""
     groups: dict[tuple[str, str, float], list[Charge]] = {}
     for charge in spent:
-        if charge.is_look and isinstance(charge.event, DiscreteLaplace):
+        if charge.is_evaluation and isinstance(charge.event, DiscreteLaplace):
             groups.setdefault((charge.run, charge.data_version, charge.event.scale), []).append(charge)
     return tuple(
         Looks(
@@ -99,23 +99,23 @@ def looks_of(spent: Iterable[Charge]) -> tuple[Looks, ...]:
     )
 
 
-def releases_of(book: LedgerState) -> tuple[Release, ...]:
+def releases_of(state: LedgerState) -> tuple[Release, ...]:
     """Return every release, without its counts."""
     return tuple(
         Release(
-            data_version=book.identifiers.get(version, ""),
+            data_version=state.identifiers.get(version, ""),
             mechanism="discrete Laplace",
             granularity=release.granularity.value,
             unit=release.unit.value,
             scale=release.scale,
             noise_scale=release.noise_scale,
-            epsilon_alone=2 / release.event(book.unit).scale,
+            epsilon_alone=2 / release.event(state.unit).scale,
         )
-        for version, release in book.releases.items()
+        for version, release in state.releases.items()
     )
 
 
-def refusals_of(book: LedgerState) -> tuple[Refusal, ...]:
+def refusals_of(state: LedgerState) -> tuple[Refusal, ...]:
     """Return the requests that the cap did not allow."""
     return tuple(
         Refusal(
@@ -125,14 +125,14 @@ def refusals_of(book: LedgerState) -> tuple[Refusal, ...]:
             time=str(entry.body.get("time", "")),
             asked=_name_event(entry.body),
         )
-        for entry in book.entries
+        for entry in state.entries
         if entry.kind == Kind.REFUSED
     )
 
 
-def rows_of(book: LedgerState) -> tuple[Row, ...]:
+def rows_of(state: LedgerState) -> tuple[Row, ...]:
     """Return every row of the ledger."""
-    return tuple(_row(entry, book) for entry in book.entries)
+    return tuple(_row(entry, state) for entry in state.entries)
 
 
 def _name_event(body: Mapping[str, Any]) -> str:
@@ -140,25 +140,29 @@ def _name_event(body: Mapping[str, Any]) -> str:
     event = event_from_dict(body["event"])
     if isinstance(event, DiscreteLaplace):
         # An evaluation on held-back bags has a round, and a release of counts has none.
-        what = f"look at held-back bags, {body.get('copies', 1)} figure(s)" if body.get("round") else "counts"
+        what = (
+            f"evaluation on held-back bags, {body.get('copies', 1)} figure(s)"
+            if body.get("round")
+            else "counts"
+        )
         return f"{what}, discrete Laplace, scale {event.scale:g}"
     return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
 
 
 def events_up_to(
-    book: LedgerState, head: str, unit: Unit
+    state: LedgerState, head: str, unit: Unit
 ) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
     """Return the merged events when ``head`` was the newest row, or None where no row has that hash."""
-    for number, entry in enumerate(book.entries, start=1):
+    for number, entry in enumerate(state.entries, start=1):
         if entry.hash == head:
-            then = book if number == len(book.entries) else type(book).of(book.entries[:number])
+            then = state if number == len(state.entries) else type(state).of(state.entries[:number])
             return then.events_for(unit)
     return None
 
 
-def _row(entry: Entry, book: LedgerState) -> Row:
+def _row(entry: Entry, state: LedgerState) -> Row:
     body = entry.body
-    open_ = entry.seq in book.open_reservations
+    open_ = entry.seq in state.open_reservations
     return Row(
         row=entry.seq,
         kind="reserved, not confirmed" if open_ else entry.kind,

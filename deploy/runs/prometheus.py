@@ -37,10 +37,10 @@ class _WatchCollector(Collector):
         # Each scrape has a thread of its own, and the source has one position in its file.
         with self._alone:
             if isinstance(self._source, SiteSource):
-                metrics = _site_metrics(self._source.look())
+                metrics = _site_metrics(self._source.refresh())
             else:
-                # Before the name is read, because look() decides which run is the newest.
-                state = self._source.look()
+                # Before the name is read, because refresh() decides which run is the newest.
+                state = self._source.refresh()
                 metrics = _run_metrics(state, self._source.name)
         yield from metrics
 

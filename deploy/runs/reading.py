@@ -65,7 +65,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteProgress:
     """Hold what the server knows of a site."""
 
     taking_part: bool = True
@@ -99,7 +99,7 @@ class RunState:
     loss: float | None = None
     updates: int = 0
     """In the last finished round."""
-    sites: Mapping[str, Site] = field(default_factory=dict)
+    sites: Mapping[str, SiteProgress] = field(default_factory=dict)
     turned_away: Mapping[str, str] = field(default_factory=dict)
     """Who asked to take part and was not admitted, with the reason: a name, or ``node NUMBER``. Nobody who
     takes part is changed by another's request, whatever name that one uses."""
@@ -256,18 +256,18 @@ class RunState:
     def _going_on(self) -> Self:
         return replace(self, stage=Stage.RUNNING, missing=0, waiting_for=())
 
-    def _site(self, name: str) -> Site:
-        return self.sites.get(name, Site())
+    def _site(self, name: str) -> SiteProgress:
+        return self.sites.get(name, SiteProgress())
 
-    def _taking_part(self, name: str) -> Site:
+    def _taking_part(self, name: str) -> SiteProgress:
         return replace(self._site(name), taking_part=True, why_not="", connected=True, answered=False)
 
-    def _answered(self, name: str, number: int) -> Site:
+    def _answered(self, name: str, number: int) -> SiteProgress:
         site = self._site(name)
         # What an evaluation on held-back bags spends is no answer to the next round.
         return replace(site, answered=True) if number > self.round else site
 
-    def _with_site(self, name: str, site: Site) -> Self:
+    def _with_site(self, name: str, site: SiteProgress) -> Self:
         return replace(self, sites={**self.sites, name: site})
 
 
@@ -320,7 +320,7 @@ def newest_run(runs: Path) -> Path | None:
 
 
 class RunSource:
-    """Keep the state of a run, brought up to date at every call of look."""
+    """Keep the state of a run, brought up to date at every call of refresh."""
 
     def __init__(self, path: Path, *, newest: bool = False) -> None:
         """Watch the run in ``path``, or the newest of the run folders below it."""
@@ -334,7 +334,7 @@ class RunSource:
         """Return the run folder's name, which is empty while there is no run."""
         return self.folder.name if self.folder else ""
 
-    def look(self) -> RunState:
+    def refresh(self) -> RunState:
         """Return the state now."""
         folder = newest_run(self._path) if self._newest else self._path
         # A newer run has begun, so the state of the previous one no longer applies.

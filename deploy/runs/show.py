@@ -21,7 +21,7 @@ from deploy.cli.tables import console, table
 from deploy.runs.reading import (
     Phase,
     RunState,
-    Site,
+    SiteProgress,
     Stage,
     fold,
     read_summary,
@@ -110,16 +110,16 @@ def as_json(state: RunState | SiteState, run: str = "") -> dict[str, Any]:
     return {**head, **asdict(state)}
 
 
-def _site_cells(site: Site) -> tuple[RenderableType, ...]:
+def _site_cells(site: SiteProgress) -> tuple[RenderableType, ...]:
     return (
         Text("in", "green") if site.taking_part else Text("out", "red"),
         str(site.updates),
         str(site.last_update or ""),
-        _figure(site.bags, "d"),
-        _figure(site.loss, ".3f"),
+        _number(site.bags, "d"),
+        _number(site.loss, ".3f"),
         # A site that has sent updates and states no epsilon has trained without a bound.
-        _figure(site.epsilon, ".3f") or ("not private" if site.updates else ""),
-        _figure(site.epsilon_left, ".3f"),
+        _number(site.epsilon, ".3f") or ("not private" if site.updates else ""),
+        _number(site.epsilon_left, ".3f"),
     )
 
 
@@ -139,7 +139,7 @@ def _shared(
     return parts
 
 
-def _figure(value: float | None, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
@@ -162,7 +162,7 @@ def bounds_of(level: LevelFigures | None, key: str = "accuracy") -> list[float] 
     return None if bounds is None else list(bounds)
 
 
-def figure(value: float | None, bounds: Sequence[float] | None = None, none: str = "-") -> str:
+def share_text(value: float | None, bounds: Sequence[float] | None = None, none: str = "-") -> str:
     """Return a share as text, such as ``0.645``, or its bounds as text, such as ``0.61-0.68``."""
     if bounds is not None:
         low, high = bounds
@@ -238,7 +238,7 @@ def print_runs(rows: list[dict[str, Any]], folder: Path) -> None:
             str(row.get("sites", "")),
             str(row["rounds"]),
             f"{row['seconds']:.0f}" if "seconds" in row else "",
-            figure(row.get("leaf_accuracy"), row.get("leaf_accuracy_bounds"), none=""),
+            share_text(row.get("leaf_accuracy"), row.get("leaf_accuracy_bounds"), none=""),
         )
     console().print(runs)
 
@@ -288,7 +288,7 @@ def print_comparison(result: dict[str, Any]) -> None:
     for level in result["levels"]:
         for key, name in _FIGURES.items():
             bounds = level["accuracy_bounds"] if key == "accuracy" else (None, None)
-            figures.add_row(f"{level['level']}, {name}", *map(figure, level[key], bounds))
+            figures.add_row(f"{level['level']}, {name}", *map(share_text, level[key], bounds))
     epsilons = ("not private" if value is None else f"{value:.3f}" for value in result["epsilon"])
     figures.add_row("largest epsilon of a site", *epsilons)
     figures.add_row("rounds", *map(str, result["rounds"]))
@@ -363,7 +363,7 @@ def print_summary(summary: RunSummary, run: Path | None = None) -> None:
                 level.name,
                 str(level.classes),
                 *(
-                    figure(_known(level, key), bounds_of(level, key))
+                    share_text(_known(level, key), bounds_of(level, key))
                     for key in ("accuracy", "balanced_accuracy", "macro_f1", "consistent_accuracy")
                 ),
                 "-".join(f"{value * level.classes:.1f}" for value in bounds_of(level) or [level.accuracy]),
@@ -386,7 +386,7 @@ def print_summary(summary: RunSummary, run: Path | None = None) -> None:
     names = [level.name for level in summary.levels]
     sites = table("per site", "site", "bags", "release", "epsilon", *(f"{name} acc." for name in names))
     for site, figures in summary.per_site.items():
-        accuracies = [figure(_known(level, "accuracy"), bounds_of(level)) for level in figures.levels]
+        accuracies = [share_text(_known(level, "accuracy"), bounds_of(level)) for level in figures.levels]
         epsilon = "not private" if figures.epsilon is None else f"{figures.epsilon:.2f}"
         sites.add_row(site, str(figures.bags), figures.release, epsilon, *(accuracies or ["-"] * len(names)))
     out.print(sites)

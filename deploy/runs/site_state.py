@@ -104,7 +104,7 @@ class _LedgerReader:
             status = self.path.stat()
         except FileNotFoundError:
             return None, ""
-        # Reading and composing a long ledger takes time, and every call of look() asks for it.
+        # Reading and composing a long ledger takes time, and every call of refresh() asks for it.
         stamp = (status.st_mtime_ns, status.st_size)
         if stamp != self._stamp or self._found[1]:
             self._found, self._stamp = self._read(), stamp
@@ -112,30 +112,30 @@ class _LedgerReader:
 
     def _read(self) -> tuple[_Spending | None, str]:
         try:
-            book = LedgerState.read(self.path)
+            state = LedgerState.read(self.path)
         # Shown and exported instead of raised, because a ledger that cannot be trusted must be noticed.
         except FedbagsError as error:
             return None, str(error)
-        spent, cap = book.spent(), book.cap
+        spent, cap = state.spent(), state.cap
         return _Spending(
             epsilon=spent,
             delta=cap.delta,
             left=max(cap.epsilon - spent, 0.0),
             cap=cap.epsilon,
-            unconfirmed=len(book.open_reservations),
-            refusals=book.refusals,
+            unconfirmed=len(state.open_reservations),
+            refusals=state.refusals,
         ), ""
 
 
 class SiteSource:
-    """Keep the state of a site, at the site, brought up to date at every call of look."""
+    """Keep the state of a site, at the site, brought up to date at every call of refresh."""
 
     def __init__(self, site: str, journal: Path, ledger: Path) -> None:
         self._journal, self._ledger = JsonLinesFile(journal), _LedgerReader(ledger)
         self._empty = SiteState(site=site)
         self._state = self._empty
 
-    def look(self) -> SiteState:
+    def refresh(self) -> SiteState:
         """Return the state now."""
         news = self._journal.poll()
         self._state = _fold_journal(news.lines, self._empty if news.restarted else self._state)

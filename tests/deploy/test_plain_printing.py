@@ -160,7 +160,7 @@ def test_metrics_hold_no_control_character(name: str) -> None:
     from prometheus_client import CollectorRegistry, generate_latest
 
     state = fold([event("enrolled", sites=[name], rounds=3)])
-    source: Any = SimpleNamespace(look=lambda: state, name=name)
+    source: Any = SimpleNamespace(refresh=lambda: state, name=name)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_WatchCollector(source))
     text = generate_latest(registry).decode()

@@ -20,11 +20,11 @@ from deploy.runs.reading import read_summary
 from deploy.runs.show import (
     _trivial_accuracies,
     compare_runs,
-    figure,
     list_runs,
     print_comparison,
     print_runs,
     print_summary,
+    share_text,
 )
 from deploy.simulation.simulate import run_engine
 
@@ -155,7 +155,7 @@ def test_an_accuracy_with_suppressed_counts_is_told_as_its_bounds(
     [([0.0, 1.0], "0.00-1.00"), ([0.6149, 0.6801], "0.61-0.69"), ([0.25, 0.25], "0.25-0.25")],
 )
 def test_bounds_are_rounded_outwards(bounds: list[float], text: str) -> None:
-    assert figure(0.5, bounds) == text
+    assert share_text(0.5, bounds) == text
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from deploy.simulation.local_grid import LocalGrid
 from server import collect, enrolment
 from server.aggregation import training_bags
 from server.app import app
-from server.secure_aggregation import _levelled
+from server.secure_aggregation import _evened_weights
 
 Config = Callable[..., RunConfig]
 Bend = Callable[[str, int, Message], Message | None]
@@ -344,7 +344,7 @@ def test_weights_are_drawn_towards_equal_ones_as_far_as_sites_demand(
     weights: list[float], effective: int
 ) -> None:
     named = {f"site-{number}": float(weight) for number, weight in enumerate(weights)}
-    given = _levelled(named, effective)
+    given = _evened_weights(named, effective)
     assert sum(given.values()) == pytest.approx(1)
     before = effective_number(weights)
     if before >= effective or len(weights) < effective:

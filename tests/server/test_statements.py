@@ -16,7 +16,7 @@ from common.privacy.events import DiscreteLaplace, PoissonGaussian, merge
 from common.records import MessageError, PrivacyStatement
 from common.text import _REASON_CHARACTERS
 from common.wire import to_records
-from server.statements import StatementBook
+from server.statements import StatementStore
 
 Events = list[PoissonGaussian | DiscreteLaplace]
 
@@ -59,9 +59,9 @@ SHRINKS: dict[str, tuple[Events, Events]] = {
 def books(request: Any, tmp_path: Path) -> Any:
     """Gives the book for the next statement: the same one, or one that a later process opens."""
     if request.param == "in a run":
-        same = StatementBook(None, {})
+        same = StatementStore(None, {})
         return lambda: same
-    return lambda: StatementBook(tmp_path / "statements", {})
+    return lambda: StatementStore(tmp_path / "statements", {})
 
 
 @pytest.mark.parametrize("case", GROWS)
@@ -83,7 +83,7 @@ def test_events_never_shrink(books: Any, case: str) -> None:
 
 def test_a_ledger_that_was_rolled_back_is_so_however_it_grows() -> None:
     """Until the end of the run, or until the site declares the loss."""
-    book = StatementBook(None, {})
+    book = StatementStore(None, {})
     book.take(statement([gaussian(8)], "a"))
     for steps in (4, 8, 12):
         with pytest.raises(MessageError):
@@ -101,7 +101,7 @@ def test_a_loss_that_is_declared_excuses_no_event(books: Any, case: str) -> None
 
 
 def test_a_declared_loss_with_all_events_is_taken_and_told() -> None:
-    book = StatementBook(None, {})
+    book = StatementStore(None, {})
     before = statement([gaussian(4)], "a")
     book.take(before)
     assert book.take(statement([gaussian(4)], "b", losses=1)) == before
@@ -111,7 +111,7 @@ def test_a_declared_loss_with_all_events_is_taken_and_told() -> None:
 
 
 def test_who_does_not_know_what_was_lost_states_that_nothing_is_bounded() -> None:
-    book = StatementBook(None, {})
+    book = StatementStore(None, {})
     book.take(statement([gaussian(4)], "a"))
     with pytest.raises(MessageError):
         book.take(statement([UNBOUNDED], "b"))  # not without declaring it
@@ -135,19 +135,19 @@ def test_an_answer_that_comes_again_is_no_roll_back(books: Any) -> None:
 
 def test_an_answer_of_another_run_does_not_come_again(tmp_path: Path) -> None:
     old, new = statement([gaussian(4)], "a"), statement([gaussian(8)], "b")
-    book = StatementBook(tmp_path, {}, "first")
+    book = StatementStore(tmp_path, {}, "first")
     book.take(old)
     book.take(new)
-    assert StatementBook(tmp_path, {}, "first").take(old) is None
+    assert StatementStore(tmp_path, {}, "first").take(old) is None
     with pytest.raises(MessageError):
-        StatementBook(tmp_path, {}, "second").take(old)
+        StatementStore(tmp_path, {}, "second").take(old)
 
 
 @pytest.mark.parametrize("late", ["of the other run", "of a third run that has read nothing before"])
 def test_a_site_in_two_runs_is_not_taken_for_rolled_back_by_the_order_of_reading(
     tmp_path: Path, late: str
 ) -> None:
-    first, second = StatementBook(tmp_path, {}, "first"), StatementBook(tmp_path, {}, "second")
+    first, second = StatementStore(tmp_path, {}, "first"), StatementStore(tmp_path, {}, "second")
     both = {"north": ""}
     if late == "of the other run":
         first.asking(both)
@@ -175,7 +175,7 @@ def test_a_site_in_two_runs_is_not_taken_for_rolled_back_by_the_order_of_reading
 def test_what_was_read_before_a_site_was_asked_is_in_its_answer(
     tmp_path: Path, name: str, events: Events
 ) -> None:
-    first, second = StatementBook(tmp_path, {}, "first"), StatementBook(tmp_path, {}, "second")
+    first, second = StatementStore(tmp_path, {}, "first"), StatementStore(tmp_path, {}, "second")
     first.asking({"north": ""})
     first.take(statement([gaussian(4)], "a"))
     second.asking({"north": ""})
@@ -189,21 +189,21 @@ def test_what_was_read_before_a_site_was_asked_is_in_its_answer(
 
 def test_a_node_that_takes_a_name_does_not_shut_its_site_out_for_ever(tmp_path: Path) -> None:
     lie = statement([gaussian(4, 9.0)], "x", losses=1000)
-    StatementBook(tmp_path, {}, "first").take(lie, "stranger")
-    own = StatementBook(tmp_path, {}, "second")
+    StatementStore(tmp_path, {}, "first").take(lie, "stranger")
+    own = StatementStore(tmp_path, {}, "second")
     assert own.take(statement([gaussian(4)], "a"), "its own") is None
     assert own.take(statement([gaussian(8)], "b"), "its own") is None
-    later = StatementBook(tmp_path, {}, "third")
+    later = StatementStore(tmp_path, {}, "third")
     with pytest.raises(MessageError):
         later.take(statement([gaussian(4)], "c"), "its own")  # which still counts against the site itself
     with pytest.raises(MessageError):
         later.take(statement([gaussian(8)], "b"), "stranger")
     (tmp_path / "north@its own.json").unlink()  # how the coordinator begins anew with one site
-    assert StatementBook(tmp_path, {}, "fourth").take(statement([gaussian(4)], "c"), "its own") is None
+    assert StatementStore(tmp_path, {}, "fourth").take(statement([gaussian(4)], "c"), "its own") is None
 
 
 def test_a_checkpoint_counts_against_the_node_that_made_the_statement() -> None:
-    book = StatementBook(None, {"north": statement([gaussian(8)], "b")}, keys={"north": "stranger"})
+    book = StatementStore(None, {"north": statement([gaussian(8)], "b")}, keys={"north": "stranger"})
     assert book.last("north", "stranger") is not None
     assert book.take(statement([gaussian(4)], "x"), "its own") is None
     with pytest.raises(MessageError):
@@ -211,7 +211,7 @@ def test_a_checkpoint_counts_against_the_node_that_made_the_statement() -> None:
 
 
 def test_the_reason_names_the_head_to_declare_the_loss_with_and_is_not_cut() -> None:
-    book, newest = StatementBook(None, {}), statement([gaussian(8)], "a")
+    book, newest = StatementStore(None, {}), statement([gaussian(8)], "a")
     book.take(newest)
     command = f"accept-loss DATA --kit KIT --head {newest.ledger_head}"
     with pytest.raises(MessageError, match=command) as caught:
@@ -220,7 +220,7 @@ def test_the_reason_names_the_head_to_declare_the_loss_with_and_is_not_cut() -> 
 
 
 def test_a_run_that_goes_on_compares_with_its_checkpoint() -> None:
-    book = StatementBook(None, {"north": statement([gaussian(8)], "b")})
+    book = StatementStore(None, {"north": statement([gaussian(8)], "b")})
     assert book.take(statement([gaussian(8)], "b")) is None
     with pytest.raises(MessageError):
         book.take(statement([gaussian(4)], "x"))
@@ -237,7 +237,7 @@ def test_without_privacy_nothing_is_compared(books: Any) -> None:
 def test_an_honest_ledger_is_never_refused_and_its_older_copy_always(
     charges: list[tuple[int, float]], data: st.DataObject
 ) -> None:
-    book = StatementBook(None, {})
+    book = StatementStore(None, {})
     events = [gaussian(*charge) for charge in charges]
     for number in range(1, len(events) + 1):
         book.take(statement(events[:number], f"head {number}"))

@@ -210,12 +210,12 @@ def test_the_release_is_paid_from_the_same_target(make_plan: MakePlan) -> None:
     assert shared.planned_epsilon <= 2.0
 
 
-LOOKS = {"look": (DiscreteLaplace(scale=60.0),) * 3, "looks": 4}
+LOOKS = {"evaluation": (DiscreteLaplace(scale=60.0),) * 3, "evaluations": 4}
 
 
 def check_looks(plan: PrivacyPlan) -> None:
     """What a run with four looks really does costs no more than the target."""
-    done = [*LOOKS["look"] * 4, *[plan.round_event()] * plan.rounds]
+    done = [*LOOKS["evaluation"] * 4, *[plan.round_event()] * plan.rounds]
     assert spent(done, plan.delta, Adjacency.REPLACE_ONE) <= 2.0
     assert plan.planned_epsilon == pytest.approx(spent(done, plan.delta, Adjacency.REPLACE_ONE))
 
@@ -228,9 +228,9 @@ def test_looks_are_paid_from_the_same_target(make_plan: MakePlan) -> None:
     assert plan.noised_look(np.zeros(3, dtype=np.int64), 1).shape == (3,)
     with pytest.raises(ValueError, match="3 sums were charged for, 4"):
         plan.noised_look(np.zeros(4, dtype=np.int64), 1)
-    with pytest.raises(UserError, match="look less often"):
-        make_plan(**settings, look=[DiscreteLaplace(scale=1.0)] * 3, looks=4)
-    assert len(make_plan(looks=4).all_events()) == 1
+    with pytest.raises(UserError, match="evaluate less often"):
+        make_plan(**settings, evaluation=[DiscreteLaplace(scale=1.0)] * 3, evaluations=4)
+    assert len(make_plan(evaluations=4).all_events()) == 1
 
 
 def test_planted_bug_looks_that_are_not_in_the_plan(

@@ -163,7 +163,7 @@ def test_a_ledger_that_cannot_be_trusted_is_seen_and_stops_no_scrape(
 def test_a_data_folder_without_a_kit_is_a_site_too(site_kit: Path) -> None:
     watched = source(site_kit / "data")
     assert isinstance(watched, SiteSource)
-    assert watched.look().spending is not None
+    assert watched.refresh().spending is not None
 
 
 def test_the_exporters_ledger_is_the_one_that_training_writes(site_kit: Path, small_config: Callable) -> None:
@@ -202,7 +202,7 @@ def test_every_metric_is_documented_and_the_other_way_round(watched_run: Path, s
     named = {
         line.split("`")[1].partition("{")[0] for line in page.splitlines() if line.startswith("| `fedbags_")
     }
-    state, site = RunSource(watched_run).look(), source(site_kit).look()
+    state, site = RunSource(watched_run).refresh(), source(site_kit).refresh()
     exported = {
         metric.name + {"counter": "_total"}.get(metric.type, "")
         for metric in (*_run_metrics(state, "first"), *_site_metrics(site))
@@ -252,8 +252,8 @@ def test_a_ledger_that_could_not_be_read_once_is_read_again(
         raise UserError("locked")
 
     monkeypatch.setattr(LedgerState, "read", busy)
-    assert watched.look().spending is None
+    assert watched.refresh().spending is None
     monkeypatch.setattr(LedgerState, "read", read_book)
-    state = watched.look()
+    state = watched.refresh()
     assert isinstance(state, SiteState)
     assert (state.ledger_fault, state.spending is not None) == ("", True)

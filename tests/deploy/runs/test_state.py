@@ -157,7 +157,7 @@ def test_a_run_of_0_1_held_reasons_alone_and_its_causes_are_known(tmp_path: Path
 
 
 def test_the_state_of_a_real_run(watched_run: Path) -> None:
-    state = RunSource(watched_run).look()
+    state = RunSource(watched_run).refresh()
     events = read_json_lines(watched_run / "metrics.jsonl")
     assert (state.stage, state.round, state.rounds, state.updates) == (Stage.FINISHED, 2, 2, 2)
     assert {name: site.updates for name, site in state.sites.items()} == {
@@ -211,19 +211,19 @@ def test_only_new_lines_are_read_and_a_replaced_file_anew(tmp_path: Path) -> Non
 
 def test_a_resumed_run_is_folded_anew(own_run: Path) -> None:
     source = RunSource(own_run)
-    assert source.look().round == 2
+    assert source.refresh().round == 2
     RunFolder(own_run).forget_events_after(1)
-    assert source.look() == RunSource(own_run).look()
-    assert source.look().round == 1
+    assert source.refresh() == RunSource(own_run).refresh()
+    assert source.refresh().round == 1
 
 
 def test_the_newest_run_is_watched(own_run: Path) -> None:
     source = RunSource(own_run.parent, newest=True)
-    assert (source.look().round, source.name) == (2, "first")
+    assert (source.refresh().round, source.name) == (2, "first")
     second = RunFolder(own_run.parent / "second")
     second.path.mkdir()
     second.config.write_text("")
-    assert (source.look(), source.name) == (RunState(), "second")
+    assert (source.refresh(), source.name) == (RunState(), "second")
 
 
 def test_a_run_that_stopped_early_says_why_until_it_goes_on() -> None:
