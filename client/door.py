@@ -52,7 +52,7 @@ _Answer = Callable[[Message, Context], Message]
 _Guard = Callable[[Message, Context, Handler], Message]
 
 
-class Touches(Flag):
+class _Touches(Flag):
     """Name the part of a site's data that an answer is computed from."""
 
     NOTHING = 0
@@ -66,7 +66,7 @@ class Touches(Flag):
 class Question:
     """Describe one message type by the data that it touches and all records of its request and reply."""
 
-    touches: Touches
+    touches: _Touches
     asks: tuple[type[Record], ...]
     answers: tuple[type[Record], ...]
     private_answers: tuple[type[Record], ...] = ()
@@ -78,17 +78,17 @@ class Question:
 
 
 QUESTIONS: dict[str, Question] = {
-    "query.proportions": Question(Touches.BAGS, (), (ProportionRelease,)),
-    "query.keys": Question(Touches.NOTHING, (SessionOffer,), (KeyAdvert,)),
-    "query.shares": Question(Touches.NOTHING, (SessionPlan,), (SealedShares,)),
-    "query.survivors": Question(Touches.NOTHING, (SurvivorList,), (SurvivorSignature,)),
-    "query.unmask": Question(Touches.NOTHING, (UnmaskRequest,), (UnmaskShares,)),
-    "train": Question(Touches.BAGS, (ModelUpdate,), (ModelUpdate, PrivacyStatement)),
-    "train.masked": Question(Touches.BAGS, (ModelUpdate, MaskRequest), (MaskedUpdate, PrivacyStatement)),
+    "query.proportions": Question(_Touches.BAGS, (), (ProportionRelease,)),
+    "query.keys": Question(_Touches.NOTHING, (SessionOffer,), (KeyAdvert,)),
+    "query.shares": Question(_Touches.NOTHING, (SessionPlan,), (SealedShares,)),
+    "query.survivors": Question(_Touches.NOTHING, (SurvivorList,), (SurvivorSignature,)),
+    "query.unmask": Question(_Touches.NOTHING, (UnmaskRequest,), (UnmaskShares,)),
+    "train": Question(_Touches.BAGS, (ModelUpdate,), (ModelUpdate, PrivacyStatement)),
+    "train.masked": Question(_Touches.BAGS, (ModelUpdate, MaskRequest), (MaskedUpdate, PrivacyStatement)),
     "evaluate.bags": Question(
-        Touches.BAGS, (ModelUpdate,), (ModelUpdate,), private_answers=(ModelUpdate, PrivacyStatement)
+        _Touches.BAGS, (ModelUpdate,), (ModelUpdate,), private_answers=(ModelUpdate, PrivacyStatement)
     ),
-    "evaluate.test": Question(Touches.TEST, (ModelUpdate,), (ModelUpdate,)),
+    "evaluate.test": Question(_Touches.TEST, (ModelUpdate,), (ModelUpdate,)),
 }
 """By message type. A type that is not here cannot be answered."""
 
@@ -135,7 +135,7 @@ class _Done:
     """Hash of the newest of them. A ledger that does not hold it was lost or rolled back."""
 
 
-def record(message: Message, context: Context, call_next: _Answer) -> Message:
+def _record(message: Message, context: Context, call_next: _Answer) -> Message:
     """Hand a message on, and write the outcome to the journal.
 
     Simulated sites keep no journal.
@@ -235,7 +235,7 @@ class SiteApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer one message."""
-        return record(message, context, self._guarded)
+        return _record(message, context, self._guarded)
 
     def answers(self, kind: str) -> Callable[[Handler], Handler]:
         """Register the handler of a message type, which must be one of ``QUESTIONS``, once."""

@@ -60,11 +60,11 @@ CA_FILE, KEY_FILE, CERTIFICATE_FILE = "ca.crt", "node.key", "node.crt"
 """Files of a site's kit."""
 EPHEMERAL = "throw-away-identities"
 """The folder, in the run folder of a simulation, with a kit for each of its sites."""
-STATE = "secure-aggregation"
-CLAIMS_FILE = "secure-aggregation.sqlite"
-WAIT_SECONDS = 30.0
+_STATE = "secure-aggregation"
+_CLAIMS_FILE = "secure-aggregation.sqlite"
+_WAIT_SECONDS = 30.0
 """How long to wait for another process that writes the file of claims."""
-MOST_CLIPPED = 1e-3
+_MOST_CLIPPED = 1e-3
 """Largest share beyond the clip range of an update without noise. With settings that cut every number, each
 would be plus or minus the range times the site's weight, and their sum would tell every site's sign."""
 
@@ -86,7 +86,7 @@ class Member:
         """
         if not session.config.secure_aggregation.enabled:
             raise ConfigError("secure aggregation is off in this run (secure-aggregation.enabled)")
-        return cls(session, find_kit(session), claims_path(session))
+        return cls(session, find_kit(session), _claims_path(session))
 
     @property
     def limits(self) -> Limits:
@@ -102,7 +102,7 @@ class Member:
             RoundTaken: the site has unmasked a sum of this round already.
         """
         self._refuse_second_sum(offer)
-        claim(self.claims, f"{offer.session}/keys")
+        _claim(self.claims, f"{offer.session}/keys")
         advert, state = member.advertise(
             offer,
             self.node.site.name,
@@ -127,7 +127,7 @@ class Member:
             raise SecureAggregationRefused(
                 "a plan with another threshold-share, neighbours or clip-range than the run's configuration"
             )
-        claim(self.claims, f"{plan.session}/shares")
+        _claim(self.claims, f"{plan.session}/shares")
         reply, state = member.share(
             self._state(), plan, authority.read_text(encoding="ascii"), datetime.now(UTC), self.limits
         )
@@ -150,7 +150,7 @@ class Member:
         self._refuse_second_sum(request)
         model = digest(sent.arrays)
         self._claim_once(f"{self._round(request)}/model", model.hex(), "for another model")
-        claim(self.claims, f"{request.session}/masks")
+        _claim(self.claims, f"{request.session}/masks")
         state = member.receive(self._state(), request, model)
         for peer in sorted(request.shares.keys() - state.held.keys()):
             told = {"round": request.round, "site": peer}
@@ -167,7 +167,7 @@ class Member:
         plan = state.agreed()
         weight = plan.weights[self.node.site.name]
         # Signs of a private update are noised like the rest of it, and noise of many rounds may be large.
-        most_clipped = 1.0 if self.node.config.dp.epsilon else MOST_CLIPPED
+        most_clipped = 1.0 if self.node.config.dp.epsilon else _MOST_CLIPPED
         words = quantise(sent, trained, Grid(plan.clip_range, len(plan.sites)), weight, most_clipped)
         self._keep(member.mask(state, words))
         return words
@@ -196,16 +196,16 @@ class Member:
 
     def _claim_survivors(self, request: SurvivorList) -> None:
         listed = hashlib.sha256(canonical(sorted(request.survivors))).hexdigest()
-        claim(self.claims, f"{request.session}/survivors", listed)
+        _claim(self.claims, f"{request.session}/survivors", listed)
 
     def _refuse_second_sum(self, request: InSession) -> None:
         """Refuse before any work and any budget what ``unmask`` would refuse in the end."""
-        if claimed(self.claims, f"{self._round(request)}/sum") is not None:
+        if _claimed(self.claims, f"{self._round(request)}/sum") is not None:
             raise RoundTaken(f"this site has given its part of a sum of round {request.round} already")
 
     def _claim_once(self, key: str, content: str, otherwise: str) -> None:
         try:
-            claim(self.claims, key, content)
+            _claim(self.claims, key, content)
         except SecureAggregationRefused as error:
             raise RoundTaken(f"this site has done its part of this round {otherwise} already") from error
 
@@ -216,13 +216,13 @@ class Member:
         return read_node_key(self.kit / KEY_FILE)
 
     def _state(self) -> MemberState:
-        state = remembered(self.node.state, STATE, MemberState)
+        state = remembered(self.node.state, _STATE, MemberState)
         if state is None:
             raise SecureAggregationRefused("this site has no keys (any more): its node was started again")
         return state
 
     def _keep(self, state: MemberState) -> None:
-        remember(self.node.state, STATE, state)
+        remember(self.node.state, _STATE, state)
 
 
 def find_kit(session: SiteSession) -> Path:
@@ -240,7 +240,7 @@ def find_kit(session: SiteSession) -> Path:
         raise ConfigError(
             f"secure aggregation needs the site's kit: start the SuperNode with --node-config '{KIT}=\"...\"'"
         )
-    kit = run_folder(session) / EPHEMERAL / session.site.name
+    kit = _run_folder(session) / EPHEMERAL / session.site.name
     if not kit.is_dir():
         raise ConfigError(
             "a simulation with secure aggregation needs identities for its sites, which `fedbags simulate` "
@@ -260,23 +260,23 @@ def settings_digest(config: RunConfig) -> bytes:
     return hashlib.sha256(canonical(config.to_flat())).digest()
 
 
-def claims_path(session: SiteSession) -> Path:
+def _claims_path(session: SiteSession) -> Path:
     """Return the file of claims, which lies with the site's data or under a simulated run."""
     if not session.simulated:
-        return session.folder / CLAIMS_FILE
-    path = run_folder(session) / "sites" / session.folder.name / CLAIMS_FILE
+        return session.folder / _CLAIMS_FILE
+    path = _run_folder(session) / "sites" / session.folder.name / _CLAIMS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def run_folder(session: SiteSession) -> Path:
+def _run_folder(session: SiteSession) -> Path:
     """Return the folder of the run, which its simulated sites share and no other run does."""
     if session.config.run_dir:
         return Path(session.config.run_dir)
     return Path.home() / ".fedbags" / "runs" / session.run_name
 
 
-def claim(path: Path, key: str, content: str | None = None) -> None:
+def _claim(path: Path, key: str, content: str | None = None) -> None:
     """Claim ``key`` for good, or refuse if it was claimed before.
 
     With ``content``, the same claim may be repeated, and no other made.
@@ -294,7 +294,7 @@ def claim(path: Path, key: str, content: str | None = None) -> None:
         raise SecureAggregationRefused("asked a second time for what is done once")
 
 
-def claimed(path: Path, key: str) -> str | None:
+def _claimed(path: Path, key: str) -> str | None:
     """Return the content under which ``key`` was claimed, or None if it was not.
 
     Raises:
@@ -308,7 +308,7 @@ def claimed(path: Path, key: str) -> str | None:
 @contextmanager
 def _open(path: Path) -> Iterator[sqlite3.Connection]:
     try:
-        with closing(sqlite3.connect(path, timeout=WAIT_SECONDS)) as db, db:
+        with closing(sqlite3.connect(path, timeout=_WAIT_SECONDS)) as db, db:
             # A claim that a power cut undoes could be made again, and a second answer under the same
             # masks gives the first away.
             db.execute("PRAGMA synchronous = EXTRA")

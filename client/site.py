@@ -63,7 +63,7 @@ class PrivateMetrics(StrEnum):
     """Sent with noise, where the run asks for it, and charged to the ledger like training."""
 
 
-class PrivacyBudget(Section):
+class _PrivacyBudget(Section):
     """Hold the most that may ever be spent on this site's data.
 
     None leaves it to the run.
@@ -73,7 +73,7 @@ class PrivacyBudget(Section):
     delta: float | None = Field(None, gt=0, lt=1)
 
 
-class SecureAggregationPolicy(Section):
+class _SecureAggregationPolicy(Section):
     """Hold the site's demands on a sum that its update becomes part of (docs/secure-aggregation.md)."""
 
     required: bool = Field(False, description="never send an update in clear, whatever the run asks for")
@@ -121,8 +121,8 @@ class SitePolicy(Section):
     minimum_held_back_bags: int | None = Field(None, ge=1, description="fewest bags of an exact figure")
     minimum_cell_size: int | None = Field(None, ge=0, le=1000, description="smallest count of test images")
     skip_bad: bool | None = Field(None, description="leave out bad rows instead of refusing")
-    budget: PrivacyBudget = PrivacyBudget()
-    secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
+    budget: _PrivacyBudget = _PrivacyBudget()
+    secure_aggregation: _SecureAggregationPolicy = _SecureAggregationPolicy()
 
     @field_validator("metrics")
     @classmethod

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Sync = Literal["nothing", "content", "name"]
+_Sync = Literal["nothing", "content", "name"]
 """What must be on the disk when a write returns: nothing, the content, or the content under its name."""
 
 
 @contextmanager
-def replacing(*paths: Path, mode: int | None = None, sync: Sync = "name") -> Iterator[list[Path]]:
+def replacing(*paths: Path, mode: int | None = None, sync: _Sync = "name") -> Iterator[list[Path]]:
     """Give an empty file for each path, to be written in the block; they take the paths' names at its end.
 
     The names are taken in the order of the paths, after the content of all is complete. A block that ends in
@@ -54,13 +54,13 @@ def replacing(*paths: Path, mode: int | None = None, sync: Sync = "name") -> Ite
         raise
 
 
-def write_bytes(path: Path, content: bytes, mode: int | None = None, sync: Sync = "name") -> None:
+def write_bytes(path: Path, content: bytes, mode: int | None = None, sync: _Sync = "name") -> None:
     """Write a file in one step, as ``replacing`` does."""
     with replacing(path, mode=mode, sync=sync) as (temporary,):
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str, mode: int | None = None, sync: Sync = "name") -> None:
+def write_text(path: Path, text: str, mode: int | None = None, sync: _Sync = "name") -> None:
     """Write a text in UTF-8 in one step, with its line ends as they are."""
     write_bytes(path, text.encode(), mode, sync)
 
@@ -167,7 +167,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class News:
+class _News:
     """Hold the lines that one call found."""
 
     lines: tuple[dict[str, Any], ...]
@@ -183,7 +183,7 @@ class JsonLinesFile:
         self._file: tuple[int, int] | None = None
         self._position = 0
 
-    def poll(self) -> News:
+    def poll(self) -> _News:
         """Return the complete lines that were added since the last call, or none where there is no file.
 
         A last line without its end is left for the next call. A line that is no JSON object (the disk was
@@ -193,7 +193,7 @@ class JsonLinesFile:
             stream = self.path.open("rb")
         except FileNotFoundError:
             restarted, self._file, self._position = self._file is not None, None, 0
-            return News((), restarted)
+            return _News((), restarted)
         with stream:
             status = os.fstat(stream.fileno())
             file = (status.st_dev, status.st_ino)
@@ -205,7 +205,7 @@ class JsonLinesFile:
             stream.seek(self._position)
             lines, read = _lines(stream.read())
         self._position += read
-        return News(tuple(_objects(lines)), restarted)
+        return _News(tuple(_objects(lines)), restarted)
 
 
 def newest_json_lines(path: Path, most: int = 2**20) -> Iterator[dict[str, Any]]:

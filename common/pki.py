@@ -26,7 +26,7 @@ _SCHEME = ec.ECDSA(hashes.SHA384())
 
 
 @dataclass(frozen=True)
-class SiteIdentity:
+class _SiteIdentity:
     """Hold the site name and public key that a valid certificate certifies."""
 
     site: str
@@ -83,7 +83,7 @@ def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
         ) from None
 
 
-def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteIdentity:
+def verify_certificate(certificate: str, authority: str, at: datetime) -> _SiteIdentity:
     """Check a site's certificate against the authority that the reader trusts.
 
     Args:
@@ -112,7 +112,7 @@ def verify_certificate(certificate: str, authority: str, at: datetime) -> SiteId
     return owner
 
 
-def read_identity(certificate: str, at: datetime) -> SiteIdentity:
+def read_identity(certificate: str, at: datetime) -> _SiteIdentity:
     """Return the site name and key that a certificate states, whoever issued it.
 
     Args:
@@ -134,7 +134,7 @@ def read_identity(certificate: str, at: datetime) -> SiteIdentity:
     _check_validity(f"of {site!r}", subject, at)
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or public_key.key_size != _PUBLIC_BITS:
         raise IdentityError(f"the certificate of {site!r} holds no NIST P-{_PUBLIC_BITS} key")
-    return SiteIdentity(site, public_key)
+    return _SiteIdentity(site, public_key)
 
 
 def sign(key: ec.EllipticCurvePrivateKey, purpose: str, payload: bytes) -> bytes:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializerFunctionW
 from common.records import SiteError
 from common.text import one_line
 
-Line = Annotated[str, BeforeValidator(one_line)]
+_Line = Annotated[str, BeforeValidator(one_line)]
 """A text that may come from a site, on one visible line."""
 
 
@@ -80,13 +80,13 @@ class LeftOut(_Record):
     """Record an update, evaluation or site that was not used."""
 
     round: int = 0
-    site: Line
+    site: _Line
     """Its name, or ``node NUMBER`` where it has none."""
     phase: str = ""
     """The message type, ``enrol`` or ``connection``."""
     cause: Cause | None = None
     """None in a run of 0.1, which wrote the reason only."""
-    reason: Line = ""
+    reason: _Line = ""
 
 
 class DeclaredLoss(_Record):

@@ -24,13 +24,13 @@ from common.run_records import ENROL, Cause, Joined, Left, LeftOut, SiteLeftOut,
 from server.exchange import Phase, Reply, ask, cause_of, read_release
 from server.run_folder import RunFolder, ServerState
 
-PROPORTIONS = "query.proportions"
+_PROPORTIONS = "query.proportions"
 ATTEMPTS = 3
 """Times that a silent node is asked the same thing. Each may cost privacy budget at the site."""
 
 
 @dataclass
-class Roster:
+class _Roster:
     """Hold the sites of a run by name, the node that speaks for each, and the nodes that are no site."""
 
     hierarchy: Hierarchy | None = None
@@ -94,8 +94,8 @@ class Roster:
         return sorted(n for n in connected if n not in known and self.silent[n] < ATTEMPTS)
 
 
-def enrol(
-    roster: Roster, replies: Iterable[Reply], config: FederationConfig, report: Callable[[LeftOut], None]
+def _enrol(
+    roster: _Roster, replies: Iterable[Reply], config: FederationConfig, report: Callable[[LeftOut], None]
 ) -> list[str]:
     """Add the nodes whose releases are accepted to the roster.
 
@@ -115,7 +115,7 @@ def enrol(
     def leave_out(site: str, cause: Cause, reason: str) -> None:
         report(LeftOut(site=site, phase=ENROL, cause=cause, reason=reason))
 
-    allowed = allowed_names(config)
+    allowed = _allowed_names(config)
     offered: dict[str, tuple[int, ProportionRelease, Hierarchy]] = {}
     for reply in replies:
         label = f"node {reply.node}"
@@ -173,7 +173,7 @@ def is_answer(code: int) -> bool:
     return code >= min(SiteError)
 
 
-def allowed_names(config: FederationConfig) -> set[str]:
+def _allowed_names(config: FederationConfig) -> set[str]:
     """Return the names of ``federation.allow``.
 
     An empty set allows everybody.
@@ -181,7 +181,7 @@ def allowed_names(config: FederationConfig) -> set[str]:
     return {name.strip() for name in config.allow.split(",") if name.strip()}
 
 
-def majority_tree(releases: list[ProportionRelease]) -> Hierarchy:
+def _majority_tree(releases: list[ProportionRelease]) -> Hierarchy:
     """Return the label tree of most sites, and on a tie the first by site name."""
     return _most_common([release.tree() for release in sorted(releases, key=lambda release: release.site)])
 
@@ -215,9 +215,9 @@ class Quorum:
 
     def __init__(self, grid: Grid, config: FederationConfig, folder: RunFolder, state: ServerState) -> None:
         self.grid, self.config, self.folder, self.state = grid, config, folder, state
-        self.roster = Roster(releases=state.releases, expelled=state.expelled)
+        self.roster = _Roster(releases=state.releases, expelled=state.expelled)
         if state.releases:
-            self.roster.hierarchy = majority_tree(list(state.releases.values()))
+            self.roster.hierarchy = _majority_tree(list(state.releases.values()))
 
     def wait_for_all(self) -> None:
         """Give ``federation.sites`` nodes until the enrolment deadline to connect.
@@ -249,9 +249,9 @@ class Quorum:
             return []
         known = set(self.roster.releases)
         requests = {node: RecordDict() for node in fresh}
-        phase = Phase(PROPORTIONS, round, self.config.enrol_deadline)
+        phase = Phase(_PROPORTIONS, round, self.config.enrol_deadline)
         replies = ask(self.grid, requests, phase, self.folder.record)
-        added = enrol(self.roster, replies, self.config, self.report)
+        added = _enrol(self.roster, replies, self.config, self.report)
         for site in added:
             self.roster.keys[site] = connected[self.roster.nodes[site]]
             self.folder.record(Joined(round=round, site=site, again=site in known))
@@ -263,7 +263,7 @@ class Quorum:
 
         They are the allow-list, else every site that took part before, without those that were expelled.
         """
-        names = allowed_names(self.config) or self.roster.releases.keys()
+        names = _allowed_names(self.config) or self.roster.releases.keys()
         return sorted(names - self.roster.expelled.keys())
 
     def report(self, left_out: LeftOut) -> None:

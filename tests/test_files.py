@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.site import PrivacyBudget, SiteConfig, SitePolicy
+from client.site import SiteConfig, SitePolicy, _PrivacyBudget
 from common.files import (
     create_bytes,
     locked,
@@ -22,7 +22,7 @@ from common.files import (
     write_text,
 )
 from common.records import PrivacyStatement
-from deploy.consortium.authority import Authority, Issued
+from deploy.consortium.authority import Authority, _Issued
 from deploy.consortium.kit import SiteKit
 from server import run_folder
 from server.run_folder import RunFolder
@@ -38,7 +38,7 @@ def plain(folder: Path, version: int) -> None:
 
 
 def site_with_budget(folder: Path, version: int) -> None:
-    policy = SitePolicy(budget=PrivacyBudget(epsilon=1.0 + version, delta=1e-5))
+    policy = SitePolicy(budget=_PrivacyBudget(epsilon=1.0 + version, delta=1e-5))
     SiteConfig(name="north", policy=policy).save(folder)
 
 
@@ -49,7 +49,7 @@ def app_pin(folder: Path, version: int) -> None:
 
 def revocations(folder: Path, version: int) -> None:
     day = datetime(2026, 1, 1 + version, tzinfo=UTC)
-    issued = Issued(subject="a", serial="1", public_key="k", not_before=day, not_after=day, revoked=day)
+    issued = _Issued(subject="a", serial="1", public_key="k", not_before=day, not_after=day, revoked=day)
     Authority(folder, None, None)._save([issued])  # type: ignore[arg-type]
 
 

@@ -48,7 +48,7 @@ class Bag:
 
 
 @dataclass(frozen=True)
-class StoreSummary:
+class _StoreSummary:
     """Count what was read when a site was opened, in images and bags."""
 
     listed: int
@@ -107,7 +107,7 @@ class BagStore:
     hierarchy: Hierarchy
     data_version: str
     """See ``client.data.tables.fingerprint``."""
-    summary: StoreSummary
+    summary: _StoreSummary
     bag_ids: tuple[str, ...]
     leaf_counts: NDArray[np.int64]
     """Shape (B, C_L)."""
@@ -169,7 +169,7 @@ class BagStore:
             config=config,
             hierarchy=hierarchy,
             data_version=version,
-            summary=StoreSummary(
+            summary=_StoreSummary(
                 listed=listing.listed,
                 used=used,
                 converted=cache.converted,

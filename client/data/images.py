@@ -189,7 +189,7 @@ _STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
-class CachedImages:
+class _CachedImages:
     """Hold decoded images and the faults and conversions met while decoding.
 
     Attributes:
@@ -235,7 +235,7 @@ class CacheKey:
 
 def open_cache(
     folder: Path, key: CacheKey, paths: Sequence[Path], progress: Progress | None = None
-) -> CachedImages:
+) -> _CachedImages:
     """Map the cache of these images, building it first where it does not exist.
 
     Args:
@@ -262,12 +262,12 @@ def open_cache(
     )
 
 
-def _map(target: Path) -> CachedImages:
+def _map(target: Path) -> _CachedImages:
     record = json.loads((target / "cache.json").read_text(encoding="utf-8"))
     images = np.load(target / "images.npy", mmap_mode="r")
     with contextlib.suppress(OSError):  # a cache that cannot be marked as used is only removed earlier
         os.utime(target)
-    return CachedImages(
+    return _CachedImages(
         images=images,
         failed={int(index): reason for index, reason in record["failed"].items()},
         converted=record["converted"],

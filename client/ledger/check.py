@@ -51,7 +51,7 @@ from common.privacy.events import Adjacency, Unit
 
 
 @dataclass(frozen=True)
-class Problem:
+class _Problem:
     """Describe one thing that is wrong with a ledger file."""
 
     row: int | None
@@ -64,7 +64,7 @@ class Problem:
 
 def verify(
     path: Path, head: str | None = None, site: str | None = None, anchor: AnchorFile | None = None
-) -> list[Problem]:
+) -> list[_Problem]:
     """Check a ledger file and return what is wrong with it.
 
     Args:
@@ -81,7 +81,7 @@ def verify(
     """
     require_file(path, "the privacy ledger", "Give the ledger.sqlite of a site.")
     entries: list[Entry] = []
-    problems: list[Problem] = []
+    problems: list[_Problem] = []
     try:
         # Not ``reading`` and ``read_entries``, which stop at the first fault: the user is to see all of them.
         with open_file(path) as db:
@@ -89,19 +89,19 @@ def verify(
             problems += _check_file(db)
             problems += _check_chain(db, entries)
     except LedgerError as error:
-        problems.append(Problem(None, str(error)))
+        problems.append(_Problem(None, str(error)))
     except sqlite3.DatabaseError as error:
         where = len(entries) + 1 if entries else None
-        problems.append(Problem(where, f"the file is damaged from here on ({error}): torn or overwritten"))
+        problems.append(_Problem(where, f"the file is damaged from here on ({error}): torn or overwritten"))
     if not problems:
         problems += _check_meaning(entries)
     if site is not None and entries and entries[0].body.get("site") != site:
         problems.append(
-            Problem(1, f"this is the ledger of site {entries[0].body.get('site')!r}, not {site!r}")
+            _Problem(1, f"this is the ledger of site {entries[0].body.get('site')!r}, not {site!r}")
         )
     if head is not None and head not in {entry.hash for entry in entries}:
         problems.append(
-            Problem(
+            _Problem(
                 len(entries) or None,
                 f"no row has the head {head[:12]}... that the server was told: the file is an older copy "
                 "(spending is missing), was rewritten, or is another site's",
@@ -112,19 +112,19 @@ def verify(
     return problems
 
 
-def _check_anchor(anchor: AnchorFile, entries: list[Entry]) -> list[Problem]:
+def _check_anchor(anchor: AnchorFile, entries: list[Entry]) -> list[_Problem]:
     try:
         found = anchor.read()
         state = LedgerState.of(entries)
     except LedgerLostError as error:
-        return [Problem(None, str(error))]
+        return [_Problem(None, str(error))]
     except LedgerError:
         return []  # reported already, with its row
     hashes = {entry.seq: entry.hash for entry in entries}
     if found is None or not lost_marks([found.mark], state, hashes.get):
         return []
     return [
-        Problem(
+        _Problem(
             len(entries) or None,
             f"the site once wrote row {found.rows} with the head {found.head[:12]}..., says {anchor.path}: "
             "the file is an older copy (spending is missing), was rewritten, or is another site's",
@@ -132,31 +132,31 @@ def _check_anchor(anchor: AnchorFile, entries: list[Entry]) -> list[Problem]:
     ]
 
 
-def _check_file(db: sqlite3.Connection) -> list[Problem]:
+def _check_file(db: sqlite3.Connection) -> list[_Problem]:
     problems = [
-        Problem(None, f"the file is damaged: {text}")
+        _Problem(None, f"the file is damaged: {text}")
         for (text,) in db.execute("PRAGMA integrity_check(20)")
         if text != "ok"
     ]
     found = {text for (text,) in db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
     # Exact texts: a trigger that was weakened rather than dropped must show as well.
     if found != set(SCHEMA):
-        problems.append(Problem(None, "the table or the triggers that keep it append-only were changed"))
+        problems.append(_Problem(None, "the table or the triggers that keep it append-only were changed"))
     (rows,) = db.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()
     written = newest_written(db)
     if written > rows:
-        problems.append(Problem(rows + 1, f"deleted, with all rows up to {written}"))
+        problems.append(_Problem(rows + 1, f"deleted, with all rows up to {written}"))
     return problems
 
 
-def _check_chain(db: sqlite3.Connection, entries: list[Entry]) -> list[Problem]:
+def _check_chain(db: sqlite3.Connection, entries: list[Entry]) -> list[_Problem]:
     """Check every row against the one before it, and collect the readable rows in ``entries``."""
     problems = []
     expected, previous = 1, NO_ROW
     for row in db.execute("SELECT * FROM entries ORDER BY seq"):
         entry, problem = parse_row(row, expected, previous)
         if problem:
-            problems.append(Problem(int(row[0]), problem))
+            problems.append(_Problem(int(row[0]), problem))
         if entry is not None:
             entries.append(entry)
         # Go on from what stands there, so that one bad row is one problem and not one a row.
@@ -164,20 +164,20 @@ def _check_chain(db: sqlite3.Connection, entries: list[Entry]) -> list[Problem]:
     return problems
 
 
-def _check_meaning(entries: list[Entry]) -> list[Problem]:
+def _check_meaning(entries: list[Entry]) -> list[_Problem]:
     """Check that the rows of a sound chain have known content and stayed within the cap."""
     state = LedgerState()
     for entry in entries:
         try:
             state.add(entry)
         except LedgerError as error:
-            return [Problem(entry.seq, str(error))]
+            return [_Problem(entry.seq, str(error))]
     if not entries:
-        return [Problem(None, "the ledger holds no row")]
+        return [_Problem(None, "the ledger holds no row")]
     # Composed afresh from the events: the carried composition is a file that its owner could have
     # written.
     if not fits(state.events, state.cap.epsilon, state.cap.delta, Adjacency.REPLACE_ONE, afresh=True):
-        return [Problem(entries[-1].seq, f"more than the cap of {state.cap.epsilon:g} was spent")]
+        return [_Problem(entries[-1].seq, f"more than the cap of {state.cap.epsilon:g} was spent")]
     return []
 
 

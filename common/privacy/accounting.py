@@ -66,7 +66,7 @@ def amounts_of(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> dict[_Eve
     return amounts
 
 
-def compose(amounts: _Amounts, adjacency: Adjacency, interval: float, *, afresh: bool = False) -> Any:
+def _compose(amounts: _Amounts, adjacency: Adjacency, interval: float, *, afresh: bool = False) -> Any:
     """Return the privacy loss distribution of all these events together.
 
     Args:
@@ -390,7 +390,7 @@ def _coarse(merged: _Events, adjacency: Adjacency, afresh: bool) -> Any:
             # Hardly any noise: the largest loss of a step, with eight standard deviations of a sum of them.
             largest = 2 / event.noise_multiplier**2 + 20 / event.noise_multiplier
             interval = max(interval, _power_of_two(largest * math.sqrt(event.steps) * 4 / _POINTS))
-    return compose(amounts_of(merged), adjacency, interval, afresh=afresh)
+    return _compose(amounts_of(merged), adjacency, interval, afresh=afresh)
 
 
 @lru_cache(maxsize=8)
@@ -403,7 +403,7 @@ def _fine(merged: _Events, adjacency: Adjacency, afresh: bool) -> Any:
         return coarse
     # The grid is widened where the composed losses would otherwise take more than POINTS grid points.
     interval = max(_interval(merged), _power_of_two(8 * (epsilon + 5) / _POINTS))
-    return compose(amounts_of(merged), adjacency, interval, afresh=afresh)
+    return _compose(amounts_of(merged), adjacency, interval, afresh=afresh)
 
 
 def _interval(merged: _Events) -> float:

@@ -18,7 +18,7 @@ from common.errors import IdentityError, SecureAggregationRefused
 from common.secure_aggregation.records import KeyAdvert, SessionPlan, UnmaskRequest
 
 
-def is_complete(plan: SessionPlan) -> bool:
+def _is_complete(plan: SessionPlan) -> bool:
     """Return True if every site shares a mask with every other."""
     return plan.neighbours == 0 or plan.neighbours >= len(plan.adverts) - 1
 
@@ -30,7 +30,7 @@ def neighbourhoods(plan: SessionPlan) -> dict[str, list[str]]:
     ``neighbours / 2`` before and behind it (Harary graph, Bell et al. 2020, section 3).
     """
     sites = plan.sites
-    if is_complete(plan):
+    if _is_complete(plan):
         return dict.fromkeys(sites, sites)
     transcript = plan.transcript()
     # The order on the ring comes from a hash of all fresh keys, so no site can choose its place alone.
@@ -56,7 +56,7 @@ def threshold(members: int, share: float) -> int:
     return max(members // 2 + 1, math.ceil(share * members - 1e-9))
 
 
-def sums(plan: SessionPlan, survivors: Iterable[str]) -> list[list[str]]:
+def _sums(plan: SessionPlan, survivors: Iterable[str]) -> list[list[str]]:
     """Return the sets of sites whose sums unmasking reveals, each sorted, in the order of the names.
 
     They are the connected parts of the survivors' graph: masks hold together only what they join, so that
@@ -96,7 +96,7 @@ def check_plan(plan: SessionPlan, limits: Limits) -> None:
     Raises:
         SecureAggregationRefused: the graph or the weights are outside the site's limits.
     """
-    if not is_complete(plan) and not 0 < limits.fewest_neighbours <= plan.neighbours:
+    if not _is_complete(plan) and not 0 < limits.fewest_neighbours <= plan.neighbours:
         raise SecureAggregationRefused(
             f"masks with {plan.neighbours} neighbours in place of all {len(plan.adverts) - 1} other sites, "
             "which this site does not allow (policy.secure-aggregation.fewest-neighbours)"
@@ -213,7 +213,7 @@ def check_survivors(plan: SessionPlan, site: str, survivors: Collection[str], li
                 f"{len(there & set(members))} of {len(members)} sites survived, {needed} are needed"
             )
     # On a sparse graph lost sites can split the survivors into parts, and each part's sum is seen apart.
-    for part in sums(plan, there):
+    for part in _sums(plan, there):
         _check_weights(plan.weights, part, limits)
 
 

@@ -74,7 +74,7 @@ _MAX_UNPACKED = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class App:
+class _App:
     """Hold an app's bytes and the files in them.
 
     Attributes:
@@ -131,7 +131,7 @@ class _SettingChange:
 
 
 @dataclass(frozen=True)
-class Changes:
+class _Changes:
     """Hold all that differs between two apps."""
 
     files: tuple[_FileChange, ...]
@@ -149,7 +149,7 @@ class Changes:
         return asdict(self)
 
 
-def read_app(path: Path) -> App:
+def read_app(path: Path) -> _App:
     """Read an app from a bundle, or from a folder, which is bundled as ``flwr run`` would.
 
     Raises:
@@ -164,7 +164,7 @@ def read_app(path: Path) -> App:
     return read_bundle(path.read_bytes(), str(path))
 
 
-def read_bundle(content: bytes, name: str) -> App:
+def read_bundle(content: bytes, name: str) -> _App:
     """Read an app from its bytes without unpacking it to the disk.
 
     Raises:
@@ -184,10 +184,10 @@ def read_bundle(content: bytes, name: str) -> App:
             files = {entry.filename: archive.read(entry) for entry in entries}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
         raise UserError(f"{name} is not a Flower app bundle (.fab): {error}") from error
-    return App(content, {path: text for path, text in files.items() if not path.startswith(_MANIFEST)})
+    return _App(content, {path: text for path, text in files.items() if not path.startswith(_MANIFEST)})
 
 
-def compare(old: App | None, new: App) -> Changes:
+def compare(old: _App | None, new: _App) -> _Changes:
     """Return the differences between two apps, with all of ``new`` as added where there is no old one."""
     before = old.files if old else {}
     changes, same = [], 0
@@ -199,7 +199,7 @@ def compare(old: App | None, new: App) -> Changes:
             changes.append(_file_change(path, first, second))
     settings = _setting_changes(old.settings if old else {}, new.settings)
     config, components = f"{_TABLE}config.", f"{_TABLE}components."
-    return Changes(
+    return _Changes(
         files=tuple(changes),
         configuration=_below(settings, config),
         components=_below(settings, components),
@@ -208,7 +208,7 @@ def compare(old: App | None, new: App) -> Changes:
     )
 
 
-def in_words(changes: Changes) -> list[str]:
+def in_words(changes: _Changes) -> list[str]:
     """Return the changes as lines of text for a person to read."""
     lines = []
     for change in changes.files:
@@ -224,7 +224,7 @@ def in_words(changes: Changes) -> list[str]:
     return lines
 
 
-def unified_diff(old: App | None, new: App) -> list[str]:
+def unified_diff(old: _App | None, new: _App) -> list[str]:
     """Return every changed line, as ``diff -u`` shows it."""
     before = old.files if old else {}
     lines: list[str] = []

@@ -39,7 +39,7 @@ _SERVER = "(server)"
 """The subject of the server's own records in issued.json; no site can have this name."""
 
 
-class Issued(BaseModel):
+class _Issued(BaseModel):
     """Record one issued certificate, and whether it was revoked, as a line of issued.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,7 +53,7 @@ class Issued(BaseModel):
     revoked: datetime | None = None
 
 
-_RECORDS = TypeAdapter(list[Issued])
+_RECORDS = TypeAdapter(list[_Issued])
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Authority:
         )
         return len(changed)
 
-    def issued(self) -> list[Issued]:
+    def issued(self) -> list[_Issued]:
         """Return every certificate ever issued, oldest first.
 
         Raises:
@@ -191,7 +191,7 @@ class Authority:
         key = certificate.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
         # Recorded before it is handed out, so that issued.json lists every certificate issued here.
-        record = Issued(
+        record = _Issued(
             subject=subject,
             serial=f"{certificate.serial_number:x}",
             public_key=fingerprint(key),
@@ -201,6 +201,6 @@ class Authority:
         self._save([*self.issued(), record])
         return certificate
 
-    def _save(self, records: Sequence[Issued]) -> None:
+    def _save(self, records: Sequence[_Issued]) -> None:
         rows = [record.model_dump(mode="json") for record in records]
         write_json(self.folder / _ISSUED_FILE, rows, mode=0o644)

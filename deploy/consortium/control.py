@@ -41,7 +41,7 @@ _RUNNING_MEANS = "is `fedbags server up` running?"
 
 
 @dataclass(frozen=True)
-class Node:
+class _Node:
     """Describe a registered node."""
 
     id: int
@@ -73,12 +73,12 @@ class Control:
     def __init__(self, client: ControlHttpClient, address: str) -> None:
         self._client, self._address = client, address
 
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[_Node]:
         """Return every node that is registered now."""
         with self._errors("the nodes cannot be listed"):
             answer = self._client.ListNodes(messages.ListNodesRequest())
         return [
-            Node(node.node_id, node.name, node.status, node.public_key)
+            _Node(node.node_id, node.name, node.status, node.public_key)
             for node in answer.nodes_info
             if node.status != _UNREGISTERED
         ]
@@ -91,7 +91,7 @@ class Control:
             )
         return int(answer.node_id)
 
-    def unregister(self, node: Node) -> None:
+    def unregister(self, node: _Node) -> None:
         """Shut out the holder of a key at once."""
         with self._errors(f"site {node.site} cannot be unregistered"):
             self._client.UnregisterNode(messages.UnregisterNodeRequest(node_id=node.id))

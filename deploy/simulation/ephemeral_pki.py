@@ -32,10 +32,10 @@ _VALID_DAYS = 3650
 def make_ephemeral_pki(config: RunConfig) -> None:
     """Make the kits that the sites of a simulation need for secure aggregation, in its run folder."""
     for folder in site_folders(Path(config.sites_dir)):
-        ephemeral_kit(Path(config.run_dir), SiteConfig.load(folder).name)
+        _ephemeral_kit(Path(config.run_dir), SiteConfig.load(folder).name)
 
 
-def ephemeral_kit(run: Path, site: str) -> Path:
+def _ephemeral_kit(run: Path, site: str) -> Path:
     """Return the kit folder of a simulated site with node.key, node.crt and ca.crt, made if it is missing.
 
     Args:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
-LOCK = ".lock"
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def locked(folder: Path, what: str, patience: float = 0.0) -> Iterator[None]:
     Raises:
         UserError: another process holds it, or it cannot be written.
     """
-    path = folder / LOCK
+    path = folder / _LOCK
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:
         stack.callback(_remove_empty, made)

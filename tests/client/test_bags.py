@@ -203,7 +203,7 @@ def test_split_depends_on_the_site_and_leaves_a_single_bag_alone() -> None:
 
 def _store_of(bags: int, name: str = "x") -> BagStore:
     """A store without files, for what needs only the number of bags."""
-    from client.data.bags import StoreSummary
+    from client.data.bags import _StoreSummary
     from client.site import SiteConfig
     from common.hierarchy import Hierarchy
 
@@ -211,7 +211,7 @@ def _store_of(bags: int, name: str = "x") -> BagStore:
         config=SiteConfig(name=name),
         hierarchy=Hierarchy.from_rows(["level"], [["leaf"]]),
         data_version="",
-        summary=StoreSummary(0, 0, 0, 0, 0, 0, 0),
+        summary=_StoreSummary(0, 0, 0, 0, 0, 0, 0),
         bag_ids=tuple(map(str, range(bags))),
         leaf_counts=np.zeros((bags, 1), dtype=np.int64),
         bag_sizes=np.zeros(bags, dtype=np.int64),

@@ -22,7 +22,7 @@ from client.ledger.file import (
 from client.ledger.ledger import BudgetRefused, Ledger, Opening
 from client.ledger.state import LedgerState
 from client.session import SiteSession
-from client.site import PrivacyBudget, SiteConfig, SitePolicy
+from client.site import SiteConfig, SitePolicy, _PrivacyBudget
 from common.config import RunConfig
 from common.errors import UserError
 from common.privacy import accounting
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def open_site(site: Path) -> Callable[..., Budget]:
     """The budget of a real site with a cap of 10, as one message finds it; takes settings of the run."""
-    policy = SitePolicy(budget=PrivacyBudget(epsilon=10.0, delta=1e-3))
+    policy = SitePolicy(budget=_PrivacyBudget(epsilon=10.0, delta=1e-3))
     SiteConfig(name="site-1", policy=policy).save(site)
 
     def make(**changes: Any) -> Budget:
@@ -149,7 +149,7 @@ def test_a_used_up_cap_refuses_before_any_search(
     ledger = open_site().ledger
     bare = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.45, steps=1)
     cap = accounting.spent([bare], 1e-3, accounting.Adjacency.REPLACE_ONE)
-    policy = SitePolicy(budget=PrivacyBudget(epsilon=cap, delta=1e-3))
+    policy = SitePolicy(budget=_PrivacyBudget(epsilon=cap, delta=1e-3))
     SiteConfig(name="site-1", policy=policy).save(site)
     if cap > 10:
         open_site()

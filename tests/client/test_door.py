@@ -12,7 +12,7 @@ from flwr.app import Message, RecordDict
 from client import private_training
 from client.app import app
 from client.data.bags import BagStore
-from client.door import QUESTIONS, SiteApp, Touches
+from client.door import QUESTIONS, SiteApp, _Touches
 from client.egress import guard
 from client.ledger.ledger import Ledger
 from common.errors import BudgetRefused
@@ -87,7 +87,7 @@ def test_the_door_comes_before_any_data(sites_dir: Path, tmp_path: Path) -> None
     node = Node(with_policy(sites_dir / "hospital-1", tmp_path / "site", **BUDGET))
     called: list[Message] = []
     for kind in [*QUESTIONS, *UNKNOWN]:
-        if kind not in QUESTIONS or QUESTIONS[kind].touches is not Touches.NOTHING:
+        if kind not in QUESTIONS or QUESTIONS[kind].touches is not _Touches.NOTHING:
             message = node.message(kind, node.request(kind))
             guard(message, node.context({}), lambda message, context: called.append(message) or message)
     assert called == []

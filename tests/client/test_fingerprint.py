@@ -15,7 +15,7 @@ from client.data.tables import data_version, read_listing
 from client.ledger.file import NO_ROW, _canonical, _chain_hash
 from client.ledger.state import LedgerState
 from client.session import SiteSession
-from client.site import PrivacyBudget, SiteConfig, SitePolicy
+from client.site import SiteConfig, SitePolicy, _PrivacyBudget
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
@@ -33,7 +33,7 @@ CANDIDATES = [(red, green, 6 - red - green) for red in range(7) for green in ran
 @pytest.fixture
 def private_site(site: Path) -> Path:
     """The hand-made site with a budget."""
-    policy = SitePolicy(budget=PrivacyBudget(epsilon=30.0, delta=1e-3))
+    policy = SitePolicy(budget=_PrivacyBudget(epsilon=30.0, delta=1e-3))
     SiteConfig(name="site-1", policy=policy).save(site)
     return site
 

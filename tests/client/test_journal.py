@@ -41,7 +41,7 @@ def good(message: Message, context: Context) -> Message:
 
 def test_a_message_becomes_one_line_of_figures(tmp_path: Path) -> None:
     message, context = question({"data-path": str(tmp_path)})
-    reply = door.record(message, context, good)
+    reply = door._record(message, context, good)
     (line,) = lines(tmp_path / JOURNAL_FILE)
     assert line.pop("seconds") >= 0
     assert line.pop("time") > 1e9
@@ -62,14 +62,14 @@ def test_a_refusal_is_its_code_and_no_bytes(tmp_path: Path) -> None:
         return Message(Error(int(SiteError.BUDGET), "no"), reply_to=message)
 
     message, context = question({"data-path": str(tmp_path)})
-    door.record(message, context, refuse)
+    door._record(message, context, refuse)
     (line,) = lines(tmp_path / JOURNAL_FILE)
     assert (line["code"], line["bytes_sent"]) == (SiteError.BUDGET, 0)
 
 
 def test_with_a_kit_the_journal_lies_where_the_kit_says(tmp_path: Path) -> None:
     message, context = question({"data-path": str(tmp_path / "data"), "kit": str(tmp_path)})
-    door.record(message, context, good)
+    door._record(message, context, good)
     kit = SiteKit(consortium="c", app_hash="0" * 64, site="north", server="fl.example.org", port=8443).at(
         tmp_path
     )
@@ -79,14 +79,14 @@ def test_with_a_kit_the_journal_lies_where_the_kit_says(tmp_path: Path) -> None:
 def test_a_simulated_site_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     message, context = question({PARTITION: 0})
-    door.record(message, context, good)
+    door._record(message, context, good)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("group", ["patient-4711", "9" * 5000, "-1", ""])
 def test_what_a_server_writes_into_a_message_gets_no_further(group: str, tmp_path: Path) -> None:
     message, context = question({"data-path": str(tmp_path)}, kind="query.melanoma", group=group)
-    door.record(message, context, good)
+    door._record(message, context, good)
     (line,) = lines(tmp_path / JOURNAL_FILE)
     assert (line["round"], line["phase"]) == (0, door._OTHER)
 
@@ -96,7 +96,7 @@ def test_a_journal_that_cannot_be_written_stops_no_reply(
 ) -> None:
     (tmp_path / JOURNAL_FILE).mkdir()
     message, context = question({"data-path": str(tmp_path)})
-    assert not door.record(message, context, good).has_error()
+    assert not door._record(message, context, good).has_error()
     assert "the journal cannot be written (IsADirectoryError)" in caplog.text
 
 
@@ -149,7 +149,7 @@ def test_no_fault_of_a_file_changes_what_the_guard_decided(
     (data / "ledger.sqlite").write_bytes(b"x")
     message, context = question({"data-path": str(data), "kit": str(kit)})
     spoil(data / "ledger.sqlite", kit / "state", monkeypatch)
-    reply = door.record(message, context, good)
+    reply = door._record(message, context, good)
     monkeypatch.undo()
     assert not reply.has_error()
     assert [line["ledger_rows"] for line in lines(kit / "logs" / JOURNAL_FILE)] == [0]
@@ -161,7 +161,7 @@ def test_naming_the_ledgers_row_makes_no_folder(tmp_path: Path) -> None:
     kit.mkdir()
     (data / "ledger.sqlite").write_bytes(b"x")
     message, context = question({"data-path": str(data), "kit": str(kit)})
-    door.record(message, context, good)
+    door._record(message, context, good)
     assert [path.name for path in kit.iterdir()] == ["logs"]
 
 
@@ -183,7 +183,7 @@ def test_planted_identifiers_reach_neither_journal_nor_log(
             logging.getLogger("fedbags.client").exception("it failed for %(label)s", {"label": "melanoma"})
         return good(message, context)
 
-    door.record(message, context, fail)
+    door._record(message, context, fail)
     logged = capfd.readouterr().err.splitlines()
     assert [json.loads(text)["level"] for text in logged] == ["error", "warning", "error"]
     written = (site / JOURNAL_FILE).read_text()

@@ -383,12 +383,12 @@ def test_the_journal_keeps_the_mark(with_kit: bool, tmp_path: Path) -> None:
     def answer(message: Message, context: Context) -> Message:
         return Message(RecordDict(), reply_to=message)
 
-    door.record(message, context, answer)
+    door._record(message, context, answer)
     file = kit / "logs" / JOURNAL_FILE if kit else site / JOURNAL_FILE
     assert newest_mark(file) == ()
     place = anchor_file(site / "ledger.sqlite", kit)
     ledger = Ledger.open(site / "ledger.sqlite", Opening("site-1", "v1", 8.0, DELTA), anchor=place)
-    door.record(message, context, answer)
+    door._record(message, context, answer)
     mark = (Mark(ledger.state.rows, ledger.state.head),)
     assert newest_mark(file) == mark
     with file.open("a") as stream:

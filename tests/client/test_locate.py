@@ -8,7 +8,7 @@ import pytest
 from flwr.app import RecordDict
 
 from client.session import SiteSession, _find_site, _is_simulated
-from client.site import PrivacyBudget, SiteConfig, SitePolicy, site_folders
+from client.site import SiteConfig, SitePolicy, _PrivacyBudget, site_folders
 from common.config import RunConfig
 from common.errors import ConfigError, UserError
 
@@ -48,7 +48,7 @@ def test_a_real_site_never_writes_its_ledger_where_the_server_says(
     small_config: Callable[..., RunConfig], tmp_path: Path, epsilon: float | None
 ) -> None:
     config = small_config({"run-dir": str(tmp_path / "elsewhere")})
-    site = SiteConfig(name="site-1", policy=SitePolicy(budget=PrivacyBudget(epsilon=epsilon)))
+    site = SiteConfig(name="site-1", policy=SitePolicy(budget=_PrivacyBudget(epsilon=epsilon)))
     real, simulated = (
         SiteSession(config, site, tmp_path / "site", node, 1, RecordDict()).ledger_path
         for node in ({"data-path": "/data"}, {"partition-id": 0})

@@ -14,9 +14,9 @@ from flwr.app import Context, Message, RecordDict
 from client import app as client_app
 from client.door import QUESTIONS
 from client.egress import _rebuild_masked
-from client.secure_aggregation import STATE, Member, claim
+from client.secure_aggregation import _STATE, Member, _claim
 from client.session import SiteSession
-from client.site import SecureAggregationPolicy, SiteConfig, SitePolicy
+from client.site import SiteConfig, SitePolicy, _SecureAggregationPolicy
 from common.config import RunConfig
 from common.errors import EgressError, RunError, SecureAggregationRefused
 from common.hierarchy import Hierarchy
@@ -41,7 +41,7 @@ from common.secure_aggregation.records import (
 )
 from common.wire import combine, from_records, remember, remembered, to_records
 from deploy.flower.internals import become_server
-from deploy.simulation.ephemeral_pki import ephemeral_kit, make_ephemeral_pki
+from deploy.simulation.ephemeral_pki import _ephemeral_kit, make_ephemeral_pki
 from server.app import _run_path
 
 from .asking import Node, with_policy
@@ -174,7 +174,7 @@ def test_nothing_is_done_twice_even_by_two_processes_at_once(nodes: Nodes) -> No
 def test_a_site_signs_one_list_of_survivors_and_gives_shares_for_no_other(nodes: Nodes) -> None:
     """Asked by two processes at once it signs the first list; a lost reply costs nothing."""
     site = SiteConfig.load(nodes.folders["hospital-1"])
-    policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(minimum_sites=2))
+    policy = SitePolicy(secure_aggregation=_SecureAggregationPolicy(minimum_sites=2))
     loose = nodes.config.with_changes({"secure-aggregation.minimum-sites": 2})
     for context in nodes.contexts.values():
         context.run_config = loose.to_flat()
@@ -214,7 +214,7 @@ def test_there_is_one_sum_of_a_round_and_no_other(nodes: Nodes) -> None:
     """Three sessions of one round with other weights would give every single update."""
     for folder in nodes.folders.values():
         site = SiteConfig.load(folder)
-        policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(minimum_sites=2))
+        policy = SitePolicy(secure_aggregation=_SecureAggregationPolicy(minimum_sites=2))
         site.model_copy(update={"policy": policy}).save(folder)
     nodes.config = nodes.config.with_changes({"secure-aggregation.minimum-sites": 2})
     for context in nodes.contexts.values():
@@ -312,7 +312,7 @@ def test_simulated_sites_of_runs_without_a_folder_share_nothing_with_another_run
             context.run_config = config.to_flat()
             context.run_id, context.state = number, RecordDict()
         for name in nodes.names:
-            ephemeral_kit(runs / f"fedbags-{number}", name)
+            _ephemeral_kit(runs / f"fedbags-{number}", name)
         nodes.keys()
         assert code(nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))) == (
             SiteError.SECURE_AGGREGATION
@@ -329,7 +329,7 @@ def test_an_update_in_clear_is_refused(nodes: Nodes, small_config: Callable[...,
     plain = Nodes(small_config())
     folder = plain.folders["hospital-1"]
     site = SiteConfig.load(folder)
-    policy = SitePolicy(secure_aggregation=SecureAggregationPolicy(required=True))
+    policy = SitePolicy(secure_aggregation=_SecureAggregationPolicy(required=True))
     site.model_copy(update={"policy": policy}).save(folder)
     try:
         assert code(plain.ask("hospital-1", "train", plain.model())) == SiteError.SECURE_AGGREGATION
@@ -345,7 +345,7 @@ def test_a_real_node_without_a_kit_does_not_take_part(nodes: Nodes, tmp_path: Pa
     context.run_config = nodes.config.with_changes({"run-dir": "", "sites-dir": ""}).to_flat()
     assert code(nodes.ask("hospital-1", "query.keys", SessionOffer(**NOW))) == SiteError.CONFIGURATION
     # With a kit it does; without a certificate in it, which the server then adds.
-    kit = ephemeral_kit(tmp_path, "hospital-1")
+    kit = _ephemeral_kit(tmp_path, "hospital-1")
     (kit / "node.crt").unlink()
     context.node_config = {"data-path": str(folder), "kit": str(kit)}
     try:
@@ -377,7 +377,7 @@ def test_an_update_that_is_not_finite_stays(nodes: Nodes, monkeypatch: pytest.Mo
 
 def test_secrets_are_in_the_nodes_state_and_leave_it_as_soon_as_they_can(nodes: Nodes) -> None:
     def state() -> MemberState:
-        kept = remembered(nodes.contexts["hospital-1"].state, STATE, MemberState)
+        kept = remembered(nodes.contexts["hospital-1"].state, _STATE, MemberState)
         assert kept is not None
         return kept
 
@@ -537,7 +537,7 @@ def test_a_claim_is_made_by_one_of_many_at_once(tmp_path: Path) -> None:
 
     def attempt(number: int) -> None:
         try:
-            claim(path, "mask")
+            _claim(path, "mask")
             made.append(number)
         except SecureAggregationRefused:
             refused.append(number)
@@ -548,26 +548,26 @@ def test_a_claim_is_made_by_one_of_many_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert (len(made), len(refused)) == (1, 7)
-    claim(path, "unmask", "all")
-    claim(path, "unmask", "all")
+    _claim(path, "unmask", "all")
+    _claim(path, "unmask", "all")
     with pytest.raises(SecureAggregationRefused):
-        claim(path, "unmask", "fewer")
+        _claim(path, "unmask", "fewer")
     with pytest.raises(RunError, match="claims cannot be written"):
-        claim(tmp_path / "no-folder" / "claims.sqlite", "mask")
+        _claim(tmp_path / "no-folder" / "claims.sqlite", "mask")
 
 
 def test_a_state_survives_what_flower_does_to_it() -> None:
     from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
     state = RecordDict()
-    assert remembered(state, STATE, MemberState) is None
+    assert remembered(state, _STATE, MemberState) is None
     half = bytes(32)
     advert = KeyAdvert(
         **NOW, site="a", run=2**63 + 5, settings=half, seal_key=half, mask_key=half, commitment=half
     )
     made = MemberState(advert=advert, seed=bytes(range(32)))
-    remember(state, STATE, made)
-    assert remembered(recorddict_from_proto(recorddict_to_proto(state)), STATE, MemberState) == made
+    remember(state, _STATE, made)
+    assert remembered(recorddict_from_proto(recorddict_to_proto(state)), _STATE, MemberState) == made
 
 
 def test_a_supernode_keeps_the_state_in_memory_only() -> None:

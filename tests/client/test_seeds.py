@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from client import app as client_app
 from client.seeds import _SECRET_FILE, TrainingSeeds
 from client.session import SiteSession
-from client.site import PrivacyBudget, SiteConfig, SitePolicy
+from client.site import SiteConfig, SitePolicy, _PrivacyBudget
 from client.training import TrainingResult, _passes_of_round, train_round
 from common.config import RunConfig
 from common.model.build import build_model
@@ -103,7 +103,7 @@ def test_whoever_lacks_the_secret_cannot_repeat_a_real_sites_training(
 def test_private_training_too_has_the_sites_own_seeds(
     site: Path, small_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = SitePolicy(budget=PrivacyBudget(epsilon=8.0, delta=1e-3))
+    policy = SitePolicy(budget=_PrivacyBudget(epsilon=8.0, delta=1e-3))
     SiteConfig.load(site).model_copy(update={"policy": policy}).save(site)
     context = node(site, small_config({"dp.epsilon": 8.0, "dp.delta": 1e-3, "train.held-back": 0.0}))
     session = SiteSession.open(context)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from client.site import KNOWN_METRICS, PrivacyBudget, ReleaseProportions, SiteConfig, SitePolicy
+from client.site import KNOWN_METRICS, ReleaseProportions, SiteConfig, SitePolicy, _PrivacyBudget
 from common.errors import ConfigError, UserError
 
 
@@ -13,7 +13,7 @@ def test_defaults_release_the_total_and_all_known_metrics() -> None:
     assert policy.minimum_bag_size == 4
     assert policy.release_proportions is ReleaseProportions.TOTAL
     assert policy.terms(simulated=True).metrics == set(KNOWN_METRICS)
-    assert policy.budget == PrivacyBudget(epsilon=None, delta=None)
+    assert policy.budget == _PrivacyBudget(epsilon=None, delta=None)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_defaults_release_the_total_and_all_known_metrics() -> None:
             SitePolicy(release_proportions=ReleaseProportions.NONE),
             {"loss", "bags-l1", "bags-kl", "num-images"},
         ),
-        (SitePolicy(budget=PrivacyBudget(epsilon=1.0, delta=1e-6)), {"loss", "bags-l1", "confusion"}),
+        (SitePolicy(budget=_PrivacyBudget(epsilon=1.0, delta=1e-6)), {"loss", "bags-l1", "confusion"}),
     ],
 )
 def test_a_real_site_withholds_what_tells_more_than_it_releases(
@@ -40,10 +40,10 @@ def test_a_real_site_withholds_what_tells_more_than_it_releases(
 OF_0_1 = ("num-bags", "num-images", "loss", "bags-kl", "bags-l1", "held-back-bags", "confusion")
 
 
-@pytest.mark.parametrize("budget", [PrivacyBudget(), PrivacyBudget(epsilon=1.0, delta=1e-6)])
+@pytest.mark.parametrize("budget", [_PrivacyBudget(), _PrivacyBudget(epsilon=1.0, delta=1e-6)])
 @pytest.mark.parametrize("release", ReleaseProportions)
 def test_the_list_that_0_1_wrote_by_itself_is_no_choice_of_a_real_site(
-    release: ReleaseProportions, budget: PrivacyBudget
+    release: ReleaseProportions, budget: _PrivacyBudget
 ) -> None:
     written = SitePolicy(metrics=OF_0_1, release_proportions=release, budget=budget)
     silent = SitePolicy(release_proportions=release, budget=budget)
@@ -74,7 +74,7 @@ def test_save_then_load_gives_the_same_and_leaves_no_other_file(tmp_path: Path) 
         minimum_bag_size=8,
         release_proportions=ReleaseProportions.NONE,
         metrics=("loss",),
-        budget=PrivacyBudget(epsilon=2.5, delta=1e-6),
+        budget=_PrivacyBudget(epsilon=2.5, delta=1e-6),
     )
     config = SiteConfig(name="site.A_1", hierarchy="tree.csv", policy=policy)
     config.save(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from client.site import PrivacyBudget, SecureAggregationPolicy, SiteConfig
+from client.site import SiteConfig, _PrivacyBudget, _SecureAggregationPolicy
 from deploy.consortium import programs
 from deploy.consortium.foreground import COMMAND
 from deploy.consortium.kit import SiteKit
@@ -123,8 +123,8 @@ def test_site_check_of_a_site_with_a_budget_shows_private_runs(sites_dir: Path, 
     shutil.copytree(sites_dir / "hospital-1", site)
     config = SiteConfig.load(site)
     guarded = {
-        "budget": PrivacyBudget(epsilon=3.0, delta=1e-4),
-        "secure_aggregation": SecureAggregationPolicy(required=True),
+        "budget": _PrivacyBudget(epsilon=3.0, delta=1e-4),
+        "secure_aggregation": _SecureAggregationPolicy(required=True),
     }
     config.model_copy(update={"policy": config.policy.model_copy(update=guarded)}).save(site)
     leaves = check_site(site, 16)["leaves"]

@@ -12,7 +12,7 @@ import pytest
 from common.config import RunConfig
 from common.errors import UserError
 from deploy.simulation import prerequisites
-from deploy.simulation.folder_lock import LOCK, locked
+from deploy.simulation.folder_lock import _LOCK, locked
 
 BLOCK = """
 import sys
@@ -142,10 +142,10 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
         pass
     holder.kill()
     holder.communicate()
-    assert (tmp_path / "run" / LOCK).exists()
+    assert (tmp_path / "run" / _LOCK).exists()
     with locked(tmp_path / "run", "a run"):
-        assert f"process {os.getpid()}" in (tmp_path / "run" / LOCK).read_text()
-    assert not (tmp_path / "run" / LOCK).exists()
+        assert f"process {os.getpid()}" in (tmp_path / "run" / _LOCK).read_text()
+    assert not (tmp_path / "run" / _LOCK).exists()
 
 
 def test_a_lock_leaves_no_empty_folder_and_keeps_a_full_one(tmp_path: Path) -> None:

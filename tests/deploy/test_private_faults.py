@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 
 from client.ledger.ledger import verify
 from client.ledger.state import LedgerState
-from client.site import PrivacyBudget, SiteConfig
+from client.site import SiteConfig, _PrivacyBudget
 from common.config import RunConfig
 from common.files import read_json_lines
 from deploy.simulation.local_grid import LocalGrid
@@ -45,7 +45,7 @@ def test_a_lost_reply_is_paid_again_by_that_site_alone_and_every_statement_agree
     shutil.copytree(sites_dir, sites)
     for site in sites.iterdir():
         config = SiteConfig.load(site)
-        policy = config.policy.model_copy(update={"budget": PrivacyBudget(epsilon=8.0, delta=1e-3)})
+        policy = config.policy.model_copy(update={"budget": _PrivacyBudget(epsilon=8.0, delta=1e-3)})
         config.model_copy(update={"policy": policy}).save(site)
     config = small_config(
         {

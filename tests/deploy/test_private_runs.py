@@ -14,7 +14,7 @@ from client import app as client_app
 from client.data.bags import BagStore
 from client.ledger.ledger import Ledger, verify
 from client.ledger.state import LedgerState
-from client.site import PrivacyBudget, PrivateMetrics, SiteConfig
+from client.site import PrivateMetrics, SiteConfig, _PrivacyBudget
 from common.config import RunConfig
 from common.errors import RunError
 from common.files import read_json_lines
@@ -80,7 +80,7 @@ def uneven(tmp_path: Path) -> Path:
 def with_budget(sites: Path, epsilon: float, delta: float = 1e-3) -> None:
     for site in sites.iterdir():
         config = SiteConfig.load(site)
-        policy = config.policy.model_copy(update={"budget": PrivacyBudget(epsilon=epsilon, delta=delta)})
+        policy = config.policy.model_copy(update={"budget": _PrivacyBudget(epsilon=epsilon, delta=delta)})
         config.model_copy(update={"policy": policy}).save(site)
 
 

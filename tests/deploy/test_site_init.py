@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import deploy.cli.site_init
 from client.data.bags import BagStore
-from client.site import PrivacyBudget, ReleaseProportions, SiteConfig
+from client.site import ReleaseProportions, SiteConfig, _PrivacyBudget
 from common.errors import ConfigError, DataError, UserError
 from deploy.cli.main import app
 
@@ -91,7 +91,7 @@ def test_questions_on_a_terminal_ask_for_what_was_not_given(
     init(site, "--force", answers="\n" * 6)
     assert SiteConfig.load(site) == config, "what is there stands in brackets"
     init(site, "--force", answers="\n\n\n0\n\n")
-    assert SiteConfig.load(site).policy.budget == PrivacyBudget(), "the answer 0 is no budget"
+    assert SiteConfig.load(site).policy.budget == _PrivacyBudget(), "the answer 0 is no budget"
 
 
 def test_a_folder_without_tables_is_told_what_is_missing(tmp_path: Path) -> None:

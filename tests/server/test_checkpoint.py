@@ -41,7 +41,7 @@ def test_a_checkpoint_of_0_1_is_read(tmp_path: Path) -> None:
     """There the state is in the header of the file."""
     arrays = {f"{group}/{name}": array for group in ("model", "best") for name, array in ARRAYS.items()}
     text = state(3).model_dump_json()
-    metadata = {"state": text, "digest": run_folder._digest(arrays, text.encode())}
+    metadata = {"state": text, "digest": run_folder._digest_of(arrays, text.encode())}
     safetensors.numpy.save_file(arrays, tmp_path / "round-00003.safetensors", metadata=metadata)
     found = run_folder.newest_checkpoint(tmp_path)
     assert found is not None

@@ -17,7 +17,7 @@ from client import secure_aggregation as client_side
 from client.data.bags import BagStore
 from client.secure_aggregation import CERTIFICATE_FILE, EPHEMERAL, KEY_FILE
 from client.session import SiteSession
-from client.site import SecureAggregationPolicy, SiteConfig
+from client.site import SiteConfig, _SecureAggregationPolicy
 from common import pki
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
@@ -28,7 +28,7 @@ from common.secure_aggregation.cohort import KEYS_SIGNED, effective_number
 from common.secure_aggregation.quantisation import Grid
 from common.secure_aggregation.records import KeyAdvert, MaskedUpdate, UnmaskShares
 from common.wire import from_records, to_records
-from deploy.simulation.ephemeral_pki import ephemeral_kit, make_ephemeral_pki
+from deploy.simulation.ephemeral_pki import _ephemeral_kit, make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
 from server import collect, enrolment
 from server.aggregation import training_bags
@@ -175,7 +175,7 @@ def test_only_an_update_without_noise_is_refused_for_what_the_clip_range_cuts(
     config: Config, monkeypatch: pytest.MonkeyPatch, private: bool
 ) -> None:
     """Noise of a few rounds at a small epsilon is larger than the clip range at some numbers in a hundred."""
-    monkeypatch.setattr(client_side, "MOST_CLIPPED", -1.0)  # any update is cut too often
+    monkeypatch.setattr(client_side, "_MOST_CLIPPED", -1.0)  # any update is cut too often
     dp = {"dp.epsilon": 4.0, "dp.delta": 1e-3, "dp.expected-bags": 3.0, "dp.steps-per-round": 2}
     settings = config("run", ONE_ROUND | {"train.held-back": 0.0} | (dp if private else {}))
     with nullcontext() if private else pytest.raises(RunError):
@@ -684,7 +684,7 @@ def test_a_certificate_of_another_authority_costs_its_site_and_not_the_run(
     def kit(session: SiteSession) -> Path:
         name = session.site.name
         outside = name == "hospital-2"
-        made = ephemeral_kit(tmp_path / ("outside" if outside else "inside"), name)
+        made = _ephemeral_kit(tmp_path / ("outside" if outside else "inside"), name)
         if not outside:
             (nodes / f"{name}.crt").write_bytes((made / CERTIFICATE_FILE).read_bytes())
         return made
@@ -724,7 +724,7 @@ def test_a_policy_may_open_the_loss(config: Config, sites_dir: Path, tmp_path: P
     folder = sorted(sites.iterdir())[0]
     site = SiteConfig.load(folder)
     policy = site.policy.model_copy(
-        update={"secure_aggregation": SecureAggregationPolicy(metrics=("num-bags", "loss"))}
+        update={"secure_aggregation": _SecureAggregationPolicy(metrics=("num-bags", "loss"))}
     )
     site.model_copy(update={"policy": policy}).save(folder)
     run(config("run", {"rounds": 1, "sites-dir": str(sites)}))

@@ -25,7 +25,7 @@ from common.secure_aggregation.records import (
     Words,
 )
 from common.secure_aggregation.recovery import MaskedSum
-from deploy.simulation.ephemeral_pki import ephemeral_kit
+from deploy.simulation.ephemeral_pki import _ephemeral_kit
 
 SESSION, RUN, ROUND = "ab" * 16, 7, 3
 SETTINGS = bytes(32)
@@ -128,7 +128,7 @@ def consortium(tmp_path: Path) -> Callable[..., Consortium]:
 
     def make(number: int = 5, **changes: object) -> Consortium:
         names = [f"site-{index:02d}" for index in range(number)]
-        kits = {name: ephemeral_kit(tmp_path, name) for name in names}
+        kits = {name: _ephemeral_kit(tmp_path, name) for name in names}
         made = Consortium(
             names,
             (kits[names[0]] / "ca.crt").read_text(),

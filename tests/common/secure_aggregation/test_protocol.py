@@ -17,14 +17,14 @@ from common.secure_aggregation.cohort import (
     KEYS_SIGNED,
     Limits,
     _check_weights,
+    _sums,
     effective_number,
     neighbourhood,
-    sums,
     threshold,
 )
 from common.secure_aggregation.records import SEALED_BYTES, MaskRequest, SessionOffer
 from common.secure_aggregation.recovery import MaskedSum
-from deploy.simulation.ephemeral_pki import ephemeral_kit
+from deploy.simulation.ephemeral_pki import _ephemeral_kit
 
 Make = Callable[..., Any]
 SESSION, RUN, ROUND = "ab" * 16, 7, 3
@@ -101,7 +101,7 @@ def test_a_swapped_key_is_found_by_every_peer(consortium: Make) -> None:
 def test_keys_of_a_foreign_authority_are_refused(consortium: Make, tmp_path: Path) -> None:
     group = consortium(4)
     group.advertise()
-    outside = ephemeral_kit(tmp_path / "outside", "site-02")
+    outside = _ephemeral_kit(tmp_path / "outside", "site-02")
     forged, _ = member.advertise(
         SessionOffer(session=SESSION, round=ROUND),
         "site-02",
@@ -526,9 +526,9 @@ def test_every_connected_part_of_the_survivors_is_a_sum_of_its_own(consortium: M
     plan = group.plan()
     joined = {name: set(neighbourhood(plan, name)) for name in group.names}
     two = [name for name in group.names if name not in joined["site-00"] or name == "site-00"]
-    assert ["site-00"] in sums(plan, two)  # without its neighbours its sum is its own vector
-    assert sums(plan, group.names) == [group.names]
-    assert sums(group.plan().model_copy(update={"neighbours": 0}), two) == [two]
+    assert ["site-00"] in _sums(plan, two)  # without its neighbours its sum is its own vector
+    assert _sums(plan, group.names) == [group.names]
+    assert _sums(group.plan().model_copy(update={"neighbours": 0}), two) == [two]
 
 
 def test_a_sparse_sum_that_falls_into_small_parts_is_not_unmasked(consortium: Make, vectors: Make) -> None:
@@ -538,7 +538,7 @@ def test_a_sparse_sum_that_falls_into_small_parts_is_not_unmasked(consortium: Ma
     order = ring_of(plan)
     lost = {*order[3:5], *order[-2:]}
     listed = [name for name in group.names if name not in lost]
-    assert sorted(order[:3]) in sums(plan, listed)
+    assert sorted(order[:3]) in _sums(plan, listed)
     with pytest.raises(SecureAggregationRefused, match="3 sites with a weight, this site demands 4"):
         group.sign(order[7], listed)
 

@@ -21,7 +21,7 @@ from deploy.compare import run as comparison
 from deploy.compare.cell import _work
 from deploy.compare.plan import LOG, RESULT
 from deploy.compare.run import Request, compare, list_cells
-from deploy.simulation.folder_lock import LOCK
+from deploy.simulation.folder_lock import _LOCK
 from tests.deploy.datasets.layouts import write_aircraft, write_cars, write_cub, write_ham10000
 
 Write = Callable[..., Path]
@@ -225,7 +225,7 @@ def test_two_comparisons_do_not_share_a_folder(
 ) -> None:
     monkeypatch.setattr(comparison, "_LOCK_SECONDS", 0.1)
     (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / LOCK).open("w") as stream:
+    with (tmp_path / "out" / _LOCK).open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(Exception, match="another comparison is at work"):
             compare(scenario(TWO), tmp_path / "out")
