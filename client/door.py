@@ -26,7 +26,6 @@ from client.session import SiteSession
 from client.site import DATA_PATH, KIT, journal_path
 from common.config import RunConfig
 from common.errors import BudgetRefused, ConfigError
-from common.logs import JsonLines
 from common.records import ModelUpdate, PrivacyStatement, ProportionRelease, Record
 from common.secure_aggregation.records import (
     KeyAdvert,
@@ -40,6 +39,7 @@ from common.secure_aggregation.records import (
     UnmaskRequest,
     UnmaskShares,
 )
+from common.text import JsonLines
 from common.wire import size
 
 log = logging.getLogger("fedbags.client")

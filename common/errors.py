@@ -6,13 +6,10 @@ FedbagsError
 │   └── DataError      rows of a site folder or of a source; all bad rows are listed together
 ├── RunError           exit 1: the run could not go on (quorum, deadline, lost site)
 │   ├── IdentityError               a certificate or a signature is not what it must be
-│   └── SecureAggregationRefused    a site does not go on with a secure aggregation
-│       └── RoundTaken              its part of this round is done: it goes on with the next
+│   ├── SecureAggregationRefused    a site does not go on with a secure aggregation
+│   │   └── RoundTaken              its part of this round is done: it goes on with the next
+│   └── BudgetRefused               a site's privacy budget does not allow what was asked
 └── EgressError        a site refused to send something (its text carries no data)
-
-Define a site's refusal to spend privacy budget.
-
-It has a module of its own, so that the guard need not load the accountants.
 """
 
 from collections.abc import Sequence

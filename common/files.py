@@ -1,13 +1,18 @@
-"""Write files whole or not at all, and read those that grow line by line.
+"""Write files whole or not at all, and read those that grow line by line and those of a spreadsheet.
 
 A reader, a crash or a power cut meets the old content of a file or the new one. Nothing here knows what is
 written. Errors are left as the OSError that they are; whoever calls says what the user can do about them.
+Delimited tables are read in the encodings and with the separators that spreadsheets write; content that
+cannot be read with certainty is refused with a reason, not guessed.
 """
 
+import csv
 import errno
 import fcntl
+import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -237,3 +242,71 @@ def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
         with suppress(ValueError):
             if isinstance(value := json.loads(line), dict):
                 yield value
+
+
+_SEPARATORS = (",", ";", "\t", "|")
+
+# Workbooks are recognised by their first bytes, so that the error can say what to do with one instead of
+# reporting broken text.
+_WORKBOOKS = {
+    b"PK\x03\x04": "is an Excel workbook (or another zip archive), not text",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook, not text",
+}
+_SAVE_AS = "save it as CSV UTF-8"
+_NAMED_SEPARATOR = re.compile(r"sep=(.)\r?\n")
+
+
+class TableError(Exception):
+    """Report that a file is not a table.
+
+    ``line`` is 1-based, or None where the fault concerns all of the file.
+    """
+
+    def __init__(self, line: int | None, reason: str) -> None:
+        self.line, self.reason = line, reason
+        super().__init__(reason)
+
+
+def read_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line number and the cells of every row that is not empty, the header first.
+
+    The text is UTF-8 or UTF-16 with a byte order mark. The separator is the one of SEPARATORS that gives
+    the header the most cells, or the one that Excel's line ``sep=;`` names.
+
+    Raises:
+        TableError: a workbook, another encoding, or broken quotes.
+    """
+    text = _decode(data)
+    skipped = 0
+    # A first line such as ``sep=;`` names the separator for Excel, so it outranks the count of cells.
+    if named := _NAMED_SEPARATOR.match(text):
+        text, separator, skipped = text[named.end() :], named[1], 1
+    else:
+        first = text.split("\n", 1)[0]
+        separator = max(_SEPARATORS, key=lambda mark: _cells(first, mark))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num + skipped, cells
+    except csv.Error as error:
+        raise TableError(reader.line_num + skipped, f"is not CSV: {error}") from None
+
+
+def _cells(line: str, separator: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=separator), []))
+    except csv.Error:
+        return 0
+
+
+def _decode(data: bytes) -> str:
+    for start, reason in _WORKBOOKS.items():
+        if data.startswith(start):
+            raise TableError(None, f"{reason}; open it there and {_SAVE_AS}")
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise TableError(line, f"is not UTF-8 (Windows-1252, perhaps); {_SAVE_AS}") from None

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import BadRow, DataError
-from common.text import TableError, read_rows
+from common.files import TableError, read_rows
 
 if TYPE_CHECKING:  # the tree is read where no model is
     from torch import Tensor

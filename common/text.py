@@ -1,18 +1,20 @@
-"""Make text from other parties safe to show on a terminal or in a report.
+"""Make text from other parties safe to show on a terminal or in a report, and log records safe to keep.
 
-A character that a terminal would act upon or hide is replaced by a visible escape. This module knows
-nothing of where the text comes from and where it is shown.
+A character that a terminal would act upon or hide is replaced by a visible escape.
 
-Read delimited tables in the encodings and with the separators that spreadsheets write.
-
-This module knows nothing of columns. Content that cannot be read with certainty is refused with a reason,
-not guessed.
+A log record becomes a JSON line that carries no path, patient id or label. The server's log and a site's
+share this formatter. The rule stands here and not at each call: the template of a log call is a constant (a
+test holds every call to that), and a value put into it is a number, a text under one of the names below, or
+withheld.
 """
 
-import csv
-import io
+import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
 
 _REASON_CHARACTERS = 300
 """The longest reason that is kept of a reply that was not used."""
@@ -55,69 +57,79 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-_SEPARATORS = (",", ";", "\t", "|")
+_SPOKEN = frozenset({"code", "error", "file", "phase", "reason", "site", "sites", "state"})
+"""The names under which a text may be logged: ``log.info("%(site)s came back", {"site": name})``. Each
+holds the name of a site, a word of ours, or the bare name of a file of ours."""
+_WITHHELD = "[withheld]"
+_PATH = "[path]"
 
-# Workbooks are recognised by their first bytes, so that the error can say what to do with one instead of
-# reporting broken text.
-_WORKBOOKS = {
-    b"PK\x03\x04": "is an Excel workbook (or another zip archive), not text",
-    b"\xd0\xcf\x11\xe0": "is an old Excel workbook, not text",
-}
-_SAVE_AS = "save it as CSV UTF-8"
-_NAMED_SEPARATOR = re.compile(r"sep=(.)\r?\n")
+_PACKAGES = ("common", "server", "client", "deploy")
+_PATH_PATTERN = re.compile(r"\S*[/\\]\S*")
 
 
-class TableError(Exception):
-    """Report that a file is not a table.
+class JsonLines(logging.Formatter):
+    """Format a log record as one JSON object.
 
-    ``line`` is 1-based, or None where the fault concerns all of the file.
+    It holds the time (UTC), level, logger, message, and each named value by itself.
+
+    An exception appears as its class and the place in our own code where it was raised; its text, which
+    can carry a path or a patient id, does not.
     """
 
-    def __init__(self, line: int | None, reason: str) -> None:
-        self.line, self.reason = line, reason
-        super().__init__(reason)
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the JSON line of a record, without its line end."""
+        message, named = _fill(record)
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": message,
+            **named,
+        }
+        # Only the class and place of an exception are written: its text can hold a file name or a cell of a
+        # table.
+        if record.exc_info and record.exc_info[0] is not None:
+            kind, _, trace = record.exc_info
+            line |= {"exception": kind.__name__, "at": _place(trace)}
+        return json.dumps(line)
 
 
-def read_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number and the cells of every row that is not empty, the header first.
-
-    The text is UTF-8 or UTF-16 with a byte order mark. The separator is the one of SEPARATORS that gives
-    the header the most cells, or the one that Excel's line ``sep=;`` names.
-
-    Raises:
-        TableError: a workbook, another encoding, or broken quotes.
-    """
-    text = _decode(data)
-    skipped = 0
-    # A first line such as ``sep=;`` names the separator for Excel, so it outranks the count of cells.
-    if named := _NAMED_SEPARATOR.match(text):
-        text, separator, skipped = text[named.end() :], named[1], 1
+def _fill(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
+    """Return the message with its permitted values put in, and the named values."""
+    if not isinstance(record.msg, str):
+        return type(record.msg).__name__, {}
+    named: dict[str, Any] = {}
+    values: Any
+    if isinstance(record.args, Mapping):
+        named = {name: _named(name, value) for name, value in record.args.items()}
+        values = named
     else:
-        first = text.split("\n", 1)[0]
-        separator = max(_SEPARATORS, key=lambda mark: _cells(first, mark))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        values = tuple(_number(value) for value in record.args or ())
     try:
-        for cells in reader:
-            if cells:
-                yield reader.line_num + skipped, cells
-    except csv.Error as error:
-        raise TableError(reader.line_num + skipped, f"is not CSV: {error}") from None
+        return (record.msg % values if values else record.msg), named
+    except (TypeError, ValueError, KeyError):  # a text was withheld where a number was to be written
+        return record.msg, named
 
 
-def _cells(line: str, separator: str) -> int:
-    try:
-        return len(next(csv.reader([line], delimiter=separator), []))
-    except csv.Error:
-        return 0
+def _number(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float) else _WITHHELD
 
 
-def _decode(data: bytes) -> str:
-    for start, reason in _WORKBOOKS.items():
-        if data.startswith(start):
-            raise TableError(None, f"{reason}; open it there and {_SAVE_AS}")
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise TableError(line, f"is not UTF-8 (Windows-1252, perhaps); {_SAVE_AS}") from None
+def _named(name: str, value: Any) -> Any:
+    # A text under a permitted name, such as a reason, may still have a path inside it.
+    if name in _SPOKEN and isinstance(value, str):
+        return _PATH_PATTERN.sub(_PATH, value)
+    if name in _SPOKEN and isinstance(value, list | tuple):
+        return [_named(name, part) for part in value]
+    return _number(value)
+
+
+def _place(trace: TracebackType | None) -> str:
+    """Return ``module:line`` of the innermost frame of our own code, or an empty text."""
+    place = ""
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] in _PACKAGES:
+            place = f"{module}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place

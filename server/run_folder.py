@@ -42,9 +42,9 @@ from safetensors.numpy import save_file
 from common.config import RunConfig
 from common.errors import RunError, UserError
 from common.files import read_json_lines, replacing, write_json, write_text
-from common.logs import JsonLines
 from common.records import PrivacyStatement, ProportionRelease
 from common.run_records import BagFigures, DeclaredLoss, LeftOut, RunEvent, RunSummary
+from common.text import JsonLines
 
 if TYPE_CHECKING:  # torch and Flower come with it, and whoever watches a run needs neither
     from server.evaluation import Confusion

@@ -75,7 +75,7 @@ def test_only_wire_builds_flower_records_that_travel() -> None:
 
 
 def test_log_calls_have_constant_templates() -> None:
-    """What is put in is then seen by common/logs.py, which withholds identifiers."""
+    """What is put in is then seen by common/text.py, which withholds identifiers."""
     levels = {"debug", "info", "warning", "error", "exception", "critical"}
     calls = 0
     for package in PACKAGES:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from client.site import BUILD_ADVICE, SiteConfig
 from common.errors import BadRow, DataError
+from common.files import TableError, read_rows
 from common.hierarchy import Hierarchy
-from common.text import TableError, read_rows
 
 _WHOLE = re.compile(r"([0-9]{1,9})(?:[.,]0*)?")
 
@@ -57,7 +57,7 @@ class CsvTable:
 def read_csv(path: Path, required: Sequence[str], fatal: list[BadRow], bad: list[BadRow]) -> CsvTable | None:
     """Read a table with a header, collecting its faults.
 
-    ``common.text`` decides which encodings and separators are read.
+    ``common.files`` decides which encodings and separators are read.
 
     Args:
         path: the file; faults name it by its last part.

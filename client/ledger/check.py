@@ -1,13 +1,12 @@
-"""Check a ledger file and list every problem by row.
+"""Check a ledger file, and keep its composed privacy loss so that only newer events are composed again.
 
-Changes nothing and trusts nothing. The chain shows what was edited, deleted in the middle, or reordered. An
-old copy put back, or a wholly rewritten ledger, is consistent in itself: those show only against what is kept
-elsewhere, such as the site's anchor, or the head in the newest privacy statement that the server holds.
+A check lists every problem by row, changes nothing and trusts nothing. The chain shows what was edited,
+deleted in the middle, or reordered. An old copy put back, or a wholly rewritten ledger, is consistent in
+itself: those show only against what is kept elsewhere, such as the site's anchor, or the head in the newest
+privacy statement that the server holds.
 
-Keep the composed privacy loss of a ledger, so that a new process composes only newer events.
-
-The file is a copy of what can be computed from the ledger. It is dropped, and everything is composed again,
-unless
+The kept privacy loss is a copy of what can be computed from the ledger. It is dropped, and everything is
+composed again, unless
 
 - this site wrote it: an HMAC under the site's secret covers all of it. Whoever can write the file, and can
   neither read nor replace the secret, cannot make the site understate what it spent. Whoever owns the site

@@ -8,8 +8,8 @@ import pytest
 
 from client.data.tables import CsvTable, read_csv, whole_number
 from common.errors import BadRow, DataError
+from common.files import TableError, read_rows
 from common.hierarchy import Hierarchy
-from common.text import TableError, read_rows
 
 ROWS = [["kind", "leaf"], ["warm", "a, b"], ["cold", "größe"]]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.logs import _WITHHELD, PATH, JsonLines
+from common.text import _PATH, _WITHHELD, JsonLines
 
 CANARIES = ("patient-4711", "/secret/path", "melanoma")
 
@@ -38,7 +38,7 @@ def test_words_without_a_name_are_withheld() -> None:
 
 def test_a_path_is_withheld_under_any_name() -> None:
     said = line("%(reason)s", {"reason": "cannot read /secret/path/patient-4711.png: denied"})
-    assert said["message"] == f"cannot read {PATH} denied"
+    assert said["message"] == f"cannot read {_PATH} denied"
 
 
 def test_an_exception_is_its_class_and_place() -> None:
