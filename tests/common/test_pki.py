@@ -11,8 +11,7 @@ from cryptography.x509.oid import NameOID
 
 from common.errors import IdentityError, UserError
 from common.pki import read_node_key, sign, verify, verify_certificate
-from deploy.simulation.ephemeral_pki import _issue as issue
-from deploy.simulation.ephemeral_pki import _private_pem as private_pem
+from tests.certificates import issue
 
 NOW = datetime.now(UTC)
 
@@ -100,11 +99,13 @@ def test_a_signature_is_bound_to_key_purpose_and_payload(site: ec.EllipticCurveP
 
 
 def test_node_keys_are_read_in_both_formats(tmp_path: Path, site: ec.EllipticCurvePrivateKey) -> None:
-    (tmp_path / "pem").write_bytes(private_pem(site))
-    openssh = site.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
-    (tmp_path / "openssh").write_bytes(openssh)
+    none = serialization.NoEncryption()
+    for name, form in (
+        ("pem", serialization.PrivateFormat.PKCS8),
+        ("openssh", serialization.PrivateFormat.OpenSSH),
+    ):
+        content = site.private_bytes(serialization.Encoding.PEM, form, none)
+        (tmp_path / name).write_bytes(content)
     for name in ("pem", "openssh"):
         assert read_node_key(tmp_path / name).public_key() == site.public_key()
 

@@ -25,6 +25,7 @@ from common.secure_aggregation.cohort import (
 from common.secure_aggregation.records import SEALED_BYTES, MaskRequest, SessionOffer
 from common.secure_aggregation.recovery import MaskedSum
 from deploy.simulation.ephemeral_pki import _ephemeral_kit
+from tests.certificates import issue
 
 Make = Callable[..., Any]
 SESSION, RUN, ROUND = "ab" * 16, 7, 3
@@ -183,8 +184,6 @@ def test_a_site_under_two_names_is_refused(consortium: Make) -> None:
 def same_key_certificate(group: Any, name: str, owner: str) -> str:
     """What an authority would issue that gave one key two names."""
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    from deploy.simulation.ephemeral_pki import _issue as issue
 
     root = group.root
     signer = load_pem_private_key((root / "ca.key").read_bytes(), None)
