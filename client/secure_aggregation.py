@@ -61,9 +61,9 @@ CA_FILE, KEY_FILE, CERTIFICATE_FILE = "ca.crt", "node.key", "node.crt"
 EPHEMERAL = "throw-away-identities"
 """The folder, in the run folder of a simulation, with a kit for each of its sites."""
 _STATE = "secure-aggregation"
-_CLAIMS_FILE = "secure-aggregation.sqlite"
+_REPLAY_GUARD_FILE = "secure-aggregation.sqlite"
 _WAIT_SECONDS = 30.0
-"""How long to wait for another process that writes the file of claims."""
+"""How long to wait for another process that writes the replay guard."""
 _MOST_CLIPPED = 1e-3
 """Largest share beyond the clip range of an update without noise. With settings that cut every number, each
 would be plus or minus the range times the site's weight, and their sum would tell every site's sign."""
@@ -75,7 +75,8 @@ class Member:
 
     node: SiteSession
     kit: Path
-    claims: Path
+    done: Path
+    """The replay guard, a file of the steps that the site has done."""
 
     @classmethod
     def open(cls, session: SiteSession) -> Self:
@@ -86,7 +87,7 @@ class Member:
         """
         if not session.config.secure_aggregation.enabled:
             raise ConfigError("secure aggregation is off in this run (secure-aggregation.enabled)")
-        return cls(session, find_kit(session), _claims_path(session))
+        return cls(session, find_kit(session), _replay_guard(session))
 
     @property
     def limits(self) -> Limits:
@@ -102,7 +103,7 @@ class Member:
             RoundTaken: the site has unmasked a sum of this round already.
         """
         self._refuse_second_sum(offer)
-        _claim(self.claims, f"{offer.session}/keys")
+        _do_once(self.done, f"{offer.session}/keys")
         advert, state = member.advertise(
             offer,
             self.node.site.name,
@@ -127,7 +128,7 @@ class Member:
             raise SecureAggregationRefused(
                 "a plan with another threshold-share, neighbours or clip-range than the run's configuration"
             )
-        _claim(self.claims, f"{plan.session}/shares")
+        _do_once(self.done, f"{plan.session}/shares")
         reply, state = member.share(
             self._state(), plan, authority.read_text(encoding="ascii"), datetime.now(UTC), self.limits
         )
@@ -140,7 +141,7 @@ class Member:
         return self._state().session
 
     def receive(self, request: MaskRequest, sent: ModelUpdate) -> None:
-        """Take in the neighbours' shares, and claim the training and masking of the model beside them.
+        """Take in the neighbours' shares, and record that this model is trained and masked.
 
         Raises:
             RoundTaken: the site has unmasked a sum of this round, or begun it with another model.
@@ -149,8 +150,8 @@ class Member:
             raise SecureAggregationRefused("a model of one round with the shares of another")
         self._refuse_second_sum(request)
         model = digest(sent.arrays)
-        self._claim_once(f"{self._round(request)}/model", model.hex(), "for another model")
-        _claim(self.claims, f"{request.session}/masks")
+        self._once_per_round(f"{self._round(request)}/model", model.hex(), "for another model")
+        _do_once(self.done, f"{request.session}/masks")
         state = member.receive(self._state(), request, model)
         for peer in sorted(request.shares.keys() - state.held.keys()):
             told = {"round": request.round, "site": peer}
@@ -178,7 +179,7 @@ class Member:
         Asked again, the site signs the same list and no other.
         """
         answer = member.agree(self._state(), request, self._node_key(), self.limits)
-        self._claim_survivors(request)
+        self._sign_one_list(request)
         return answer
 
     def unmask(self, request: UnmaskRequest) -> UnmaskShares:
@@ -190,22 +191,22 @@ class Member:
             RoundTaken: it has given shares for another sum of this round.
         """
         answer = member.unmask(self._state(), request, self.limits)
-        self._claim_survivors(request)
-        self._claim_once(f"{self._round(request)}/sum", request.session, "in another session")
+        self._sign_one_list(request)
+        self._once_per_round(f"{self._round(request)}/sum", request.session, "in another session")
         return answer
 
-    def _claim_survivors(self, request: SurvivorList) -> None:
+    def _sign_one_list(self, request: SurvivorList) -> None:
         listed = hashlib.sha256(canonical(sorted(request.survivors))).hexdigest()
-        _claim(self.claims, f"{request.session}/survivors", listed)
+        _do_once(self.done, f"{request.session}/survivors", listed)
 
     def _refuse_second_sum(self, request: InSession) -> None:
         """Refuse before any work and any budget what ``unmask`` would refuse in the end."""
-        if _claimed(self.claims, f"{self._round(request)}/sum") is not None:
+        if _done_with(self.done, f"{self._round(request)}/sum") is not None:
             raise RoundTaken(f"this site has given its part of a sum of round {request.round} already")
 
-    def _claim_once(self, key: str, content: str, otherwise: str) -> None:
+    def _once_per_round(self, key: str, content: str, otherwise: str) -> None:
         try:
-            _claim(self.claims, key, content)
+            _do_once(self.done, key, content)
         except SecureAggregationRefused as error:
             raise RoundTaken(f"this site has done its part of this round {otherwise} already") from error
 
@@ -260,11 +261,11 @@ def settings_digest(config: RunConfig) -> bytes:
     return hashlib.sha256(canonical(config.to_flat())).digest()
 
 
-def _claims_path(session: SiteSession) -> Path:
-    """Return the file of claims, which lies with the site's data or under a simulated run."""
+def _replay_guard(session: SiteSession) -> Path:
+    """Return the replay guard's file, which lies with the site's data or under a simulated run."""
     if not session.simulated:
-        return session.folder / _CLAIMS_FILE
-    path = _run_folder(session) / "sites" / session.folder.name / _CLAIMS_FILE
+        return session.folder / _REPLAY_GUARD_FILE
+    path = _run_folder(session) / "sites" / session.folder.name / _REPLAY_GUARD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -276,17 +277,17 @@ def _run_folder(session: SiteSession) -> Path:
     return Path.home() / ".fedbags" / "runs" / session.run_name
 
 
-def _claim(path: Path, key: str, content: str | None = None) -> None:
-    """Claim ``key`` for good, or refuse if it was claimed before.
+def _do_once(path: Path, key: str, content: str | None = None) -> None:
+    """Record a step as done for good, or refuse it if it was done before.
 
-    With ``content``, the same claim may be repeated, and no other made.
+    With ``content``, the step may be repeated with the same content, and with no other.
 
     Raises:
-        SecureAggregationRefused: it was claimed before (with something else).
+        SecureAggregationRefused: it was done before (with something else).
         RunError: the file cannot be written; nothing may be done then.
     """
     with _open(path) as db:
-        # One statement decides: to look first and write then would let two processes both find the key
+        # One statement decides: reading first and writing then would let two processes both find the key
         # free.
         made = db.execute("INSERT OR IGNORE INTO claims VALUES (?, ?)", (key, content)).rowcount
         kept = db.execute("SELECT content FROM claims WHERE key = ?", (key,)).fetchone()
@@ -294,8 +295,8 @@ def _claim(path: Path, key: str, content: str | None = None) -> None:
         raise SecureAggregationRefused("asked a second time for what is done once")
 
 
-def _claimed(path: Path, key: str) -> str | None:
-    """Return the content under which ``key`` was claimed, or None if it was not.
+def _done_with(path: Path, key: str) -> str | None:
+    """Return the content with which a step was done, or None if it was not.
 
     Raises:
         RunError: the file cannot be read.
@@ -309,10 +310,10 @@ def _claimed(path: Path, key: str) -> str | None:
 def _open(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         with closing(sqlite3.connect(path, timeout=_WAIT_SECONDS)) as db, db:
-            # A claim that a power cut undoes could be made again, and a second answer under the same
+            # A step that a power cut undoes could be done again, and a second answer under the same
             # masks gives the first away.
             db.execute("PRAGMA synchronous = EXTRA")
             db.execute("CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, content TEXT)")
             yield db
     except sqlite3.Error as error:
-        raise RunError("the site's file of claims cannot be written; is its disk full?") from error
+        raise RunError("the site's record of finished steps cannot be written; is its disk full?") from error

@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from client import app as client_app
 from client.door import QUESTIONS
 from client.egress import _rebuild_masked
-from client.secure_aggregation import _STATE, Member, _claim
+from client.secure_aggregation import _STATE, Member, _do_once
 from client.session import SiteSession
 from client.site import SiteConfig, SitePolicy, _SecureAggregationPolicy
 from common.config import RunConfig
@@ -537,7 +537,7 @@ def test_a_claim_is_made_by_one_of_many_at_once(tmp_path: Path) -> None:
 
     def attempt(number: int) -> None:
         try:
-            _claim(path, "mask")
+            _do_once(path, "mask")
             made.append(number)
         except SecureAggregationRefused:
             refused.append(number)
@@ -548,12 +548,12 @@ def test_a_claim_is_made_by_one_of_many_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert (len(made), len(refused)) == (1, 7)
-    _claim(path, "unmask", "all")
-    _claim(path, "unmask", "all")
+    _do_once(path, "unmask", "all")
+    _do_once(path, "unmask", "all")
     with pytest.raises(SecureAggregationRefused):
-        _claim(path, "unmask", "fewer")
-    with pytest.raises(RunError, match="claims cannot be written"):
-        _claim(tmp_path / "no-folder" / "claims.sqlite", "mask")
+        _do_once(path, "unmask", "fewer")
+    with pytest.raises(RunError, match="finished steps cannot be written"):
+        _do_once(tmp_path / "no-folder" / "claims.sqlite", "mask")
 
 
 def test_a_state_survives_what_flower_does_to_it() -> None:
