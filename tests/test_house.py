@@ -46,6 +46,12 @@ def test_help_loads_no_torch() -> None:
         assert heavy not in loaded
 
 
+def test_watching_a_run_or_a_site_loads_neither_flower_nor_torch() -> None:
+    loaded = modules_after("import deploy.runs.prometheus, deploy.runs.show, deploy.runs.site_state")
+    for heavy in ("torch", "flwr", "dp_accounting"):
+        assert heavy not in loaded
+
+
 def test_flowers_private_parts_are_touched_in_one_module() -> None:
     """Besides it, the Control API and the types of SuperExec's tasks are named where they are used."""
     private = re.compile(
