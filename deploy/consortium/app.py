@@ -21,6 +21,7 @@ from typing import Any
 
 from common.config import flatten
 from common.errors import UserError, require_file
+from common.text import visible
 from deploy.consortium.kit import app_hash
 from deploy.lazy import lazy_imports
 
@@ -213,7 +214,7 @@ def in_words(changes: _Changes) -> list[str]:
     lines = []
     for change in changes.files:
         size = f"+{change.lines_added} -{change.lines_removed} lines" if change.text else "not a text file"
-        lines.append(f"  {change.change:<8} {_printable(change.path)}  ({size})")
+        lines.append(f"  {change.change:<8} {visible(change.path)}  ({size})")
     lines = [f"Files ({changes.unchanged} are as before):", *(lines or ["  none differ"])]
     for title, part in (
         ("Components (where the app is entered)", changes.components),
@@ -231,12 +232,7 @@ def unified_diff(old: _App | None, new: _App) -> list[str]:
     for path in sorted(before.keys() | new.files.keys()):
         first, second = (_lines(side.get(path, b"")) or [] for side in (before, new.files))
         lines += difflib.unified_diff(first, second, f"approved/{path}", f"new/{path}", lineterm="")
-    return [_printable(line) for line in lines]
-
-
-def _printable(text: str) -> str:
-    """Escape every character that could move a terminal's cursor or hide what follows."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return [visible(line) for line in lines]
 
 
 def _plain(name: str) -> bool:
@@ -282,7 +278,7 @@ def _below(settings: list[_SettingChange], prefix: str) -> tuple[_SettingChange,
 
 
 def _setting_in_words(change: _SettingChange) -> str:
-    key, before, after = (_printable(text or "") for text in (change.key, change.before, change.after))
+    key, before, after = (visible(text or "") for text in (change.key, change.before, change.after))
     if change.before is None:
         return f"  added    {key} = {after}"
     if change.after is None:

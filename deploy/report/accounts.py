@@ -36,7 +36,7 @@ _ORDERS = (*(1 + tenths / 10 for tenths in range(1, 100)), *range(12, 64))
 
 
 @dataclass(frozen=True)
-class Question:
+class EpsilonQuery:
     """Hold what is asked about one site, with its events merged.
 
     Equal questions are answered once.
@@ -58,7 +58,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Epsilons:
     """Hold the epsilons of one site, which are infinite where nothing is bounded."""
 
     epsilon: float
@@ -76,7 +76,7 @@ class Answer:
 
 
 class Accountants:
-    """Answer questions about epsilon, in worker processes when many are expected.
+    """Epsilons questions about epsilon, in worker processes when many are expected.
 
     The object is a context manager. Its worker processes start as soon as it is made, while the sources are
     read.
@@ -99,8 +99,8 @@ class Accountants:
             self._pool.shutdown(cancel_futures=True)
 
     def answer_all(
-        self, questions: Sequence[Question], meanwhile: Callable[[], None]
-    ) -> dict[Question, Answer]:
+        self, questions: Sequence[EpsilonQuery], meanwhile: Callable[[], None]
+    ) -> dict[EpsilonQuery, Epsilons]:
         """Return the answer to each distinct question.
 
         Args:
@@ -127,7 +127,7 @@ def _load() -> None:
     spent((PoissonGaussian(sample_rate=1.0, noise_multiplier=9.0, steps=1),), 0.5, Adjacency.ADD_REMOVE)
 
 
-def _answer(question: Question) -> Answer:
+def _answer(question: EpsilonQuery) -> Epsilons:
     """Return all figures of a question by the accountant of record."""
     events, delta = question.events, question.delta
     whole = spent(events, delta, Adjacency.REPLACE_ONE)
@@ -135,7 +135,7 @@ def _answer(question: Question) -> Answer:
     # curve reads the one that `spent` composed just now.
     deltas = sorted({delta, *question.deltas}, reverse=True) if events and math.isfinite(whole) else []
     curve = epsilon_curve(events, Adjacency.REPLACE_ONE, deltas)
-    return Answer(
+    return Epsilons(
         epsilon=whole,
         curve=curve,
         confirmed=spent(question.confirmed, delta, Adjacency.REPLACE_ONE),
@@ -151,7 +151,7 @@ def _answer(question: Question) -> Answer:
     )
 
 
-def _second_opinion(question: Question) -> float | None:
+def _second_opinion(question: EpsilonQuery) -> float | None:
     """Return the epsilon of the training steps by Opacus's Renyi accountant, or None where there is none."""
     steps = [event for event in question.events if isinstance(event, PoissonGaussian)]
     if not steps or any(event.noise_multiplier == 0 for event in steps):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
 from common.privacy.randomness import Generator
-from deploy.report.accounts import ACCOUNTANT, Accountants, Answer, Events, Question
+from deploy.report.accounts import ACCOUNTANT, Accountants, EpsilonQuery, Epsilons, Events
 from deploy.report.evidence import Collected, Evidence, RunEvidence, Statement, check_ledgers
 from deploy.report.model import (
     CurvePoint,
@@ -132,7 +132,7 @@ def _told_by_statements(item: Evidence) -> bool:
 class _Inquiry:
     """Hold what is asked about a site, without a question where no figure could be believed."""
 
-    question: Question | None
+    question: EpsilonQuery | None
     rounds: tuple[int, ...] = ()
     """What the question's prefixes are of."""
 
@@ -143,7 +143,7 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: _Extent) -> _Inquiry:
     if item.state is not None:
         spent = charges(item.state)
         rounds = _rounds_shown(item, extent.points)
-        question = Question(
+        question = EpsilonQuery(
             events=merge(charge.event for charge in spent),
             # What is reserved counts as spent, so a crash wastes budget and never hides spending.
             confirmed=merge(charge.event for charge in spent if charge.confirmed),
@@ -161,12 +161,12 @@ def _ask(item: Evidence, run: RunEvidence | None, extent: _Extent) -> _Inquiry:
         if statement.epsilon is None or statement.delta is None or _too_many(stated):
             return _Inquiry(None)
         more = _usual_round(stated, run), extent.more_rounds
-        return _Inquiry(Question(stated, stated, statement.delta, *more, (), extent.deltas, stated))
+        return _Inquiry(EpsilonQuery(stated, stated, statement.delta, *more, (), extent.deltas, stated))
     if run is None or run.settings.delta is None or release is None or release.mechanism == "exact":
         return _Inquiry(None)
     # It enrolled and never trained: the release, if there was one, is all that it sent.
     events = () if release.event is None else (release.event,)
-    return _Inquiry(Question(events, events, run.settings.delta, (), (), (), extent.deltas))
+    return _Inquiry(EpsilonQuery(events, events, run.settings.delta, (), (), (), extent.deltas))
 
 
 def _too_many(stated: Events) -> bool:
@@ -199,7 +199,7 @@ def _usual_round(events: Events, run: RunEvidence | None) -> Events:
     return (training[-1].model_copy(update={"steps": steps}),) if training and steps else ()
 
 
-def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
+def _disagreements(item: Evidence, answer: Epsilons | None) -> list[Problem]:
     """Return the problems of a statement that contradicts itself or the ledger."""
     statement = item.statement
     if statement is None or statement.epsilon is None or answer is None:
@@ -220,7 +220,7 @@ def _disagreements(item: Evidence, answer: Answer | None) -> list[Problem]:
     return [Problem(site=item.name, row=None, reason=reason) for reason in reasons]
 
 
-def _site(item: Evidence, inquiry: _Inquiry, answer: Answer | None) -> Site:
+def _site(item: Evidence, inquiry: _Inquiry, answer: Epsilons | None) -> Site:
     question = inquiry.question
     state, run_bags = item.state, item.release.bags if item.release else None
     bags = item.training_bags or run_bags
@@ -283,7 +283,7 @@ def _site(item: Evidence, inquiry: _Inquiry, answer: Answer | None) -> Site:
     )
 
 
-def _status(item: Evidence, answer: Answer | None) -> tuple[Status, str]:
+def _status(item: Evidence, answer: Epsilons | None) -> tuple[Status, str]:
     # Checked first: no other record of a site is believed while its ledger cannot be trusted.
     if item.ledger is not None and (item.state is None or item.problems):
         return Status.UNKNOWN, "Its ledger was changed, or is not the one that its statements speak of."

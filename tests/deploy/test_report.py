@@ -28,7 +28,7 @@ from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, e
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import Generator, InsecureSeededRandomness
 from deploy.cli.report import report_command
-from deploy.report.accounts import Accountants, Answer, Question
+from deploy.report.accounts import Accountants, EpsilonQuery, Epsilons
 from deploy.report.files import _find_browser, report
 from deploy.report.model import Report, Worst
 from deploy.report.page import _field_path, _shown
@@ -510,7 +510,7 @@ def test_figures_are_the_same_from_workers_and_without() -> None:
     questions = []
     for number in range(3):
         event = PoissonGaussian(sample_rate=0.1, noise_multiplier=2.0 + number, steps=20)
-        questions.append(Question((event,), (event,), DELTA, (event,), (10,), (), (1e-6,)))
+        questions.append(EpsilonQuery((event,), (event,), DELTA, (event,), (10,), (), (1e-6,)))
     done: list[str] = []
     with Accountants(expected=50) as workers, Accountants(expected=1) as alone:
         many = workers.answer_all(questions, meanwhile=lambda: done.append("many"))
@@ -518,8 +518,8 @@ def test_figures_are_the_same_from_workers_and_without() -> None:
     assert done == ["many", "one"]
 
 
-def ask(*events: PoissonGaussian | DiscreteLaplace) -> Answer:
-    question = Question(merge(events), merge(events), DELTA, (), (), (), ())
+def ask(*events: PoissonGaussian | DiscreteLaplace) -> Epsilons:
+    question = EpsilonQuery(merge(events), merge(events), DELTA, (), (), (), ())
     with Accountants(expected=1) as accountants:
         return accountants.answer_all([question], meanwhile=lambda: None)[question]
 
