@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.data.images import CHUNK, Progress
-from client.data.tables import BAGS_FILE, MANIFEST_FILE, TEST_FILE
-from client.data.tables import write_csv
+from client.data.tables import BAGS_FILE, MANIFEST_FILE, TEST_FILE, write_csv
 from client.site import SiteConfig, SitePolicy
 from common.errors import UserError
 from common.files import new_folder
