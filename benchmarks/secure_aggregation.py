@@ -32,8 +32,8 @@ from common.model.model_file import trainable_arrays
 from common.wire import size
 from deploy.datasets.build import write_synthetic_sites
 from deploy.datasets.options import SyntheticHospitals
-from deploy.simulation.ephemeral_pki import make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
+from deploy.simulation.simulate import make_ephemeral_pki
 from server.app import _begin
 from server.rounds import Rounds
 from server.run_folder import RunFolder

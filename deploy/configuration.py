@@ -1,22 +1,26 @@
-"""Compose the configuration of a run from a file, presets, options of a command and ``--set``.
+"""Compose the configuration of a run from a file, presets, options and ``--set``, and list its keys.
 
 A preset is a file of ``common/presets`` with settings that suit one way to train, each with its reason as the
 comment at its line. ``--sites-dir`` and ``--dp`` bring the presets of their names along.
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from PIL import Image
+from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 import common.config
 from client.site import site_folders
 from common.config import RunConfig, Scalar, flatten, parse_setting
 from common.errors import UserError
-from deploy.cli.tables import console
+from deploy.cli.terminal import console
 
 _PRESETS = Path(common.config.__file__).parent / "presets"
 _IMPLIED_BY = {"sites-dir": "sites-dir", "dp.epsilon": "dp"}
@@ -130,6 +134,63 @@ def preset_values(name: str) -> dict[str, Scalar]:
         UserError: there is no such preset.
     """
     return {row["key"]: row["preset"] for row in preset_rows(name) if row["key"] != _IMAGE_SIZE}
+
+
+def config_rows() -> list[dict[str, Any]]:
+    """Return a row ``{key, default, bounds, meaning}`` for every configuration key."""
+    return list(_rows(RunConfig(), ""))
+
+
+def _rows(section: BaseModel, prefix: str) -> Iterator[dict[str, Any]]:
+    for name, known in type(section).model_fields.items():
+        key, value = f"{prefix}{known.alias or name}", getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _rows(value, f"{key}.")
+        else:
+            bounds = ", ".join(
+                f"{symbol} {limit}"
+                for constraint in known.metadata
+                for attribute, symbol in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+                if (limit := getattr(constraint, attribute, None)) is not None
+            )
+            kind = known.annotation
+            if isinstance(kind, type) and issubclass(kind, StrEnum):
+                choices = " | ".join(kind)
+            else:
+                choices = " | ".join(get_args(kind))
+            yield {
+                "key": key,
+                "default": value,
+                "bounds": bounds or choices,
+                "meaning": known.description or "",
+            }
+
+
+def print_config(rows: list[dict[str, Any]]) -> None:
+    """Print the keys with their defaults, bounds and meaning."""
+    keys = _key_table("run configuration", "default", "bounds", "meaning")
+    for row in rows:
+        keys.add_row(row["key"], str(row["default"]), row["bounds"], row["meaning"])
+    console().print(keys)
+
+
+def print_preset(rows: list[dict[str, Any]], option: str) -> None:
+    """Print the settings that an option brings with it."""
+    keys = _key_table(f"what --{option} also sets, unless you do", "default", option, "why")
+    for row in rows:
+        keys.add_row(row["key"], str(row["default"]), str(row["preset"]), row["why"])
+    console().print(keys)
+
+
+def _key_table(title: str, *columns: str) -> Table:
+    """Return an empty table of keys, which are never wrapped, so that they can be copied."""
+    result = Table(
+        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    result.add_column("key", no_wrap=True)
+    for name in columns:
+        result.add_column(name, overflow="fold")
+    return result
 
 
 def parse_dp(text: str | None) -> dict[str, Scalar]:

@@ -45,7 +45,7 @@ from common.wire import combine, from_records, to_records
 from deploy.datasets.build import write_synthetic_sites
 from deploy.datasets.options import SyntheticHospitals
 from deploy.flower.internals import become_server
-from deploy.simulation.ephemeral_pki import _ephemeral_kit
+from deploy.simulation.simulate import _ephemeral_kit
 
 SIZE = 16
 CAPS = {"hospital-1": 2.0, "hospital-2": 1.0}

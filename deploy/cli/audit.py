@@ -3,7 +3,6 @@
 Reads options, writes audit.json and prints. ``deploy.audit`` does the work.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 
 from common.errors import UserError
 from common.files import write_json
-from deploy.cli.say import say
+from deploy.cli import Json, print_json, say
 from deploy.lazy import lazy_imports
 from deploy.simulation import prerequisites
 
@@ -21,8 +20,7 @@ with lazy_imports():
     from common import config as run_config
     from deploy import configuration
     from deploy.audit import claim
-    from deploy.cli import progress as bars
-    from deploy.cli import tables
+    from deploy.cli import terminal
 
 _AUDIT_FILE = "audit.json"
 _EPSILON, _ROUNDS = 8.0, 8
@@ -49,7 +47,7 @@ def audit_command(
     out: Annotated[
         Path | None, typer.Option(help="Folder for audit.json [default: RUN, else audit].")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+    json_: Json = False,
 ) -> None:
     """Attack private training on your own data, to test the claimed epsilon and see which labels leak.
 
@@ -78,15 +76,15 @@ def audit_command(
     name = site or next(iter(sites))
     if name not in sites:
         raise UserError(f"no site {name!r} in {config.sites_dir}; there are {', '.join(sites)}")
-    with bars.counted(f"reading {name}") as progress:
+    with terminal.counted(f"reading {name}") as progress:
         store = bags.BagStore.open(
             sites[name], config.model.image_size, skip_bad=config.skip_bad, progress=progress
         )
-    with bars.counted(f"auditing {name} (rounds)") as progress:
+    with terminal.counted(f"auditing {name} (rounds)") as progress:
         result = claim.audit_site(config, store, canaries=canaries, seed=seed, progress=progress)
     path = _write(out or folder, result)
     if json_:
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
     else:
         _print_audit(result)
         say(f"written: {path}")
@@ -136,7 +134,7 @@ def _write(folder: Path, result: dict[str, Any]) -> Path:
 
 def _print_audit(result: dict[str, Any]) -> None:
     """Print the verdict in a sentence, and the label attacks as a table."""
-    out, claimed = tables.console(), result["reported_epsilon"]
+    out, claimed = terminal.console(), result["reported_epsilon"]
     verdict = "holds: not refuted" if result["holds"] else "REFUTED: the training leaks more than claimed"
     out.print(
         f"{result['site']}: {result['correct']} of {result['guesses']} guesses right about "
@@ -153,7 +151,7 @@ def _print_audit(result: dict[str, Any]) -> None:
         )
     inference = result["label_inference"]
     proportions, models = inference["proportions"], inference["model"]
-    rows = tables.table(
+    rows = terminal.table(
         f"guessing the {inference['level']} of images", "from", "right", "over the prior", "unseen bags"
     )
     rows.add_row("prior (most frequent)", f"{proportions['prior']:.3f}", "", "")

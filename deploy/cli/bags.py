@@ -3,7 +3,6 @@
 Reads options, shows progress and prints. ``deploy.datasets`` does the work.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +11,12 @@ import typer
 from click.core import ParameterSource
 
 from common.errors import UserError
+from deploy.cli import print_json
 from deploy.datasets.options import Division, SourceKind, SourceOptions, SyntheticHospitals
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
-    from deploy.cli import progress as bars
-    from deploy.cli import tables
+    from deploy.cli import terminal
     from deploy.datasets import build as building
     from deploy.datasets import counts as counted_bags
     from deploy.datasets import site_writer
@@ -127,7 +126,7 @@ def build(
             raise UserError("--source counts needs --images, --counts, --hierarchy and --name")
         files = counted_bags.CountedFiles(images, counts, hierarchy, Path(bags) if bags else None)
         found = counted_bags.read_counted_bags(files, minimum_bag_size=minimum_bag_size, fold_case=fold_case)
-        with bars.counted("checking and writing", transient=True) as progress:
+        with terminal.counted("checking and writing", transient=True) as progress:
             made = counted_bags.build_counted_site(found, out, name, skip_bad=skip_bad, progress=progress)
         _show(made, as_json)
         return
@@ -150,7 +149,7 @@ def build(
         seed=seed,
     )
     table = building.open_source(options, hospitals)
-    with bars.counted("checking and writing", transient=True) as progress:
+    with terminal.counted("checking and writing", transient=True) as progress:
         report = building.build_sites(table, out, division, skip_bad=skip_bad, progress=progress)
     _show(report, as_json)
 
@@ -171,7 +170,7 @@ def _refuse_unread(context: typer.Context, source: SourceKind, options: Iterable
 
 def _show(report: "site_writer.BuildReport", as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        print_json(report.to_dict())
     else:
         _print(report)
 
@@ -179,12 +178,12 @@ def _show(report: "site_writer.BuildReport", as_json: bool) -> None:
 def _print(report: "site_writer.BuildReport") -> None:
 
     title = f"{report.out}: {report.used} of {report.listed} images used"
-    table = tables.table(title, "site", "bags", "images", "images per bag", "test images")
+    table = terminal.table(title, "site", "bags", "images", "images per bag", "test images")
     for site in report.sites:
         sizes = f"{site.bag_size_min} / {site.bag_size_mean:g} / {site.bag_size_max}"
         table.add_row(site.name, str(site.bags), str(site.images), sizes, str(site.test_images))
     table.caption = "images per bag: fewest / mean / most"
-    screen = tables.console()
+    screen = terminal.console()
     screen.print(table)
     for note in report.notes:
         screen.print(f"Note: {note}")

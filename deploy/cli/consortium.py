@@ -1,10 +1,9 @@
-"""Run, show and end the programs of a consortium, and run a training in it.
+"""Provision a consortium, run its programs, and train in it.
 
-These are ``fedbags server``, ``fedbags site up|status|down`` and ``fedbags run``. They read options and print
-tables. ``deploy.consortium`` does the work.
+These are ``fedbags provision``, ``server``, ``run``, and ``site keygen|up|status|down``. They read options
+and print; nothing is decided here, ``deploy.consortium`` does the work.
 """
 
-import json
 import logging
 import sys
 import time
@@ -12,24 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
+import typer.core
 
-from common.errors import RunError, UserError
-from deploy.cli.say import say
+from common.errors import ConfigError, RunError, UserError, require_file
+from deploy.cli import Json, print_json, say
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
     from deploy import configuration
-    from deploy.cli import tables
-    from deploy.consortium import control, foreground, programs, submit
+    from deploy.cli import terminal
+    from deploy.consortium import control, foreground, pki, programs, provision, submit
     from deploy.consortium import kit as kit_folder
+    from deploy.consortium import kits as kit_folders
+    from deploy.consortium import settings as settings_module
     from deploy.datasets import site_check
 
 _Coordinator = Annotated[Path, typer.Argument(metavar="KIT", help="The coordinator's kit, KITS/coordinator.")]
 _Site = Annotated[
     Path, typer.Argument(metavar="KIT", help="The site's kit, as it came from the coordinator.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 _Foreground = Annotated[bool, typer.Option("--foreground", hidden=True)]
 """Accepted and without meaning: the units and compose files of kits of 0.1 give it."""
 _Wait = Annotated[float, typer.Option(help="Seconds to wait until everything is ready.", min=0)]
@@ -68,7 +70,7 @@ def _server_up(kit: _Coordinator, foreground_: _Foreground = False, wait: _NoWai
 
 
 @_server_app.command("status")
-def _server_status(kit: _Coordinator, wait: _Wait = 0.0, json_: _Json = False) -> None:
+def _server_status(kit: _Coordinator, wait: _Wait = 0.0, json_: Json = False) -> None:
     """Show the coordinator's programs, and which sites are connected.
 
     Exit status 1 if something is not ready.
@@ -119,7 +121,7 @@ def _site_up(
     programs.run_site(loaded)
 
 
-def _site_status(kit: _Site, wait: _Wait = 0.0, json_: _Json = False) -> None:
+def _site_status(kit: _Site, wait: _Wait = 0.0, json_: Json = False) -> None:
     """Show this site's programs and whether it is connected.
 
     Exit status 1 if it is not.
@@ -154,7 +156,7 @@ def _run_command(
         list[str] | None, typer.Option(metavar="NAME", help="Settings of `fedbags config --preset NAME`.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    json_: _Json = False,
+    json_: Json = False,
 ) -> None:
     """Train with the connected sites, and show the rounds as they are done.
 
@@ -176,7 +178,7 @@ def _run_command(
         quiet=json_,
     )
     if json_:
-        typer.echo(json.dumps(summary.to_dict(), indent=2))
+        print_json(summary.to_dict())
 
 
 def register(app: typer.Typer, site_app: typer.Typer) -> None:
@@ -202,7 +204,7 @@ def _stop(kit: "kit_folder.Kit") -> None:
 
 def _show(found: dict[str, Any], title: str, json_: bool) -> None:
     if json_:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
     else:
         _print(found, title)
     if not found["ready"]:
@@ -210,8 +212,8 @@ def _show(found: dict[str, Any], title: str, json_: bool) -> None:
 
 
 def _print(found: dict[str, Any], title: str) -> None:
-    out = tables.console()
-    rows = tables.table(title, "program", "status", "pid", "since (UTC)")
+    out = terminal.console()
+    rows = terminal.table(title, "program", "status", "pid", "since (UTC)")
     for program in found["programs"]:
         since = program["since"].replace("T", " ").removesuffix("+00:00")
         rows.add_row(program["name"], program["status"], str(program["pid"] or ""), since)
@@ -224,7 +226,7 @@ def _print(found: dict[str, Any], title: str) -> None:
     if "problem" in found:
         out.print(found["problem"])
     if "sites" in found:
-        sites = tables.table("sites", "site", "connection")
+        sites = terminal.table("sites", "site", "connection")
         for site, status in sorted(found["sites"].items()):
             sites.add_row(site, status)
         out.print(sites)
@@ -234,3 +236,177 @@ def _log_to_standard_error() -> None:
     # In UTC, as the times of `status`.
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(message)s")
+
+
+_BUILD = "build"
+
+
+class _BuildByDefault(typer.core.TyperGroup):
+    """Take ``fedbags provision consortium.toml`` for ``fedbags provision build consortium.toml``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [_BUILD, *args]
+        return super().parse_args(ctx, args)
+
+
+provision_app = typer.Typer(
+    cls=_BuildByDefault,
+    no_args_is_help=True,
+    help="""Make the kits from which the coordinator and the sites of a consortium start.
+
+\b
+  fedbags provision consortium.toml --out KITS    make them, or add what is missing
+  fedbags provision add-key KITS SITE node.pub    let a site in
+""",
+)
+
+_KitsArgument = Annotated[Path, typer.Argument(metavar="KITS", help="The folder of kits.")]
+_SiteArgument = Annotated[str, typer.Argument(metavar="SITE", help="The site's name.")]
+_PasswordFile = Annotated[
+    Path | None,
+    typer.Option(help="File whose first line is the password of the authority's key.", show_default=False),
+]
+_Days = Annotated[
+    int | None,
+    typer.Option(
+        help="How long the certificate holds [default: as [validity] of consortium.toml says].",
+        min=1,
+        max=7300,
+        show_default=False,
+    ),
+]
+
+
+@provision_app.command(_BUILD)
+def _build(
+    settings: Annotated[Path, typer.Argument(metavar="CONSORTIUM.TOML", help="The consortium's settings.")],
+    out: Annotated[Path, typer.Option(help="The folder of kits.")],
+    keys_here: Annotated[
+        bool, typer.Option("--keys-here", help="Make the sites' private keys here too: for trials only.")
+    ] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Take over changed settings; keys and app stay.")
+    ] = False,
+    password_file: _PasswordFile = None,
+) -> None:
+    """Make the kits, or add what is missing to those that are there.
+
+    Keys are never overwritten.
+
+    Example: fedbags provision consortium.toml --out KITS
+    """
+    _print_changes(
+        provision.provision(
+            settings, out, password=_password(password_file), keys_here=keys_here, update=update
+        ),
+        out,
+    )
+
+
+@provision_app.command("add-key")
+def _add_key(
+    kits: _KitsArgument,
+    site: _SiteArgument,
+    public_key: Annotated[Path, typer.Argument(metavar="NODE.PUB", help="What `site keygen` wrote.")],
+    days: _Days = None,
+    password_file: _PasswordFile = None,
+) -> None:
+    """Let a site in by putting its public key into the coordinator's kit and certifying it."""
+    _print_changes(
+        kit_folders.Kits.open(kits, _password(password_file)).add_key(site, public_key, days), kits
+    )
+    # Printed here and by `site keygen`, to compare by telephone: so an exchanged key is noticed.
+    _print_fingerprint(site, pki.fingerprint(pki.read_public_key(public_key)))
+
+
+@provision_app.command("add-site")
+def _add_site(
+    kits: _KitsArgument,
+    site: _SiteArgument,
+    runtime_port: Annotated[int, typer.Option(help="Of the SuperNode at the site.", min=1, max=65535)] = 9094,
+    metrics_port: Annotated[int, typer.Option(help="Of /metrics there; 0: none.", min=0, max=65535)] = 9095,
+    password_file: _PasswordFile = None,
+) -> None:
+    """Add a site and make its kit.
+
+    Its key comes later with `add-key`.
+    """
+    try:
+        ports = settings_module.SitePorts(runtime_port=runtime_port, metrics_port=metrics_port)
+    except ValueError as error:
+        raise ConfigError("--runtime-port and --metrics-port need two different numbers") from error
+    _print_changes(kit_folders.Kits.open(kits, _password(password_file)).add_site(site, ports), kits)
+
+
+@provision_app.command("renew")
+def _renew(
+    kits: _KitsArgument,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[server|SITE]...", help="Whose [default: everyone's].")
+    ] = None,
+    days: _Days = None,
+    password_file: _PasswordFile = None,
+) -> None:
+    """Issue certificates anew, for the same keys."""
+    _print_changes(kit_folders.Kits.open(kits, _password(password_file)).renew(names or (), days), kits)
+
+
+@provision_app.command("revoke")
+def _revoke(kits: _KitsArgument, site: _SiteArgument, password_file: _PasswordFile = None) -> None:
+    """Take a site out of the consortium.
+
+    A running coordinator refuses it once its files are gone from nodes/ of its kit.
+    """
+    _print_changes(kit_folders.Kits.open(kits, _password(password_file)).revoke(site), kits)
+    say(f"{site} is out, as soon as its files are gone from nodes/ in the server's copy of the kit")
+
+
+@provision_app.command("update-app")
+def _update_app(kits: _KitsArgument, password_file: _PasswordFile = None) -> None:
+    """Bundle the app of this fedbags in place of the one before.
+
+    Every site has to approve it.
+    """
+    # The app of the kits is not checked (with_app=False), because it is about to be replaced.
+    changes = kit_folders.Kits.open(kits, _password(password_file), with_app=False).update_app()
+    _print_changes(changes, kits)
+    say("send coordinator/app/fedbags.fab to every site: `fedbags site approve` shows them what changed")
+
+
+def keygen(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="This site's kit.")],
+) -> None:
+    """Make this site's key pair.
+
+    Only node.pub leaves the machine; an existing key is never overwritten.
+    """
+    opened = kit_folder.SiteKit.load(kit)
+    public_key = kit_folders.make_node_key(opened)
+    say(f"send this file to the coordinator: {public_key}")
+    _print_fingerprint(opened.site, pki.fingerprint(pki.read_public_key(public_key)))
+
+
+def _password(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    require_file(path, "the password file", "Its first line is the password.")
+    first, *_ = path.read_bytes().splitlines() or [b""]
+    if not first:
+        raise UserError(f"{path}: the first line is empty, and it should be the password")
+    return first
+
+
+def _print_fingerprint(site: str, fingerprint: str) -> None:
+    say(f"fingerprint of {site}: {fingerprint}")
+
+
+def _print_changes(changes: "kit_folders.Changes", kits: Path) -> None:
+    root = kits.absolute()
+    for path in changes.written:
+        say(f"wrote {path.absolute().relative_to(root)}")
+    if not changes.written:
+        say("nothing to add")
+    say(f"app: {changes.app_hash}")
+    if changes.waiting:
+        say(f"waiting for node.pub of: {', '.join(changes.waiting)}")

@@ -1,6 +1,6 @@
-"""Show, check and export a site's privacy ledger, for ``fedbags ledger``.
+"""Show, check and export a site's privacy ledger, and report on it: ``fedbags ledger`` and ``report``.
 
-Reads options and prints. The ledger itself is ``client``'s.
+Reads options and prints. The ledger itself is ``client``'s, the report ``deploy.report``'s.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from common.errors import UserError
+from deploy.cli import Json, print_json
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
@@ -22,7 +23,8 @@ with lazy_imports():
     from client.ledger import ledger as site_ledger
     from client.ledger import state as ledger_state
     from common.privacy import events
-    from deploy.cli import tables
+    from deploy.cli import terminal
+    from deploy.report import files, prose
 
 app = typer.Typer(
     help="A site's privacy ledger: what was spent, under which cap, and whether the file can be believed.",
@@ -35,7 +37,6 @@ _File = Annotated[Path, typer.Argument(help="A site's ledger.sqlite.")]
 _Kit = Annotated[
     Path | None, typer.Option(help="The site's kit, where its ledger has its second anchor; none: beside it.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
 @app.command()
@@ -46,7 +47,7 @@ def show(file: _File) -> None:
     """
     book = ledger_state.LedgerState.read(file)
     spent, add_remove, cap = book.spent(), book.spent(events.Adjacency.ADD_REMOVE), book.cap
-    rows = tables.table(f"ledger of {book.site}", "row", "what", "run", "round", "event", "time (UTC)")
+    rows = terminal.table(f"ledger of {book.site}", "row", "what", "run", "round", "event", "time (UTC)")
     for entry in book.entries:
         body = entry.body
         unconfirmed = entry.seq in book.open_reservations
@@ -58,7 +59,7 @@ def show(file: _File) -> None:
             _describe(entry.kind, body),
             str(body.get("time", "")).replace("T", " ").removesuffix("+00:00"),
         )
-    out = tables.console()
+    out = terminal.console()
     out.print(rows)
     out.print(f"unit: {book.unit.explanation}")
     out.print(
@@ -77,7 +78,7 @@ def verify(
     ] = None,
     site: Annotated[str | None, typer.Option(help="Whose ledger it should be.")] = None,
     kit: _Kit = None,
-    json_: _Json = False,
+    json_: Json = False,
 ) -> None:
     """Check that no row was edited, deleted, reordered or rolled back.
 
@@ -92,16 +93,16 @@ def verify(
     losses = 0 if problems else ledger_state.LedgerState.read(file).losses
     if json_:
         found = [{"row": problem.row, "reason": problem.reason} for problem in problems]
-        typer.echo(json.dumps({"intact": not problems, "losses": losses, "problems": found}, indent=2))
+        print_json({"intact": not problems, "losses": losses, "problems": found})
     elif problems:
-        rows = tables.table(f"{file}: NOT intact", "row", "problem")
+        rows = terminal.table(f"{file}: NOT intact", "row", "problem")
         for problem in problems:
             rows.add_row("file" if problem.row is None else str(problem.row), problem.reason)
-        tables.console().print(rows)
+        terminal.console().print(rows)
     else:
         against = "" if head or anchor.path.exists() else "; without --head an older copy would not show"
         told = f"; {losses} loss(es) of rows were accepted by the site's owner" if losses else ""
-        tables.console().print(f"{file}: intact{told}{against}")
+        terminal.console().print(f"{file}: intact{told}{against}")
     if problems:
         raise typer.Exit(1)
 
@@ -113,7 +114,7 @@ def accept_version(
         Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
     ] = None,
     kit: _Kit = None,
-    json_: _Json = False,
+    json_: Json = False,
 ) -> None:
     """Accept the folder's data as a new version of the same site's data.
 
@@ -132,9 +133,9 @@ def accept_version(
     book = ledger_state.LedgerState.read(file)
     if json_:
         result = {"accepted": accepted, "data_version": version, "versions": list(book.versions)}
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
         return
-    out = tables.console()
+    out = terminal.console()
     out.print(f"data version {version}", soft_wrap=True)
     out.print("accepted, and recorded in the ledger" if accepted else "known already; nothing was changed")
     out.print(
@@ -154,7 +155,7 @@ def accept_loss(
         str | None,
         typer.Option(help="Ledger head that the coordinator holds and this ledger does not, in hexadecimal."),
     ] = None,
-    json_: _Json = False,
+    json_: Json = False,
 ) -> None:
     """Accept that the ledger, or its newest rows, are lost.
 
@@ -178,14 +179,14 @@ def accept_loss(
     accepted = loss.accept_loss(lost, config.name, _head(head))
     if not accepted:
         if json_:
-            typer.echo(json.dumps({"accepted": False}, indent=2))
+            print_json({"accepted": False})
         else:
             hint = (
                 ""
                 if head
                 else "; if the coordinator refuses the site, give the head that it names with --head"
             )
-            tables.console().print(f"nothing is lost; nothing was changed{hint}")
+            terminal.console().print(f"nothing is lost; nothing was changed{hint}")
         return
     book = ledger_state.LedgerState.read(file)
     spent = book.spent()
@@ -194,7 +195,7 @@ def accept_loss(
     bounded = math.isfinite(spent)
     if json_:
         result = {"accepted": True, "losses": book.losses, "spent": spent if bounded else None}
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
         return
     charged = (
         f"epsilon {spent:.4g} counts as spent at delta {book.cap.delta:g} (replace-one, PLD)"
@@ -202,11 +203,11 @@ def accept_loss(
         else "nobody knows what was spent, so the whole budget counts as spent: this site takes no part in "
         "private runs any more"
     )
-    tables.console().print(f"the loss is recorded in {file}, {book.losses} in all; {charged}")
+    terminal.console().print(f"the loss is recorded in {file}, {book.losses} in all; {charged}")
 
 
 @app.command()
-def export(file: _File, json_: _Json = False) -> None:
+def export(file: _File, json_: Json = False) -> None:
     """Print cap, events and spending, from which another accountant can recompute the epsilons.
 
     Noise multipliers are relative to the clip norm, a release's scale to the images its unit can move.
@@ -215,12 +216,12 @@ def export(file: _File, json_: _Json = False) -> None:
     """
     exported = ledger_state.LedgerState.read(file).export()
     if json_:
-        typer.echo(json.dumps(exported, indent=2))
+        print_json(exported)
         return
-    rows = tables.table(f"ledger of {exported['site']}", "key", "value")
+    rows = terminal.table(f"ledger of {exported['site']}", "key", "value")
     for key, value in exported.items():
         rows.add_row(key, value if isinstance(value, str) else json.dumps(value))
-    tables.console().print(rows)
+    terminal.console().print(rows)
 
 
 def _head(text: str | None) -> str | None:
@@ -253,3 +254,53 @@ def _describe(kind: str, body: Mapping[str, Any]) -> str:
     if event["kind"] == "discrete_laplace":
         return f"{body.get('copies', 1)} noised figure(s), discrete Laplace, scale {event['scale']:g}"
     return f"{event['steps']} steps, q {event['sample_rate']:.4g}, sigma {event['noise_multiplier']:.4g}"
+
+
+def report(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN|LEDGER...", help="A run folder, or the ledger.sqlite of sites."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the report; made if it is missing.")],
+    pdf: Annotated[
+        bool, typer.Option("--pdf", help="Print the page to report.pdf too (needs Chromium).")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Write the privacy-budget report of what was spent, for what unit, and whether the records hold up.
+
+    From a RUN it covers the federation as the server knows it: the sites' last statements, checked against
+    their ledgers where these lie under the run (simulations), or are named beside it. From a site's own
+    LEDGER it covers all that this site ever sent, over all runs. An unfinished run is reported from its
+    newest checkpoint, and marked.
+
+    Writes report.html (one file, nothing loaded from elsewhere), report.json with every figure in full, and
+    report.schema.json. Exit status 1: the report was written, but a ledger or a statement does not hold up.
+
+    \b
+    Examples:
+      fedbags report runs/demo --out report
+      fedbags report site/ledger.sqlite --out report --pdf
+      fedbags report runs/demo north/ledger.sqlite south/ledger.sqlite --out report
+    """
+    written = files.report(sources, out, pdf)
+    if json_:
+        print_json(written)
+    else:
+        screen = terminal.console()
+        screen.print(written["headline"], style="bold")
+        worst = written["worst"]
+        if worst:
+            screen.print(
+                f"epsilon {prose.epsilon_text(worst['epsilon'])} at delta {worst['delta']:g} "
+                f"at site {worst['site']} "
+                f"(unit {worst['unit']}, {worst['adjacency']}, {worst['accountant']}, upper bound)",
+            )
+        for problem in written["problems"]:
+            where = "" if problem["row"] is None else f", row {problem['row']}"
+            screen.print(f"problem: {problem['site']}{where}: {problem['reason']}", style="red")
+        for name in ("html", "json", "pdf"):
+            if written[name]:
+                screen.print(written[name], soft_wrap=True)
+    if written["problems"]:
+        raise typer.Exit(1)

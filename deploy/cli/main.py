@@ -4,30 +4,17 @@ Each command reads its options and calls one function; nothing is computed here.
 imported lazily (``deploy.lazy``), so that ``--help`` answers at once.
 """
 
-import json
 import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import typer.core
 
 from common.errors import FedbagsError, UserError
-from deploy.cli import (
-    approve,
-    audit,
-    bags,
-    compare,
-    consortium,
-    ledger,
-    provision,
-    report,
-    site_init,
-    watch,
-)
-from deploy.cli.say import say
+from deploy.cli import Json, audit, bags, consortium, ledger, print_json, runs, say, site
 from deploy.flower.processes import without_proxy
 from deploy.lazy import lazy_imports
 from deploy.simulation import interrupt, prerequisites
@@ -35,13 +22,9 @@ from deploy.simulation import interrupt, prerequisites
 with lazy_imports():
     from common import config as run_config
     from deploy import configuration
-    from deploy.cli import progress as bars
-    from deploy.cli import tables
-    from deploy.datasets import site_check as checking
+    from deploy.cli import terminal
     from deploy.figures import draw
     from deploy.runs import predict as prediction
-    from deploy.runs import reading
-    from deploy.runs import show as finished
     from deploy.simulation import simulate as simulation
 
 _HELP = """Train hierarchical image classifiers across hospitals that know only bag proportions.
@@ -65,23 +48,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
-_runs_app = typer.Typer(help="Look at finished and running runs.", no_args_is_help=True)
 app.add_typer(bags.app, name="bags")
 app.add_typer(ledger.app, name="ledger")
-app.add_typer(provision.app, name="provision")
+app.add_typer(consortium.provision_app, name="provision")
 app.add_typer(_site_app, name="site")
-app.add_typer(_runs_app, name="runs")
+app.add_typer(runs.app, name="runs")
 
-_site_app.command("approve")(approve.approve_command)
-app.command("compare")(compare.compare_command)
-app.command("report")(report.report_command)
+_site_app.command("approve")(site.approve)
+app.command("compare")(runs.compare)
+app.command("report")(ledger.report)
 app.command("audit")(audit.audit_command)
-app.command()(watch.status)
-app.command()(watch.metrics)
-app.command()(watch.track)
-_site_app.command("keygen")(provision.keygen)
-_site_app.command("init")(site_init.init)
+app.command()(runs.status)
+app.command()(runs.metrics)
+app.command()(runs.track)
+_site_app.command("keygen")(consortium.keygen)
+_site_app.command("init")(site.init)
 consortium.register(app, _site_app)
+_site_app.command("check")(site.check)
 
 
 def _print_version(asked: bool) -> None:
@@ -102,10 +85,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-_RunArgument = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.")]
 
 
 class _Engine(StrEnum):
@@ -147,7 +126,7 @@ def simulate(
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
     figures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
-    json_: _Json = False,
+    json_: Json = False,
 ) -> None:
     """Simulate hospitals on this machine with the same server and client apps as in a deployment.
 
@@ -178,7 +157,7 @@ def simulate(
         quiet=json_,
     )
     if json_:
-        _print_json(summary.to_dict())
+        print_json(summary.to_dict())
 
 
 @app.command("config")
@@ -187,59 +166,20 @@ def show_config(
         str | None,
         typer.Option(metavar="dp|sites-dir", help="List the settings of a preset with their reasons."),
     ] = None,
-    json_: _Json = False,
+    json_: Json = False,
 ) -> None:
     """List every configuration key with its default, bounds and meaning."""
     if preset:
         settings = configuration.preset_rows(preset)
-        _print_json(settings) if json_ else tables.print_preset(settings, preset)
+        print_json(settings) if json_ else configuration.print_preset(settings, preset)
         return
-    rows = tables.config_rows()
-    _print_json(rows) if json_ else tables.print_config(rows)
-
-
-@_site_app.command("check")
-def site_check(
-    site: Annotated[Path, typer.Argument(help="A site folder (with site.toml).")],
-    image_size: Annotated[int, typer.Option(help="Side of the square input, pixels.", min=8)] = 48,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
-    json_: _Json = False,
-) -> None:
-    """Check a site's data, and show exactly what would leave the site."""
-    result = checking.check_site(site, image_size, skip_bad=skip_bad)
-    _print_json(result) if json_ else checking.print_check(result)
-
-
-@_runs_app.command("list")
-def runs_list(
-    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
-    json_: _Json = False,
-) -> None:
-    """List the runs below a folder."""
-    rows = finished.list_runs(folder)
-    _print_json(rows) if json_ else finished.print_runs(rows, folder)
-
-
-@_runs_app.command("show")
-def runs_show(run: _RunArgument, json_: _Json = False) -> None:
-    """Show a run's figures, per level and per site, and what was left out."""
-    summary = reading.read_summary(run)
-    _print_json(summary.to_dict()) if json_ else finished.print_summary(summary, run)
-
-
-@_runs_app.command("compare")
-def runs_compare(first: _RunArgument, second: _RunArgument, json_: _Json = False) -> None:
-    """Compare two finished runs by their settings, figures per level, epsilon and time.
-
-    Example: fedbags runs compare runs/first runs/private
-    """
-    result = finished.compare_runs(first, second)
-    _print_json(result) if json_ else finished.print_comparison(result)
+    rows = configuration.config_rows()
+    print_json(rows) if json_ else configuration.print_config(rows)
 
 
 @app.command()
 def predict(
-    run: _RunArgument,
+    run: runs.RunFolder,
     images: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Images, DICOM files, folders.")],
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a table, one image a line.")] = None,
     skip_bad: Annotated[
@@ -249,7 +189,7 @@ def predict(
         bool, typer.Option("--codes", help="Tell the strongest dictionary codes per level, too.")
     ] = False,
     top_codes: Annotated[int, typer.Option(help="How many, with --codes.", min=1)] = 3,
-    json_: _Json = False,
+    json_: Json = False,
 ) -> None:
     """Classify images with a run's model into the best class of each level and the best path.
 
@@ -261,7 +201,7 @@ def predict(
     prerequisites.require_model(run, csv)
     interrupt.at("before a prediction was written: give the same command again")
 
-    with bars.counted("predicting") as progress:
+    with terminal.counted("predicting") as progress:
         found = prediction.predict_images(
             run, images, top_codes if codes else 0, skip_bad=skip_bad, progress=progress
         )
@@ -273,7 +213,7 @@ def predict(
         prediction.write_csv(csv, found.rows)
         say(f"{len(found.rows)} image(s) predicted, {len(found.skipped)} left out: {csv}", err=True)
     if json_:
-        _print_json(found.rows)
+        print_json(found.rows)
     elif not csv:
         prediction.print_predictions(found.rows)
 
@@ -282,7 +222,7 @@ def predict(
 def figures(
     runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to set side by side.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures [default: RUN/figures].")] = None,
-    json_: _Json = False,
+    json_: Json = False,
 ) -> None:
     """Draw training curves, confusion matrices, a t-SNE of test bags, and activation maps.
 
@@ -290,15 +230,10 @@ def figures(
     """
     paths = draw.draw_figures(runs, out)
     if json_:
-        _print_json([str(path) for path in paths])
+        print_json([str(path) for path in paths])
     else:
         for path in paths:
             say(path)
-
-
-def _print_json(value: Any) -> None:
-    """Print one JSON value on standard output, and nothing else."""
-    typer.echo(json.dumps(value, indent=2))
 
 
 def main() -> None:

@@ -30,8 +30,7 @@ from client.data.tables import TEST_FILE, write_csv
 from client.site import SiteConfig, site_folders
 from common.errors import BadRow, DataError, UserError
 from common.files import new_folder
-from deploy.compare.cells import Cell
-from deploy.compare.scenario import Data
+from deploy.compare.scenario import Cell, Data
 from deploy.datasets.build import open_source, read_split, write_sites
 from deploy.datasets.files import ArrayImages, FileImages, SourceTable, image_fault
 from deploy.datasets.options import Division, SourceKind, SourceOptions, SyntheticHospitals

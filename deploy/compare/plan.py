@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.config import Scalar
 from common.files import write_text
-from deploy.compare.cells import WEIGHTS, Cell
+from deploy.compare.scenario import WEIGHTS, Cell
 
 _ORDER, RESULT, LOG = "order.json", "result.json", "cell.log"
 """Files in the run folder of a cell."""

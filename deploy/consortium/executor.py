@@ -30,7 +30,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
 from common.errors import UserError, require_file
-from deploy.cli.say import say
+from deploy.cli import say
 from deploy.consortium import gate
 from deploy.consortium.kit import SiteKit
 from deploy.flower.internals import run_superexec

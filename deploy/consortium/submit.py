@@ -20,9 +20,8 @@ import typer
 from common.config import RunConfig, Scalar, flatten
 from common.errors import RunError, UserError
 from common.run_records import Failed, RunSummary
-from deploy.cli.progress import Follower
-from deploy.cli.say import say
-from deploy.cli.tables import console
+from deploy.cli import say
+from deploy.cli.terminal import Follower, console
 from deploy.configuration import RunRequest, compose, say_presets
 from deploy.consortium.checks import check_bundle
 from deploy.consortium.control import Control, RunStatus, control

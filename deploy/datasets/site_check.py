@@ -14,8 +14,7 @@ from client.release import IN_REPLY, may_leave, release_proportions
 from client.session import with_own_split
 from client.site import KNOWN_METRICS, SitePolicy
 from common.config import RunConfig
-from deploy.cli.progress import counted
-from deploy.cli.tables import console, table
+from deploy.cli.terminal import console, counted, table
 
 
 def check_site(site: Path, image_size: int, *, skip_bad: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from common.errors import UserError
 from common.hierarchy import Hierarchy
-from deploy.cli.tables import console, text_column
+from deploy.cli.terminal import console, text_column
 from deploy.figures.activation import activate, choose_images, draw_activation
 from deploy.figures.charts import draw_confusion, draw_curves
 from deploy.figures.embedding import MOST_IMAGES, draw_embedding, embed

@@ -25,7 +25,7 @@ from common.files import write_text
 from common.hierarchy import Hierarchy
 from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
 from common.model.model_file import ModelCard, load_model
-from deploy.cli.tables import console, table
+from deploy.cli.terminal import console, table
 from deploy.runs.pictures import find_pictures, open_picture
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from common.config import RunConfig
 from common.errors import UserError
 from common.run_records import Cause, LevelFigures, RunSummary
-from deploy.cli.tables import console, table
+from deploy.cli.terminal import console, table
 from deploy.runs.reading import (
     Phase,
     RunState,

@@ -1,6 +1,10 @@
 """Run a simulation from its options to its summary, for ``fedbags simulate``.
 
-Prepares the sites, runs one engine and shows the outcome.
+Prepares the sites, runs one engine and shows the outcome. For secure aggregation the simulated sites get an
+ephemeral PKI: an authority, and a kit with key and certificate for each site. No real site uses it. All
+simulated sites live on one machine, so there is nobody to hide from; but the protocol that a real deployment
+runs is then run too, certificates and signatures included. The authority's key is kept with the certificates,
+unprotected.
 """
 
 import logging
@@ -10,36 +14,43 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.config import RunConfig
+from common.files import write_bytes
 from common.hierarchy import Hierarchy
 from common.run_records import RunSummary
-from deploy.cli.progress import Follower, counted
-from deploy.cli.tables import console
+from deploy.cli.terminal import Follower, console, counted
 from deploy.configuration import RunRequest, compose, say_presets
 from deploy.datasets.options import SyntheticHospitals
 from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary, run_events
 from deploy.runs.show import print_summary
 from deploy.simulation import interrupt, prerequisites
-from deploy.simulation.folder_lock import locked
+from deploy.simulation.prerequisites import locked
 
 # They bring torch along, which the checks of the options do not need.
 with lazy_imports():
-    from client import budget, session
+    from client import budget, secure_aggregation, session
     from client import site as site_files
     from client.data import bags, labelled
     from common.model import build
     from common.privacy import randomness
+    from deploy.consortium import pki
     from deploy.datasets import build as datasets
     from deploy.figures import draw as figures_of_runs
     from deploy.report import files as budget_report
-    from deploy.simulation import ephemeral_pki, flower_engine, local_grid
+    from deploy.simulation import flower_engine, local_grid
     from server import app as server_app
     from server import run_folder
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
 _LOCK_SECONDS = 0.5
 """How long to wait for a run that was just stopped to let go of its folder."""
+_AUTHORITY_KEY, _CONSORTIUM, _VALID_DAYS = "ca.key", "simulation", 3650
+"""Of an ephemeral PKI."""
 
 
 def simulate(
@@ -212,7 +223,7 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
         RunError: the run failed; what the server said.
     """
     if config.secure_aggregation.enabled:
-        ephemeral_pki.make_ephemeral_pki(config)
+        make_ephemeral_pki(config)
     if engine == "flower":
         flower_engine.run_flower(config)
         return
@@ -234,3 +245,42 @@ def _default_workers(sites: int) -> int:
 def _say(text: str) -> None:
     """Print one line for the person at the terminal, on standard error."""
     console(stderr=True).print(text)
+
+
+def make_ephemeral_pki(config: RunConfig) -> None:
+    """Make the kits that the sites of a simulation need for secure aggregation, in its run folder."""
+    for folder in site_files.site_folders(Path(config.sites_dir)):
+        _ephemeral_kit(Path(config.run_dir), site_files.SiteConfig.load(folder).name)
+
+
+def _ephemeral_kit(run: Path, site: str) -> Path:
+    """Return the kit folder of a simulated site with node.key, node.crt and ca.crt, made if it is missing.
+
+    Args:
+        run: the run folder, which all simulated sites share.
+        site: the site's name.
+    """
+    root = run / secure_aggregation.EPHEMERAL
+    kit, authority = root / site, root / secure_aggregation.CA_FILE
+    if not authority.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        key = _new_key(root / _AUTHORITY_KEY)
+        name = pki.distinguished_name(_CONSORTIUM, "ephemeral authority")
+        builder = pki.certificate_builder(name, key.public_key(), _VALID_DAYS)
+        pki.write_certificate(authority, pki.sign_certificate(builder, key, authority=True))
+    certificate = kit / secure_aggregation.CERTIFICATE_FILE
+    if not certificate.exists():
+        kit.mkdir(exist_ok=True)
+        issuer, signer = pki.read_certificate(authority), pki.read_private_key(root / _AUTHORITY_KEY)
+        key = _new_key(kit / secure_aggregation.KEY_FILE)
+        name = pki.distinguished_name(_CONSORTIUM, site)
+        builder = pki.certificate_builder(name, key.public_key(), _VALID_DAYS, issuer)
+        write_bytes(kit / secure_aggregation.CA_FILE, authority.read_bytes(), 0o600)
+        pki.write_certificate(certificate, pki.sign_certificate(builder, signer, authority=False))
+    return kit
+
+
+def _new_key(path: Path) -> "ec.EllipticCurvePrivateKey":
+    # A key whose certificate is missing was left by a run that was killed in between.
+    path.unlink(missing_ok=True)
+    return pki.make_private_key(path, pki.KeyForm.PKCS8)

@@ -41,7 +41,7 @@ from common.secure_aggregation.records import (
 )
 from common.wire import combine, from_records, remember, remembered, to_records
 from deploy.flower.internals import become_server
-from deploy.simulation.ephemeral_pki import _ephemeral_kit, make_ephemeral_pki
+from deploy.simulation.simulate import _ephemeral_kit, make_ephemeral_pki
 from server.app import _run_path
 
 from .asking import Node, with_policy

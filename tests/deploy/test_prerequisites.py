@@ -12,7 +12,7 @@ import pytest
 from common.config import RunConfig
 from common.errors import UserError
 from deploy.simulation import prerequisites
-from deploy.simulation.folder_lock import _LOCK, locked
+from deploy.simulation.prerequisites import _LOCK, locked
 
 BLOCK = """
 import sys
@@ -130,7 +130,7 @@ def test_a_second_run_in_a_folder_is_told_who_holds_it(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from deploy.simulation.folder_lock import locked\n"
+        "import sys, time; from pathlib import Path; from deploy.simulation.prerequisites import locked\n"
         "with locked(Path(sys.argv[1]), 'a run'):\n    print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen(

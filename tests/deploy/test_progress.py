@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.run_records import read_event
-from deploy.cli.progress import Follower, _done, _without, bars
+from deploy.cli.terminal import Follower, _done, _without, bars
 from deploy.runs.reading import RunState, fold
 
 SITES = ["a", "b", "c", "d", "e"]

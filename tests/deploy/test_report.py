@@ -27,7 +27,7 @@ from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import Generator, InsecureSeededRandomness
-from deploy.cli.report import report_command
+from deploy.cli.ledger import report as report_command
 from deploy.report.accounts import Accountants, EpsilonQuery, Epsilons
 from deploy.report.files import _find_browser, report
 from deploy.report.model import Report, Worst

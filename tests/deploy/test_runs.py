@@ -14,8 +14,16 @@ from flwr.common.config import parse_config_args
 from client.site import SiteConfig, site_folders
 from common.config import RunConfig
 from common.errors import UserError
-from deploy.cli.tables import config_rows, print_config, print_preset
-from deploy.configuration import RunRequest, compose, preset_rows, preset_values, say_presets
+from deploy.configuration import (
+    RunRequest,
+    compose,
+    config_rows,
+    preset_rows,
+    preset_values,
+    print_config,
+    print_preset,
+    say_presets,
+)
 from deploy.runs.reading import read_summary
 from deploy.runs.show import (
     _trivial_accuracies,

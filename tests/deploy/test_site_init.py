@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import deploy.cli.site_init
+import deploy.cli.site
 from client.data.bags import BagStore
 from client.site import ReleaseProportions, SiteConfig, _PrivacyBudget
 from common.errors import ConfigError, DataError, UserError
@@ -80,7 +80,7 @@ def test_faulty_policies_write_nothing(site: Path, options: list[str], message: 
 def test_questions_on_a_terminal_ask_for_what_was_not_given(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deploy.cli.site_init, "_on_terminal", lambda: True)
+    monkeypatch.setattr(deploy.cli.site, "_on_terminal", lambda: True)
     init(site, "--minimum-bag-size", "5", answers="south\nper-bag\n3\n0.001\nn\n")
     config = SiteConfig.load(site)
     assert config.name == "south"

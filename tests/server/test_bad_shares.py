@@ -27,8 +27,8 @@ from common.secure_aggregation.recovery import MaskedSum
 from common.wire import from_records, to_records
 from deploy.datasets.build import write_synthetic_sites
 from deploy.datasets.options import SyntheticHospitals
-from deploy.simulation.ephemeral_pki import make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
+from deploy.simulation.simulate import make_ephemeral_pki
 from server import enrolment, rounds
 from server.app import app
 

@@ -28,8 +28,8 @@ from common.secure_aggregation.cohort import KEYS_SIGNED, effective_number
 from common.secure_aggregation.quantisation import Grid
 from common.secure_aggregation.records import KeyAdvert, MaskedUpdate, UnmaskShares
 from common.wire import from_records, to_records
-from deploy.simulation.ephemeral_pki import _ephemeral_kit, make_ephemeral_pki
 from deploy.simulation.local_grid import LocalGrid
+from deploy.simulation.simulate import _ephemeral_kit, make_ephemeral_pki
 from server import collect, enrolment
 from server.aggregation import training_bags
 from server.app import app

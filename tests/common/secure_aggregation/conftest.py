@@ -25,7 +25,7 @@ from common.secure_aggregation.records import (
     Words,
 )
 from common.secure_aggregation.recovery import MaskedSum
-from deploy.simulation.ephemeral_pki import _ephemeral_kit
+from deploy.simulation.simulate import _ephemeral_kit
 
 SESSION, RUN, ROUND = "ab" * 16, 7, 3
 SETTINGS = bytes(32)

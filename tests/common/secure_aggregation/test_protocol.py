@@ -24,7 +24,7 @@ from common.secure_aggregation.cohort import (
 )
 from common.secure_aggregation.records import SEALED_BYTES, MaskRequest, SessionOffer
 from common.secure_aggregation.recovery import MaskedSum
-from deploy.simulation.ephemeral_pki import _ephemeral_kit
+from deploy.simulation.simulate import _ephemeral_kit
 from tests.certificates import issue
 
 Make = Callable[..., Any]

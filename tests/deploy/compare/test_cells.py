@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from deploy.compare.cells import Cell, Context, expand
-from deploy.compare.scenario import Scenario, Setting
+from deploy.compare.scenario import Cell, Context, Scenario, Setting, expand
 
 Write = Callable[..., Path]
 

@@ -21,7 +21,7 @@ from deploy.compare import run as comparison
 from deploy.compare.cell import _work
 from deploy.compare.plan import LOG, RESULT
 from deploy.compare.run import Request, compare, list_cells
-from deploy.simulation.folder_lock import _LOCK
+from deploy.simulation.prerequisites import _LOCK
 from tests.deploy.datasets.layouts import write_aircraft, write_cars, write_cub, write_ham10000
 
 Write = Callable[..., Path]

@@ -11,9 +11,8 @@ from client.data.labelled import LabelledImages
 from client.data.tables import read_csv
 from client.site import site_folders
 from common.errors import DataError, UserError
-from deploy.compare.cells import Cell, Context, expand
 from deploy.compare.data import DataFolders, folder_name, open_data
-from deploy.compare.scenario import Scenario, Setting
+from deploy.compare.scenario import Cell, Context, Scenario, Setting, expand
 from tests.deploy.compare.conftest import LEAVES, SIZE, TEST, TRAIN, write_archive
 from tests.deploy.datasets.layouts import draw_image
 

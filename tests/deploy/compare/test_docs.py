@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from deploy.compare.cells import Context, expand
-from deploy.compare.scenario import Data, Scenario, Setting
+from deploy.compare.scenario import Context, Data, Scenario, Setting, expand
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from deploy.compare.cells import Cell, Context, expand
 from deploy.compare.plan import (
     _ORDER,
     RESULT,
@@ -18,7 +17,7 @@ from deploy.compare.plan import (
     plan,
     told,
 )
-from deploy.compare.scenario import Scenario
+from deploy.compare.scenario import Cell, Context, Scenario, expand
 
 Write = Callable[..., Path]
 

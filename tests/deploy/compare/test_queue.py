@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deploy.compare.plan import _ORDER, LOG, run_all
-from deploy.compare.screen import _end_of_log
+from deploy.compare.run import _end_of_log
 
 PATIENCE = 120.0
 """Seconds that a machine with other work may take to start an interpreter."""

@@ -1,28 +1,76 @@
-"""Show progress bars on standard error, for work of this process and for the rounds of a run.
+"""Print tables, texts and progress bars on the terminal exactly as they are.
 
-The rounds are read from the run's metrics.jsonl.
+Progress goes to standard error, for work of this process and for the rounds of a run, which are read from the
+run's metrics.jsonl.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
+    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 from common.run_records import Left, RoundSkipped, RunEvent, SiteLeftOut, Waiting
-from deploy.cli.tables import console, text_column
+from common.text import visible_lines
 from deploy.runs.reading import EventsFile, RunState
 
 _INTERVAL = 0.3
+"""Seconds between two looks at the events of a run."""
+
+
+class _PlainConsole(Console):
+    """Print texts on the terminal without taking anything in them for a command.
+
+    No markup, emoji code or control character has an effect. Names of sites, classes, files and runs, and the
+    reasons that sites give, were chosen by somebody else.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the text with its control characters shown, so that a table knows how wide it is."""
+        return super().render_str(visible_lines(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the segments of a renderable with their control characters shown.
+
+        This includes texts that were made without render_str.
+        """
+        for text, style, control in super().render(renderable, options):
+            # Control segments are rich's own, such as the movements of a live table.
+            yield Segment(text if control else visible_lines(text), style, control)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return the console that every command prints to."""
+    # Without rich's own reading of a text: a class called [/x] is a name and no markup.
+    return _PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def text_column(template: str) -> TextColumn:
+    """Return a column of a progress bar whose text, such as ``{task.description}``, is no markup."""
+    return TextColumn(template, markup=False)
+
+
+def table(title: str, *columns: str) -> Table:
+    """Return an empty table, in which every column but the first holds figures."""
+    result = Table(title=title, title_justify="left", header_style="bold")
+    for number, name in enumerate(columns):
+        result.add_column(name, justify="left" if number == 0 else "right")
+    return result
 
 
 def bars(*, transient: bool = False) -> Progress:
@@ -41,21 +89,32 @@ def bars(*, transient: bool = False) -> Progress:
 
 
 @contextmanager
-def counted(what: str, *, transient: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar that is moved by calling the yielded function with (done, all).
+def named_bars(*, transient: bool = False) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Yield a function that makes a bar by its name, which is moved by calling it with (done, all).
 
-    The bar appears on the first call, and goes at the end if it is transient.
+    A bar appears on its first move, and all go at the end if they are transient.
     """
     with bars(transient=transient) as progress:
-        task: Any = None
 
-        def move(done: int, total: int) -> None:
-            nonlocal task
-            if task is None:
-                task = progress.add_task(what, total=total)
-            progress.update(task, completed=done, total=total)
+        def named(what: str) -> Callable[[int, int], None]:
+            task: TaskID | None = None
 
-        yield move
+            def move(done: int, total: int) -> None:
+                nonlocal task
+                if task is None:
+                    task = progress.add_task(what, total=total)
+                progress.update(task, completed=done, total=total)
+
+            return move
+
+        yield named
+
+
+@contextmanager
+def counted(what: str, *, transient: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show one bar of ``named_bars``."""
+    with named_bars(transient=transient) as named:
+        yield named(what)
 
 
 def _done(state: RunState, rounds: int) -> float:

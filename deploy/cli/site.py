@@ -1,4 +1,4 @@
-"""Write a hospital's site.toml and show what would then leave, for ``fedbags site init``."""
+"""Write, check and approve what one hospital runs on: ``fedbags site init``, ``check`` and ``approve``."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import click
 import typer
 
 from common.errors import UserError
-from deploy.cli.say import say
+from deploy.cli import Json, print_json, say
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
@@ -17,6 +17,8 @@ with lazy_imports():
     from client.data import tables
     from common import config as run_config
     from common import settings_file
+    from deploy.consortium import app as apps
+    from deploy.consortium import kit as kit_folder
     from deploy.datasets import site_check
 
 _RELEASES = ("none", "total", "per-bag")
@@ -95,13 +97,26 @@ def init(
             f"Still missing: {', '.join(missing)} (docs/data.md); then look at `fedbags site check {site}`."
         )
         if json_:
-            typer.echo(json.dumps(result, indent=2))
+            print_json(result)
         else:
             say(advice)
         return
-    checked = site_check.check_site(site, image_size)
+    _show(site_check.check_site(site, image_size), json_)
+
+
+def check(
+    site: Annotated[Path, typer.Argument(help="A site folder (with site.toml).")],
+    image_size: Annotated[int, typer.Option(help="Side of the square input, pixels.", min=8)] = 48,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
+    json_: Json = False,
+) -> None:
+    """Check a site's data, and show exactly what would leave the site."""
+    _show(site_check.check_site(site, image_size, skip_bad=skip_bad), json_)
+
+
+def _show(checked: dict[str, Any], json_: bool) -> None:
     if json_:
-        typer.echo(json.dumps(checked, indent=2))
+        print_json(checked)
     else:
         site_check.print_check(checked)
 
@@ -169,3 +184,52 @@ def _ask(given: dict[str, Any], base: dict[str, Any], folder: str) -> None:
     if given["policy.secure-aggregation.required"] is None:
         question = "Send updates only masked, so that the server sees sums of several sites?"
         given["policy.secure-aggregation.required"] = typer.confirm(question, default=required, err=True)
+
+
+def approve(
+    kit: Annotated[Path, typer.Argument(help="This site's kit folder.")],
+    app: Annotated[Path, typer.Argument(help="The app: a .fab file, or its folder.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without asking.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show every changed line as well.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object; approves only with --yes.")
+    ] = False,
+) -> None:
+    """Show what an app would change at this site, and approve it.
+
+    The site runs no other app than the one that it approved. Nothing of the app is run by this. A running
+    site takes the approval over at its next task.
+
+    Example: fedbags site approve KIT KIT/state/refused.fab
+    """
+    site = kit_folder.SiteKit.load(kit)
+    new = apps.read_app(app)
+    kept = site.app.read_bytes() if site.app.is_file() else b""
+    # The kit's copy is compared with only if it has the approved hash. A copy that was exchanged would let a
+    # hostile app seem unchanged.
+    known = kit_folder.app_hash(kept) == site.app_hash
+    old = apps.read_bundle(kept, str(site.app)) if known else None
+    changes = apps.compare(old, new)
+    same = new.hash == site.app_hash
+    if not json_:
+        say(f"approved now: {site.app_hash}\nthis app:     {new.hash}")
+        if same:
+            say("This is the app that the site has approved.")
+        elif not known:
+            say("The kit does not hold the app that it approves now: all of this one is shown as added.")
+        for line in apps.in_words(changes) if not same else []:
+            say(line)
+        for line in apps.unified_diff(old, new) if diff else []:
+            say(line)
+    # With --json nobody is asked, so that only --yes approves.
+    approve = yes or (not (json_ or same) and typer.confirm("Let this app run on this site's data?"))
+    if approve:
+        site.approve(new.content)
+    if json_:
+        answer = {"before": site.app_hash, "app": new.hash, "approved": approve or same}
+        print_json(answer | {"changes": changes.to_json()})
+    elif approve and not same:
+        say("Approved.")
+    elif not same:
+        say("Not approved; nothing was changed.")
+        raise typer.Exit(1)
