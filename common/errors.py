@@ -12,7 +12,8 @@ FedbagsError
 └── EgressError        a site refused to send something (its text carries no data)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,23 @@ class BadRow:
     def __str__(self) -> str:
         where = self.file if self.row is None else f"{self.file}, row {self.row}"
         return f"{where}: {self.reason}"
+
+
+_ELSEWHERE = "Choose a folder that you may write to, with space left, with --out."
+
+
+@contextmanager
+def writable(what: object, advice: str = _ELSEWHERE) -> Iterator[None]:
+    """Turn a refusal of the disk into an error that says what could not be written, and what to do.
+
+    Raises:
+        UserError: what is done in the ``with`` statement raises OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        lines = [f"{what} cannot be written: {error.strerror or error}", *([advice] if advice else [])]
+        raise UserError("\n".join(lines)) from error
 
 
 class DataError(UserError):

@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.config import RunConfig
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, writable
 from common.files import read_json_lines, replacing, write_json, write_text
 from common.records import PrivacyStatement, ProportionRelease
 from common.run_records import BagFigures, DeclaredLoss, LeftOut, RunEvent, RunSummary
@@ -75,14 +75,9 @@ class RunFolder:
             UserError: see check; or the folder cannot be written.
         """
         self.check(config)
-        try:
+        with writable(f"the run folder {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, config.with_changes({"resume": False}).to_toml())
-        except OSError as error:
-            raise UserError(
-                f"the run folder {self.path} cannot be written: {error.strerror or error}\n"
-                "Choose a folder that you may write to, with space left, with --out."
-            ) from error
 
     def check(self, config: RunConfig) -> None:
         """Check that the folder is free, or holds the run to resume, and change nothing.

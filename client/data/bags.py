@@ -24,7 +24,7 @@ from client.data.tables import (
     write_csv,
 )
 from client.site import BUILD_ADVICE, SiteConfig
-from common.errors import BadRow, DataError, UserError
+from common.errors import BadRow, DataError, writable
 from common.files import replacing
 from common.hierarchy import Hierarchy
 
@@ -245,13 +245,8 @@ def write_quarantine(folder: Path, rows: list[BadRow]) -> None:
         target.unlink(missing_ok=True)
         return
     listed = [(row.file, row.row or "", row.reason) for row in rows]
-    try:
-        with replacing(target, mode=0o644) as (temporary,):
-            write_csv(temporary, ("file", "row", "reason"), listed)
-    except OSError as error:
-        raise UserError(
-            f"the quarantine list {target} cannot be written: {error.strerror or error}"
-        ) from error
+    with writable(f"the quarantine list {target}", advice=""), replacing(target, mode=0o644) as (temporary,):
+        write_csv(temporary, ("file", "row", "reason"), listed)
 
 
 def _good_bags(listing: Listing, faults: list[Fault]) -> NDArray[np.int64]:

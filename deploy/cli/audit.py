@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.errors import UserError
+from common.errors import UserError, writable
 from common.files import write_json
 from deploy.cli import Json, print_json, say
 from deploy.lazy import lazy_imports
@@ -82,7 +82,10 @@ def audit_command(
         )
     with terminal.counted(f"auditing {name} (rounds)") as progress:
         result = claim.audit_site(config, store, canaries=canaries, seed=seed, progress=progress)
-    path = _write(out or folder, result)
+    path = (out or folder) / _AUDIT_FILE
+    with writable(path, advice=""):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
     if json_:
         print_json(result)
     else:
@@ -119,17 +122,6 @@ def _settings(
     if not config.sites_dir:
         raise UserError(f"{run} does not say where its sites are: give --sites-dir")
     return config, run
-
-
-def _write(folder: Path, result: dict[str, Any]) -> Path:
-
-    path = folder / _AUDIT_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    return path
 
 
 def _print_audit(result: dict[str, Any]) -> None:

@@ -374,9 +374,7 @@ def _update_app(kits: _KitsArgument, password_file: _PasswordFile = None) -> Non
     say("send coordinator/app/fedbags.fab to every site: `fedbags site approve` shows them what changed")
 
 
-def keygen(
-    kit: Annotated[Path, typer.Argument(metavar="KIT", help="This site's kit.")],
-) -> None:
+def keygen(kit: Annotated[Path, typer.Argument(metavar="KIT", help="This site's kit.")]) -> None:
     """Make this site's key pair.
 
     Only node.pub leaves the machine; an existing key is never overwritten.

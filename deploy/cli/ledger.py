@@ -294,7 +294,7 @@ def report(
             screen.print(
                 f"epsilon {prose.epsilon_text(worst['epsilon'])} at delta {worst['delta']:g} "
                 f"at site {worst['site']} "
-                f"(unit {worst['unit']}, {worst['adjacency']}, {worst['accountant']}, upper bound)",
+                f"(unit {worst['unit']}, {worst['adjacency']}, {worst['accountant']}, upper bound)"
             )
         for problem in written["problems"]:
             where = "" if problem["row"] is None else f", row {problem['row']}"

@@ -41,12 +41,7 @@ Start here:
 typer.core.HAS_RICH = False
 """Plain help: rich would double the time of --help, and typer escapes brackets for it in any case."""
 
-app = typer.Typer(
-    help=_HELP,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 _site_app = typer.Typer(help="What one hospital holds, and what would leave it.", no_args_is_help=True)
 app.add_typer(bags.app, name="bags")
 app.add_typer(ledger.app, name="ledger")
@@ -80,8 +75,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Show versions."),
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show versions.")
     ] = False,
 ) -> None:
     pass

@@ -25,8 +25,7 @@ _INTERVAL = 1.0
 """Seconds between two looks of the live table."""
 
 _Watched = Annotated[
-    Path,
-    typer.Argument(help="A run folder, a folder of runs (its newest), a kit, or a site's data folder."),
+    Path, typer.Argument(help="A run folder, a folder of runs (its newest), a kit, or a site's data folder.")
 ]
 
 
@@ -37,8 +36,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder, such as runs/demo
 
 @app.command("list")
 def list_(
-    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
-    json_: Json = False,
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"), json_: Json = False
 ) -> None:
     """List the runs below a folder."""
     rows = finished.list_runs(folder)

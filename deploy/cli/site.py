@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from common.errors import UserError
+from common.errors import UserError, writable
 from deploy.cli import Json, print_json, say
 from deploy.lazy import lazy_imports
 
@@ -79,11 +79,9 @@ def init(
     config = _compose(base, given, site.resolve().name)
     if config.policy.budget.delta is not None and config.policy.budget.epsilon is None:
         raise UserError("a budget has an epsilon: give --epsilon too")
-    try:
+    with writable(target, advice=""):
         site.mkdir(parents=True, exist_ok=True)
         config.save(site)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
     missing = [
         file
         for file in (tables.MANIFEST_FILE, tables.BAGS_FILE, config.hierarchy)

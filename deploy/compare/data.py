@@ -14,8 +14,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from client.data.images import Progress
 from client.data.labelled import LabelledImages
 from client.data.tables import TEST_FILE, write_csv
 from client.site import SiteConfig, site_folders
-from common.errors import BadRow, DataError, UserError
+from common.errors import BadRow, DataError, UserError, writable
 from common.files import new_folder
 from deploy.compare.scenario import Cell, Data
 from deploy.datasets.build import open_source, read_split, write_sites
@@ -269,7 +268,7 @@ class DataFolders:
         if (self.root / _LIST).is_file():
             return
         opened, table, bad = self._opened, self._opened.table, list[BadRow]()
-        with _whole(self.root) as folder:
+        with writable(self.root), new_folder(self.root) as folder:
             # Numbered in random order, so that no file name reveals a label: a source may be sorted by class.
             rng = np.random.default_rng(_SPLIT_SEED)
             done, total = 0, len(opened.train) + len(opened.test)
@@ -314,7 +313,7 @@ class DataFolders:
             write_sites(table, out, division, split, step)
         alone = out.with_name(f"{out.name}.alone")
         if not alone.exists():
-            with _whole(alone) as folder:
+            with writable(alone), new_folder(alone) as folder:
                 for number, site in enumerate(site_folders(out), start=1):
                     (folder / f"site{number}").mkdir()
                     (folder / f"site{number}" / site.name).symlink_to(Path("..", "..", out.name, site.name))
@@ -369,20 +368,3 @@ class _LinkedImages(FileImages):
         except OSError:
             shutil.copyfile(path, stem.with_suffix(path.suffix))
         return path.suffix
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to ``target`` once it has been filled.
-
-    Raises:
-        UserError: the disk refuses.
-    """
-    try:
-        with new_folder(target) as temporary:
-            yield temporary
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written: {error.strerror or error}\n"
-            "Choose a folder that you may write to, with space left, with --out."
-        ) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import writable
 from common.files import write_text
 from deploy.compare.plan import RESULT
 
@@ -154,13 +154,8 @@ def write_table(out: Path, title: str, rows: Sequence[Row], missing: Sequence[st
         _MARKDOWN: _to_markdown(title, rows, missing, commits),
     }
     for name, text in texts.items():
-        try:
+        with writable(out / name):
             write_text(out / name, text)
-        except OSError as error:
-            raise UserError(
-                f"{out / name} cannot be written: {error.strerror or error}\n"
-                "Choose a folder that you may write to, with space left, with --out."
-            ) from error
     return content
 
 
@@ -204,12 +199,7 @@ def _to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commit
             for line in chosen
         ]
         text += _grid(header, body)
-    text += [
-        _NOTE,
-        "",
-        f"Code: {', '.join(commits) or 'unknown'}.",
-        "",
-    ]
+    text += [_NOTE, "", f"Code: {', '.join(commits) or 'unknown'}.", ""]
     return "\n".join(text)
 
 

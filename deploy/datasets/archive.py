@@ -70,10 +70,8 @@ def _check_arrays(packed: zipfile.ZipFile, room: int, names: Collection[str] | N
                 raise ValueError(
                     f"{info.filename} has the version {version} of the .npy format; save it anew"
                 )
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
+            first = version == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(stream)
             # Reading Python objects means unpickling, which runs whatever code the file holds.
             if dtype.hasobject:

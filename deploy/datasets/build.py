@@ -139,11 +139,7 @@ def build_sites(
 
 
 def write_sites(
-    source: SourceTable,
-    out: Path,
-    division: Division,
-    split: Split,
-    step: Callable[[], None] = lambda: None,
+    source: SourceTable, out: Path, division: Division, split: Split, step: Callable[[], None] = lambda: None
 ) -> BuildReport:
     """Divide and write images that are known to be usable, as the second half of ``build_sites``.
 

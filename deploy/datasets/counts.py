@@ -35,13 +35,7 @@ from client.site import SiteConfig, SitePolicy
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
 from deploy.datasets.dicom import DICOM_SUFFIXES, MixedImages
-from deploy.datasets.files import (
-    IMAGE_SUFFIXES,
-    FileIndex,
-    FoundFiles,
-    find_images,
-    is_hidden,
-)
+from deploy.datasets.files import IMAGE_SUFFIXES, FileIndex, FoundFiles, find_images, is_hidden
 from deploy.datasets.site_writer import (
     BuildReport,
     SiteReport,
@@ -344,12 +338,7 @@ def _cross_check(
 
 
 def build_counted_site(
-    bags: CountedBags,
-    out: Path,
-    name: str,
-    *,
-    skip_bad: bool = False,
-    progress: Progress | None = None,
+    bags: CountedBags, out: Path, name: str, *, skip_bad: bool = False, progress: Progress | None = None
 ) -> BuildReport:
     """Add the site folder ``out/name``, or nothing at all.
 

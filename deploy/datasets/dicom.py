@@ -4,8 +4,7 @@ Needs the extra ``fedbags[dicom]``. Pixels are brought to 8 bits as a viewer wou
 groups images and is written nowhere. No other tag is kept: the site folder gets plain PNG files.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,7 @@ from PIL import Image
 
 from client.data.images import check_pixels, stretch
 from common.errors import BadRow, UserError
-from deploy.datasets.files import (
-    FileImages,
-    SourceImages,
-    SourceTable,
-    save_png,
-)
+from deploy.datasets.files import FileImages, PathImages, SourceImages, SourceTable, save_png
 from deploy.datasets.options import SourceOptions
 from deploy.datasets.table import table_source
 
@@ -33,15 +27,8 @@ DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
 """Endings that nothing else has, lower case."""
 
 
-@dataclass(frozen=True)
-class DicomImages:
+class DicomImages(PathImages):
     """Read single-frame DICOM files."""
-
-    paths: Sequence[Path]
-
-    def name(self, index: int) -> str:
-        """Return the name of an image in a message to the local user."""
-        return str(self.paths[index])
 
     def read(self, index: int) -> Image.Image:
         """Decode an image as 8-bit RGB."""
@@ -51,16 +38,9 @@ class DicomImages:
         """Write an image to ``stem`` plus a suffix, and return the suffix."""
         return save_png(self.read(index), stem)
 
-    def size(self, index: int) -> int:
-        """Return about how many bytes writing an image needs."""
-        return self.paths[index].stat().st_size
 
-
-@dataclass(frozen=True)
-class MixedImages:
+class MixedImages(PathImages):
     """Read DICOM and other image files, told apart by their endings."""
-
-    paths: Sequence[Path]
 
     def __post_init__(self) -> None:
         if any(map(_has_dicom_ending, self.paths)):
@@ -70,10 +50,6 @@ class MixedImages:
         path = self.paths[index]
         return DicomImages([path]) if _has_dicom_ending(path) else FileImages([path])
 
-    def name(self, index: int) -> str:
-        """Return the name of an image in a message to the local user."""
-        return str(self.paths[index])
-
     def read(self, index: int) -> Image.Image:
         """Decode an image as 8-bit RGB."""
         return self._one(index).read(0)
@@ -81,10 +57,6 @@ class MixedImages:
     def write(self, index: int, stem: Path) -> str:
         """Write an image to ``stem`` plus a suffix, and return the suffix."""
         return self._one(index).write(0, stem)
-
-    def size(self, index: int) -> int:
-        """Return about how many bytes writing an image needs."""
-        return self.paths[index].stat().st_size
 
 
 def _require_pydicom() -> None:

@@ -1,11 +1,8 @@
-"""List the image files below a folder, and find them by the names that tables give them.
+"""Find the image files below a folder, and represent every source as one table of images with leaf labels.
 
 Folders that programs put next to pictures are skipped by name, files that are no image by their ending, and
-both are counted, so that the user is informed of them.
-
-Represent every source as one table of images with leaf labels, ready to be divided into sites.
-
-Pixels are not in it: images are read one by one, when they are checked and when they are written.
+both are counted, so that the user is informed of them. Pixels are not in the table: images are read one by
+one, when they are checked and when they are written.
 """
 
 import bisect
@@ -20,33 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.data.images import (
-    check_pixels,
-    describe,
-    open_image,
-    to_rgb,
-)
+from client.data.images import check_pixels, describe, open_image, to_rgb
 from common.errors import BadRow, UserError
 from common.hierarchy import Hierarchy
 
 IMAGE_SUFFIXES = frozenset(
-    {
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".jp2",
-        ".j2k",
-        ".tif",
-        ".tiff",
-        ".bmp",
-        ".dib",
-        ".webp",
-        ".gif",
-    }
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif"}
-)
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".tif", ".tiff", ".bmp", ".dib"}
+) | frozenset({".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif"})
 """Endings of the formats that ``client.data.images`` decodes, lower case."""
 
 _SYSTEM_NAMES = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini"})
@@ -211,17 +188,22 @@ class SourceImages(Protocol):
 
 
 @dataclass(frozen=True)
-class FileImages:
-    """Read images that are files already.
-
-    PNG and JPEG are copied as they are, others become PNG.
-    """
+class PathImages:
+    """Name and measure images that are files already; how they are read is their kind's."""
 
     paths: Sequence[Path]
 
     def name(self, index: int) -> str:
         """Return the name of an image in a message to the local user."""
         return str(self.paths[index])
+
+    def size(self, index: int) -> int:
+        """Return about how many bytes writing an image needs."""
+        return self.paths[index].stat().st_size
+
+
+class FileImages(PathImages):
+    """Read image files, of which PNG and JPEG are copied as they are, and others become PNG."""
 
     def read(self, index: int) -> Image.Image:
         """Decode an image as 8-bit RGB."""
@@ -236,10 +218,6 @@ class FileImages:
             shutil.copyfile(path, stem.with_suffix(suffix))
             return suffix
         return save_png(self.read(index), stem)
-
-    def size(self, index: int) -> int:
-        """Return about how many bytes writing an image needs."""
-        return self.paths[index].stat().st_size
 
 
 @dataclass(frozen=True)

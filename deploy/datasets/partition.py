@@ -101,10 +101,7 @@ def _feed_poorest(
 
 
 def _spread_like(
-    test: Indices,
-    labels: NDArray[np.int64],
-    site_counts: NDArray[np.int64],
-    rng: np.random.Generator,
+    test: Indices, labels: NDArray[np.int64], site_counts: NDArray[np.int64], rng: np.random.Generator
 ) -> Indices:
     """Deal test images so that every site's class mix follows that of its training images.
 

@@ -23,7 +23,7 @@ from PIL import Image
 from client.data.images import CHUNK, Progress
 from client.data.tables import BAGS_FILE, MANIFEST_FILE, TEST_FILE, write_csv
 from client.site import SiteConfig, SitePolicy
-from common.errors import UserError
+from common.errors import UserError, writable
 from common.files import new_folder
 from common.hierarchy import Hierarchy
 from deploy.datasets.files import SourceImages, SourceTable, image_fault
@@ -76,16 +76,17 @@ def whole_or_nothing(target: Path, needed: Callable[[], int]) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or refuses.
     """
-    try:
-        with new_folder(target) as temporary:
-            yield temporary
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk is full: {target} needs about {needed():,} bytes. Free some space, or choose "
-                "another --out."
-            ) from error
-        raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
+    with writable(target, advice=""):
+        try:
+            with new_folder(target) as temporary:
+                yield temporary
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"the disk is full: {target} needs about {needed():,} bytes. Free some space, or choose "
+                    "another --out."
+                ) from error
+            raise
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,7 @@ def write_site(
 
 
 def write_counts(
-    folder: Path,
-    config: SiteConfig,
-    hierarchy: Hierarchy,
-    bag_ids: Sequence[str],
-    counts: NDArray[np.int64],
+    folder: Path, config: SiteConfig, hierarchy: Hierarchy, bag_ids: Sequence[str], counts: NDArray[np.int64]
 ) -> None:
     """Write site.toml, hierarchy.csv and bags.csv.
 

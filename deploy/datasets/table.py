@@ -13,13 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from client.data.tables import (
-    CsvTable,
-    read_csv,
-    refuse_duplicate_names,
-    unknown_label,
-    usual_spellings,
-)
+from client.data.tables import CsvTable, read_csv, refuse_duplicate_names, unknown_label, usual_spellings
 from common.errors import BadRow, DataError, UserError
 from common.hierarchy import Hierarchy
 from deploy.datasets.files import (

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from common.errors import UserError
+from common.errors import writable
 from common.files import write_bytes
 from common.hierarchy import Hierarchy
 
@@ -77,14 +77,9 @@ def save(figure: Figure, path: Path) -> Path:
     """
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.12)
-    try:
+    with writable(f"the picture {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, picture.getvalue())
-    except OSError as error:
-        raise UserError(
-            f"the picture {path} cannot be written: {error.strerror or error}\n"
-            "Choose a folder that you may write to, with space left, with --out."
-        ) from error
     return path
 
 

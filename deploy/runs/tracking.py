@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.config import RunConfig
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, writable
 from common.run_records import BagsEvaluated, Exchanged, RoundDone, RunEvent, Stated, UpdateTaken
 from deploy.runs.reading import EventsFile, RunState, Stage
 from server.run_folder import RunFolder
@@ -81,10 +81,8 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing_extra("--tensorboard", error) from error
-        try:
+        with writable(folder, advice=""):
             self._writer: Any = SummaryWriter(folder / run)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         lines = "\n".join(f"    {key} = {value!r}" for key, value in config.items())
         self._writer.add_text("configuration", lines)
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UserError, require_file
+from common.errors import UserError, require_file, writable
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -134,24 +134,20 @@ def locked(folder: Path, what: str, patience: float = 0.0) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:
         stack.callback(_remove_empty, made)
-        try:
+        with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path, timeout=patience, poll_interval=0.1))
+            try:
+                stack.enter_context(FileLock(path, timeout=patience, poll_interval=0.1))
+            except Timeout:
+                holder = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+                raise UserError(
+                    f"{what} is at work in {folder}: {holder or 'another process'}\n"
+                    "Wait for it, end it, or choose another folder with --out."
+                ) from None
             # Removed while it is locked: a process that opened it meanwhile finds that it is gone.
             stack.callback(path.unlink, missing_ok=True)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
-        except Timeout:
-            holder = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-            raise UserError(
-                f"{what} is at work in {folder}: {holder or 'another process'}\n"
-                "Wait for it, end it, or choose another folder with --out."
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written: {error.strerror or error}\n"
-                "Choose a folder that you may write to, with space left, with --out."
-            ) from error
         yield
 
 
