@@ -182,7 +182,7 @@ def _evaluate_privately(
     if not budget.plan.evaluation:
         return {}, budget.ledger.statement(round)
     reservation = budget.reserve_evaluation(round)
-    sums = budget.plan.noised_look(sum_distances(model, session.store, session.config), round)
+    sums = budget.plan.noised_evaluation(sum_distances(model, session.store, session.config), round)
     metrics: dict[str, Metric] = {"noised-bags-tv": tuple(sums.tolist()), "held-back-bags": session.held_back}
     return metrics, budget.confirm(reservation, round)
 

@@ -154,8 +154,8 @@ class Member:
         _do_once(self.done, f"{request.session}/masks")
         state = member.receive(self._state(), request, model)
         for peer in sorted(request.shares.keys() - state.held.keys()):
-            told = {"round": request.round, "site": peer}
-            log.warning("round %(round)d: the shares that %(site)s sealed for this site do not open", told)
+            named = {"round": request.round, "site": peer}
+            log.warning("round %(round)d: the shares that %(site)s sealed for this site do not open", named)
         self._keep(state)
 
     def mask(self, sent: dict[str, FloatArray], trained: dict[str, FloatArray]) -> Words:

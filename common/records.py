@@ -199,7 +199,7 @@ class ProportionRelease(Record):
     )
 
     @model_validator(mode="after")
-    def _is_what_it_says(self) -> Self:
+    def _parts_agree(self) -> Self:
         """Check the number of rows, whole counts, and an event exactly where there is noise."""
         rows = {"none": 0, "total": 1, "per-bag": self.bags}[self.granularity]
         if len(self.leaf_counts) != rows:

@@ -133,9 +133,9 @@ def _of_another_run(adverts: Mapping[str, KeyAdvert]) -> list[str]:
 
     The others would not share secrets with them.
     """
-    told = {site: (advert.run, advert.settings) for site, advert in adverts.items()}
-    common = Counter(told.values()).most_common(1)
-    return [site for site, says in told.items() if says != common[0][0]]
+    given = {site: (advert.run, advert.settings) for site, advert in adverts.items()}
+    common = Counter(given.values()).most_common(1)
+    return [site for site, settings in given.items() if settings != common[0][0]]
 
 
 def _with_a_shared_key(adverts: Mapping[str, KeyAdvert]) -> list[str]:
@@ -315,16 +315,16 @@ class Session:
         """
         if short := total.short_of(total.survivors):
             raise SessionFailed(f"too few sites are left to unmask what {', '.join(short)} sent")
-        told = SurvivorList(session=self.name, round=self.round, survivors=tuple(sorted(total.survivors)))
+        listed = SurvivorList(session=self.name, round=self.round, survivors=tuple(sorted(total.survivors)))
         signed = self._repeatable(
-            _SURVIVORS, told, SurvivorSignature, lambda replies: len(replies) >= total.quorum()
+            _SURVIVORS, listed, SurvivorSignature, lambda replies: len(replies) >= total.quorum()
         )
         if len(signed) < total.quorum():
             raise SessionFailed(
                 f"{len(signed)} site(s) signed the list of survivors, {total.quorum()} are needed"
             )
         return UnmaskRequest(
-            **told.model_dump(), signatures={site: reply.signature for site, reply in signed.items()}
+            **listed.model_dump(), signatures={site: reply.signature for site, reply in signed.items()}
         )
 
     def _unmask(self, total: MaskedSum, request: UnmaskRequest) -> None:
@@ -381,9 +381,9 @@ class Session:
                 continue
             yield site, reply
 
-    def _check(self, site: str, says: str, reply: InSession) -> None:
-        if says != site or (reply.session, reply.round) != (self.name, self.round):
-            raise MessageError(f"a reply of {says!r}, or to another session")
+    def _check(self, site: str, sender: str, reply: InSession) -> None:
+        if sender != site or (reply.session, reply.round) != (self.name, self.round):
+            raise MessageError(f"a reply of {sender!r}, or to another session")
 
     def _need(self, sites: int, did: str) -> None:
         if sites < self.quorum:

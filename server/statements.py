@@ -30,10 +30,10 @@ _Site = tuple[str, str]
 
 def _rolled_back(newest: PrivacyStatement) -> str:
     """Return the fault of a statement that leaves out what ``newest`` states, and the remedy."""
-    told = f" --head {newest.ledger_head}" if newest.ledger_head else ""
+    head = f" --head {newest.ledger_head}" if newest.ledger_head else ""
     return (
         "its privacy statement leaves out what it stated before: its ledger was replaced or rolled back. At "
-        f"the site, put the newest back, or declare the loss: fedbags ledger accept-loss DATA --kit KIT{told}"
+        f"the site, put the newest back, or declare the loss: fedbags ledger accept-loss DATA --kit KIT{head}"
     )
 
 
@@ -161,8 +161,8 @@ class StatementStore:
 
     def _digest(self, statement: PrivacyStatement) -> str:
         # The round is left out of the digest: the same answer may come again in another round of its run.
-        told = statement.model_dump_json(include={"site", "events", "ledger_head", "losses"})
-        return hashlib.sha256(f"{self._run} {told}".encode()).hexdigest()[:32]
+        stated = statement.model_dump_json(include={"site", "events", "ledger_head", "losses"})
+        return hashlib.sha256(f"{self._run} {stated}".encode()).hexdigest()[:32]
 
     def _kept(self, site: _Site) -> _Memory | None:
         """Return what the folder holds of a site, or None."""

@@ -144,10 +144,10 @@ def refuse_duplicate_names(tree: Hierarchy, file: str) -> None:
     for level, classes in zip(tree.levels, tree.classes, strict=True):
         first: dict[str, str] = {}
         for name in classes:
-            twin = first.setdefault(fold(name), name)
-            if twin != name:
-                reason = f"{level} {name!r} and {twin!r} differ only by case, blanks or the form of a letter"
-                rows.append(BadRow(file, None, f"{reason}; did you mean {twin!r}?"))
+            other = first.setdefault(fold(name), name)
+            if other != name:
+                reason = f"{level} {name!r} and {other!r} differ only by case, blanks or the form of a letter"
+                rows.append(BadRow(file, None, f"{reason}; did you mean {other!r}?"))
     if rows:
         advice = "Write each class in one way; --fold-case joins such classes of tables and folders."
         raise DataError(f"{len(rows)} class(es) are written in two ways", rows, advice)

@@ -110,4 +110,4 @@ def _charged(lost: Sequence[Mark], anchored: Anchor | None, state: LedgerState) 
     # ledger holds the anchor's: then it is another.
     if anchored is not None and all(_UNKNOWN_ROWS < mark.rows <= reaches for mark in lost):
         return known
-    return {key: [*told, (_NO_NOISE.model_dump(), 1)] for key, told in known.items()}
+    return {key: [*events, (_NO_NOISE.model_dump(), 1)] for key, events in known.items()}

@@ -65,7 +65,7 @@ class PlanSettings:
         # Poisson sampling draws each bag on its own; the accountant's amplification holds for nothing else.
         return self.expected_bags_per_step / self.number_of_bags
 
-    def released_beside(self) -> tuple[DiscreteLaplace, ...]:
+    def releases(self) -> tuple[DiscreteLaplace, ...]:
         """Return the events of everything that is released in addition to training."""
         # Every evaluation is listed as often as it takes place: each has fresh noise and costs again.
         return (*(() if self.release is None else (self.release,)), *self.evaluation * self.evaluations)
@@ -128,7 +128,7 @@ class PrivacyPlan(PlanSettings):
                 settings.delta,
                 settings.sample_rate,
                 settings.steps_per_round * settings.rounds,
-                also=settings.released_beside(),
+                also=settings.releases(),
             )
         return cls(
             **vars(settings),
@@ -169,7 +169,7 @@ class PrivacyPlan(PlanSettings):
         round.
         """
         training = self._steps(self.steps_per_round * self.rounds)
-        return (*self.released_beside(), training)
+        return (*self.releases(), training)
 
     def sampler(self, round: int) -> Iterator[NDArray[np.int64]]:
         """Yield the bags of each step of a round as ``steps_per_round`` ascending index arrays.
@@ -202,7 +202,7 @@ class PrivacyPlan(PlanSettings):
         stream = self.randomness.stream(Purpose.NOISE, round)
         stream.add_normals(total.view(-1), self.noise_std)
 
-    def noised_look(self, sums: NDArray[np.int64], round: int) -> NDArray[np.int64]:
+    def noised_evaluation(self, sums: NDArray[np.int64], round: int) -> NDArray[np.int64]:
         """Return the sums of one evaluation, shape (levels,), with the noise that ``evaluation`` charges for.
 
         Raises:

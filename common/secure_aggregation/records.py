@@ -49,7 +49,7 @@ class KeyAdvert(InSession):
     settings: bytes = Field(
         min_length=32,
         max_length=32,
-        description="SHA-256 of the configuration that this site was told",
+        description="SHA-256 of the configuration that this site was given",
     )
     seal_key: bytes = Field(min_length=32, max_length=32, description="X25519, for sealing shares")
     mask_key: bytes = Field(min_length=32, max_length=32, description="X25519, for pairwise masks")
@@ -96,11 +96,11 @@ class SessionPlan(InSession):
 
     def transcript(self) -> bytes:
         """Return the SHA-256 of all that every site must see alike."""
-        told = self.model_dump(mode="json", exclude={"adverts"})
+        plan = self.model_dump(mode="json", exclude={"adverts"})
         adverts = [advert.signed().hex() for advert in self.adverts]
         # The transcript is part of every derived key: sites that were sent different lists, weights or
         # ranges cannot open each other's shares. Certificates are left out because the server may add them.
-        return hashlib.sha256(canonical({"plan": told, "adverts": adverts})).digest()
+        return hashlib.sha256(canonical({"plan": plan, "adverts": adverts})).digest()
 
 
 class SealedShares(InSession):

@@ -98,7 +98,7 @@ class MaskedSum:
         return [
             (holder, owner)
             for owner in self._secrets_needed()
-            for holder in sorted(self._told(owner, answers).keys() - self._given(owner, answers).keys())
+            for holder in sorted(self._revealed(owner, answers).keys() - self._given(owner, answers).keys())
         ]
 
     def withheld(self, answers: Mapping[str, UnmaskShares]) -> dict[str, list[str]]:
@@ -113,10 +113,10 @@ class MaskedSum:
             for holder in self._without(owner, answers)
             if holder != owner
         ]
-        often = Counter(site for pair in pairs for site in pair)
+        accused = Counter(site for pair in pairs for site in pair)
         named: dict[str, list[str]] = {}
         for owner, holder in pairs:
-            site, other = (holder, owner) if often[holder] > often[owner] else (owner, holder)
+            site, other = (holder, owner) if accused[holder] > accused[owner] else (owner, holder)
             named.setdefault(site, []).append(other)
         return {site: sorted(named[site]) for site in sorted(named)}
 
@@ -144,14 +144,14 @@ class MaskedSum:
             self._secrets[site] = secret
         return self._secrets[site]
 
-    def _told(self, owner: str, answers: Mapping[str, UnmaskShares]) -> dict[str, bytes]:
+    def _revealed(self, owner: str, answers: Mapping[str, UnmaskShares]) -> dict[str, bytes]:
         """Return the shares of one site's secret, by holder, the owner's own last."""
         holders = sorted(self._holders(owner) & answers.keys(), key=lambda holder: (holder == owner, holder))
-        told = {
+        revealed = {
             holder: answers[holder].self_masks if owner in self.survivors else answers[holder].mask_keys
             for holder in holders
         }
-        return {holder: shares[owner] for holder, shares in told.items() if owner in shares}
+        return {holder: shares[owner] for holder, shares in revealed.items() if owner in shares}
 
     def _given(self, owner: str, answers: Mapping[str, UnmaskShares]) -> dict[str, bytes]:
         """Return those shares that are the ones which the owner sealed."""
@@ -159,14 +159,14 @@ class MaskedSum:
         place = 0 if owner in self.survivors else 1
         return {
             holder: share
-            for holder, share in self._told(owner, answers).items()
+            for holder, share in self._revealed(owner, answers).items()
             if holder == owner or keys.commit_share(share) == self._digests[owner, holder][place]
         }
 
     def _without(self, owner: str, answers: Mapping[str, UnmaskShares]) -> list[str]:
         """Return who answered without a share of this site's secret, and the site itself if it gave none."""
         asked = self._holders(owner) & answers.keys() | {owner}
-        return sorted(asked - self._told(owner, answers).keys())
+        return sorted(asked - self._revealed(owner, answers).keys())
 
     def _fitting(self, site: str, shares: Mapping[str, bytes]) -> bytes | None:
         """Return the secret that the first shares give, if it is what the site committed to."""

@@ -39,7 +39,7 @@ _KIT_VARIABLE = "FEDBAGS_KIT"
 _POLL, _GRACE, _END_DEADLINE = 0.25, 8.0, 90.0
 _TASK_POLL_SECONDS = "0.2"
 _STATE_FILE, _LOCK_FILE = "programs.json", "programs.lock"
-_LOG_START, _END_LINES, _SAID_LINES = 2**20, 60, 12
+_LOG_START, _END_LINES, _SHOWN_LINES = 2**20, 60, 12
 
 _Probe = Callable[[str], bool]
 """Whether a program is ready, given what it has logged since it was started."""
@@ -330,10 +330,10 @@ class _Child:
         found = self._program.diagnose(Exit(status, exit_code(last), last))
         self.state.reason = found.text if found else how
         text = f"{self._program.name} {how}" + (f": {found.text}" if found else "")
-        lines = "\n".join(last.splitlines()[-_SAID_LINES:])
-        said = f"; its last lines:\n{lines}" if lines.strip() else "."
+        lines = "\n".join(last.splitlines()[-_SHOWN_LINES:])
+        shown = f"; its last lines:\n{lines}" if lines.strip() else "."
         error = UserError if found and found.mistake else RunError
-        raise error(f"{text}\nIts log is {self._log}{said}")
+        raise error(f"{text}\nIts log is {self._log}{shown}")
 
     def _become(self, status: _Status, reason: str) -> None:
         if (status, reason) == (self.state.status, self.state.reason):

@@ -180,7 +180,7 @@ class ConsortiumSettings(Section):
     validity: _ValiditySettings = _ValiditySettings()
 
     @model_validator(mode="after")
-    def _tell_sites_apart(self) -> Self:
+    def _site_names_differ(self) -> Self:
         first: dict[str, str] = {}
         for name in self.sites:
             if (other := first.setdefault(name.lower(), name)) != name:

@@ -73,7 +73,7 @@ def _draw_loss(axes: Axes, runs: Sequence[FinishedRun]) -> None:
     axes.autoscale_view()
     # A site's policy may withhold its training loss.
     if not any(event.loss is not None for run in runs for event in run.of(RoundDone)):
-        _say(axes, "the sites sent no training loss")
+        _draw_note(axes, "the sites sent no training loss")
         return
     _count_rounds(axes)
     _legend_below(axes, handles)
@@ -112,7 +112,7 @@ def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, 
                 )
     if not shown:
         kept = any(run.of(BagsEvaluated) for run in runs)
-        _say(axes, "withheld by the sites" if kept else "no figures of held-back bags")
+        _draw_note(axes, "withheld by the sites" if kept else "no figures of held-back bags")
         return
     _count_rounds(axes)
     axes.set_ylim(bottom=0)
@@ -143,7 +143,7 @@ def _count_rounds(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _say(axes: Axes, text: str) -> None:
+def _draw_note(axes: Axes, text: str) -> None:
     """Draw an empty panel with a text that says why it is empty."""
     bare(axes)
     axes.set_ylabel("")
@@ -175,9 +175,11 @@ def draw_confusion(runs: Sequence[FinishedRun], level: int) -> Figure:
         panels.append((heading, argmax, bounds_of(figures)))
         if len(runs) == 1:
             panels.append(("best root-to-leaf path", path, bounds_of(figures, "consistent_accuracy")))
-    told = sorted({text for run in runs if (text := suppression(run.summary.levels[level]))})
+    cells = sorted({text for run in runs if (text := suppression(run.summary.levels[level]))})
     side = float(np.clip(2.6 + 0.2 * tree.sizes[level], 4.2, 8.6))
-    what = f"Confusion of test images at level '{tree.levels[level]}'" + "".join(f", {text}" for text in told)
+    what = f"Confusion of test images at level '{tree.levels[level]}'" + "".join(
+        f", {text}" for text in cells
+    )
     picture = new_figure(side * len(panels) + 1, side + 0.9, title(what, runs), "compressed")
     grid = picture.subplots(1, len(panels), squeeze=False)[0]
     drawn = None

@@ -106,7 +106,7 @@ def worst_of(sites: Iterable[Site]) -> Worst | None:
 def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
     """Return rounds of training, counted over the ledger's life, with the events before the next round."""
     # Where statements hold an epsilon for every round, the plot takes those and nothing is computed again.
-    if item.state is None or _told_by_statements(item):
+    if item.state is None or _covered_by_statements(item):
         return {}
     events = [charge.event for charge in charges(item.state)]
     ends = [number for number, event in enumerate(events, 1) if isinstance(event, PoissonGaussian)]
@@ -118,7 +118,7 @@ def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
     return shown
 
 
-def _told_by_statements(item: Evidence) -> bool:
+def _covered_by_statements(item: Evidence) -> bool:
     """Return whether the run's statements cover the ledger's whole spending.
 
     Statements are for the unit bag in every case, so a ledger for another unit is never covered.

@@ -370,9 +370,9 @@ def print_summary(summary: RunSummary, run: Path | None = None) -> None:
             )
         out.print(levels)
         for level in summary.levels:
-            if told := suppression(level):
+            if cells := suppression(level):
                 out.print(
-                    f"{level.name}: {told} by sites, so its accuracies lie between the two figures, and "
+                    f"{level.name}: {cells} by sites, so its accuracies lie between the two figures, and "
                     "the others cannot be told."
                 )
         if run is not None:

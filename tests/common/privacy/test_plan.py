@@ -225,9 +225,9 @@ def test_looks_are_paid_from_the_same_target(make_plan: MakePlan) -> None:
     plan = make_plan(**settings, **LOOKS)
     check_looks(plan)
     assert plan.noise_multiplier > make_plan(**settings).noise_multiplier
-    assert plan.noised_look(np.zeros(3, dtype=np.int64), 1).shape == (3,)
+    assert plan.noised_evaluation(np.zeros(3, dtype=np.int64), 1).shape == (3,)
     with pytest.raises(ValueError, match="3 sums were charged for, 4"):
-        plan.noised_look(np.zeros(4, dtype=np.int64), 1)
+        plan.noised_evaluation(np.zeros(4, dtype=np.int64), 1)
     with pytest.raises(UserError, match="evaluate less often"):
         make_plan(**settings, evaluation=[DiscreteLaplace(scale=1.0)] * 3, evaluations=4)
     assert len(make_plan(evaluations=4).all_events()) == 1
@@ -236,7 +236,7 @@ def test_looks_are_paid_from_the_same_target(make_plan: MakePlan) -> None:
 def test_planted_bug_looks_that_are_not_in_the_plan(
     make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PrivacyPlan, "released_beside", lambda self: ())
+    monkeypatch.setattr(PrivacyPlan, "releases", lambda self: ())
     with pytest.raises(AssertionError):
         check_looks(make_plan(noise_multiplier=None, epsilon=2.0, **LOOKS))
 
