@@ -129,11 +129,7 @@ def _train_locally(
         _refuse_few_bags(session)
         result = train_round(model, session.store, session.config, request.round, session.seeds)
         statement = PrivacyStatement(site=session.site.name, round=request.round)
-    metrics: dict[str, Metric] = {
-        "num-bags": result.bags,
-        "num-images": result.images,
-        "loss": result.loss,
-    }
+    metrics: dict[str, Metric] = {"num-bags": result.bags, "num-images": result.images, "loss": result.loss}
     return model, metrics, statement
 
 

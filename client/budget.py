@@ -32,12 +32,7 @@ from common.files import write_text
 from common.privacy.accounting import calibrate
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, merge
 from common.privacy.plan import PlanSettings, PrivacyPlan
-from common.privacy.proportions import (
-    CountRelease,
-    Granularity,
-    noise_generator,
-    release_counts,
-)
+from common.privacy.proportions import CountRelease, Granularity, noise_generator, release_counts
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
 from common.records import PrivacyStatement
 
@@ -206,10 +201,7 @@ def _plan_of(session: SiteSession) -> PrivacyPlan:
 
 
 def make_plan(
-    config: RunConfig,
-    store: BagStore,
-    randomness: Randomness,
-    find_sigma: Callable[..., float] = calibrate,
+    config: RunConfig, store: BagStore, randomness: Randomness, find_sigma: Callable[..., float] = calibrate
 ) -> PrivacyPlan:
     """Make a site's plan for all rounds and evaluations of the run and its release of counts together.
 

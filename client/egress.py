@@ -19,12 +19,7 @@ from functools import cached_property
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 
-from client.door import (
-    QUESTIONS,
-    Handler,
-    Question,
-    admit,
-)
+from client.door import QUESTIONS, Handler, Question, admit
 from client.ledger.view import Charges
 from client.release import NOISED_SUMS, check_metrics, release_proportions
 from client.session import SiteSession

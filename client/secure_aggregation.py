@@ -25,13 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from client.session import SiteSession
 from client.site import KIT
 from common.config import RunConfig
-from common.errors import (
-    ConfigError,
-    RoundTaken,
-    RunError,
-    SecureAggregationRefused,
-    require_file,
-)
+from common.errors import ConfigError, RoundTaken, RunError, SecureAggregationRefused, require_file
 from common.pki import read_node_key
 from common.records import FloatArray, ModelUpdate
 from common.secure_aggregation import member
@@ -105,11 +99,7 @@ class Member:
         self._refuse_second_sum(offer)
         _do_once(self.done, f"{offer.session}/keys")
         advert, state = member.advertise(
-            offer,
-            self.node.site.name,
-            self.node.run_id,
-            settings_digest(self.node.config),
-            self._node_key(),
+            offer, self.node.site.name, self.node.run_id, settings_digest(self.node.config), self._node_key()
         )
         self._keep(state)
         return advert.model_copy(update={"certificate": own_certificate(self.kit)})

@@ -30,15 +30,7 @@ BUILD_ADVICE = (
 )
 """What to do about a folder that is not complete."""
 
-KNOWN_METRICS = (
-    "num-bags",
-    "num-images",
-    "loss",
-    "bags-kl",
-    "bags-l1",
-    "held-back-bags",
-    "confusion",
-)
+KNOWN_METRICS = ("num-bags", "num-images", "loss", "bags-kl", "bags-l1", "held-back-bags", "confusion")
 """Every metric that a site can send at all; a policy names the ones that it may send."""
 _WRITTEN_BY_0_1 = KNOWN_METRICS
 """The list that release 0.1 wrote into every site.toml, whatever its owner had said."""

@@ -221,11 +221,7 @@ def _label_marginal_weights(
     share = sizes / sizes.sum()
     # The three blocks of the least squares are the alignment, the regularisation, and one heavy row that
     # makes the weights sum to 1.
-    rows = [
-        marginals.T,
-        np.diag(np.sqrt(regularisation / share)),
-        np.full((1, len(share)), _SUM_TO_ONE),
-    ]
+    rows = [marginals.T, np.diag(np.sqrt(regularisation / share)), np.full((1, len(share)), _SUM_TO_ONE)]
     right = np.concatenate([target, np.zeros(len(share)), [_SUM_TO_ONE]])
     weights, _ = nnls(np.concatenate(rows), right)
     return np.asarray(weights / weights.sum())

@@ -20,15 +20,7 @@ from common.wire import from_records
 from server.aggregation import Aggregator, Arrays, fedpals_weights, training_bags
 from server.enrolment import Quorum, RoundCohort, is_answer
 from server.evaluation import check_figures
-from server.exchange import (
-    Phase,
-    ask,
-    cause_of,
-    fault_of,
-    is_replay,
-    read_update,
-    usable_loss,
-)
+from server.exchange import Phase, ask, cause_of, fault_of, is_replay, read_update, usable_loss
 from server.secure_aggregation import Session, SessionFailed, UselessSum
 from server.statements import StatementStore
 

@@ -15,13 +15,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Self
 
-from client.ledger.anchor import (
-    ADVICE,
-    AnchorFile,
-    LedgerLostError,
-    anchor_file,
-    lost_marks,
-)
+from client.ledger.anchor import ADVICE, AnchorFile, LedgerLostError, anchor_file, lost_marks
 from client.ledger.check import CarryFile, verify
 from client.ledger.file import (
     Kind,
@@ -34,19 +28,8 @@ from client.ledger.file import (
     writing,
 )
 from client.ledger.file import append as append_row
-from client.ledger.state import (
-    Cap,
-    LedgerState,
-    Reservation,
-    copies_of,
-)
-from common.errors import (
-    BudgetRefused,
-    ConfigError,
-    DataError,
-    RunError,
-    require_file,
-)
+from client.ledger.state import Cap, LedgerState, Reservation, copies_of
+from common.errors import BudgetRefused, ConfigError, DataError, RunError, require_file
 from common.privacy.accounting import fits, spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit
 from common.privacy.proportions import CountRelease
@@ -122,12 +105,7 @@ class Ledger:
 
     @classmethod
     def open(
-        cls,
-        path: Path,
-        opening: Opening,
-        *,
-        anchor: AnchorFile | None = None,
-        seen: Sequence[Mark] = (),
+        cls, path: Path, opening: Opening, *, anchor: AnchorFile | None = None, seen: Sequence[Mark] = ()
     ) -> Self:
         """Open the ledger of a site, or make it where there is none.
 
@@ -310,11 +288,7 @@ class Ledger:
             BudgetRefused: the cap does not allow it; the counts must be forgotten.
             LedgerBusyError: it could not be recorded, so it must not be sent.
         """
-        body = {
-            "release": release.model_dump(mode="json"),
-            "run_id": run_id,
-            "generator": generator.value,
-        }
+        body = {"release": release.model_dump(mode="json"), "run_id": run_id, "generator": generator.value}
         self._charge(Kind.RELEASED, release.event(self._state.unit), body)
         return self._state.releases[self.data_version]
 

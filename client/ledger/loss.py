@@ -5,20 +5,8 @@ Only the site's owner can accept a loss, by hand (``fedbags ledger accept-loss``
 
 from collections.abc import Sequence
 
-from client.ledger.anchor import (
-    Anchor,
-    LedgerLostError,
-    lost_events,
-    lost_marks,
-)
-from client.ledger.file import (
-    Kind,
-    LedgerError,
-    Mark,
-    create,
-    hash_of,
-    holds,
-)
+from client.ledger.anchor import Anchor, LedgerLostError, lost_events, lost_marks
+from client.ledger.file import Kind, LedgerError, Mark, create, hash_of, holds
 from client.ledger.ledger import Ledger, Opening, new_identifier, now
 from client.ledger.state import LedgerState, Tally
 from common.privacy.events import PoissonGaussian, Unit

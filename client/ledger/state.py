@@ -18,15 +18,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from client.ledger.file import (
-    Entry,
-    Kind,
-    LedgerError,
-    newest_of_kind,
-    read_entries,
-    read_entry,
-    reading,
-)
+from client.ledger.file import Entry, Kind, LedgerError, newest_of_kind, read_entries, read_entry, reading
 from common.errors import require_file
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict, merge

@@ -96,11 +96,7 @@ class MemberState(Record):
 
 
 def advertise(
-    offer: SessionOffer,
-    site: str,
-    run: int,
-    settings: bytes,
-    key: ec.EllipticCurvePrivateKey,
+    offer: SessionOffer, site: str, run: int, settings: bytes, key: ec.EllipticCurvePrivateKey
 ) -> tuple[KeyAdvert, MemberState]:
     """Make fresh keys and a fresh seed, and sign what the others need of them.
 

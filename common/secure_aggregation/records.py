@@ -47,9 +47,7 @@ class KeyAdvert(InSession):
     site: SiteName
     run: int = Field(ge=0, lt=2**64)
     settings: bytes = Field(
-        min_length=32,
-        max_length=32,
-        description="SHA-256 of the configuration that this site was given",
+        min_length=32, max_length=32, description="SHA-256 of the configuration that this site was given"
     )
     seal_key: bytes = Field(min_length=32, max_length=32, description="X25519, for sealing shares")
     mask_key: bytes = Field(min_length=32, max_length=32, description="X25519, for pairwise masks")

@@ -60,8 +60,7 @@ def _project_file() -> bytes:
                 return text
     raise UserError(
         "this installation of fedbags has no description of its app (pyproject.toml): provision from a "
-        "checkout "
-        "of fedbags (`pip install -e .`), or from a wheel built from one"
+        "checkout of fedbags (`pip install -e .`), or from a wheel built from one"
     )
 
 

@@ -44,8 +44,7 @@ def check_coordinator(kit: CoordinatorKit) -> None:
     missing = set(kit.server.certificate_hosts) - certified_hosts(certificate)
     if missing:
         raise UserError(
-            f"{kit.server_certificate} is not for {', '.join(sorted(missing))}: "
-            "run `fedbags "
+            f"{kit.server_certificate} is not for {', '.join(sorted(missing))}: run `fedbags "
             "provision renew KITS server`"
         )
     _require_secret(kit, "`fedbags provision` adds a missing one.")
@@ -111,8 +110,7 @@ def check_server(kit: CoordinatorKit, authority: Certificate, *, holding: bool =
     if certificate.public_key() != key.public_key():
         raise UserError(
             f"{kit.server_key} is not the key of {kit.server_certificate.name}: bring back the pair that "
-            "belongs "
-            "together, or remove both and run `fedbags provision` again"
+            "belongs together, or remove both and run `fedbags provision` again"
         )
     return certificate
 

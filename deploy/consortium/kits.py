@@ -254,15 +254,11 @@ class Kits:
         Raises:
             UserError: the site has another key, or the key is another site's or was revoked.
         """
-        path, certificate = (
-            self.coordinator.node_public_key(site),
-            self.coordinator.node_certificate(site),
-        )
+        path, certificate = (self.coordinator.node_public_key(site), self.coordinator.node_certificate(site))
         if path.exists() and fingerprint(read_public_key(path)) != fingerprint(key):
             raise UserError(
                 f"site {site!r} has another key already ({path}), and it is never overwritten. If the "
-                "site made a "
-                f"new one: `fedbags provision revoke KITS {site}`, then add the new key."
+                f"site made a new one: `fedbags provision revoke KITS {site}`, then add the new key."
             )
         if path.exists() and certificate.exists():
             return
@@ -314,8 +310,7 @@ class Kits:
             if not update and (found.site, found.server, found.port) != (kit.site, kit.server, kit.port):
                 raise UserError(
                     f"{folder / KIT_FILE} is for site {found.site!r} at {found.server_address}, and the "
-                    "settings "
-                    f"say {kit.site!r} at {kit.server_address}: give --update to change it"
+                    f"settings say {kit.site!r} at {kit.server_address}: give --update to change it"
                 )
             kit = kit if update else found
         self.complete_common(kit, coordinator.app.read_bytes())

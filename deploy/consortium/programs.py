@@ -13,13 +13,7 @@ import sys
 
 from client.site import SITE_FILE
 from common.errors import UserError
-from deploy.consortium.checks import (
-    check_coordinator,
-    check_site,
-    nginx_program,
-    reach_server,
-    require_ports,
-)
+from deploy.consortium.checks import check_coordinator, check_site, nginx_program, reach_server, require_ports
 from deploy.consortium.foreground import (
     COMMAND,
     Diagnosis,

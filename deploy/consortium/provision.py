@@ -92,8 +92,7 @@ def _open(
         if out.exists() and any(out.iterdir()):
             raise UserError(
                 f"{out} is not empty and has no authority folder. Give an empty folder for a new "
-                "consortium, or "
-                "bring back the authority folder of these kits (you keep it offline)."
+                "consortium, or bring back the authority folder of these kits (you keep it offline)."
             )
         app = build_bundle()
         days = settings.validity.authority_days
@@ -125,9 +124,7 @@ def _open(
                 "--update "
                 "to take over the new ones (keys stay; sites whose server changes need their new kit.toml)."
             )
-        wanted = wanted.model_copy(
-            update={"sites": tuple(dict.fromkeys((*found.sites, *wanted.sites)))},
-        )
+        wanted = wanted.model_copy(update={"sites": tuple(dict.fromkeys((*found.sites, *wanted.sites)))})
     return Kits(out, authority, wanted), app
 
 

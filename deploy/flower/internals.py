@@ -25,12 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message, RecordDict
-from flwr.common.serde import (
-    message_from_proto,
-    message_to_proto,
-    recorddict_from_proto,
-    recorddict_to_proto,
-)
+from flwr.common.serde import message_from_proto, message_to_proto, recorddict_from_proto, recorddict_to_proto
 from flwr.proto.message_pb2 import Message as _MessageProto
 from flwr.proto.recorddict_pb2 import RecordDict as _RecordDictProto
 from flwr.supercore.run import Run as Run  # the simulation names it, too

@@ -24,13 +24,7 @@ from common.config_tables import DPConfig
 from common.errors import RunError, UserError
 from common.privacy.events import Event
 from common.run_records import RunSummary, Stated, UpdateTaken
-from deploy.report.model import (
-    Audit,
-    Loss,
-    Problem,
-    Settings,
-    UnusedReply,
-)
+from deploy.report.model import Audit, Loss, Problem, Settings, UnusedReply
 from deploy.runs.reading import read_summary, run_events
 from server import run_folder
 

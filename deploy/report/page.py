@@ -146,8 +146,7 @@ def _spending_plot(points: _Points, cap: float | None, confirmed: float | None) 
         top, height = y.at(last), y.at(confirmed) - y.at(last)
         parts.append(
             f'<rect class="reserved" x="{_LEFT}" y="{top:.1f}" width="{_WIDTH - _LEFT - _RIGHT}" '
-            f'height="{height:.1f}"/>'
-            f'<text class="note" x="{_LEFT + 6}" y="{max(top - 4, _TOP + 8):.1f}">'
+            f'height="{height:.1f}"/><text class="note" x="{_LEFT + 6}" y="{max(top - 4, _TOP + 8):.1f}">'
             "reserved, not confirmed</text>"
         )
     parts.append(_line(x, y, points))
@@ -198,11 +197,7 @@ def _ticks(axis: _Axis, *, whole: bool = False) -> list[tuple[float, str]]:
 
 
 def _frame(
-    x: _Axis,
-    y: _Axis,
-    ticks: Sequence[tuple[float, str]],
-    rows: Sequence[tuple[float, str]],
-    below: str,
+    x: _Axis, y: _Axis, ticks: Sequence[tuple[float, str]], rows: Sequence[tuple[float, str]], below: str
 ) -> list[str]:
     floor = _HEIGHT - _BOTTOM
     parts = [

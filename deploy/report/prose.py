@@ -252,7 +252,7 @@ def _mechanism(context: ReportContext) -> list[str]:
     return [
         f"Bag-level DP-SGD: the gradient of each drawn bag is clipped to {at}; Gaussian noise of standard "
         "deviation sigma times C is added to the sum; the sum is divided by the expected number of bags q N, "
-        "never by the number that was drawn.",
+        "never by the number that was drawn."
     ]
 
 
@@ -260,7 +260,7 @@ def _sampling(context: ReportContext) -> list[str]:
     return [
         "Assumed and implemented alike: Poisson sampling. In each step each bag is drawn on its own with "
         "chance q. A step in which no bag was drawn adds noise and counts like the others. No amplification "
-        "is claimed from the server's choice of sites.",
+        "is claimed from the server's choice of sites."
     ]
 
 
@@ -333,7 +333,7 @@ def _delta(context: ReportContext) -> list[str]:
     return [
         "Delta must stay below one in the number of bags. Without amplification: epsilon had every bag been "
         "in every step, which is what would be left of the claim if the draws were known; closed form for "
-        "the Gaussian steps (Balle and Wang 2018), releases added.",
+        "the Gaussian steps (Balle and Wang 2018), releases added."
     ]
 
 
@@ -346,7 +346,7 @@ def _limit(context: ReportContext) -> list[str]:
     )
     return [
         "The cap is the site's own, and no server can raise it. A round is reserved in the ledger before it "
-        f"starts and counts from then on, finished or not. {happened}",
+        f"starts and counts from then on, finished or not. {happened}"
     ]
 
 

@@ -7,13 +7,7 @@ from typing import Any
 from client.ledger.file import Entry, Kind
 from client.ledger.state import LedgerState
 from common.privacy.events import DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
-from deploy.report.model import (
-    Looks,
-    Refusal,
-    Release,
-    Row,
-    Training,
-)
+from deploy.report.model import Looks, Refusal, Release, Row, Training
 
 
 @dataclass(frozen=True)

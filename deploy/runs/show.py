@@ -18,15 +18,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from common.run_records import Cause, LevelFigures, RunSummary
 from deploy.cli.terminal import console, table
-from deploy.runs.reading import (
-    Phase,
-    RunState,
-    SiteProgress,
-    Stage,
-    fold,
-    read_summary,
-    run_events,
-)
+from deploy.runs.reading import Phase, RunState, SiteProgress, Stage, fold, read_summary, run_events
 from deploy.runs.site_state import SiteState
 from server.run_folder import RunFolder
 
