@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from client.data.bags import Bags
 from client.data.batch import Batch, make_batch
 from client.objectives import Objective, build_objective
-from client.seeds import TrainingSeeds
+from client.site import TrainingSeeds
 from client.training import (
     TrainingResult,
     build_optimiser,

@@ -17,8 +17,17 @@ from numpy.typing import NDArray
 
 from client.data.bags import QUARANTINE_FILE, BagStore, OwnSplit
 from client.ledger.file import LEDGER_FILE
-from client.seeds import TrainingSeeds, derive
-from client.site import DATA_PATH, KIT, PARTITION, SITE_FILE, SiteConfig, Terms, site_folders
+from client.site import (
+    DATA_PATH,
+    KIT,
+    PARTITION,
+    SITE_FILE,
+    SiteConfig,
+    Terms,
+    TrainingSeeds,
+    derive,
+    site_folders,
+)
 from common.config import RunConfig
 from common.config_tables import ModelConfig
 from common.errors import ConfigError, UserError

@@ -1,20 +1,32 @@
-"""Find site folders, and read and write site.toml, which holds the owner's policy on what may leave.
+"""Find site folders, read and write site.toml, and keep a site's secret and what is derived from it.
 
-The file belongs to the site. Nothing that a server sends can change it, and it knows nothing of the
-run configuration: where both set the same thing, the stricter one is the site's.
+site.toml holds the owner's policy on what may leave. The file belongs to the site. Nothing that a server
+sends can change it, and it knows nothing of the run configuration: where both set the same thing, the
+stricter one is the site's.
+
+The secret is random bytes that never leave the site. Losing the file costs nothing but continuity: what was
+derived from it before cannot be derived again. The seeds are of the bag order, augmentation and dropout;
+privacy noise never comes from here. A simulated site's training is fixed by (run seed, site name, round),
+so that it can be repeated anywhere. A real site mixes in its secret, derived for the run: whoever knows the
+model and all bags but one could else repeat the training exactly, and two runs of one model would differ by
+nothing but their sites.
 """
 
+import hmac
+import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import tomli_w
 from pydantic import Field, field_validator
 
 from common.errors import UserError, require_file
-from common.files import write_text
+from common.files import create_bytes, write_text
 from common.records import SiteName
 from common.settings_file import Section, read_toml, validated
 
@@ -222,3 +234,77 @@ def journal_path(node: Mapping[str, Any]) -> Path | None:
     if data := node.get(DATA_PATH):
         return Path(str(data)) / JOURNAL_FILE
     return None
+
+
+_SECRET_FILE = "site.secret"
+"""The file's name in the folder of a site."""
+_SECRET_BYTES = 32
+
+
+def derive(folder: Path, purpose: str, content: bytes) -> bytes:
+    """Derive 32 bytes from a site's secret, drawing the secret when it is first needed.
+
+    HMAC-SHA256 (RFC 2104) under the secret: without it nobody can compute or check the result, however
+    few contents are possible.
+
+    Args:
+        folder: the site folder.
+        purpose: what the bytes are for; different purposes give unrelated bytes.
+        content: what they are derived from.
+
+    Raises:
+        UserError: the secret cannot be read or made, or is damaged.
+    """
+    # The zero byte parts purpose and content: else one purpose could be continued into another by its
+    # content.
+    return hmac.digest(_read_secret(folder), purpose.encode() + b"\0" + content, "sha256")
+
+
+def _read_secret(folder: Path) -> bytes:
+    path = folder / _SECRET_FILE
+    try:
+        if not path.exists():
+            create_bytes(path, os.urandom(_SECRET_BYTES))  # or a process that was faster has drawn it
+        secret = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"the site's secret {path} cannot be read or made: {error.strerror or error}\n"
+            "Give whoever runs the site the right to read and write in the site folder."
+        ) from error
+    if len(secret) != _SECRET_BYTES:
+        raise UserError(
+            f"the site's secret {path} is damaged: {len(secret)} bytes, {_SECRET_BYTES} expected\n"
+            "Put back the copy of your backup; without one, delete the file and a new one is drawn."
+        )
+    return secret
+
+
+@dataclass(frozen=True)
+class TrainingSeeds:
+    """Hold the seeds of one site in one run."""
+
+    seed: int
+    """Of the run."""
+    site: str
+    secret: bytes = b""
+    """Of the site for the run; empty in a simulation."""
+
+    def of_round(self, round: int) -> tuple[int, int, int]:
+        """Return the seeds of a round for the order of the bags, for torch, and for the objective.
+
+        The same round of the same run has the same seeds however often it is asked for: of all its trainings
+        one sum at most is unmasked, and nothing else of them leaves the site.
+        """
+        first, second, third = self._draw(3, round)
+        return first, second, third
+
+    def of_bag(self, round: int, step: int, bag: int) -> int:
+        """Return the seed of one bag in one step, whichever other bags are drawn."""
+        return self._draw(1, round, step, bag)[0]
+
+    def _draw(self, number: int, *place: int) -> list[int]:
+        own = [int.from_bytes(self.secret)] if self.secret else []
+        sequence = np.random.SeedSequence([self.seed, zlib.crc32(self.site.encode()), *place, *own])
+        # 64 bits where they must not be guessed; 32 are what simulations have always had.
+        state = sequence.generate_state(number, np.uint64 if self.secret else np.uint32)
+        return [int(value) for value in state]

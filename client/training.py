@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from client.data.bags import Bags
 from client.data.batch import chunks, make_batch
 from client.objectives import Setting, build_objective
-from client.seeds import TrainingSeeds
+from client.site import TrainingSeeds
 from common.config import RunConfig
 from common.config_tables import Strategy, cosine_decay, run_progress
 from common.errors import RunError

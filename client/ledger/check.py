@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from client import seeds
+from client import site
 from client.ledger.anchor import AnchorFile, LedgerLostError, lost_marks
 from client.ledger.file import (
     NO_ROW,
@@ -239,7 +239,7 @@ class CarryFile:
             self._written = kept
 
     def _seal(self, content: bytes) -> bytes:
-        return seeds.derive(self.path.parent, _PURPOSE, content)
+        return site.derive(self.path.parent, _PURPOSE, content)
 
 
 def _is_long(state: LedgerState) -> bool:

@@ -8,8 +8,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 
 from client.app import app
-from client.seeds import _SECRET_FILE
-from client.site import SiteConfig, SitePolicy
+from client.site import _SECRET_FILE, SiteConfig, SitePolicy
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
 from common.model.build import build_model

@@ -8,7 +8,12 @@ import pytest
 from flwr.app import RecordDict
 
 from client.session import SiteSession, _find_site, _is_simulated
-from client.site import SiteConfig, SitePolicy, _PrivacyBudget, site_folders
+from client.site import (
+    SiteConfig,
+    SitePolicy,
+    _PrivacyBudget,
+    site_folders,
+)
 from common.config import RunConfig
 from common.errors import ConfigError, UserError
 

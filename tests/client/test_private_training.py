@@ -19,7 +19,7 @@ from client.data.bags import BagStore
 from client.data.batch import Batch, make_batch
 from client.objectives import build_objective
 from client.private_training import BagDPOptimizer, _bag_loss, train_round_privately
-from client.seeds import TrainingSeeds
+from client.site import TrainingSeeds
 from client.training import make_setting, train_round
 from common.config import RunConfig
 from common.errors import ConfigError, RunError

@@ -12,9 +12,8 @@ import torch
 from flwr.app import Context, RecordDict
 
 from client import app as client_app
-from client.seeds import _SECRET_FILE, TrainingSeeds
 from client.session import SiteSession
-from client.site import SiteConfig, SitePolicy, _PrivacyBudget
+from client.site import _SECRET_FILE, SiteConfig, SitePolicy, TrainingSeeds, _PrivacyBudget
 from client.training import TrainingResult, _passes_of_round, train_round
 from common.config import RunConfig
 from common.model.build import build_model

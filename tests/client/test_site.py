@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from client.site import KNOWN_METRICS, ReleaseProportions, SiteConfig, SitePolicy, _PrivacyBudget
+from client.site import (
+    KNOWN_METRICS,
+    ReleaseProportions,
+    SiteConfig,
+    SitePolicy,
+    _PrivacyBudget,
+)
 from common.errors import ConfigError, UserError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from client.seeds import _SECRET_FILE, derive
+from client.site import _SECRET_FILE, derive
 from common.errors import UserError
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from client.seeds import TrainingSeeds
+from client.site import TrainingSeeds
 from client.training import _passes_of_round
 from common.config import RunConfig
 from common.errors import ConfigError
