@@ -1,9 +1,10 @@
-"""Define the commands of ``fedbags``, a module per group; here is what all of them print with.
+"""Define the commands of ``fedbags``, a module per group.
 
-Nothing here loads rich: that is ``deploy.cli.terminal``'s.
+Here is what all of them print with, as far as it needs no rich (``deploy.cli.terminal`` does).
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,23 @@ import typer
 from common.text import visible_lines
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+Rounds = Annotated[int | None, typer.Option(help="Federated rounds.", min=1)]
+Dp = Annotated[
+    str | None,
+    typer.Option(
+        metavar="epsilon=E[,delta=D]", help="Train privately: budget of each site, replace-one bag."
+    ),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="Start from this config.toml.")]
+Presets = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Settings of `fedbags config --preset NAME`.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+"""Options of the two commands that train, ``simulate`` and ``run``."""
 
 
 def say(text: object, *, err: bool = False) -> None:

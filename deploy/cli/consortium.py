@@ -16,6 +16,7 @@ import typer
 import typer.core
 
 from common.errors import ConfigError, RunError, UserError, require_file
+from deploy import cli
 from deploy.cli import Json, print_json, say
 from deploy.lazy import lazy_imports
 
@@ -141,21 +142,12 @@ def _site_down(kit: _Site) -> None:
 def _run_command(
     kit: _Coordinator,
     out: Annotated[Path | None, typer.Option(help="Run folder [default: KIT/state/runs/NAME-TIME].")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Federated rounds.", min=1)] = None,
-    dp: Annotated[
-        str | None,
-        typer.Option(
-            metavar="epsilon=E[,delta=D]", help="Train privately: budget of each site, replace-one bag."
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
-    preset: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Settings of `fedbags config --preset NAME`.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    rounds: cli.Rounds = None,
+    dp: cli.Dp = None,
+    set_: cli.Settings = None,
+    config: cli.ConfigFile = None,
+    preset: cli.Presets = None,
+    resume: cli.Resume = False,
     json_: Json = False,
 ) -> None:
     """Train with the connected sites, and show the rounds as they are done.
@@ -313,9 +305,7 @@ def _add_key(
     password_file: _PasswordFile = None,
 ) -> None:
     """Let a site in by putting its public key into the coordinator's kit and certifying it."""
-    _print_changes(
-        kit_folders.Kits.open(kits, _password(password_file)).add_key(site, public_key, days), kits
-    )
+    _print_changes(_open(kits, password_file).add_key(site, public_key, days), kits)
     # Printed here and by `site keygen`, to compare by telephone: so an exchanged key is noticed.
     _print_fingerprint(site, pki.fingerprint(pki.read_public_key(public_key)))
 
@@ -336,7 +326,7 @@ def _add_site(
         ports = settings_module.SitePorts(runtime_port=runtime_port, metrics_port=metrics_port)
     except ValueError as error:
         raise ConfigError("--runtime-port and --metrics-port need two different numbers") from error
-    _print_changes(kit_folders.Kits.open(kits, _password(password_file)).add_site(site, ports), kits)
+    _print_changes(_open(kits, password_file).add_site(site, ports), kits)
 
 
 @provision_app.command("renew")
@@ -349,7 +339,7 @@ def _renew(
     password_file: _PasswordFile = None,
 ) -> None:
     """Issue certificates anew, for the same keys."""
-    _print_changes(kit_folders.Kits.open(kits, _password(password_file)).renew(names or (), days), kits)
+    _print_changes(_open(kits, password_file).renew(names or (), days), kits)
 
 
 @provision_app.command("revoke")
@@ -358,7 +348,7 @@ def _revoke(kits: _KitsArgument, site: _SiteArgument, password_file: _PasswordFi
 
     A running coordinator refuses it once its files are gone from nodes/ of its kit.
     """
-    _print_changes(kit_folders.Kits.open(kits, _password(password_file)).revoke(site), kits)
+    _print_changes(_open(kits, password_file).revoke(site), kits)
     say(f"{site} is out, as soon as its files are gone from nodes/ in the server's copy of the kit")
 
 
@@ -383,6 +373,10 @@ def keygen(kit: Annotated[Path, typer.Argument(metavar="KIT", help="This site's 
     public_key = kit_folders.make_node_key(opened)
     say(f"send this file to the coordinator: {public_key}")
     _print_fingerprint(opened.site, pki.fingerprint(pki.read_public_key(public_key)))
+
+
+def _open(kits: Path, password_file: Path | None) -> "kit_folders.Kits":
+    return kit_folders.Kits.open(kits, _password(password_file))
 
 
 def _password(path: Path | None) -> bytes | None:

@@ -1,6 +1,7 @@
-"""Show, check and export a site's privacy ledger, and report on it: ``fedbags ledger`` and ``report``.
+"""Show, check and export a site's privacy ledger, and report on ledgers and runs.
 
-Reads options and prints. The ledger itself is ``client``'s, the report ``deploy.report``'s.
+For ``fedbags ledger`` and ``fedbags report``. Reads options and prints. The ledger itself is ``client``'s,
+the report ``deploy.report``'s.
 """
 
 import json
@@ -37,6 +38,7 @@ _File = Annotated[Path, typer.Argument(help="A site's ledger.sqlite.")]
 _Kit = Annotated[
     Path | None, typer.Option(help="The site's kit, where its ledger has its second anchor; none: beside it.")
 ]
+_Ledger = Annotated[Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")]
 
 
 @app.command()
@@ -110,9 +112,7 @@ def verify(
 @app.command("accept-version")
 def accept_version(
     site_folder: Annotated[Path, typer.Argument(help="The site's folder, as it is now.")],
-    ledger: Annotated[
-        Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
-    ] = None,
+    ledger: _Ledger = None,
     kit: _Kit = None,
     json_: Json = False,
 ) -> None:
@@ -124,11 +124,9 @@ def accept_version(
 
     Example: fedbags ledger accept-version SITES/site-1
     """
-    config = site_file.SiteConfig.load(site_folder)
-    version = site_tables.data_version(site_folder, config, site_tables.read_listing(site_folder, config)[1])
-    file = ledger or site_folder / "ledger.sqlite"
+    site, version, file = _site_and_ledger(site_folder, ledger)
     accepted = site_ledger.Ledger.accept_version(
-        file, config.name, version, anchor=ledger_anchor.anchor_file(file, kit)
+        file, site, version, anchor=ledger_anchor.anchor_file(file, kit)
     )
     book = ledger_state.LedgerState.read(file)
     if json_:
@@ -148,9 +146,7 @@ def accept_version(
 def accept_loss(
     site_folder: Annotated[Path, typer.Argument(help="The site's folder.")],
     kit: _Kit = None,
-    ledger: Annotated[
-        Path | None, typer.Option(help="Its ledger; SITE_FOLDER/ledger.sqlite if not given.")
-    ] = None,
+    ledger: _Ledger = None,
     head: Annotated[
         str | None,
         typer.Option(help="Ledger head that the coordinator holds and this ledger does not, in hexadecimal."),
@@ -168,15 +164,13 @@ def accept_loss(
 
     Example: fedbags ledger accept-loss SITES/site-1 --kit KITS/site-1
     """
-    config = site_file.SiteConfig.load(site_folder)
-    version = site_tables.data_version(site_folder, config, site_tables.read_listing(site_folder, config)[1])
-    file = ledger or site_folder / "ledger.sqlite"
+    site, version, file = _site_and_ledger(site_folder, ledger)
     journal = site_file.journal_path({site_file.KIT: kit, site_file.DATA_PATH: file.parent})
     # Each line of the journal repeats the ledger's rows and hash, so it may name rows of which ledger and
     # anchor, put back from one backup, know nothing.
     seen = ledger_anchor.newest_mark(journal) if journal else ()
     lost = site_ledger.Ledger(file, version, ledger_anchor.anchor_file(file, kit), seen)
-    accepted = loss.accept_loss(lost, config.name, _head(head))
+    accepted = loss.accept_loss(lost, site, _head(head))
     if not accepted:
         if json_:
             print_json({"accepted": False})
@@ -222,6 +216,13 @@ def export(file: _File, json_: Json = False) -> None:
     for key, value in exported.items():
         rows.add_row(key, value if isinstance(value, str) else json.dumps(value))
     terminal.console().print(rows)
+
+
+def _site_and_ledger(folder: Path, ledger: Path | None) -> tuple[str, str, Path]:
+    """Return the site's name, the version of its data as they are now, and its ledger."""
+    config = site_file.SiteConfig.load(folder)
+    version = site_tables.data_version(folder, config, site_tables.read_listing(folder, config)[1])
+    return config.name, version, ledger or folder / "ledger.sqlite"
 
 
 def _head(text: str | None) -> str | None:

@@ -14,6 +14,7 @@ import typer
 import typer.core
 
 from common.errors import FedbagsError, UserError
+from deploy import cli
 from deploy.cli import Json, audit, bags, consortium, ledger, print_json, runs, say, site
 from deploy.flower.processes import without_proxy
 from deploy.lazy import lazy_imports
@@ -92,7 +93,7 @@ class _Engine(StrEnum):
 def simulate(
     sites: Annotated[int | None, typer.Option(help="Synthetic hospitals to draw.", min=1)] = None,
     sites_dir: Annotated[Path | None, typer.Option(help="Folder of site folders.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Federated rounds.", min=1)] = None,
+    rounds: cli.Rounds = None,
     local_epochs: Annotated[int | None, typer.Option(help="Passes per round at a site.", min=1)] = None,
     method: Annotated[str | None, typer.Option(help="lhfglp, dllp, rot, ...: see docs/methods.md.")] = None,
     backbone: Annotated[str | None, typer.Option(help="resnet-small, or any torchvision model.")] = None,
@@ -104,20 +105,11 @@ def simulate(
     workers: Annotated[
         int | None, typer.Option(help="Processes (local engine) [default: cores].", min=0)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    config: Annotated[Path | None, typer.Option(help="Start from this config.toml.")] = None,
-    preset: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Settings of `fedbags config --preset NAME`.")
-    ] = None,
-    dp: Annotated[
-        str | None,
-        typer.Option(
-            metavar="epsilon=E[,delta=D]", help="Train privately: budget of each site, replace-one bag."
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of `fedbags config`.")
-    ] = None,
+    resume: cli.Resume = False,
+    config: cli.ConfigFile = None,
+    preset: cli.Presets = None,
+    dp: cli.Dp = None,
+    set_: cli.Settings = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Quarantine bad rows and go on.")] = False,
     figures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
     json_: Json = False,

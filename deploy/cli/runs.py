@@ -1,6 +1,7 @@
-"""Look at runs and compare methods, for ``fedbags runs``, ``status``, ``metrics``, ``track`` and ``compare``.
+"""Look at runs while they work and afterwards, and compare methods.
 
-Reads options and prints. ``deploy.runs`` and ``deploy.compare`` do the work.
+For ``fedbags runs``, ``status``, ``metrics``, ``track`` and ``compare``. Reads options and prints.
+``deploy.runs`` and ``deploy.compare`` do the work.
 """
 
 import threading

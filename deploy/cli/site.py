@@ -1,4 +1,8 @@
-"""Write, check and approve what one hospital runs on: ``fedbags site init``, ``check`` and ``approve``."""
+"""Write, check and approve what one hospital runs on.
+
+For ``fedbags site init``, ``check`` and ``approve``; the others of ``fedbags site`` are in
+``deploy.cli.consortium``.
+"""
 
 import json
 import sys

@@ -73,7 +73,7 @@ def table(title: str, *columns: str) -> Table:
     return result
 
 
-def bars(*, transient: bool = False) -> Progress:
+def _bars(*, transient: bool = False) -> Progress:
     """Return a display of bars with counts and times, which goes at the end if it is transient."""
     return Progress(
         text_column("{task.description}"),
@@ -94,7 +94,7 @@ def named_bars(*, transient: bool = False) -> Iterator[Callable[[str], Callable[
 
     A bar appears on its first move, and all go at the end if they are transient.
     """
-    with bars(transient=transient) as progress:
+    with _bars(transient=transient) as progress:
 
         def named(what: str) -> Callable[[int, int], None]:
             task: TaskID | None = None
@@ -179,7 +179,7 @@ class Follower:
         self._thread.join()
 
     def _follow(self) -> None:
-        with bars() as progress:
+        with _bars() as progress:
             rounds = progress.add_task("rounds", total=self._rounds)
             sites = progress.add_task("sites", total=None)
             state = RunState()

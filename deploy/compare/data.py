@@ -40,7 +40,7 @@ _SPLIT_SEED = 0
 _LIST = "images.json"
 
 
-def folder_name(division: Division) -> str:
+def _folder_name(division: Division) -> str:
     """Return a folder name that no other division of the same data has."""
     words = (
         division.partition,
@@ -215,7 +215,7 @@ class DataFolders:
 
     def sites_dir(self, cell: Cell) -> Path:
         """Return the folder of site folders that this cell trains on."""
-        name = folder_name(cell.division)
+        name = _folder_name(cell.division)
         return self.root / name if cell.site is None else self.root / f"{name}.alone" / f"site{cell.site}"
 
     def site_name(self, cell: Cell) -> str | None:
@@ -250,7 +250,7 @@ class DataFolders:
             self._check_size(division)
         self._store_images(progress("storing the images"))
         for division in divisions:
-            self._divide(division, progress(f"dividing: {folder_name(division)}"))
+            self._divide(division, progress(f"dividing: {_folder_name(division)}"))
         # Decoded before any cell starts: cells run at the same time, and then only read the cache.
         for site, size in dict.fromkeys(
             (site, cell.config.model.image_size)
@@ -299,7 +299,7 @@ class DataFolders:
             (folder / _LIST).write_text(json.dumps(names["images"]), encoding="utf-8")
 
     def _divide(self, division: Division, progress: Progress) -> None:
-        out = self.root / folder_name(division)
+        out = self.root / _folder_name(division)
         if not out.exists():
             table = self._training_table()
             done = 0

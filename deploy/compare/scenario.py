@@ -74,7 +74,7 @@ class Data(Section):
     origin: str = Field("", description="where to get the data; told when they are missing")
 
 
-class Grid(_Overrides):
+class _Grid(_Overrides):
     """Select a part of one setting's cells.
 
     What is not given is taken from the top of the file.
@@ -86,7 +86,7 @@ class Grid(_Overrides):
     passes: _Count | None = None
 
 
-class Entry(_Overrides):
+class _Entry(_Overrides):
     """Describe one row of the table, which is a method with its own settings."""
 
     name: _Name
@@ -107,8 +107,8 @@ class Scenario(Section):
     images_per_step: _Count = Field(64, description="images of an optimiser step, at every bag size")
     data: Data
     run: dict[str, Scalar] = Field({}, description="keys of the run configuration, for all cells")
-    settings: dict[Setting, tuple[Grid, ...]] = Field({Setting.POOLED: (Grid(),)}, min_length=1)
-    methods: tuple[Entry, ...] = Field(min_length=1)
+    settings: dict[Setting, tuple[_Grid, ...]] = Field({Setting.POOLED: (_Grid(),)}, min_length=1)
+    methods: tuple[_Entry, ...] = Field(min_length=1)
 
     @field_validator("run", mode="before")
     @classmethod
@@ -230,7 +230,7 @@ def _known_keys(place: Sequence[str | int]) -> list[str]:
     """Return the keys of the table at this place."""
     model: type[BaseModel] = Scenario
     if place:
-        tables: dict[str | int, type[BaseModel]] = {"data": Data, "settings": Grid, "methods": Entry}
+        tables: dict[str | int, type[BaseModel]] = {"data": Data, "settings": _Grid, "methods": _Entry}
         model = tables.get(place[0], Scenario)
     return [field.alias or name for name, field in model.model_fields.items()]
 
@@ -301,7 +301,7 @@ def expand(scenario: Scenario, context: Context) -> list[Cell]:
     return list(cells.values())
 
 
-def _of_grid(scenario: Scenario, context: Context, setting: Setting, grid: Grid) -> Iterator[Cell]:
+def _of_grid(scenario: Scenario, context: Context, setting: Setting, grid: _Grid) -> Iterator[Cell]:
     entries = [
         entry
         for entry in scenario.methods
@@ -326,7 +326,7 @@ class _Point(NamedTuple):
 
 
 def _of_entry(
-    scenario: Scenario, context: Context, grid: Grid, entry: Entry, point: _Point
+    scenario: Scenario, context: Context, grid: _Grid, entry: _Entry, point: _Point
 ) -> Iterator[Cell]:
     setting, bag_size, seed = point
     division = _division(scenario.data, setting, bag_size, seed)

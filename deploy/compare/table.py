@@ -1,8 +1,7 @@
 """Write the results of a comparison as one row per cell, and as means over the seeds.
 
-The rows are written to JSON and CSV, the means to Markdown.
-
-The module reads result files only, and knows nothing of how they were made.
+The rows are written to JSON and CSV, the means to Markdown. The module reads result files only, and knows
+nothing of how they were made.
 """
 
 import csv

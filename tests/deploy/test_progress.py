@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.run_records import read_event
-from deploy.cli.terminal import Follower, _done, _without, bars
+from deploy.cli.terminal import Follower, _bars, _done, _without
 from deploy.runs.reading import RunState, fold
 
 SITES = ["a", "b", "c", "d", "e"]
@@ -57,7 +57,7 @@ def test_the_first_round_has_an_estimate_when_the_first_site_has_answered() -> N
     answers = fold(map(read_event, (ENROLLED, *of("update", "a", "b", round=1))))
     assert _done(answers, 10) == pytest.approx(0.4)
     clock = [0.0]
-    with bars() as progress:
+    with _bars() as progress:
         progress.get_time = lambda: clock[0]
         task = progress.add_task("rounds", total=10)
         for seconds, done in ((0.0, 0.0), (100.0, 0.2), (200.0, _done(answers, 10))):

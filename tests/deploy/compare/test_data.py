@@ -11,7 +11,7 @@ from client.data.labelled import LabelledImages
 from client.data.tables import read_csv
 from client.site import site_folders
 from common.errors import DataError, UserError
-from deploy.compare.data import DataFolders, folder_name, open_data
+from deploy.compare.data import DataFolders, _folder_name, open_data
 from deploy.compare.scenario import Cell, Context, Scenario, Setting, expand
 from tests.deploy.compare.conftest import LEAVES, SIZE, TEST, TRAIN, write_archive
 from tests.deploy.datasets.layouts import draw_image
@@ -144,7 +144,7 @@ def test_nothing_is_made_twice(scenario: Write, tmp_path: Path) -> None:
     assert again.root == folders.root
     assert {file: file.stat().st_mtime_ns for file in folders.root.rglob("*.csv")} == stamps
     assert {file: file.stat().st_ino for file in folders.root.rglob("images.npy")} == caches
-    divided = {folder_name(cell.division) for cell in cells}
+    divided = {_folder_name(cell.division) for cell in cells}
     assert {folder.name for folder in folders.root.iterdir()} == {
         "images", "images.json", "test", *divided, *(f"{name}.alone" for name in divided),
     }  # fmt: skip
