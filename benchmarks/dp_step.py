@@ -45,8 +45,8 @@ from client.private_training import BagDPOptimizer
 from common.config_tables import LossConfig, ModelConfig
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
-from common.model.losses import hierarchical_proportion_loss, level_weights
-from common.model.methods import Method
+from common.model.interfaces import Inputs
+from common.model.losses import level_divergence, level_weights
 from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.randomness import SecureRandomness
 
@@ -92,20 +92,21 @@ class Bags:
     def loss(self, model: nn.Module, bag: int | None = None) -> Tensor:
         """Return the mean loss of all bags, or the loss of one."""
         if bag is None:
-            return hierarchical_proportion_loss(
-                model(self.images), self.index, self.counts, self.weights, (0.0, 0.0)
-            )
+            return self.divergence(model, self.images, self.index, self.counts)
         chosen = self.index == bag
         counts = [level[bag : bag + 1] for level in self.counts]
-        index = torch.zeros(int(chosen.sum()), dtype=torch.int64)
-        return hierarchical_proportion_loss(
-            model(self.images[chosen]), index, counts, self.weights, (0.0, 0.0)
+        return self.divergence(
+            model, self.images[chosen], torch.zeros(int(chosen.sum()), dtype=torch.int64), counts
         )
+
+    def divergence(self, model: nn.Module, images: Tensor, index: Tensor, counts: list[Tensor]) -> Tensor:
+        """Return the proportion loss of these images."""
+        return level_divergence(model(Inputs(images, index)).scores, index, counts, self.weights).mean()
 
 
 def make_model(bags: Bags) -> nn.Module:
     """Return a ResNet-18 with GroupNorm and a linear head per level."""
-    config = ModelConfig(method=Method.DLLP_HIERARCHICAL, backbone="resnet18", image_size=64)
+    config = ModelConfig(method="dllp-hierarchical", backbone="resnet18", image_size=64)
     return build_model(config, bags.hierarchy, seed=0).train()
 
 

@@ -1,4 +1,4 @@
-"""Compare one LHFGLP training step with the plain pipeline on the same backbone.
+"""Compare one HierarchicalClassifier training step with the plain pipeline on the same backbone.
 
     python benchmarks/model_step.py [--json] [--pairs 15] [--threads 1]
 
@@ -25,15 +25,15 @@ import torch
 from common.config_tables import LossConfig, ModelConfig
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
-from common.model.losses import hierarchical_proportion_loss, level_weights
-from common.model.methods import Method
+from common.model.interfaces import Inputs
+from common.model.losses import bag_means, level_divergence, level_weights
 
 BAG = 16
 TREES = {"27 leaves": (3, 9, 27), "200 leaves": (13, 38, 200)}
 """Levels of the synthetic hospitals, and of CUB-200-2011 (orders, families, species)."""
 
 
-def make_step(method: Method, bags: int, tree: str) -> Callable[[], None]:
+def make_step(method: str, bags: int, tree: str) -> Callable[[], None]:
     """Return a training step of a fresh model on fixed random images."""
     top, middle, leaves = TREES[tree]
     rows = [[f"{leaf * top // leaves}", f"{leaf * middle // leaves}", f"{leaf}"] for leaf in range(leaves)]
@@ -51,11 +51,13 @@ def make_step(method: Method, bags: int, tree: str) -> Callable[[], None]:
 
     def step() -> None:
         optimiser.zero_grad()
-        output = model(images)
-        loss = hierarchical_proportion_loss(
-            output, bag_index, counts, weights, (loss_config.reconstruction, loss_config.sparsity)
-        )
-        loss.backward()
+        output = model(Inputs(images, bag_index))
+        per_bag = level_divergence(output.scores, bag_index, counts, weights)
+        if output.penalties:
+            error, l1 = output.penalties["reconstruction"], output.penalties["codes"]
+            price = loss_config.reconstruction * error + loss_config.sparsity * l1
+            per_bag = per_bag + bag_means(price, bag_index, bags)
+        per_bag.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimiser.step()
 
@@ -64,7 +66,7 @@ def make_step(method: Method, bags: int, tree: str) -> Callable[[], None]:
 
 def time_ratio(bags: int, tree: str, pairs: int) -> dict[str, float]:
     """Return the median milliseconds of both models, and the median ratio over pairs."""
-    steps = [make_step(method, bags, tree) for method in (Method.LHFGLP, Method.DLLP_HIERARCHICAL)]
+    steps = [make_step(method, bags, tree) for method in ("lhfglp", "dllp-hierarchical")]
     taken: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs + 2):
         for which in (0, 1) if pair % 2 else (1, 0):
@@ -81,7 +83,7 @@ def time_ratio(bags: int, tree: str, pairs: int) -> dict[str, float]:
     }
 
 
-def peak_mib(method: Method, bags: int, tree: str) -> float:
+def peak_mib(method: str, bags: int, tree: str) -> float:
     """Return the peak resident size of three steps above the baseline in MiB, in a process of its own."""
     torch.nn.functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -94,13 +96,12 @@ def peak_mib(method: Method, bags: int, tree: str) -> float:
 def memory_ratio(bags: int, tree: str, threads: int) -> dict[str, float]:
     """Return the median peaks over three children each, and their ratio."""
 
-    def child(method: Method) -> float:
+    def child(method: str) -> float:
         command = [sys.executable, __file__, "--threads", str(threads), "--child", method, str(bags), tree]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     full, plain = (
-        statistics.median(child(method) for _ in range(3))
-        for method in (Method.LHFGLP, Method.DLLP_HIERARCHICAL)
+        statistics.median(child(method) for _ in range(3)) for method in ("lhfglp", "dllp-hierarchical")
     )
     return {
         "lhfglp_mib": round(full, 1),
@@ -122,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.child:
         method, bags, tree = options.child
-        print(peak_mib(Method(method), int(bags), tree))
+        print(peak_mib(method, int(bags), tree))
         return
     cases = [(tree, bags) for tree in TREES for bags in (1, 4)]
     # Memory is measured first: a child's peak counter starts at its parent's size, here that of torch alone.

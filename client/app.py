@@ -12,7 +12,7 @@ from client.session import SiteSession
 from client.site import ReleaseProportions
 from client.training import TrainingResult, train_round
 from common.errors import ConfigError, SecureAggregationRefused
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
 from common.model.model_file import trainable_arrays
 from common.records import Metric, ModelUpdate, PrivacyStatement
 from common.secure_aggregation.records import (
@@ -120,7 +120,7 @@ def _train_masked(message: Message, session: SiteSession) -> Message:
 
 def _train_locally(
     session: SiteSession, request: ModelUpdate
-) -> tuple[LHFGLP, dict[str, Metric], PrivacyStatement]:
+) -> tuple[HierarchicalClassifier, dict[str, Metric], PrivacyStatement]:
     """Train one round on the site's bags, and return the model, all metrics and the privacy statement."""
     model = session.receive_model(request.arrays)
     if session.private:
@@ -134,7 +134,7 @@ def _train_locally(
 
 
 def _train_privately(
-    session: SiteSession, model: LHFGLP, round: int
+    session: SiteSession, model: HierarchicalClassifier, round: int
 ) -> tuple[TrainingResult, PrivacyStatement]:
     """Reserve the round's cost, train, and confirm.
 
@@ -166,7 +166,7 @@ def _evaluate_on_bags(message: Message, session: SiteSession) -> Message:
 
 
 def _evaluate_privately(
-    session: SiteSession, model: LHFGLP, round: int
+    session: SiteSession, model: HierarchicalClassifier, round: int
 ) -> tuple[dict[str, Metric], PrivacyStatement]:
     """Reserve the cost of an evaluation on held-back bags, evaluate, add the noise, and confirm.
 
@@ -204,7 +204,7 @@ def _answer(
     session: SiteSession,
     request: ModelUpdate,
     metrics: dict[str, Metric],
-    model: LHFGLP | None = None,
+    model: HierarchicalClassifier | None = None,
 ) -> ModelUpdate:
     """Build a reply with the metrics that may leave, and with the trained arrays if a model is given."""
     allowed = may_leave(kind, session.config, session.store, session.terms)

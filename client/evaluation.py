@@ -10,7 +10,8 @@ from client.data.bags import BagStore, to_tensor
 from client.data.batch import chunks, make_batch
 from client.training import choose_device
 from common.config import RunConfig
-from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
+from common.model.classifier import HierarchicalClassifier, consistent_prediction, log_probabilities
+from common.model.interfaces import Inputs
 from common.model.losses import proportion_kl, proportion_l1
 from common.privacy.proportions import to_grid
 from common.records import Metric
@@ -22,7 +23,7 @@ _IMAGES_AT_ONCE = 256
 
 
 @torch.no_grad()
-def evaluate_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> dict[str, Metric]:
+def evaluate_bags(model: HierarchicalClassifier, store: BagStore, config: RunConfig) -> dict[str, Metric]:
     """Return the proportion KL and L1 per level, averaged over the site's held-back bags.
 
     No label of an image is used.
@@ -42,7 +43,7 @@ def evaluate_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> dict[str
 
 
 @torch.no_grad()
-def sum_distances(model: LHFGLP, store: BagStore, config: RunConfig) -> NDArray[np.int64]:
+def sum_distances(model: HierarchicalClassifier, store: BagStore, config: RunConfig) -> NDArray[np.int64]:
     """Return per level the sum of the held-back bags' total-variation distances, shape (levels,).
 
     EXACT, in steps of ``common.privacy.proportions.GRID``: must not leave the site without noise.
@@ -53,7 +54,9 @@ def sum_distances(model: LHFGLP, store: BagStore, config: RunConfig) -> NDArray[
     return np.asarray(to_grid(distances.numpy() / 2).sum(axis=1), dtype=np.int64)
 
 
-def _compare_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _compare_bags(
+    model: HierarchicalClassifier, store: BagStore, config: RunConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return KL and L1 between true and predicted proportions, each (levels, held-back bags) in float64."""
     device = choose_device(config.train.device)
     model.to(device).eval()
@@ -62,15 +65,17 @@ def _compare_bags(model: LHFGLP, store: BagStore, config: RunConfig) -> tuple[to
     kl, l1 = [empty], [empty]
     for bags in chunks(held_back, max(1, _IMAGES_AT_ONCE // int(store.bag_sizes.max()))):
         batch = make_batch(store, bags).to(device)
-        scores = model(batch.images).scores
+        scores = model(batch.inputs).scores
         pairs = list(zip(scores, batch.level_counts, strict=True))
-        kl.append(torch.stack([proportion_kl(s, batch.bag_index, c) for s, c in pairs]).cpu())
-        l1.append(torch.stack([proportion_l1(s, batch.bag_index, c) for s, c in pairs]).cpu())
+        kl.append(torch.stack([proportion_kl(s, batch.inputs.bag_index, c) for s, c in pairs]).cpu())
+        l1.append(torch.stack([proportion_l1(s, batch.inputs.bag_index, c) for s, c in pairs]).cpu())
     return torch.cat(kl, dim=1).double(), torch.cat(l1, dim=1).double()
 
 
 @torch.no_grad()
-def evaluate_labelled(model: LHFGLP, test: "LabelledImages", config: RunConfig) -> dict[str, Metric]:
+def evaluate_labelled(
+    model: HierarchicalClassifier, test: "LabelledImages", config: RunConfig
+) -> dict[str, Metric]:
     """Count predictions against labels per level, by argmax of each level and by best root-to-leaf path.
 
     Returns:
@@ -87,9 +92,9 @@ def evaluate_labelled(model: LHFGLP, test: "LabelledImages", config: RunConfig) 
 
 @torch.no_grad()
 def read_predictions(
-    model: LHFGLP, images: NDArray[np.uint8], device: torch.device
+    model: HierarchicalClassifier, images: NDArray[np.uint8], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Predict the class of every image at every level, in each way that the model allows.
+    """Predict the class of every image at every level, each image alone, in each way that the model allows.
 
     Args:
         model: is moved to the device and put into evaluation mode.
@@ -99,20 +104,12 @@ def read_predictions(
     Returns:
         Shape (N, L) int64 by reading: ``argmax`` (each level by itself), ``path`` (the best root-to-leaf
         path) and ``rolled-up`` (each level by the leaves' probabilities, summed up the tree).
-
-    Args:
-        model: is moved to the device and put into evaluation mode.
-        images: shape (N, S, S, 3).
-
-    Returns:
-        Shape (N, L) int64 by reading: ``argmax`` (each level by itself), ``path`` (the best root-to-leaf
-        path) and ``rolled-up`` (each level by the leaves' probabilities, summed up the tree).
     """
     model.to(device).eval()
     tree = model.hierarchy
     readings: dict[str, list[torch.Tensor]] = {"argmax": [], "path": [], "rolled-up": []}
     for rows in chunks(np.arange(len(images)), _IMAGES_AT_ONCE):
-        output = model(to_tensor(images[rows[0] : rows[-1] + 1]).to(device))
+        output = model(Inputs.alone(to_tensor(images[rows[0] : rows[-1] + 1]).to(device)))
         levels = log_probabilities(output)
         readings["argmax"].append(torch.stack([level.argmax(1) for level in levels], dim=1).cpu())
         readings["path"].append(consistent_prediction(output, tree).cpu())

@@ -23,8 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from client.data.bags import Bags
 from client.data.batch import Batch, make_batch
-from client.objectives import Objective, build_objective
+from client.private_check import Unchanged, refuse_unsound
 from client.site import TrainingSeeds
+from client.terms.base import Objective, Setting
 from client.training import (
     TrainingResult,
     build_optimiser,
@@ -32,9 +33,9 @@ from client.training import (
     make_setting,
 )
 from common.config import RunConfig
-from common.config_tables import Augmentation, Strategy, run_progress
+from common.config_tables import Strategy, run_progress
 from common.errors import ConfigError, RunError
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
 from common.privacy.plan import PrivacyPlan
 
 log = logging.getLogger("fedbags.client")
@@ -142,7 +143,7 @@ def _total_norm(gradients: Sequence[Tensor]) -> float:
 
 
 def train_round_privately(
-    model: LHFGLP,
+    model: HierarchicalClassifier,
     store: Bags,
     config: RunConfig,
     round: int,
@@ -168,7 +169,7 @@ def train_round_privately(
         images that were seen would tell which bags were drawn.
 
     Raises:
-        ConfigError: the model has BatchNorm in training mode, or the method is not for one bag at a time.
+        ConfigError: the model has BatchNorm in training mode, or a part is not for one bag at a time.
         RunError: the plan is not made for these bags, or its promise was broken; nothing may be sent then.
     """
     seeds = seeds or TrainingSeeds(config.seed, store.name)
@@ -180,36 +181,26 @@ def train_round_privately(
             f"the privacy plan is made for {plan.number_of_bags} bags, but site {store.name!r} trains on "
             f"{len(training)}: make the plan from the bags that are left after holding back"
         )
-    _refuse_unsound(config)
-    objective = build_objective(
-        make_setting(
-            store,
-            config,
-            round,
-            training[:0],  # nothing of the site as a whole: a bag's term may depend on that bag alone
-            torch.Generator().manual_seed(seeds.of_round(round)[2]),
-        )
-    )
+    setting = make_setting(store, config, round, bags=None)
+    refuse_unsound(model, setting)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     progress = run_progress(round, config.rounds)
     optimiser = BagDPOptimizer(build_optimiser(parameters, config, progress), plan, round)
     if config.federation.strategy is Strategy.FEDPROX:
         _pull_towards_server(optimiser, config.federation.proximal_mu)
-    buffers = {name: buffer._version for name, buffer in model.named_buffers()}
+    unchanged = Unchanged(model)
     with torch.random.fork_rng(devices=[]):
         for step, drawn in enumerate(plan.sampler(round)):
             for bag in training[drawn].tolist():
                 batch = make_batch(store, np.array([bag]))
-                seed = seeds.of_bag(round, step, bag)
-                optimiser.add_bag(_bag_loss(objective, model, batch, config.train.augmentation, seed))
+                optimiser.add_bag(_bag_loss(model, setting, batch, seeds.of_bag(round, step, bag)))
+            _refuse_writes(unchanged)
             optimiser.step()
+            unchanged.accept_step()
     # The ledger was charged for the plan's steps: one more would be spending that nobody counted.
     if optimiser.steps != plan.steps_per_round:
         raise RunError(f"{optimiser.steps} private steps taken, but {plan.steps_per_round} accounted for")
-    # Torch counts every change of a tensor in ``_version``: a buffer that training wrote holds something
-    # of private images.
-    if buffers != {name: buffer._version for name, buffer in model.named_buffers()}:
-        raise RunError("training changed a buffer of the model, which no noise covers; use another backbone")
+    _refuse_writes(unchanged)
     if optimiser.discarded:
         log.warning(
             "%(site)s: %(bags)d bag gradients were not finite",
@@ -218,33 +209,35 @@ def train_round_privately(
     return TrainingResult(_WITHHELD, optimiser.steps, len(training), 0)
 
 
-def _bag_loss(
-    objective: Objective, model: LHFGLP, batch: Batch, augmentation: Augmentation, seed: int
-) -> Tensor:
+def _bag_loss(model: HierarchicalClassifier, setting: Setting, batch: Batch, seed: int) -> Tensor:
     """Return the loss of one bag, a scalar, on the model's device.
 
     Args:
-        objective: of the round; its loss depends on this bag only.
         model: in training mode.
+        setting: of the round, without the counts of the whole site.
         batch: the bag alone.
-        augmentation: what is done to its images.
-        seed: fixes augmentation and dropout. It must be the bag's own: numbers that flow on from bag to
-            bag let one bag change the gradients of those after it, beyond what clipping bounds.
+        seed: fixes augmentation, dropout and what is random in a term. It must be the bag's own: numbers that
+            flow on from bag to bag let one bag change the gradients of those after it, beyond what clipping
+            bounds.
     """
     torch.manual_seed(seed)  # dropout and stochastic depth of the backbone
-    batch = batch.augmented(augmentation, torch.Generator().manual_seed(seed))
-    return objective(model, batch.to(next(model.parameters()).device))
+    generator = torch.Generator().manual_seed(seed)
+    batch = batch.augmented(setting.config.train.augmentation, generator)
+    # Made anew, so that a term cannot carry anything from one bag to the next.
+    return Objective(setting)(model, batch.to(setting.device), generator)
 
 
-def _refuse_unsound(config: RunConfig) -> None:
-    """Refuse a method whose loss is not a mean of terms that depend on one bag each.
+def _refuse_writes(unchanged: Unchanged) -> None:
+    """Refuse a model in which something else than the optimiser's step changed a number.
 
     Raises:
-        ConfigError: the method's loss is not; ``RunConfig`` refuses such a run before it starts.
+        RunError: a parameter or a buffer changed; it may hold something of private images.
     """
-    method = config.model.method
-    if method.why_not_private:
-        raise ConfigError(f"private training cannot use {method.value!r}: {method.why_not_private}")
+    if written := unchanged.changed():
+        raise RunError(
+            f"training changed {written[0]!r} of the model outside of the optimiser's step, which no noise "
+            "covers; use another backbone or other parts"
+        )
 
 
 def _refuse_batch_norm(model: nn.Module) -> None:
@@ -268,10 +261,10 @@ def _pull_towards_server(optimiser: BagDPOptimizer, mu: float) -> None:
 
     It depends on no data, so it needs neither clipping nor noise.
     """
-    anchors = [parameter.detach().clone() for parameter in optimiser.params]
+    server_values = [parameter.detach().clone() for parameter in optimiser.params]
 
     def pull(_: DPOptimizer) -> None:
-        for parameter, anchor in zip(optimiser.params, anchors, strict=True):
-            parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
+        for parameter, value in zip(optimiser.params, server_values, strict=True):
+            parameter.grad.add_(parameter.detach() - value, alpha=mu)
 
     optimiser.attach_step_hook(pull)

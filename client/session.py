@@ -33,9 +33,10 @@ from common.config_tables import ModelConfig
 from common.errors import ConfigError, UserError
 from common.hierarchy import Hierarchy
 from common.model.build import rebuild_model, trainable_parameters
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
 from common.model.model_file import load_arrays
 from common.records import FloatArray
+from common.settings_file import Section
 
 _HELD_BACK_BAGS = "held-back bags"
 """What the key of a site's own split is derived for."""
@@ -165,7 +166,7 @@ class SiteSession:
             return self.folder / LEDGER_FILE
         return Path(self.config.run_dir) / "sites" / self.folder.name / LEDGER_FILE
 
-    def receive_model(self, arrays: dict[str, FloatArray]) -> LHFGLP:
+    def receive_model(self, arrays: dict[str, FloatArray]) -> HierarchicalClassifier:
         """Return the model with the arrays that the server sent."""
         model = self._architecture()
         load_arrays(model, arrays)
@@ -176,9 +177,10 @@ class SiteSession:
         parameters = self._architecture().named_parameters()
         return {name: tuple(p.shape) for name, p in parameters if p.requires_grad}
 
-    def _architecture(self) -> LHFGLP:
-        model = _build_model(self.config.model, self.store.hierarchy)
-        trainable_parameters(model, self.config.trained_part)
+    def _architecture(self) -> HierarchicalClassifier:
+        config = self.config
+        model = _rebuilt(config.model, self.store.hierarchy, tuple(config.parts.items()))
+        trainable_parameters(model, config.trained_part)
         return model
 
 
@@ -265,9 +267,11 @@ def _open_store(
 
 
 @lru_cache(maxsize=2)
-def _build_model(config: ModelConfig, hierarchy: Hierarchy) -> LHFGLP:
+def _rebuilt(
+    config: ModelConfig, hierarchy: Hierarchy, parts: tuple[tuple[str, Section], ...]
+) -> HierarchicalClassifier:
     """Build the model once per process.
 
     It can be used again, since the next message overwrites every float of it.
     """
-    return rebuild_model(config, hierarchy)
+    return rebuild_model(config, hierarchy, dict(parts))

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from client.data.bags import Bags
 from client.data.batch import chunks, make_batch
-from client.objectives import Setting, build_objective
 from client.site import TrainingSeeds
+from client.terms.base import Objective, Setting, SiteBags
 from common.config import RunConfig
 from common.config_tables import Strategy, cosine_decay, run_progress
 from common.errors import RunError
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class TrainingResult:
 
 
 def train_round(
-    model: LHFGLP, store: Bags, config: RunConfig, round: int, seeds: TrainingSeeds | None = None
+    model: HierarchicalClassifier,
+    store: Bags,
+    config: RunConfig,
+    round: int,
+    seeds: TrainingSeeds | None = None,
 ) -> TrainingResult:
     """Train the model in place for ``train.local-epochs`` passes over the training bags, or for a part.
 
@@ -57,12 +61,13 @@ def train_round(
     _, torch_seed, objective_seed = seeds.of_round(round)
     generator = torch.Generator().manual_seed(torch_seed)
     training, _ = store.split(config.train.held_back, config.seed)
-    objective = build_objective(
-        make_setting(store, config, round, training, torch.Generator().manual_seed(objective_seed))
-    )
+    positions, counts = torch.from_numpy(training), torch.from_numpy(store.leaf_counts[training])
+    bags_of_site = SiteBags(positions.to(device), counts.float().to(device))
+    objective = Objective(make_setting(store, config, round, bags_of_site))
+    drawn = torch.Generator().manual_seed(objective_seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = build_optimiser(parameters, config, run_progress(round, config.rounds))
-    anchors = _anchors(parameters, config)
+    server_values = _server_values(parameters, config)
     losses, images = [], 0
     # Forked, since dropout draws from torch's global generator, which belongs to the caller.
     with torch.random.fork_rng(devices=[]):
@@ -70,16 +75,16 @@ def train_round(
         for seen in _passes_of_round(training, config, seeds, round):
             for bags in chunks(seen, config.train.bags_per_step):
                 batch = make_batch(store, bags).augmented(config.train.augmentation, generator).to(device)
-                loss = objective(model, batch)
-                if anchors:
-                    loss = loss + _proximal_term(parameters, anchors, config.federation.proximal_mu)
+                loss = objective(model, batch, drawn)
+                if server_values:
+                    loss = loss + _proximal_term(parameters, server_values, config.federation.proximal_mu)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(parameters, config.train.clip_gradient)
                 optimiser.step()
                 # Kept as tensors: reading each as a number would make the GPU wait at every step.
                 losses.append(loss.detach())
-                images += len(batch.images)
+                images += len(batch.inputs)
     mean_loss = float(torch.stack(losses).mean())
     if not math.isfinite(mean_loss):
         raise RunError("local training diverged: the loss is not finite; lower train.learning-rate")
@@ -105,28 +110,23 @@ def _passes_of_round(
         yield bags[start : max(end, start + 1)]
 
 
-def make_setting(
-    store: Bags, config: RunConfig, round: int, training: NDArray[np.int64], generator: torch.Generator
-) -> Setting:
-    """Collect what the round's objective may know, on the device that the run trains on.
+def make_setting(store: Bags, config: RunConfig, round: int, bags: SiteBags | None) -> Setting:
+    """Collect what the terms of a round may know.
 
     Args:
         store: the site's bags.
         config: the run.
         round: 1-based.
-        training: positions of the bags whose counts the objective may use besides the batch's own.
-        generator: the objective's own random numbers.
+        bags: the counts of the whole site, on the device that the run trains on; None in private training.
     """
-    device = choose_device(config.train.device)
     return Setting(
         config=config,
         hierarchy=store.hierarchy,
         site=store.name,
         round=round,
         progress=run_progress(round, config.rounds),
-        bags=torch.from_numpy(training).to(device),
-        leaf_counts=torch.from_numpy(store.leaf_counts[training]).float().to(device),
-        generator=generator,
+        device=choose_device(config.train.device),
+        bags=bags,
     )
 
 
@@ -144,13 +144,13 @@ def build_optimiser(
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=train.weight_decay)
 
 
-def _proximal_term(parameters: list[nn.Parameter], anchors: list[Tensor], mu: float) -> Tensor:
+def _proximal_term(parameters: list[nn.Parameter], server_values: list[Tensor], mu: float) -> Tensor:
     """Return mu/2 * ||w - w_server||^2, a scalar (FedProx, Li et al. 2020, eq. 2)."""
-    distances = [(p - a).square().sum() for p, a in zip(parameters, anchors, strict=True)]
+    distances = [(p - a).square().sum() for p, a in zip(parameters, server_values, strict=True)]
     return 0.5 * mu * torch.stack(distances).sum()
 
 
-def _anchors(parameters: list[nn.Parameter], config: RunConfig) -> list[Tensor]:
+def _server_values(parameters: list[nn.Parameter], config: RunConfig) -> list[Tensor]:
     if config.federation.strategy is not Strategy.FEDPROX:
         return []
     return [parameter.detach().clone() for parameter in parameters]

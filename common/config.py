@@ -7,30 +7,36 @@ be repeated.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
+from common import parts
 from common.config_tables import (
     DPConfig,
     EvaluationConfig,
     FederationConfig,
     LossConfig,
     ModelConfig,
-    ObjectiveConfig,
     SecureAggregationConfig,
     Strategy,
     TrainConfig,
     TrainedPart,
 )
 from common.errors import ConfigError, require_file
-from common.model.methods import Method
+from common.model.methods import NO_BLOCK
+from common.parts import Kind
 from common.settings_file import Section, nearest, read_toml
 
 Scalar = str | int | float | bool
+
+_PARTS = "parts."
+_OBJECTIVE = "objective."
+"""Where 0.1 kept what is in the tables of parts now: ``objective.rot-weight`` for ``parts.rot.weight``."""
 
 _CENTRAL_NOISE = "central-dp.noise-multiplier"
 # Every configuration that 0.1 wrote has both keys, in almost all with noise 0.
@@ -58,12 +64,34 @@ class RunConfig(Section):
     resume: bool = Field(False, description="go on from the run folder's newest checkpoint")
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     dp: DPConfig = DPConfig()
     secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    parts: dict[str, SerializeAsAny[Section]] = Field(
+        {}, description="settings of the run's parts, one table each; of no other part"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_part_of_the_run_has_its_settings(cls, data: Any) -> Any:
+        given = dict(data.get("parts", {}))
+        try:
+            model = ModelConfig.model_validate(data.get("model", {}))
+        except ValidationError:
+            return {**data, "parts": {}}  # the faults of the table are listed with those of the others
+        tables = {}
+        for name in _parts_with_settings(model):
+            table = given.pop(name, {})
+            tables[name] = (
+                table if isinstance(table, Section) else parts.settings_of(name).model_validate(table)
+            )
+        if given:
+            raise ValueError(
+                f"no part {' or '.join(map(repr, given))} is in this run: leave out its settings"
+            )
+        return {**data, "parts": tables}
 
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> Self:
@@ -75,14 +103,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _privacy_is_for_losses_of_one_bag_each(self) -> Self:
-        reason = self.model.method.why_not_private
-        if reason and self.dp.epsilon:
-            sound = ", ".join(method.value for method in Method if not method.why_not_private)
-            raise ValueError(
-                f"model.method = '{self.model.method.value}' is not offered under differential privacy: "
-                f"{reason}. The unit of privacy is the bag: use one of {sound}"
-            )
+    def _parts_are_known(self) -> Self:
+        recipe = self.model.recipe
+        used = [(Kind.HEAD, recipe.head), *((Kind.TERM, term) for term in recipe.terms)]
+        used += [(Kind.BLOCK, recipe.block)] if recipe.block != NO_BLOCK else []
+        for kind, name in used:
+            if name not in parts.names(kind):
+                known = parts.names(kind)
+                raise ValueError(
+                    f"there is no {kind.value} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -133,33 +163,57 @@ class RunConfig(Section):
         """Read Flower's flat run configuration.
 
         Args:
-            flat: dotted kebab-case keys; missing keys take their defaults.
+            flat: dotted kebab-case keys; missing keys take their defaults. Keys of parts that are not in the
+                run may stand there with their defaults, as in the table that Flower knows all keys from.
 
         Raises:
             ConfigError: every unknown key (with the nearest known one) and out-of-range value.
         """
+        return cls._read(flat, {})
+
+    @classmethod
+    def _read(cls, flat: Mapping[str, Scalar], carried: Mapping[str, Scalar]) -> Self:
+        """Read ``flat``, and of ``carried`` the keys of parts that are in the run."""
         known = cls().to_flat()
         problems = []
         nested: dict[str, Any] = {}
+        of_parts: dict[str, Scalar] = {}
         for key, value in flat.items():
             if key in _CENTRAL_DP:
                 if value and key == _CENTRAL_NOISE:
                     problems.append(f"{key} = {value!r}: {_CENTRAL_DP_IS_GONE}")
-                continue
-            if key not in known:
+            elif key.startswith(_PARTS):
+                of_parts[key] = value
+            elif key.startswith(_OBJECTIVE):
+                # 0.1 wrote the settings of every method into every configuration.
+                carried = {**carried, _PARTS + key.removeprefix(_OBJECTIVE).replace("-", ".", 1): value}
+            elif key not in known:
                 problems.append(f"unknown key {key!r}{nearest(key, known)}")
-                continue
-            *tables, last = key.split(".")
-            target = nested
-            for table in tables:
-                target = target.setdefault(table, {})
-            target[last] = value
+            else:
+                _put(nested, key, value)
+        # Faults of the table itself are found below.
+        with suppress(ValidationError):
+            used = list(_parts_with_settings(ModelConfig.model_validate(nested.get("model", {}))))
+            of_parts = {key: v for key, v in carried.items() if key.split(".")[1] in used} | of_parts
+            for key, value in of_parts.items():
+                try:
+                    usual = _default(key) if key.count(".") == 2 else None
+                    if usual is not None and (key.split(".")[1] in used or value != usual):
+                        _put(nested, key, value)
+                    elif key.count(".") != 2:
+                        problems.append(f"unknown key {key!r}: settings of a part are parts.NAME.KEY")
+                except ConfigError as error:
+                    problems.append(f"unknown key {key!r}: {error}")
+        for name, table in nested.get("parts", {}).items():
+            try:
+                nested["parts"][name] = parts.settings_of(name).model_validate(table)
+            except ValidationError as error:
+                nested["parts"][name] = parts.settings_of(name)()
+                problems += _faults(error, f"{_PARTS}{name}.")
         try:
             config = cls.model_validate(nested)
         except ValidationError as error:
-            for fault in error.errors():
-                key = ".".join(str(part) for part in fault["loc"])
-                problems.append(f"{key} = {fault['input']!r}: {fault['msg']}" if key else fault["msg"])
+            problems += _faults(error)
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
             raise ConfigError(
@@ -180,11 +234,63 @@ class RunConfig(Section):
 
     def to_toml(self) -> str:
         """Return the complete configuration as TOML text."""
-        return tomli_w.dumps(self.model_dump(mode="json", by_alias=True))
+        tables = self.model_dump(mode="json", by_alias=True)
+        return tomli_w.dumps({key: value for key, value in tables.items() if value != {}})
 
     def with_changes(self, changes: Mapping[str, Scalar]) -> Self:
-        """Return a copy with some flat keys replaced, validated like ``from_flat``."""
-        return type(self).from_flat({**self.to_flat(), **changes})
+        """Return a copy with some flat keys replaced, validated like ``from_flat``.
+
+        Where another method or part is chosen, the settings of parts that are no longer in the run go.
+        """
+        own = self.to_flat()
+        of_parts = {key: value for key, value in own.items() if key.startswith(_PARTS)}
+        rest = {key: value for key, value in own.items() if key not in of_parts}
+        return self._read({**rest, **changes}, of_parts)
+
+
+def refuse_unknown_key(key: str) -> None:
+    """Refuse a flat key that no configuration has.
+
+    Raises:
+        ConfigError: names the nearest known key.
+    """
+    if key.startswith(_PARTS) and key.count(".") == 2:
+        _default(key)
+    elif key not in (known := RunConfig().to_flat()) and not key.startswith(_OBJECTIVE):
+        raise ConfigError(f"unknown key {key!r}{nearest(key, known)}")
+
+
+def _parts_with_settings(model: ModelConfig) -> Iterator[str]:
+    """Yield the names of the run's parts that have keys of their own, in the order of their kinds."""
+    for name in dict.fromkeys((model.backbone, *model.recipe.parts)):
+        if parts.has_settings(name):
+            yield name
+
+
+def _faults(error: ValidationError, prefix: str = "") -> Iterator[str]:
+    for fault in error.errors():
+        key = ".".join(str(place) for place in fault["loc"])
+        yield f"{prefix}{key} = {fault['input']!r}: {fault['msg']}" if key else fault["msg"]
+
+
+def _default(key: str) -> Scalar | None:
+    """Return the default of a key ``parts.NAME.KEY``.
+
+    Raises:
+        ConfigError: no such part has settings, or none of this name.
+    """
+    _, name, last = key.split(".")
+    usual: dict[str, Scalar] = parts.settings_of(name)().model_dump(mode="json", by_alias=True)
+    if last not in usual:
+        raise ConfigError(f"part {name!r} has no such setting{nearest(last, usual)}")
+    return usual[last]
+
+
+def _put(nested: dict[str, Any], key: str, value: Scalar) -> None:
+    *tables, last = key.split(".")
+    for table in tables:
+        nested = nested.setdefault(table, {})
+    nested[last] = value
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:

@@ -7,12 +7,13 @@ Compute the progress of a run and the decay of its learning rate from round numb
 
 import math
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from common.model.methods import Method
-from common.settings_file import Section
+from common.model import methods
+from common.model.methods import NO_BLOCK, Recipe
+from common.settings_file import Section, nearest
 
 
 class Norm(StrEnum):
@@ -53,8 +54,14 @@ class Transport(StrEnum):
 class ModelConfig(Section):
     """Hold the settings of the classifier, in pixels, counts or plain numbers."""
 
-    method: Method = Field(Method.LHFGLP, description="how bags teach the model: docs/methods.md")
+    method: str = Field(methods.DEFAULT, description="how bags teach the model: docs/methods.md")
     backbone: str = Field("resnet-small", description="resnet-small, colour-histogram or a torchvision model")
+    block: str = Field("", description="part between backbone and heads, or none; empty: the method's")
+    head: str = Field("", description="part that scores the classes of a level; empty: the method's")
+    levels: Literal["", "each", "leaf"] = Field(
+        "", description="levels with a head; leaf: coarse levels sum the leaves; empty: the method's"
+    )
+    terms: str = Field("", description="comma-separated terms of the loss; empty: the method's")
     weights: str = Field("", description="local weights file (.safetensors or .pth), or empty")
     norm: Norm = Field(
         Norm.GROUP, description="in place of BatchNorm; frozen-batch keeps the statistics of the weights file"
@@ -62,9 +69,42 @@ class ModelConfig(Section):
     image_size: int = Field(32, ge=8, le=1024, description="side of the square input, pixels")
     atoms_per_class: int = Field(8, ge=1, le=256, description="dictionary atoms per class (k)")
     iterations: int = Field(3, ge=1, le=50, description="unrolled ISTA steps (T)")
-    dictionary: bool = Field(True, description="switch for the sparse dictionary blocks")
-    masks: bool = Field(True, description="switch for the category-aware masks")
-    tied: bool = Field(True, description="switch for one distribution over the tree's paths")
+    dictionary: bool = Field(True, description="lhfglp: switch for the sparse dictionary blocks")
+    masks: bool = Field(True, description="lhfglp: switch for the category-aware masks")
+    tied: bool = Field(True, description="lhfglp: switch for one distribution over the tree's paths")
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, method: str) -> str:
+        names = methods.method_names()
+        if method not in names:
+            raise ValueError(f"there is no such method{nearest(method, names)}; known: {', '.join(names)}")
+        return method
+
+    @model_validator(mode="after")
+    def _every_part_has_a_use(self) -> Self:
+        recipe = self.recipe
+        if recipe.leaf_only and (recipe.block != NO_BLOCK or recipe.tied):
+            raise ValueError(
+                "model.levels = 'leaf' leaves one head, and a block and tied scores need one at every level: "
+                "set model.block = 'none' and model.tied = false"
+            )
+        if not recipe.terms:
+            raise ValueError("model.terms names no term: there is nothing to learn from")
+        return self
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return the parts of the model and of its loss, with what is left empty taken from the method."""
+        usual = methods.recipe(self.method)
+        block = self.block or usual.block
+        return Recipe(
+            block=NO_BLOCK if block == methods.DICTIONARY and not self.dictionary else block,
+            head=self.head or usual.head,
+            levels=self.levels or usual.levels,
+            tied=self.tied and usual.tied,
+            terms=tuple(term.strip() for term in self.terms.split(",") if term.strip()) or usual.terms,
+        )
 
 
 class TrainedPart(StrEnum):
@@ -117,31 +157,6 @@ class Augmentation(StrEnum):
     SHIFT = "shift"
     """Without flips and turns: for classes that differ by them, as signs, letters and vehicles do."""
     NONE = "none"
-
-
-class ObjectiveConfig(Section):
-    """Hold the settings of the methods other than LHFGLP (docs/methods.md).
-
-    Each key begins with the name of its method.
-    """
-
-    vat_weight: float = Field(0.05, ge=0, le=100, description="llp-vat: weight of the consistency, final")
-    vat_radius: float = Field(
-        3.0, gt=0, le=1e4, description="llp-vat: norm of an image's change; pixels are in [-1, 1]"
-    )
-    rot_weight: float = Field(1.0, ge=0, le=100, description="rot: weight of the pseudo-labels")
-    rot_temperature: float = Field(
-        1.0, ge=0.05, le=100, description="rot: entropy of the pseudo-labels; small is hard"
-    )
-    llpfc_group: int = Field(
-        0, ge=0, le=100_000, description="llpfc: fewest bags of a group; 0: as many as leaves"
-    )
-    llpfc_regroup: int = Field(
-        20, ge=1, le=100_000, description="llpfc: passes over the bags between new groups"
-    )
-    mixbag_confidence: float = Field(
-        0.99, gt=0, lt=1, description="mixbag: confidence of the interval within which a class costs nothing"
-    )
 
 
 class TrainConfig(Section):

@@ -20,6 +20,7 @@ import common.config
 from client.site import site_folders
 from common.config import RunConfig, Scalar, flatten, parse_setting
 from common.errors import UserError
+from common.model.methods import method_file, method_names
 from deploy.cli.terminal import console
 
 _PRESETS = Path(common.config.__file__).parent / "presets"
@@ -109,11 +110,12 @@ def preset_rows(name: str) -> list[dict[str, Any]]:
         UserError: there is no such preset.
     """
     names = sorted(path.stem for path in _PRESETS.glob("*.toml"))
-    if name not in names:
-        raise UserError(f"no preset {name!r}: there are {', '.join(names)}")
+    if name not in [*names, *method_names()]:
+        raise UserError(f"no preset {name!r}: there are {', '.join([*names, *method_names()])}")
     usual = RunConfig().to_flat()
     rows = []
-    for line in (_PRESETS / f"{name}.toml").read_text(encoding="utf-8").splitlines():
+    file = _PRESETS / f"{name}.toml" if name in names else method_file(name)
+    for line in file.read_text(encoding="utf-8").splitlines():
         setting, _, why = line.partition("  # ")
         rows += [
             {"key": key, "default": usual[key], "preset": value, "why": why}
@@ -133,6 +135,9 @@ def preset_values(name: str) -> dict[str, Scalar]:
     Raises:
         UserError: there is no such preset.
     """
+    if name in method_names():
+        # A method says what is left empty, so the configuration names it and stays open for single parts.
+        return {"model.method": name}
     return {row["key"]: row["preset"] for row in preset_rows(name) if row["key"] != _IMAGE_SIZE}
 
 

@@ -93,7 +93,7 @@ def _begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
     quorum.wait_for_all()
     RoundCohort(quorum, state.round + 1).sites()
     assert quorum.roster.hierarchy is not None  # the quorum is at least one site
-    model = build_model(config.model, quorum.roster.hierarchy, config.seed)
+    model = build_model(config.model, quorum.roster.hierarchy, config.seed, config.parts)
     trainable_parameters(model, config.trained_part)
     rounds = Rounds(Collector(config, quorum), model)
     if groups is not None:
@@ -117,7 +117,7 @@ def _finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     started = time.monotonic()
     state, folder, config = rounds.state, rounds.folder, rounds.config
     load_arrays(rounds.model, rounds.best)
-    card = ModelCard.describe(config.model, rounds.model.hierarchy, state.best_round)
+    card = ModelCard.describe(config.model, rounds.model.hierarchy, state.best_round, config.parts)
     try:
         save_model(folder.path, rounds.model, card)
     except UserError as error:
@@ -138,7 +138,7 @@ def _finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     folder.write_summary(
         RunSummary(
             name=config.name,
-            method=config.model.method.value,
+            method=config.model.method,
             rounds=state.round,
             selected_round=state.best_round,
             stopped_early=state.stopped_early or None,

@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
 from common.model.model_file import all_arrays, load_arrays, trainable_arrays
 from common.records import FloatArray, ModelUpdate
 from common.run_records import BagsEvaluated, RoundDone, RoundSkipped, StoppedEarly
@@ -31,7 +31,7 @@ _SERVER = "server"
 class Rounds:
     """Run one run on the server, from its first round or a checkpoint to the selected model."""
 
-    def __init__(self, collector: Collector, model: LHFGLP) -> None:
+    def __init__(self, collector: Collector, model: HierarchicalClassifier) -> None:
         self.collector, self.model = collector, model
         self.config, self.folder, self.state, self.roster = (
             collector.config, collector.folder, collector.state, collector.roster

@@ -1,8 +1,6 @@
-"""Combine bags into the tensors that one optimiser step reads.
+"""Combine bags into the tensors that one optimiser step reads, and change their images at random.
 
 Knows nothing of losses, models or labels of images.
-
-Change the images of a batch at random without changing their labels or counts.
 """
 
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from client.data.bags import Bags, to_tensor
 from common.config_tables import Augmentation
+from common.model.interfaces import Inputs
 from common.model.losses import bag_means
 
 _JITTER = 0.1
@@ -75,10 +74,8 @@ def _augment_images(
 class Batch:
     """Hold several bags as one tensor."""
 
-    images: Tensor
-    """Shape (N, 3, S, S) in [-1, 1]; the images of a bag are consecutive."""
-    bag_index: Tensor
-    """Shape (N,) int64: the bag of each image, 0..B-1."""
+    inputs: Inputs
+    """What the model looks at: N images in bags 0..B-1."""
     level_counts: list[Tensor]
     """Per level shape (B, C_l), float32."""
     bags: Tensor
@@ -93,12 +90,13 @@ class Batch:
         if device.type == "cpu":
             return self
         counts = [count.to(device) for count in self.level_counts]
-        return Batch(self.images.to(device), self.bag_index.to(device), counts, self.bags.to(device))
+        return Batch(self.inputs.to(device), counts, self.bags.to(device))
 
     def augmented(self, augmentation: Augmentation, generator: torch.Generator) -> "Batch":
         """Return the same bags with changed images (see ``_augment_images``)."""
-        images = _augment_images(self.images, self.bag_index, len(self), augmentation, generator)
-        return replace(self, images=images)
+        inputs = self.inputs
+        images = _augment_images(inputs.images, inputs.bag_index, len(self), augmentation, generator)
+        return replace(self, inputs=inputs.with_images(images))
 
 
 def make_batch(store: Bags, bags: NDArray[np.int64]) -> Batch:
@@ -107,8 +105,10 @@ def make_batch(store: Bags, bags: NDArray[np.int64]) -> Batch:
     counts = store.hierarchy.roll_up(np.stack([bag.counts for bag in chosen]))
     sizes = torch.tensor([len(bag.images) for bag in chosen])
     return Batch(
-        to_tensor(np.concatenate([bag.images for bag in chosen])),
-        torch.repeat_interleave(torch.arange(len(chosen)), sizes),
+        Inputs(
+            to_tensor(np.concatenate([bag.images for bag in chosen])),
+            torch.repeat_interleave(torch.arange(len(chosen)), sizes),
+        ),
         [torch.from_numpy(level).float() for level in counts],
         torch.from_numpy(np.asarray(bags, dtype=np.int64)),
     )

@@ -1,137 +1,39 @@
-"""Build networks that map images to features, from torchvision or our own.
+"""Build the network that maps images to features: a registered part, or a torchvision model by its name.
 
 The classifier is removed, BatchNorm replaced, in-place activations made out of place. A named model keeps
 its official stem at every image size: a name means the published architecture, with or without its weights,
 and 'resnet-small' is there for small images. This module knows nothing of label trees or bags.
-
-Define a small GroupNorm ResNet for images of 32 to 96 pixels on CPUs.
-
-It knows nothing of heads or label trees.
-
-0.31 M parameters, sized by images per second of a training step on one CPU thread (measured: 3100 at 32 px,
-1700 at 48 px, batches of 64). The first convolution halves the image: at full resolution the same network
-is four times slower. Starting at 32 channels instead of 16 halves the speed; GroupNorm costs a third of the
-step, and channels-last memory gains under 5 %, so plain contiguous tensors stay.
-
-Map images to fixed features that count colours in the centre and around it.
-
-Nothing in it is learned, so it costs no privacy and takes no noise: with little private data, linear heads
-on fixed features beat networks that are trained end to end (Tramer & Boneh 2021). It is meant for images
-whose classes differ in colour and whose object lies in the centre, such as stained cells. It is blind to
-shapes, and knows nothing of heads or label trees.
 """
 
 import difflib
 import pickle
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from common import parts
 from common.config_tables import Norm
 from common.errors import ConfigError, UserError, require_file
+from common.model.interfaces import Features, Inputs
+from common.parts import Kind
 
-WIDTHS = (16, 32, 64, 128)
-GROUPS = 8
-
-
-class ResidualBlock(nn.Module):
-    """Add a shortcut to two 3x3 convolutions with GroupNorm (He et al. 2016).
-
-    The sum is out of place so that per-example gradient hooks see every activation unchanged.
-    """
-
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(GROUPS, n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(GROUPS, n_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or n_in != n_out:
-            self.shortcut = nn.Conv2d(n_in, n_out, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, n_in, H, W) to (N, n_out, H / stride, W / stride)."""
-        y = F.relu(self.norm1(self.conv1(x)))
-        # Out of place, so that per-example gradient hooks see every activation unchanged.
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
-class SmallResNet(nn.Module):
-    """Map images (N, 3, S, S), S >= 16, to features (N, 128)."""
-
-    n_features = WIDTHS[-1]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, WIDTHS[0], 3, stride=2, padding=1, bias=False)
-        self.norm = nn.GroupNorm(GROUPS, WIDTHS[0])
-        blocks = [ResidualBlock(WIDTHS[0], WIDTHS[0], stride=1)]
-        blocks += [ResidualBlock(a, b, stride=2) for a, b in pairwise(WIDTHS)]
-        self.blocks = nn.Sequential(*blocks)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the pooled features of the images."""
-        x: Tensor = self.blocks(F.relu(self.norm(self.stem(images))))
-        return x.mean(dim=(2, 3))
-
-
-BINS = 4
-"""Along each of red, green and blue: 64 colours."""
-RINGS = 2
-"""Pixels nearer to the centre than half the way to an edge, and the rest."""
-
-
-class ColourHistogram(nn.Module):
-    """Map images (N, 3, S, S) in [-1, 1] to features (N, 128) whose mean square is 1.
-
-    Per ring a joint histogram of the three colours, bins filled linearly so that a small change of light
-    is a small change of the feature. Square roots make distances those of Hellinger, in which rare
-    colours count too, and make the length the same for every image.
-    """
-
-    n_features = RINGS * BINS**3
-
-    def __init__(self, image_size: int) -> None:
-        super().__init__()
-        axis = (torch.arange(image_size) + 0.5) * (2 / image_size) - 1
-        outer = (axis[:, None].square() + axis.square()).flatten().sqrt() >= 1 / RINGS
-        members = torch.stack([~outer, outer]).float()
-        # Tables that the architecture fixes, like the index tables of the label tree: not in its files.
-        self.register_buffer("rings", members / members.sum(dim=1, keepdim=True), persistent=False)
-        self.register_buffer("centres", torch.linspace(-1, 1, BINS), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the features of the images."""
-        distance = (images.clamp(-1, 1).flatten(2).unsqueeze(2) - self.get_buffer("centres")[:, None]).abs()
-        red, green, blue = (1 - distance * (BINS - 1) / 2).clamp_min(0).unbind(1)
-        # (N, BINS, P) each; the share of a colour in a ring is a mean over pixels of the product.
-        pairs = (red[:, :, None] * green[:, None]).flatten(1, 2)
-        weighted = torch.einsum("nbp,rp->nrbp", blue, self.get_buffer("rings"))
-        shares = torch.einsum("nap,nrbp->nrab", pairs, weighted)
-        return (shares * BINS**3).clamp_min(0).sqrt().flatten(1)
-
-
-SMALL = "resnet-small"
-COLOURS = "colour-histogram"
-"""Nothing to train: for private runs, see common/model/backbones.py."""
-MAX_GROUPS = 32
+_MAX_GROUPS = 32
+_LEAST_SIDE = 6
+"""Positions across a feature map below which it is too coarse to point at anything."""
 
 
 class Backbone(nn.Module):
-    """Wrap a network without its classifier.
+    """Wrap a network without its classifier, and offer the map that it pools.
 
-    Attributes:
+    Args:
         body: the network; maps (N, 3, S, S) to (N, n_features).
         n_features: length of the pooled feature.
         ignored_weights: names in the weights file that belong to the removed classifier.
@@ -142,24 +44,119 @@ class Backbone(nn.Module):
         self.body = body
         self.n_features = n_features
         self.ignored_weights = ignored_weights
+        self.map_shape: tuple[int, int, int] | None = None
+        self._image_size = 0
+        self._map_at: tuple[str, int] | None = None
+        """The module within ``body`` whose output is the map, and at which of its calls."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (N, n_features) of images (N, 3, S, S)."""
-        features: Tensor = self.body(images)
-        return features
+    def forward(self, inputs: Inputs) -> Features:
+        """Return the features of N images."""
+        found: list[Tensor] = []
+
+        def keep(output: Tensor) -> Tensor:
+            found.append(_channels_first(output))
+            # The network goes on from the kept map, so that gradients with respect to it exist.
+            return found[0] if found[0] is output else found[0].permute(0, 2, 3, 1)
+
+        with self._at_the_map(keep):
+            pooled: Tensor = self.body(inputs.images)
+        return Features(pooled, found[0] if found else None)
+
+    def tail(self, map: Tensor) -> Tensor:
+        """Return the pooled feature (N, d) that follows from a map (N, c, H, H) in place of the own one.
+
+        The layers before the map run on blank images, and what they give is thrown away: so it works for
+        every network, and costs a whole forward pass.
+
+        Raises:
+            ConfigError: the network has no map.
+        """
+        if self._map_at is None:
+            raise ConfigError("this backbone has no feature map: choose a convolutional one")
+
+        def replace(output: Tensor) -> Tensor:
+            return map if _channels_first(output) is output else map.permute(0, 2, 3, 1)
+
+        side = self._image_size
+        with self._at_the_map(replace):
+            pooled: Tensor = self.body(map.new_zeros(len(map), 3, side, side))
+        return pooled
+
+    def find_map(self, image_size: int) -> None:
+        """Choose the map: the last square one of at least 6 positions across, or else the finest.
+
+        It is (N, C, H, W) or (N, H, W, C) with H = W > 1. Maps before a sequence of tokens (N, T, C), such as
+        the patches of a ViT, are no feature maps: what was learned is in the tokens. Runs two blank images.
+
+        Raises:
+            ConfigError: the network gives something else than one pooled feature per image.
+            RuntimeError, ValueError, AssertionError: of the network, which does not take images of this size.
+        """
+        self._image_size = image_size
+        maps: list[tuple[int, int, str, int]] = []
+        calls: dict[str, int] = {}
+
+        def remember(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                calls[path] = calls.get(path, -1) + 1
+                if not isinstance(output, Tensor):
+                    return
+                if output.ndim == 3:
+                    maps.clear()
+                elif output.ndim == 4 and output.requires_grad and _side(output) > 1:
+                    maps.append((_side(output), _channels_first(output).shape[1], path, calls[path]))
+
+            return hook
+
+        hooks = [module.register_forward_hook(remember(path)) for path, module in self.body.named_modules()]
+        try:
+            with torch.enable_grad():
+                pooled = self.body(torch.zeros(2, 3, image_size, image_size))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not isinstance(pooled, Tensor) or pooled.shape != (2, self.n_features):
+            raise ConfigError("it does not give one pooled feature per image; choose another")
+        fine = [found for found in maps if found[0] >= _LEAST_SIDE]
+        # The last of the finest maps is wanted, and max() alone would return the first.
+        best = fine[-1] if fine else max(reversed(maps), key=lambda found: found[0], default=None)
+        self._map_at = self.map_shape = None
+        if best:
+            side, channels, path, call = best
+            self._map_at = (path, call)
+            self.map_shape = (channels, side, side)
+
+    @contextmanager
+    def _at_the_map(self, action: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Call ``action`` with the map while the network runs; what it returns takes the map's place."""
+        if self._map_at is None:
+            yield
+            return
+        path, wanted = self._map_at
+        calls = 0
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            nonlocal calls
+            calls += 1
+            return action(output) if calls == wanted + 1 else None
+
+        handle = self.body.get_submodule(path).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def backbone_names() -> list[str]:
     """Return every name that ``build_backbone`` knows."""
-    return [SMALL, COLOURS, *torchvision.models.list_models(module=torchvision.models)]
+    return [*parts.names(Kind.BACKBONE), *torchvision.models.list_models(module=torchvision.models)]
 
 
 def build_backbone(name: str, norm: Norm, weights: Path | None, image_size: int) -> Backbone:
     """Build a backbone with given weights, or random ones from torch's global generator.
 
     Args:
-        name: 'resnet-small', 'colour-histogram' or a torchvision classification model (see
-            backbone_names).
+        name: a registered part or a torchvision classification model (see backbone_names).
         norm: what replaces BatchNorm. FROZEN_BATCH without weights freezes mean 0 and variance 1, a
             placeholder for statistics that are loaded later; build_model refuses it.
         weights: state dict of the named model in torchvision's own names (.safetensors, or .pth read
@@ -170,26 +167,38 @@ def build_backbone(name: str, norm: Norm, weights: Path | None, image_size: int)
         ConfigError: unknown name, or a model without a linear classifier or that cannot take this size.
         UserError: the weights file is missing, unreadable, or of another model.
     """
-    if name == SMALL:
-        body: nn.Module = SmallResNet()
-        if weights is not None:
-            _load_weights(body, weights, classifier="")
-        return Backbone(body, SmallResNet.n_features)
-    if name == COLOURS:
-        if weights is not None:
-            raise ConfigError(f"model.backbone = {COLOURS!r} has no weights: leave model.weights empty")
-        return Backbone(ColourHistogram(image_size), ColourHistogram.n_features)
-    body = _torchvision_model(name, image_size)
-    path, classifier = _last_linear(name, body)
-    ignored = _load_weights(body, weights, classifier=path) if weights is not None else ()
-    body.set_submodule(path, nn.Identity())
-    _replace_batch_norm(body, norm)
-    for module in body.modules():
+    if name in parts.names(Kind.BACKBONE):
+        backbone = _of_part(name, weights, image_size)
+    else:
+        body = _torchvision_model(name, image_size)
+        path, classifier = _last_linear(name, body)
+        ignored = _load_weights(body, weights, classifier=path) if weights is not None else ()
+        body.set_submodule(path, nn.Identity())
+        backbone = Backbone(body, classifier.in_features, ignored)
+    _replace_batch_norm(backbone.body, norm)
+    for module in backbone.body.modules():
         # Per-example gradient hooks need every activation as it was, and an in-place layer overwrites it.
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
-    backbone = Backbone(body, classifier.in_features, ignored)
-    _check_by_running(name, backbone, image_size)
+    try:
+        backbone.find_map(image_size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"model.backbone = {name!r} does not take images of {image_size} px: {error}\n"
+            "Raise model.image-size, or choose another model."
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"model.backbone = {name!r}: {error}") from error
+    return backbone
+
+
+def _of_part(name: str, weights: Path | None, image_size: int) -> Backbone:
+    built = parts.part(Kind.BACKBONE, name).build(image_size)
+    backbone = built if isinstance(built, Backbone) else Backbone(built, built.n_features)
+    if weights is not None:
+        if not list(backbone.parameters()):
+            raise ConfigError(f"model.backbone = {name!r} has no weights: leave model.weights empty")
+        _load_weights(backbone.body, weights, classifier="")
     return backbone
 
 
@@ -198,8 +207,9 @@ def _torchvision_model(name: str, image_size: int) -> nn.Module:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        own = ", ".join(parts.names(Kind.BACKBONE))
         raise ConfigError(
-            f"model.backbone = {name!r} is neither {SMALL!r} nor a torchvision classification model{hint}"
+            f"model.backbone = {name!r} is neither one of {own} nor a torchvision classification model{hint}"
         )
     options = {"image_size": image_size} if name.startswith("vit_") else {}
     try:
@@ -235,7 +245,7 @@ def _grouped(batch_norm: nn.BatchNorm2d) -> nn.GroupNorm:
     """
     channels = batch_norm.num_features
     # A group of one channel would erase that channel's mean, and everything where the map is one pixel.
-    divisors = [n for n in range(1, MAX_GROUPS + 1) if channels % n == 0 and channels // n >= 2]
+    divisors = [n for n in range(1, _MAX_GROUPS + 1) if channels % n == 0 and channels // n >= 2]
     group_norm = nn.GroupNorm(max(divisors, default=1), channels, eps=batch_norm.eps)
     group_norm.load_state_dict({"weight": batch_norm.weight, "bias": batch_norm.bias})
     return group_norm
@@ -295,20 +305,13 @@ def _load_weights(body: nn.Module, path: Path, classifier: str) -> tuple[str, ..
     return removed
 
 
-@torch.no_grad()
-def _check_by_running(name: str, backbone: Backbone, image_size: int) -> None:
-    """Run two blank images through the backbone and refuse it if that fails.
+def _side(output: Tensor) -> int:
+    """Return H of a square map with channels first or last, or 0 where the tensor is no square map."""
+    _, a, b, c = output.shape
+    if b == c:
+        return b
+    return a if a == b else 0
 
-    Some models want larger images or return auxiliary outputs in training.
-    """
-    try:
-        features = backbone(torch.zeros(2, 3, image_size, image_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"model.backbone = {name!r} does not take images of {image_size} px: {error}\n"
-            "Raise model.image-size, or choose another model."
-        ) from error
-    if not isinstance(features, Tensor) or features.shape != (2, backbone.n_features):
-        raise ConfigError(
-            f"model.backbone = {name!r} does not give one pooled feature per image; choose another"
-        )
+
+def _channels_first(map: Tensor) -> Tensor:
+    return map if map.shape[2] == map.shape[3] else map.permute(0, 3, 1, 2)

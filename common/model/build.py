@@ -1,15 +1,10 @@
-"""Build the model that a configuration names.
+"""Build the model that a configuration names from its parts, and choose the parameters that a run trains.
 
-This is the only place where methods become switches of the model.
-
-Choose the parameters that a run trains.
-
-The rest keep the values they have, and are never sent.
-
-Noise for privacy is added to every trained parameter, so its norm grows with their number: a private run
-trains few. This module knows nothing of training and privacy.
+The parameters that a run does not train keep the values they have, and are never sent. Noise for privacy is
+added to every trained parameter, so its norm grows with their number: a private run trains few.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,27 +12,36 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from common import parts
 from common.config_tables import ModelConfig, Norm, TrainedPart
 from common.errors import ConfigError
 from common.hierarchy import Hierarchy
 from common.model.backbones import build_backbone
-from common.model.lhfglp import LHFGLP, Architecture
-from common.model.methods import Method
+from common.model.classifier import HierarchicalClassifier, Levels, Pieces
+from common.model.interfaces import Level
+from common.model.methods import NO_BLOCK
+from common.parts import Kind
+from common.settings_file import Section
+
+_NORMALISATIONS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _BatchNorm, _InstanceNorm)
+
+Settings = Mapping[str, Section]
+"""Of the parts, by their names, as in ``RunConfig.parts``; a part that is missing has its defaults."""
 
 
-def build_model(config: ModelConfig, hierarchy: Hierarchy, seed: int) -> LHFGLP:
+def build_model(
+    config: ModelConfig, hierarchy: Hierarchy, seed: int, settings: Settings | None = None
+) -> HierarchicalClassifier:
     """Build a model with weights fixed by ``seed``, leaving torch's global generator as it was.
-
-    The baselines are LHFGLP with its blocks switched off, even where ``config`` switches them on, so that
-    all methods share one pipeline.
 
     Args:
         config: what to build.
         hierarchy: the label tree.
         seed: fixes every random weight; the parts that two methods share get the same ones.
+        settings: of the parts.
 
     Raises:
-        ConfigError: frozen BatchNorm without a weights file; and see build_backbone.
+        ConfigError: frozen BatchNorm without a weights file, or an unknown part; and see build_backbone.
         UserError: see build_backbone.
     """
     if config.norm is Norm.FROZEN_BATCH and not config.weights:
@@ -45,39 +49,55 @@ def build_model(config: ModelConfig, hierarchy: Hierarchy, seed: int) -> LHFGLP:
             "model.norm = 'frozen-batch' freezes BatchNorm at the statistics of a weights file; "
             "give one as model.weights, or use model.norm = 'group'"
         )
-    return _build(config, hierarchy, seed, Path(config.weights) if config.weights else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _build(config, hierarchy, settings or {}, Path(config.weights) if config.weights else None)
 
 
-def rebuild_model(config: ModelConfig, hierarchy: Hierarchy) -> LHFGLP:
+def rebuild_model(
+    config: ModelConfig, hierarchy: Hierarchy, settings: Settings | None = None
+) -> HierarchicalClassifier:
     """Build the architecture for values that a file or a message brings.
 
     No weights file is read. Frozen BatchNorm gets its statistics with those values.
     """
-    return _build(config, hierarchy, seed=0, weights=None)
-
-
-def _build(config: ModelConfig, hierarchy: Hierarchy, seed: int, weights: Path | None) -> LHFGLP:
-    plain = config.method is not Method.LHFGLP
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LHFGLP(
-            build_backbone(config.backbone, config.norm, weights, config.image_size),
-            hierarchy,
-            Architecture(
-                atoms_per_class=config.atoms_per_class,
-                iterations=config.iterations,
-                dictionary=config.dictionary and not plain,
-                masks=config.masks and not plain,
-                tied=config.tied and not plain,
-                leaf_only=config.method.leaf_only,
-            ),
-        )
+        torch.manual_seed(0)
+        return _build(config, hierarchy, settings or {}, weights=None)
 
 
-NORMALISATIONS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _BatchNorm, _InstanceNorm)
+def _build(
+    config: ModelConfig, hierarchy: Hierarchy, settings: Settings, weights: Path | None
+) -> HierarchicalClassifier:
+    recipe = config.recipe
+    backbone = build_backbone(config.backbone, config.norm, weights, config.image_size)
+    levels = range(len(hierarchy.sizes))
+
+    def at(level: int) -> Level:
+        return Level(backbone.n_features, backbone.map_shape, hierarchy, level, config)
+
+    def made(kind: Kind, name: str, level: int) -> nn.Module:
+        part = parts.part(kind, name)
+        own = settings.get(name, part.settings())
+        module: nn.Module = part.build(at(level), own)
+        return module
+
+    # The heads come first, so that methods with blocks and without draw the same random numbers for them.
+    heads = [made(Kind.HEAD, recipe.head, level) for level in (levels[-1:] if recipe.leaf_only else levels)]
+    blocks = [made(Kind.BLOCK, recipe.block, level) for level in levels] if recipe.block != NO_BLOCK else []
+    terms = {}
+    for name in recipe.terms:
+        part = parts.part(Kind.TERM, name)
+        if part.modules is not None:
+            terms[name] = part.modules(at(levels[-1]), settings.get(name, part.settings()))
+    return HierarchicalClassifier(
+        hierarchy,
+        Pieces(backbone=backbone, heads=heads, blocks=blocks, terms=terms),
+        Levels(masks=config.masks and bool(blocks), tied=recipe.tied, leaf_only=recipe.leaf_only),
+    )
 
 
-def trainable_parameters(model: LHFGLP, part: TrainedPart) -> list[nn.Parameter]:
+def trainable_parameters(model: HierarchicalClassifier, part: TrainedPart) -> list[nn.Parameter]:
     """Freeze everything outside ``part`` and free everything inside it.
 
     ``requires_grad`` of every parameter is set, whatever it was, so the choice can be changed;
@@ -88,10 +108,10 @@ def trainable_parameters(model: LHFGLP, part: TrainedPart) -> list[nn.Parameter]
     """
     model.requires_grad_(part is TrainedPart.ALL)
     if part is not TrainedPart.ALL:
-        model.heads.requires_grad_(True)
-        model.blocks.requires_grad_(True)
+        for trained in (model.heads, model.blocks, model.terms):
+            trained.requires_grad_(True)
     if part is TrainedPart.NORM_HEAD:
         for module in model.backbone.modules():
-            if isinstance(module, NORMALISATIONS):
+            if isinstance(module, _NORMALISATIONS):
                 module.requires_grad_(True)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

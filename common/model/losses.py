@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config_tables import LossConfig
-from common.model.lhfglp import LHFGLPOutput
 
 SMALLEST_PREDICTED = 1e-7
 """Predicted proportions are floored here inside the logarithm: a class predicted exactly 0 costs at most
@@ -87,33 +86,25 @@ def proportion_l1(scores: Tensor, bag_index: Tensor, counts: Tensor) -> Tensor:
     return (predicted - _proportions(counts, predicted)).abs().sum(dim=1)
 
 
-def hierarchical_proportion_loss(
-    output: LHFGLPOutput,
+def level_divergence(
+    scores: Sequence[Tensor],
     bag_index: Tensor,
     level_counts: Sequence[Tensor],
     level_weights: Sequence[float],
-    penalties: tuple[float, float],
 ) -> Tensor:
-    """Return sum_l w_l KL_l + alpha * reconstruction + beta * ||z||_1 as a mean over bags, a scalar.
+    """Return sum_l w_l KL_l per bag, shape (B,).
 
     Args:
-        output: the model's output for the images of B bags.
+        scores: per level (N, C_l).
         bag_index: shape (N,), int64.
         level_counts: per level the counts, shape (B, C_l).
         level_weights: w_l >= 0 per level; a level of weight 0 costs nothing.
-        penalties: alpha and beta, the weights of the relative reconstruction error and of the codes' l1 norm,
-            both means over a bag's images.
     """
-    n_bags = len(level_counts[0])
-    per_bag = torch.zeros(n_bags, device=bag_index.device)
-    for scores, counts, weight in zip(output.scores, level_counts, level_weights, strict=True):
+    per_bag = torch.zeros(len(level_counts[0]), device=bag_index.device)
+    for level, counts, weight in zip(scores, level_counts, level_weights, strict=True):
         if weight:
-            per_bag = per_bag + weight * proportion_kl(scores, bag_index, counts)
-    if output.codes:
-        alpha, beta = penalties
-        penalty = alpha * output.reconstruction_error + beta * output.code_l1
-        per_bag = per_bag + bag_means(penalty, bag_index, n_bags)
-    return per_bag.mean()
+            per_bag = per_bag + weight * proportion_kl(level, bag_index, counts)
+    return per_bag
 
 
 def refined_label_loss(

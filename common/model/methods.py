@@ -1,71 +1,81 @@
-"""List the training methods and declare which of them are sound under bag-level privacy.
+"""Read the methods: each is a preset that names the parts of the model and the terms of the loss.
 
-``common.model.build`` maps each method to its model, ``client.objectives`` to its loss. A method declares
-here, and nowhere else, that it may be trained privately.
+A method is a file of ``common/presets/methods``. It says what a key of the table ``model`` means that a
+configuration leaves empty. Whoever builds a model or its loss reads the files, and ``fedbags config``.
 """
 
-from collections.abc import Mapping
-from enum import StrEnum
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_FOLDER = Path(__file__).parents[1] / "presets" / "methods"
+DEFAULT = "lhfglp"
+_BOUND = "labels"
+"""The term of methods that learn from labels."""
+NO_BLOCK = "none"
+DICTIONARY = "dictionary"
+"""The block that ``model.dictionary`` switches."""
 
 
-class Method(StrEnum):
-    """Name a training objective together with its pipeline (see ``docs/methods.md``)."""
+@dataclass(frozen=True)
+class Recipe:
+    """Name the parts of a model and the terms of its loss."""
 
-    LHFGLP = "lhfglp"
-    """Dictionary, masks, proportion loss at every level; tied scores and refined labels (docs/methods.md)."""
-    DLLP_HIERARCHICAL = "dllp-hierarchical"
-    """The plain pipeline (backbone + one linear head a level), proportion loss at every level."""
-    DLLP = "dllp"
-    """The plain pipeline with a leaf head only, proportion loss at the leaf; coarse levels sum the leaves."""
-    LLP_VAT = "llp-vat"
-    """As dllp, with virtual adversarial training beside the proportion loss."""
-    ROT = "rot"
-    """As dllp, with pseudo-labels by optimal transport under each bag's counts beside the proportion loss."""
-    LLPFC = "llpfc"
-    """As dllp, with the bag's number as a noisy label and forward correction in place of the loss."""
-    EASYLLP = "easyllp"
-    """As dllp, with an unbiased estimate of each image's loss in place of the proportion loss."""
-    MIXBAG = "mixbag"
-    """As dllp, with mixtures of two bags matched within a confidence interval."""
-    SUPERVISED = "supervised"
-    """A bound: as dllp, on bags of one image (labels). For comparisons only."""
-    SUPERVISED_HIERARCHICAL = "supervised-hierarchical"
-    """A bound: as dllp-hierarchical, on bags of one image (labels). For comparisons only."""
+    block: str
+    """Between backbone and heads, or ``none``."""
+    head: str
+    levels: str
+    """``each``: a head at every level; ``leaf``: one at the leaf, its probabilities summed up the tree."""
+    tied: bool
+    """One distribution over the tree's paths."""
+    terms: tuple[str, ...]
+    """Of the loss, in the order in which they are added up."""
 
     @property
     def leaf_only(self) -> bool:
-        """Return True if the only head is at the leaf and its probabilities are summed up the tree."""
-        return self not in (Method.LHFGLP, Method.DLLP_HIERARCHICAL, Method.SUPERVISED_HIERARCHICAL)
+        """Return True if the only head is at the leaf."""
+        return self.levels == "leaf"
 
     @property
     def sees_labels(self) -> bool:
-        """Return True if the method learns from labels, as bags of one image.
-
-        Such a method is a bound for comparisons.
-        """
-        return self in (Method.SUPERVISED, Method.SUPERVISED_HIERARCHICAL)
+        """Return True if it learns from labels, as bags of one image: a bound for comparisons."""
+        return _BOUND in self.terms
 
     @property
-    def why_not_private(self) -> str:
-        """Return the reason why the method is not offered under differential privacy, or an empty text.
-
-        Bag-level DP-SGD clips the gradient of one bag at a time. It bounds the influence of a bag only if
-        the loss is a mean of terms that depend on one bag each, on no other bag, and on nothing of all the
-        site's bags together.
-        """
-        if self in _ONE_BAG_EACH:
-            return ""
-        if self.sees_labels:
-            return "it learns from labels, as a bound for comparisons"
-        # A new method is refused until somebody has shown it sound and listed it.
-        return _REASONS.get(self, "nobody has shown that its loss is a mean of terms of one bag each")
+    def parts(self) -> tuple[str, ...]:
+        """Return the names of all parts."""
+        return (*([self.block] if self.block != NO_BLOCK else []), self.head, *self.terms)
 
 
-_ONE_BAG_EACH = frozenset({Method.LHFGLP, Method.DLLP_HIERARCHICAL, Method.DLLP})
-_REASONS: Mapping[Method, str] = {
-    Method.LLP_VAT: "its random numbers flow on from bag to bag",
-    Method.ROT: "its pseudo-labels have not been examined, although each is made within a bag",
-    Method.LLPFC: "its loss of a bag looks at the counts of other bags of the site",
-    Method.EASYLLP: "its loss of a bag looks at the counts of the whole site",
-    Method.MIXBAG: "its loss mixes two bags",
-}
+def method_names() -> list[str]:
+    """Return the name of every method, LHFGLP first."""
+    names = sorted(path.stem for path in _FOLDER.glob("*.toml"))
+    return sorted(names, key=lambda name: name != DEFAULT)
+
+
+def method_file(name: str) -> Path:
+    """Return the file of a method, which need not exist."""
+    return _FOLDER / f"{name}.toml"
+
+
+@cache
+def recipe(method: str) -> Recipe:
+    """Return what a method consists of.
+
+    Args:
+        method: one of ``method_names``.
+    """
+    table = tomllib.loads(method_file(method).read_text(encoding="utf-8"))["model"]
+    return Recipe(
+        block=table["block"],
+        head=table["head"],
+        levels=table["levels"],
+        tied=table["tied"],
+        terms=tuple(table["terms"].split(",")),
+    )
+
+
+def sees_labels(method: str) -> bool:
+    """Return True if a method learns from labels, as bags of one image: a bound for comparisons."""
+    return recipe(method).sees_labels

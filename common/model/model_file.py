@@ -22,8 +22,10 @@ from common.config_tables import ModelConfig
 from common.errors import DataError, UserError, require_file
 from common.files import replacing
 from common.hierarchy import Hierarchy
-from common.model.build import rebuild_model
-from common.model.lhfglp import LHFGLP
+from common.model.build import Settings, rebuild_model
+from common.model.classifier import HierarchicalClassifier
+from common.parts import settings_of
+from common.settings_file import validated
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "model.json"
@@ -48,6 +50,9 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: ModelConfig
+    parts: dict[str, dict[str, str | int | float | bool]] = Field(
+        {}, description="settings of its parts, one table each"
+    )
     hierarchy: dict[str, Any] = Field(description="Hierarchy.to_dict()")
     preprocessing: Preprocessing
     versions: dict[str, str]
@@ -55,11 +60,17 @@ class ModelCard(BaseModel):
     weights_sha256: str = Field("", description="of model.safetensors; filled in by save_model")
 
     @classmethod
-    def describe(cls, model: ModelConfig, hierarchy: Hierarchy, round: int) -> Self:
-        """Return the card of a model built from ``model``."""
+    def describe(
+        cls, model: ModelConfig, hierarchy: Hierarchy, round: int, settings: Settings | None = None
+    ) -> Self:
+        """Return the card of a model built from ``model`` and the settings of its parts."""
+        tables = {
+            name: table.model_dump(mode="json", by_alias=True) for name, table in (settings or {}).items()
+        }
         return cls(
             # The path of the weights file stays on this machine: the card is copied along with the model.
             model=model.model_copy(update={"weights": ""}),
+            parts=tables,
             hierarchy=hierarchy.to_dict(),
             preprocessing=Preprocessing(image_size=model.image_size),
             versions={name: version(name) for name in ("fedbags", "torch", "torchvision")},
@@ -67,7 +78,7 @@ class ModelCard(BaseModel):
         )
 
 
-def save_model(directory: Path, model: LHFGLP, card: ModelCard) -> None:
+def save_model(directory: Path, model: HierarchicalClassifier, card: ModelCard) -> None:
     """Write model.safetensors and model.json into ``directory``, which is created.
 
     Both are complete on disk before either takes its name, so a crash or a full disk leaves the old pair;
@@ -94,7 +105,7 @@ def save_model(directory: Path, model: LHFGLP, card: ModelCard) -> None:
         ) from error
 
 
-def load_model(directory: Path) -> tuple[LHFGLP, ModelCard]:
+def load_model(directory: Path) -> tuple[HierarchicalClassifier, ModelCard]:
     """Read a model that ``save_model`` wrote, in evaluation mode.
 
     Raises:
@@ -118,7 +129,8 @@ def load_model(directory: Path) -> tuple[LHFGLP, ModelCard]:
             f"{weights_path} is damaged, or belongs to another {CARD_FILE}: its SHA-256 is not the card's\n"
             "Copy both files again from the run that wrote them."
         )
-    model = rebuild_model(card.model, hierarchy)
+    settings = {name: validated(settings_of(name), table, card_path) for name, table in card.parts.items()}
+    model = rebuild_model(card.model, hierarchy, settings)
     try:
         _assign(model, load(content), _values(model))
     except (SafetensorError, ValueError) as error:
@@ -128,7 +140,7 @@ def load_model(directory: Path) -> tuple[LHFGLP, ModelCard]:
     return model.eval(), card
 
 
-def trainable_arrays(model: LHFGLP) -> Arrays:
+def trainable_arrays(model: HierarchicalClassifier) -> Arrays:
     """Return copies of the parameters that training changes, by name.
 
     These are the arrays that a site sends.
@@ -136,12 +148,12 @@ def trainable_arrays(model: LHFGLP) -> Arrays:
     return {name: _to_numpy(value) for name, value in _trainable(model).items()}
 
 
-def all_arrays(model: LHFGLP) -> Arrays:
+def all_arrays(model: HierarchicalClassifier) -> Arrays:
     """Return copies of every floating parameter and buffer, frozen ones included."""
     return {name: _to_numpy(value) for name, value in _values(model).items()}
 
 
-def load_arrays(model: LHFGLP, arrays: Mapping[str, NDArray[Any]]) -> None:
+def load_arrays(model: HierarchicalClassifier, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copy arrays into the model.
 
     They must be exactly those of ``trainable_arrays`` or exactly those of ``all_arrays``.
@@ -160,11 +172,11 @@ def load_arrays(model: LHFGLP, arrays: Mapping[str, NDArray[Any]]) -> None:
     _assign(model, {name: torch.tensor(array) for name, array in arrays.items()}, expected)
 
 
-def _trainable(model: LHFGLP) -> dict[str, Tensor]:
+def _trainable(model: HierarchicalClassifier) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _values(model: LHFGLP) -> dict[str, Tensor]:
+def _values(model: HierarchicalClassifier) -> dict[str, Tensor]:
     """Return the floating entries of the state dict.
 
     Integer buffers are left out because they are tables that the architecture fixes.
@@ -177,7 +189,9 @@ def _to_numpy(value: Tensor) -> NDArray[np.float32]:
     return array
 
 
-def _assign(model: LHFGLP, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _assign(
+    model: HierarchicalClassifier, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     """Check every name and shape, then copy the values."""
     missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
     if missing or unknown:

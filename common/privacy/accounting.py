@@ -281,7 +281,7 @@ def fits(
     merged = merge(events)
     if not merged or not _is_bounded(merged):
         return not merged
-    coarse = _coarse(merged, adjacency, afresh).get_epsilon_for_delta(delta)
+    coarse = _epsilon_at(_coarse(merged, adjacency, afresh), delta)
     # The coarse bound lies above the fine one, so a yes from it is final and a no is not.
     return bool(coarse <= epsilon) or _epsilon(merged, delta, adjacency, afresh) <= epsilon
 
@@ -378,7 +378,7 @@ def _is_bounded(merged: _Events) -> bool:
 def _epsilon(merged: _Events, delta: float, adjacency: Adjacency, afresh: bool) -> float:
     if not merged or not _is_bounded(merged):
         return math.inf if merged else 0.0
-    return float(_fine(merged, adjacency, afresh).get_epsilon_for_delta(delta))
+    return _epsilon_at(_fine(merged, adjacency, afresh), delta)
 
 
 @lru_cache(maxsize=8)
@@ -397,13 +397,20 @@ def _coarse(merged: _Events, adjacency: Adjacency, afresh: bool) -> Any:
 def _fine(merged: _Events, adjacency: Adjacency, afresh: bool) -> Any:
     """Compose the events on the grid that the figures come from."""
     coarse = _coarse(merged, adjacency, afresh)
-    epsilon = coarse.get_epsilon_for_delta(1e-6)
+    epsilon = _epsilon_at(coarse, 1e-6)
     # Nothing is promised at such an epsilon, so a finer grid would be wasted time.
     if epsilon > 1000:
         return coarse
     # The grid is widened where the composed losses would otherwise take more than POINTS grid points.
     interval = max(_interval(merged), _power_of_two(8 * (epsilon + 5) / _POINTS))
     return _compose(amounts_of(merged), adjacency, interval, afresh=afresh)
+
+
+def _epsilon_at(composed: Any, delta: float) -> float:
+    """Return the epsilon of composed losses at delta."""
+    # A quotient beyond float64 counts as infinite, as its logarithm is above every loss.
+    with np.errstate(over="ignore"):
+        return float(composed.get_epsilon_for_delta(delta))
 
 
 def _interval(merged: _Events) -> float:

@@ -24,7 +24,7 @@ from common.config import RunConfig
 from common.errors import RunError, UserError
 from common.hierarchy import Hierarchy
 from common.model.build import build_model, trainable_parameters
-from common.model.lhfglp import LHFGLP, LHFGLPOutput
+from common.model.interfaces import Inputs, Output
 from common.privacy.plan import PrivacyPlan
 
 _CANARY_SIZE = 8
@@ -128,9 +128,9 @@ class Directions:
         # The slope of KL against the leaf that all of a canary's images have, at equal scores.
         self._factor = length / (1 - 1 / store.hierarchy.sizes[-1])
 
-    def __call__(self, model: nn.Module, inputs: tuple[Tensor], output: LHFGLPOutput) -> LHFGLPOutput | None:
+    def __call__(self, model: nn.Module, inputs: tuple[Inputs], output: Output) -> Output | None:
         """Return the scores of a canary or the empty bag, or None to keep those that the model computed."""
-        found = (self._names == inputs[0][0, :, 0, :_PIXELS].flatten()).all(dim=1).nonzero()
+        found = (self._names == inputs[0].images[0, :, 0, :_PIXELS].flatten()).all(dim=1).nonzero()
         if not len(found):
             return None
         # All zero for the empty bag, whose number is no canary's, so its gradient is 0.
@@ -139,8 +139,7 @@ class Directions:
         scores = [level.new_zeros(level.shape) for level in output.scores]
         # Descent raises the score of the leaf that the canary claims, and so moves along the direction.
         scores[-1][:, 0] = self._factor * (along - along.detach())
-        nothing = scores[-1].new_zeros(len(scores[-1]))
-        return LHFGLPOutput(tuple(scores), (), output.features, nothing, nothing)
+        return Output(tuple(scores), output.features, {}, {})
 
     def along(self, move: Tensor) -> Tensor:
         """Return how far a move of the model, shape (P,), goes along each canary's direction, shape (m,)."""
@@ -170,7 +169,7 @@ def score_canaries(
         UserError: fewer parameters are trained than there are canaries.
         RunError: the private training broke its promise, or left a model that is not finite.
     """
-    model: LHFGLP = build_model(config.model, store.hierarchy, config.seed)
+    model = build_model(config.model, store.hierarchy, config.seed, config.parts)
     model.to(choose_device(config.train.device))
     parameters = trainable_parameters(model, config.trained_part)
     directions = Directions(parameters, store, _LOUDNESS * plan.clip_norm, rng)

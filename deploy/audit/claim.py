@@ -19,7 +19,7 @@ from client.training import train_round
 from common.config import RunConfig
 from common.errors import UserError
 from common.model.build import build_model, trainable_parameters
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, Unit
 from common.privacy.plan import PlanSettings, PrivacyPlan
@@ -168,8 +168,8 @@ def _attack_models(
     # Fewer bags at the same sample rate and noise keep the epsilon of the claim.
     plan = _plan_for(planned, len(trained))
 
-    def fresh(settings: RunConfig) -> LHFGLP:
-        model = build_model(settings.model, store.hierarchy, settings.seed)
+    def fresh(settings: RunConfig) -> HierarchicalClassifier:
+        model = build_model(settings.model, store.hierarchy, settings.seed, settings.parts)
         trainable_parameters(model, settings.trained_part)
         return model
 

@@ -19,7 +19,7 @@ from client.data.bags import BagStore
 from client.data.batch import chunks, make_batch
 from client.training import choose_device
 from common.config import RunConfig
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
 from common.model.losses import bag_mean_probabilities
 from common.privacy.proportions import Granularity, release_counts
 from common.privacy.randomness import Randomness
@@ -78,7 +78,7 @@ def attack_proportions(store: BagStore, scale: float, randomness: Randomness) ->
 
 
 def attack_model(
-    model: LHFGLP, store: BagStore, config: RunConfig, groups: Sequence[NDArray[np.int64]]
+    model: HierarchicalClassifier, store: BagStore, config: RunConfig, groups: Sequence[NDArray[np.int64]]
 ) -> dict[str, float]:
     """Guess the leaf with the highest mean probability in each bag, and return the accuracies.
 
@@ -102,12 +102,14 @@ def attack_model(
 
 
 @torch.no_grad()
-def _model_hit_rate(model: LHFGLP, store: BagStore, config: RunConfig, bags: NDArray[np.int64]) -> float:
+def _model_hit_rate(
+    model: HierarchicalClassifier, store: BagStore, config: RunConfig, bags: NDArray[np.int64]
+) -> float:
     device = choose_device(config.train.device)
     model.to(device).eval()
     guesses = []
     for some in chunks(bags, _BAGS_AT_ONCE):
         batch = make_batch(store, some).to(device)
-        predicted = bag_mean_probabilities(model(batch.images).scores[-1], batch.bag_index, len(some))
+        predicted = bag_mean_probabilities(model(batch.inputs).scores[-1], batch.inputs.bag_index, len(some))
         guesses.append(predicted.argmax(dim=1).cpu().numpy())
     return _hit_rate(np.concatenate(guesses), store.leaf_counts[bags])

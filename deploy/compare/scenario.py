@@ -13,9 +13,9 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from common.config import RunConfig, Scalar, flatten
+from common.config import RunConfig, Scalar, flatten, refuse_unknown_key
 from common.errors import ConfigError, require_file
-from common.model.methods import Method
+from common.model.methods import method_names, sees_labels
 from common.settings_file import Section, nearest, read_toml
 from deploy.datasets.options import Division, SourceKind
 
@@ -90,11 +90,19 @@ class _Entry(_Overrides):
     """Describe one row of the table, which is a method with its own settings."""
 
     name: _Name
-    method: Method
+    method: str
     settings: tuple[Setting, ...] | None = None
     bag_sizes: tuple[_Count, ...] | None = None
     seeds: tuple[_Seed, ...] | None = None
     passes: _Count | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, method: str) -> str:
+        names = method_names()
+        if method not in names:
+            raise ValueError(f"there is no such method{nearest(method, names)}; known: {', '.join(names)}")
+        return method
 
 
 class Scenario(Section):
@@ -179,7 +187,7 @@ def check_settings(value: object) -> object:
     """
     if not isinstance(value, Mapping):
         return value
-    flat, known = flatten(value), RunConfig().to_flat()
+    flat = flatten(value)
     for key in flat:
         if key in _OWN_KEYS:
             raise ValueError(f"{key} is set by the comparison itself; leave it out")
@@ -190,8 +198,10 @@ def check_settings(value: object) -> object:
                 "dp.epsilon: comparisons count passes over the images, and private training draws bags by "
                 "chance; compare private runs with `fedbags simulate` and `fedbags runs`"
             )
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}{nearest(key, known)} (`fedbags config` lists them)")
+        try:
+            refuse_unknown_key(key)
+        except ConfigError as error:
+            raise ValueError(f"{error} (`fedbags config` lists them)") from error
     return flat
 
 
@@ -311,9 +321,9 @@ def _of_grid(scenario: Scenario, context: Context, setting: Setting, grid: _Grid
         for seed in grid.seeds or scenario.seeds:
             for entry in entries:
                 # Methods that see labels get bags of one image whatever the size, so their cells coincide.
-                fits = entry.method.sees_labels or bag_size in (entry.bag_sizes or (bag_size,))
+                fits = sees_labels(entry.method) or bag_size in (entry.bag_sizes or (bag_size,))
                 if fits and seed in (entry.seeds or (seed,)):
-                    point = _Point(setting, 1 if entry.method.sees_labels else bag_size, seed)
+                    point = _Point(setting, 1 if sees_labels(entry.method) else bag_size, seed)
                     yield from _of_entry(scenario, context, grid, entry, point)
 
 
@@ -346,7 +356,7 @@ def _of_entry(
                 # Every optimiser step sees the same number of images, so bag sizes differ in nothing else.
                 "train.bags-per-step": scenario.images_per_step // bag_size,
                 **chosen,
-                "model.method": entry.method.value,
+                "model.method": entry.method,
                 "seed": seed,
                 "federation.sites": sites,
             }

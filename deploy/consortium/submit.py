@@ -26,9 +26,14 @@ from deploy.configuration import RunRequest, compose, say_presets
 from deploy.consortium.checks import check_bundle
 from deploy.consortium.control import Control, RunStatus, control
 from deploy.consortium.kit import CoordinatorKit
+from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary, run_events
 from deploy.runs.show import print_summary
 from server.run_folder import RunFolder
+
+# It brings torch along, which only private runs need here.
+with lazy_imports():
+    from client import private_check
 
 _POLL, _OUTAGE = 0.5, 300.0
 COMPLETED, _STOPPED = "completed", "stopped"
@@ -82,6 +87,7 @@ def _configuration(kit: CoordinatorKit, request: RunRequest) -> RunConfig:
         here["federation.statements"] = str(kit.statements)
     if config.secure_aggregation.enabled and not config.secure_aggregation.certificates:
         here["secure-aggregation.certificates"] = str(kit.nodes)
+    private_check.refuse_unsound_run(config)
     return config.with_changes(here)
 
 

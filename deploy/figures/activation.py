@@ -6,7 +6,6 @@ exist for every backbone that has such a map. A ViT has none.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +13,16 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from client.data.bags import to_tensor
 from common.hierarchy import Hierarchy
-from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
+from common.model.classifier import HierarchicalClassifier, consistent_prediction, log_probabilities
+from common.model.interfaces import Inputs
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.samples import TestSample
 from deploy.figures.style import PALETTE, bare, new_figure, wrapped
 
 _MOST_IMAGES = 6
-_LEAST_SIDE = 6
-"""Positions across a feature map below which it is too coarse to point at anything."""
 
 
 @dataclass(frozen=True)
@@ -93,58 +90,25 @@ def choose_images(sample: TestSample, tree: Hierarchy, seed: int) -> TestSample:
     return TestSample(sample.images[chosen], sample.labels[chosen], sample.sites[chosen])
 
 
-def activate(model: LHFGLP, images: NDArray[np.uint8]) -> Activation | None:
+def activate(model: HierarchicalClassifier, images: NDArray[np.uint8]) -> Activation | None:
     """Return the predictions and maps of images (N, S, S, 3), or None without a feature map."""
-    inputs = to_tensor(images)
-    outputs: list[Tensor] = []
-
-    def remember(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            outputs.append(output)
-
-    hooks = [module.register_forward_hook(remember) for module in model.backbone.modules()]
-    try:
-        # The maps need gradients, whatever mode the caller is in.
-        with torch.enable_grad():
-            output = model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    features = _last_feature_map(outputs)
-    if features is None:
+    inputs = Inputs.alone(to_tensor(images))
+    # The maps need gradients, whatever mode the caller is in.
+    with torch.enable_grad():
+        output = model(inputs)
+    features = output.features.map
+    if features is None or not features.requires_grad:
         return None
     leaves = consistent_prediction(output, model.hierarchy)[:, -1]
-    # In evaluation mode the images of a batch do not mix, so one sum gives every image's gradient.
+    # Each image is in a bag of its own, so one sum gives every image's gradient.
     (gradient,) = torch.autograd.grad(output.scores[-1].gather(1, leaves[:, None]).sum(), features)
-    gradient, features = _channels_first(gradient), _channels_first(features.detach())
+    features = features.detach()
     # A channel's weight is its mean gradient: single positions would show the grid of strided convolutions.
     seen = F.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1, keepdim=True))
-    maps = F.interpolate(seen, inputs.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    maps = F.interpolate(seen, inputs.images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     probabilities = log_probabilities(output)[-1].exp().gather(1, leaves[:, None])[:, 0]
     return Activation(maps.numpy(), leaves.numpy(), probabilities.detach().numpy())
-
-
-def _last_feature_map(outputs: Sequence[Tensor]) -> Tensor | None:
-    """Return the last square map of at least LEAST_SIDE positions across, or else the finest one.
-
-    Args:
-        outputs: what the backbone's modules returned, in order. A map is (N, C, H, W) or (N, H, W, C)
-            with H = W > 1. Maps before a sequence of tokens (N, T, C), such as the patches of a ViT, are
-            no feature maps: what was learned is in the tokens.
-    """
-    maps: list[Tensor] = []
-    for output in outputs:
-        # A sequence of tokens: the maps before it, such as the patches of a ViT, no longer count.
-        if output.ndim == 3:
-            maps.clear()
-        elif output.ndim == 4 and output.requires_grad and _side(output) > 1:
-            maps.append(output)
-    fine = [output for output in maps if _side(output) >= _LEAST_SIDE]
-    if fine:
-        return fine[-1]
-    # The last of the finest maps is wanted, and max() alone would return the first.
-    return max(reversed(maps), key=_side, default=None)
 
 
 def _overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -155,15 +119,3 @@ def _overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.
     strength = 0.75 * np.clip(seen, 0, 1)[..., None]
     mixed: NDArray[np.float64] = (1 - strength) * grey + strength * heat
     return mixed
-
-
-def _side(output: Tensor) -> int:
-    """Return H of a square map with channels first or last, or 0 where the tensor is no square map."""
-    _, a, b, c = output.shape
-    if b == c:
-        return b
-    return a if a == b else 0
-
-
-def _channels_first(features: Tensor) -> Tensor:
-    return features if features.shape[2] == features.shape[3] else features.permute(0, 3, 1, 2)

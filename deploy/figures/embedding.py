@@ -14,7 +14,8 @@ from sklearn.manifold import TSNE
 
 from client.data.bags import to_tensor
 from common.hierarchy import Hierarchy
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
+from common.model.interfaces import Inputs
 from deploy.figures.charts import tree_order
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.samples import TestSample
@@ -85,7 +86,7 @@ def draw_embedding(
     return figure
 
 
-def embed(model: LHFGLP, sample: TestSample, seed: int) -> Embedding:
+def embed(model: HierarchicalClassifier, sample: TestSample, seed: int) -> Embedding:
     """Place the images' features, and the mean features of bags of them, on one plane."""
     features = _backbone_features(model, sample.images)
     bags = _draw_bags(sample, model.hierarchy, seed)
@@ -102,10 +103,10 @@ def embed(model: LHFGLP, sample: TestSample, seed: int) -> Embedding:
 
 
 @torch.no_grad()
-def _backbone_features(model: LHFGLP, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _backbone_features(model: HierarchicalClassifier, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the pooled features, shape (N, d), of images (N, S, S, 3)."""
     parts = [
-        model.backbone(to_tensor(images[start : start + _IMAGES_AT_ONCE]))
+        model.backbone(Inputs.alone(to_tensor(images[start : start + _IMAGES_AT_ONCE]))).pooled
         for start in range(0, len(images), _IMAGES_AT_ONCE)
     ]
     features: NDArray[np.float32] = torch.cat(parts).float().numpy()

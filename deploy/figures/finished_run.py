@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from common.config import RunConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
-from common.model.lhfglp import LHFGLP
-from common.model.methods import Method
+from common.model.classifier import HierarchicalClassifier
 from common.model.model_file import load_model
 from common.run_records import RunEvent, RunSummary
 from deploy.runs.reading import read_summary, run_events
@@ -22,9 +21,9 @@ from server.run_folder import RunFolder
 T = TypeVar("T", bound=RunEvent)
 
 _METHOD_TITLES = {
-    Method.LHFGLP: "LHFGLP",
-    Method.DLLP_HIERARCHICAL: "plain pipeline (dllp-hierarchical)",
-    Method.DLLP: "plain LLP (dllp)",
+    "lhfglp": "LHFGLP",
+    "dllp-hierarchical": "plain pipeline (dllp-hierarchical)",
+    "dllp": "plain LLP (dllp)",
 }
 
 
@@ -46,7 +45,7 @@ class FinishedRun:
     config: RunConfig
     summary: RunSummary
     events: Sequence[RunEvent]
-    model: LHFGLP
+    model: HierarchicalClassifier
     confusion: dict[str, list[NDArray[np.int64]]] | None
 
     @classmethod
@@ -92,7 +91,7 @@ class FinishedRun:
     @property
     def method(self) -> str:
         """Return the method's name as titles write it."""
-        return _METHOD_TITLES.get(self.config.model.method, self.config.model.method.value)
+        return _METHOD_TITLES.get(self.config.model.method, self.config.model.method)
 
     @property
     def name(self) -> str:

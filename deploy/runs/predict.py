@@ -23,7 +23,8 @@ from client.data.images import CHUNK, Progress, decode_all, describe, square, to
 from common.errors import BadRow, UserError
 from common.files import write_text
 from common.hierarchy import Hierarchy
-from common.model.lhfglp import LHFGLP, consistent_prediction, log_probabilities
+from common.model.classifier import HierarchicalClassifier, consistent_prediction, log_probabilities
+from common.model.interfaces import Inputs
 from common.model.model_file import ModelCard, load_model
 from deploy.cli.terminal import console, table
 from deploy.runs.pictures import find_pictures, open_picture
@@ -60,7 +61,7 @@ class Classifier:
         card: how images are brought to its input, and what its classes are.
     """
 
-    model: LHFGLP
+    model: HierarchicalClassifier
     card: ModelCard
 
     @classmethod
@@ -235,11 +236,11 @@ def _pixels(image: Image.Image | NDArray[Any], name: str, size: int) -> NDArray[
 
 @torch.no_grad()
 def _classify(
-    model: LHFGLP, files: Sequence[Path | str], pixels: NDArray[np.uint8], codes_told: int
+    model: HierarchicalClassifier, files: Sequence[Path | str], pixels: NDArray[np.uint8], codes_told: int
 ) -> list[dict[str, Any]]:
     """Return the rows of decoded images, with ``pixels`` of shape (N, S, S, 3)."""
     tree = model.hierarchy
-    output = model(to_tensor(pixels))
+    output = model(Inputs.alone(to_tensor(pixels)))
     probabilities = [level.exp() for level in log_probabilities(output)]
     paths = consistent_prediction(output, tree)
     rows = []
@@ -263,7 +264,8 @@ def _classify(
                 "path_probability_product": product,
                 "codes": [
                     {"level": tree.levels[level], "atoms": _strongest(codes[number], tree, level, codes_told)}
-                    for level, codes in enumerate(output.codes if codes_told else [])
+                    for level, codes in enumerate(output.evidence.get("codes", ()) if codes_told else [])
+                    if codes is not None
                 ],
             }
         )

@@ -31,7 +31,7 @@ from deploy.simulation.prerequisites import locked
 
 # They bring torch along, which the checks of the options do not need.
 with lazy_imports():
-    from client import budget, secure_aggregation, session
+    from client import budget, private_check, secure_aggregation, session
     from client import site as site_files
     from client.data import bags, labelled
     from common.model import build
@@ -189,12 +189,14 @@ def _prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
 
 
 def check_model(config: RunConfig) -> None:
-    """Build the model once, so that an unknown backbone or unusable weights are found before the run.
+    """Build the model once, so that unknown or unsound parts and unusable weights are found before the run.
 
     Raises:
-        UserError: see build_model.
+        UserError: see build_model and refuse_unsound_run.
     """
-    build.build_model(config.model, Hierarchy.from_rows(["leaf"], [["a"], ["b"]]), config.seed)
+    tree = Hierarchy.from_rows(["leaf"], [["a"], ["b"]])
+    build.build_model(config.model, tree, config.seed, config.parts)
+    private_check.refuse_unsound_run(config)
 
 
 def _check_plan(config: RunConfig, store: "bags.BagStore", site: Path) -> None:

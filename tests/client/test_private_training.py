@@ -17,15 +17,14 @@ from torch import Tensor, nn
 import client.private_training as private
 from client.data.bags import BagStore
 from client.data.batch import Batch, make_batch
-from client.objectives import build_objective
 from client.private_training import BagDPOptimizer, _bag_loss, train_round_privately
 from client.site import TrainingSeeds
 from client.training import make_setting, train_round
 from common.config import RunConfig
 from common.errors import ConfigError, RunError
 from common.model.build import TrainedPart, build_model, trainable_parameters
-from common.model.lhfglp import LHFGLP
-from common.model.losses import hierarchical_proportion_loss
+from common.model.classifier import HierarchicalClassifier
+from common.model.losses import bag_means, level_divergence
 from common.model.model_file import all_arrays
 from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness, SecureRandomness
@@ -82,14 +81,14 @@ def make_optimiser(model: nn.Module, plan: PrivacyPlan, round: int = 1) -> BagDP
     return BagDPOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), plan, round)
 
 
-def loss_of(model: LHFGLP, batch: Batch, config: RunConfig) -> Tensor:
-    return hierarchical_proportion_loss(
-        model(batch.images),
-        batch.bag_index,
-        batch.level_counts,
-        (1.0, 1.0),
-        (config.loss.reconstruction, 0.1),
-    )
+def loss_of(model: HierarchicalClassifier, batch: Batch, config: RunConfig) -> Tensor:
+    output, bag_index = model(batch.inputs), batch.inputs.bag_index
+    per_bag = level_divergence(output.scores, bag_index, batch.level_counts, (1.0, 1.0))
+    if output.penalties:
+        error, l1 = output.penalties["reconstruction"], output.penalties["codes"]
+        price = config.loss.reconstruction * error + 0.1 * l1
+        per_bag = per_bag + bag_means(price, bag_index, len(batch))
+    return per_bag.mean()
 
 
 def batches(store: BagStore) -> list[Batch]:
@@ -119,13 +118,15 @@ def clipped_sum(
     return total
 
 
-def naive_sum(model: LHFGLP, bags: Sequence[Batch], config: RunConfig, clip_norm: float) -> Tensor:
+def naive_sum(
+    model: HierarchicalClassifier, bags: Sequence[Batch], config: RunConfig, clip_norm: float
+) -> Tensor:
     """The definition, in float64: clip each bag's gradient as one vector, add."""
     exact = copy.deepcopy(model).double()
     parameters = list(exact.parameters())
     total = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
     for bag in bags:
-        bag = replace(bag, images=bag.images.double())
+        bag = replace(bag, inputs=bag.inputs.with_images(bag.inputs.images.double()))
         gradients = torch.autograd.grad(loss_of(exact, bag, config), parameters, allow_unused=True)
         gradient = flat(gradients, parameters)
         total += gradient * min(1.0, clip_norm / float(gradient.norm()))
@@ -194,12 +195,12 @@ def test_clipping_per_image_as_stock_hooks_do_would_break_the_bound(store: BagSt
     config = configure(model__method="dllp-hierarchical")
     model = build_model(config.model, store.hierarchy, seed=1)
     bag = batches(store)[2]
-    output = model(bag.images)
-    loss = 1e6 * hierarchical_proportion_loss(output, bag.bag_index, bag.level_counts, (1.0, 1.0), (0, 0))
+    output = model(bag.inputs)
+    loss = 1e6 * level_divergence(output.scores, bag.inputs.bag_index, bag.level_counts, (1.0, 1.0)).mean()
     backward = torch.autograd.grad(loss, output.scores, retain_graph=True)
     parameters = list(model.parameters())
     total = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
-    for image in range(len(bag.images)):
+    for image in range(len(bag.inputs)):
         part = sum(
             (scores[image] * gradient[image]).sum()
             for scores, gradient in zip(output.scores, backward, strict=True)
@@ -431,14 +432,14 @@ def test_a_bags_gradient_does_not_depend_on_the_bags_before_it(
     model = build_model(config.model, store.hierarchy, seed=1).train()
     body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 128), nn.Dropout(0.5))
     model.backbone.set_submodule("body", body)
+    model.backbone.find_map(config.model.image_size)
     if seed_flows_on:
         monkeypatch.setattr(private.torch, "manual_seed", lambda seed: None)
-    nothing = np.zeros(0, dtype=np.int64)
-    objective = build_objective(make_setting(store, config, 1, nothing, torch.Generator()))
+    setting = make_setting(store, config, 1, bags=None)
 
     def loss(bag: int, seed: int) -> Tensor:
         batch = make_batch(store, np.array([bag]))
-        return _bag_loss(objective, model, batch, config.train.augmentation, seed)
+        return _bag_loss(model, setting, batch, seed)
 
     alone = loss(2, seed=5)
     loss(0, seed=4)
@@ -482,7 +483,7 @@ def test_batch_norm_is_refused(store: BagStore) -> None:
         train_round_privately(model, store, config, 1, make_plan())
 
 
-def test_a_buffer_that_follows_the_data_is_found(store: BagStore) -> None:
+def test_a_buffer_that_follows_the_data_is_found(store: BagStore, monkeypatch: pytest.MonkeyPatch) -> None:
     class RunningMean(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -495,7 +496,12 @@ def test_a_buffer_that_follows_the_data_is_found(store: BagStore) -> None:
     config = configure()
     model = build_model(config.model, store.hierarchy, seed=1)
     model.backbone.body = nn.Sequential(RunningMean(), model.backbone.get_submodule("body"))
-    with pytest.raises(RunError, match="buffer"):
+    model.backbone.find_map(config.model.image_size)
+    with pytest.raises(ConfigError, match=r"the model.*'backbone\.body\.0\.mean' outside"):
+        train_round_privately(model, store, config, 1, make_plan())
+    # What the made-up bags do not show is found where private bags are trained on.
+    monkeypatch.setattr(private, "refuse_unsound", lambda model, setting: None)
+    with pytest.raises(RunError, match=r"changed 'backbone\.body\.0\.mean' of the model outside"):
         train_round_privately(model, store, config, 1, make_plan())
 
 

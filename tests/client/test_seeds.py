@@ -17,7 +17,7 @@ from client.site import _SECRET_FILE, SiteConfig, SitePolicy, TrainingSeeds, _Pr
 from client.training import TrainingResult, _passes_of_round, train_round
 from common.config import RunConfig
 from common.model.build import build_model
-from common.model.lhfglp import LHFGLP
+from common.model.classifier import HierarchicalClassifier
 from common.model.model_file import all_arrays, trainable_arrays
 from common.records import ModelUpdate
 
@@ -88,7 +88,7 @@ def test_whoever_lacks_the_secret_cannot_repeat_a_real_sites_training(
     model = build_model(config.model, store.hierarchy, 0)
     request = ModelUpdate(sender="server", round=1, arrays=all_arrays(model))
 
-    def arrays(trained: LHFGLP) -> dict[str, np.ndarray]:
+    def arrays(trained: HierarchicalClassifier) -> dict[str, np.ndarray]:
         return {name: array.copy() for name, array in trainable_arrays(trained).items()}
 
     first = arrays(client_app._train_locally(session, request)[0])

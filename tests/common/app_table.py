@@ -5,6 +5,7 @@ from pathlib import Path
 import tomli_w
 
 from common.config import RunConfig
+from common.parts import shipped_with_settings
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 _START, _END = "[tool.flwr.app.config]\n", "[tool.hatch.build.targets.wheel]\n"
@@ -15,6 +16,10 @@ def with_defaults(pyproject: str) -> str:
     before, _, rest = pyproject.partition(_START)
     _, _, after = rest.partition(_END)
     defaults = RunConfig().model_dump(mode="json", by_alias=True)
+    # Flower takes no key that is not in the table, so the settings of all our parts are in it.
+    defaults["parts"] = {
+        part.name: part.settings().model_dump(mode="json", by_alias=True) for part in shipped_with_settings()
+    }
     table = tomli_w.dumps({"tool": {"flwr": {"app": {"config": defaults}}}})
     return f"{before}{table}\n{_END}{after}"
 

@@ -14,6 +14,7 @@ from common.errors import ConfigError, UserError
 from common.hierarchy import Hierarchy
 from common.model.backbones import Backbone, backbone_names, build_backbone
 from common.model.build import build_model
+from common.model.interfaces import Inputs
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_backbones_give_pooled_features_without_batch_norm(name: str, n_features
     backbone = build_backbone(name, Norm.GROUP, None, image_size=32)
     assert backbone.n_features == n_features
     images = torch.randn(2, 3, 32, 32)
-    features = backbone(images)
+    features = backbone(Inputs.alone(images)).pooled
     assert features.shape == (2, n_features)
     features.sum().backward()
     modules = list(backbone.modules())
@@ -45,7 +46,8 @@ def test_backbones_give_pooled_features_without_batch_norm(name: str, n_features
 def test_images_of_a_batch_do_not_mix() -> None:
     backbone = build_backbone("resnet18", Norm.GROUP, None, image_size=64)
     images = torch.randn(3, 3, 64, 64)
-    torch.testing.assert_close(backbone(images)[:1], backbone(images[:1]), atol=1e-4, rtol=1e-4)
+    alone, together = (backbone(Inputs.alone(some)).pooled for some in (images[:1], images))
+    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_groups_are_large_divisors_and_never_single_channels() -> None:
@@ -124,7 +126,7 @@ def test_frozen_batch_norm_reproduces_the_weights_file(weights: Path) -> None:
     reference.fc = nn.Identity()
     images = torch.randn(2, 3, 32, 32)
     backbone.train()
-    torch.testing.assert_close(backbone(images), reference(images), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(backbone(Inputs.alone(images)).pooled, reference(images), atol=1e-5, rtol=1e-4)
     assert backbone.ignored_weights == ("fc.bias", "fc.weight")
     frozen = [module for module in backbone.modules() if isinstance(module, FrozenBatchNorm2d)]
     assert len(frozen) == 20
@@ -208,3 +210,75 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
     torch.save(Backbone(nn.Identity(), 1), tmp_path / "module.pth")
     with pytest.raises(UserError, match="cannot be read"):
         build_backbone("resnet18", Norm.GROUP, tmp_path / "module.pth", image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shape"),
+    [
+        ("resnet-small", 32, (32, 8, 8)),
+        ("resnet-small", 48, (64, 6, 6)),
+        ("resnet18", 64, (128, 8, 8)),
+        ("swin_t", 64, (192, 8, 8)),
+        ("vit_b_32", 32, None),
+        ("colour-histogram", 32, None),
+    ],
+)
+def test_the_map_is_the_last_of_six_positions_and_the_rest_follows_from_it(
+    name: str, size: int, shape: tuple[int, int, int] | None
+) -> None:
+    backbone = build_backbone(name, Norm.GROUP, None, image_size=size).eval()
+    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = backbone(Inputs.alone(images))
+    assert backbone.map_shape == shape
+    if shape is None:
+        assert features.map is None
+        with pytest.raises(ConfigError, match="no feature map"):
+            backbone.tail(torch.zeros(3, 1, 6, 6))
+        return
+    assert features.map is not None
+    assert features.map.shape == (3, *shape)
+    torch.testing.assert_close(backbone.tail(features.map), features.pooled)
+    assert not torch.allclose(backbone.tail(torch.zeros_like(features.map)), features.pooled)
+
+
+class Shapes(nn.Module):
+    """A network whose modules give tensors of these shapes, one after the other."""
+
+    n_features = 4
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.layers = nn.ModuleList(_Shape(shape) for shape in shapes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in self.layers:
+            layer(self.weight, len(images))
+        return self.weight * torch.ones(len(images), 4)
+
+
+class _Shape(nn.Module):
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, weight: Tensor, number: int) -> Tensor:
+        return weight * torch.zeros(number, *self.shape)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "found"),
+    [
+        ([(4, 8, 8), (8, 8, 4), (8, 2, 2)], (4, 8, 8)),  # the second has its channels last
+        ([(4, 8, 8), (5, 6, 6), (8, 2, 2)], (5, 6, 6)),
+        ([(8, 2, 2), (9, 2, 2)], (9, 2, 2)),
+        ([(4, 8, 8), (5, 8)], None),  # tokens: the map before them is not what was learned
+        ([], None),
+    ],
+)
+def test_the_map_prefers_resolution_then_depth(
+    shapes: list[tuple[int, ...]], found: tuple[int, int, int] | None
+) -> None:
+    backbone = Backbone(Shapes(*shapes), 4)
+    backbone.find_map(8)
+    assert backbone.map_shape == found

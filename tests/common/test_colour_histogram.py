@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.model.backbones import ColourHistogram
+from common.model.colour_histogram import ColourHistogram
 
 
 @pytest.mark.parametrize("size", [8, 15, 48])

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from common.config import RunConfig, flatten, parse_setting
+from common.config import RunConfig, Scalar, flatten, parse_setting
 from common.errors import ConfigError, UserError
-from common.model.methods import Method
 
 from .app_table import PYPROJECT, with_defaults
 
 
 def test_flat_and_toml_forms_give_the_same_object_back(tmp_path: Path) -> None:
     config = RunConfig().with_changes({"rounds": 3, "model.method": "dllp", "train.learning-rate": 0.01})
-    assert config.model.method is Method.DLLP
+    assert config.model.method == "dllp"
     assert RunConfig.from_flat(config.to_flat()) == config
     path = tmp_path / "config.toml"
     path.write_text(config.to_toml())
@@ -23,7 +22,10 @@ def test_flat_and_toml_forms_give_the_same_object_back(tmp_path: Path) -> None:
 
 def test_flower_gets_the_same_defaults() -> None:
     text = PYPROJECT.read_text(encoding="utf-8")
-    assert flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"]) == RunConfig().to_flat()
+    table = flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
+    assert RunConfig.from_flat(table) == RunConfig()
+    rest = {key: value for key, value in table.items() if not key.startswith("parts.")}
+    assert rest == RunConfig().to_flat()
     assert with_defaults(text) == text, "run `make defaults`"
 
 
@@ -66,3 +68,44 @@ def test_settings_are_toml_scalars_or_text() -> None:
 def test_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().rounds = 3  # type: ignore[misc]
+
+
+def test_a_method_says_what_is_left_empty_and_single_parts_can_be_chosen() -> None:
+    config = RunConfig().with_changes({"model.method": "llp-vat"})
+    assert config.model.recipe.terms == ("matching", "vat")
+    assert config.to_flat()["parts.vat.weight"] == 0.05
+    assert RunConfig.from_flat(config.to_flat()) == config
+    own = config.with_changes({"model.terms": "matching, rot", "parts.rot.temperature": 0.5})
+    assert own.model.recipe.terms == ("matching", "rot")
+    assert not any(key.startswith("parts.vat") for key in own.to_flat()), "its settings went with the term"
+    assert own.to_toml().count("[parts.rot]") == 1
+    with pytest.raises(ConfigError, match=r"block and tied scores need one at every level"):
+        RunConfig().with_changes({"model.levels": "leaf"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model.head": "protopnet"}, "no head 'protopnet'.*known: linear"),
+        ({"model.block": "dictionnary"}, "no block 'dictionnary'; did you mean 'dictionary'"),
+        ({"model.terms": "matching,rott"}, "no term 'rott'; did you mean 'rot'"),
+        (
+            {"model.method": "rot", "parts.rot.temprature": 1.0},
+            "no such setting.*'temperature'",
+        ),
+        ({"model.method": "rot", "parts.rot.weight": -1.0}, r"parts.rot.weight = -1.0"),
+        ({"parts.rot.weight": 2.0}, "no part .rot. is in this run"),
+        ({"parts.nothing.weight": 2.0}, "no part 'nothing' has settings"),
+        ({"parts.rot": 2.0}, r"parts\.NAME\.KEY"),
+    ],
+)
+def test_a_wrong_part_or_key_of_one_is_named(changes: dict[str, Scalar], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        RunConfig().with_changes(changes)
+
+
+def test_settings_of_methods_as_0_1_wrote_them_are_read() -> None:
+    old = {"objective.rot-temperature": 0.5, "objective.vat-weight": 0.1, "model.dictionary": False}
+    assert RunConfig.from_flat({"model.method": "rot", **old}).to_flat()["parts.rot.temperature"] == 0.5
+    assert RunConfig.from_flat(old).model.recipe.block == "none"
+    assert "parts" not in RunConfig.from_flat(old).to_toml()

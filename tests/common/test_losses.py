@@ -6,13 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from common.config_tables import LossConfig
-from common.model.lhfglp import LHFGLPOutput
 from common.model.losses import (
     bag_mean_probabilities,
-    hierarchical_proportion_loss,
+    level_divergence,
     level_weights,
     proportion_kl,
     proportion_l1,
@@ -21,15 +19,6 @@ from common.model.losses import (
 # Bag 0 has two images, predicted (1/2, 1/2) and (1/4, 3/4): mean (3/8, 5/8). Bag 1 has one: (0.9, 0.1).
 SCORES = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]).log()
 BAGS = torch.tensor([0, 0, 1])
-
-
-def output_of(*scores: Tensor, error: Tensor | None = None, l1: Tensor | None = None) -> LHFGLPOutput:
-    n = len(scores[0])
-    zeros = torch.zeros(n)
-    codes = () if error is None else tuple(torch.zeros(n, 4) for _ in scores)
-    return LHFGLPOutput(
-        scores, codes, torch.zeros(n, 2), zeros if error is None else error, zeros if l1 is None else l1
-    )
 
 
 def test_means_over_ragged_bags() -> None:
@@ -94,41 +83,31 @@ def test_half_precision_scores_are_averaged_in_float32(dtype: torch.dtype) -> No
     torch.testing.assert_close(kl, proportion_kl(scores.float(), bag_index, counts))
 
 
-def test_the_whole_loss_by_hand() -> None:
+def test_levels_add_up_by_their_weights() -> None:
     counts = torch.tensor([[1, 1], [1, 0]])
-    error, l1 = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([10.0, 20.0, 40.0])
-    output = output_of(SCORES, SCORES, error=error, l1=l1)
-    loss = hierarchical_proportion_loss(output, BAGS, [counts, counts], (0.5, 1.0), (0.1, 0.01))
-    kl = proportion_kl(SCORES, BAGS, counts)
-    expected = (1.5 * kl + 0.1 * torch.tensor([2.0, 5.0]) + 0.01 * torch.tensor([15.0, 40.0])).mean()
-    torch.testing.assert_close(loss, expected)
+    per_bag = level_divergence((SCORES, SCORES), BAGS, [counts, counts], (0.5, 1.0))
+    torch.testing.assert_close(per_bag, 1.5 * proportion_kl(SCORES, BAGS, counts))
 
 
 def test_bags_count_alike_whatever_their_size() -> None:
     """The loss is a mean over bags, not over images: splitting the batch by bag changes nothing."""
     counts = torch.tensor([[1, 1], [1, 0]])
-    whole = hierarchical_proportion_loss(output_of(SCORES), BAGS, [counts], (1.0,), (0, 0))
-    parts = [
-        hierarchical_proportion_loss(
-            output_of(SCORES[:2]), torch.zeros(2, dtype=torch.int64), [counts[:1]], (1.0,), (0, 0)
-        ),
-        hierarchical_proportion_loss(
-            output_of(SCORES[2:]), torch.zeros(1, dtype=torch.int64), [counts[1:]], (1.0,), (0, 0)
-        ),
-    ]
-    torch.testing.assert_close(whole, torch.stack(parts).mean())
+    whole = level_divergence((SCORES,), BAGS, [counts], (1.0,)).mean()
+    first = level_divergence((SCORES[:2],), torch.zeros(2, dtype=torch.int64), [counts[:1]], (1.0,))
+    second = level_divergence((SCORES[2:],), torch.zeros(1, dtype=torch.int64), [counts[1:]], (1.0,))
+    torch.testing.assert_close(whole, torch.cat([first, second]).mean())
 
 
 def test_a_level_of_weight_zero_has_no_part() -> None:
     broken = torch.full((3, 2), torch.nan)
     counts = torch.tensor([[1, 1], [1, 0]])
-    loss = hierarchical_proportion_loss(output_of(broken, SCORES), BAGS, [counts, counts], (0.0, 1.0), (0, 0))
-    assert loss.isfinite()
+    per_bag = level_divergence((broken, SCORES), BAGS, [counts, counts], (0.0, 1.0))
+    assert per_bag.isfinite().all()
 
 
 def test_levels_must_match() -> None:
     with pytest.raises(ValueError, match="argument"):
-        hierarchical_proportion_loss(output_of(SCORES), BAGS, [torch.ones(2, 2)], (1.0, 1.0), (0, 0))
+        level_divergence((SCORES,), BAGS, [torch.ones(2, 2)], (1.0, 1.0))
 
 
 def test_level_weights_fall_from_coarse_to_fine() -> None:

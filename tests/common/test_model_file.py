@@ -13,8 +13,9 @@ from common.config_tables import ModelConfig, Norm
 from common.errors import UserError
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
-from common.model.lhfglp import LHFGLP
-from common.model.methods import Method
+from common.model.classifier import HierarchicalClassifier
+from common.model.interfaces import Inputs
+from common.model.methods import method_names
 from common.model.model_file import (
     ModelCard,
     all_arrays,
@@ -28,19 +29,19 @@ CONFIG = ModelConfig(image_size=32, atoms_per_class=2)
 
 
 @pytest.fixture
-def model(tree: Hierarchy) -> LHFGLP:
+def model(tree: Hierarchy) -> HierarchicalClassifier:
     return build_model(CONFIG, tree, seed=1)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, model: LHFGLP, tree: Hierarchy) -> Path:
+def folder(tmp_path: Path, model: HierarchicalClassifier, tree: Hierarchy) -> Path:
     save_model(tmp_path / "run", model, ModelCard.describe(CONFIG, tree, round=4))
     return tmp_path / "run"
 
 
-def test_a_saved_model_predicts_alike(folder: Path, model: LHFGLP, tree: Hierarchy) -> None:
+def test_a_saved_model_predicts_alike(folder: Path, model: HierarchicalClassifier, tree: Hierarchy) -> None:
     loaded, card = load_model(folder)
-    images = torch.randn(2, 3, 32, 32)
+    images = Inputs.alone(torch.randn(2, 3, 32, 32))
     for a, b in zip(loaded(images).scores, model.eval()(images).scores, strict=True):
         assert torch.equal(a, b)
     assert Hierarchy.from_dict(card.hierarchy) == tree
@@ -49,8 +50,8 @@ def test_a_saved_model_predicts_alike(folder: Path, model: LHFGLP, tree: Hierarc
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_every_method_round_trips(tmp_path: Path, tree: Hierarchy, method: Method) -> None:
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_round_trips(tmp_path: Path, tree: Hierarchy, method: str) -> None:
     config = CONFIG.model_copy(update={"method": method})
     model = build_model(config, tree, seed=2)
     save_model(tmp_path, model, ModelCard.describe(config, tree, round=0))
@@ -75,7 +76,7 @@ def test_frozen_statistics_travel_with_the_model(tmp_path: Path, tree: Hierarchy
 
 
 def test_a_refused_write_leaves_the_old_pair(
-    folder: Path, model: LHFGLP, tree: Hierarchy, monkeypatch: pytest.MonkeyPatch
+    folder: Path, model: HierarchicalClassifier, tree: Hierarchy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -88,7 +89,9 @@ def test_a_refused_write_leaves_the_old_pair(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, model: LHFGLP, tree: Hierarchy) -> None:
+def test_a_folder_that_is_a_file_is_refused(
+    tmp_path: Path, model: HierarchicalClassifier, tree: Hierarchy
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         save_model(tmp_path / "file", model, ModelCard.describe(CONFIG, tree, round=0))
@@ -128,7 +131,7 @@ def test_a_card_of_another_architecture_is_refused(folder: Path) -> None:
         load_model(folder)
 
 
-def test_arrays_round_trip_without_sharing_memory(model: LHFGLP, tree: Hierarchy) -> None:
+def test_arrays_round_trip_without_sharing_memory(model: HierarchicalClassifier, tree: Hierarchy) -> None:
     arrays = trainable_arrays(model)
     assert all(array.dtype == np.float32 for array in arrays.values())
     other = build_model(CONFIG, tree, seed=9)
@@ -156,7 +159,7 @@ def test_integer_buffers_stay_at_home(tree: Hierarchy) -> None:
     ],
 )
 def test_arrays_that_do_not_fit_change_nothing(
-    model: LHFGLP, change: dict[str, np.ndarray | None], text: str
+    model: HierarchicalClassifier, change: dict[str, np.ndarray | None], text: str
 ) -> None:
     before = trainable_arrays(model)
     wrong = {name: array + 1 for name, array in before.items()} | change

@@ -5,7 +5,6 @@ import pytest
 from common.config_tables import ModelConfig
 from common.hierarchy import Hierarchy
 from common.model.build import TrainedPart, build_model, trainable_parameters
-from common.model.methods import Method
 from common.model.model_file import trainable_arrays
 
 
@@ -28,6 +27,6 @@ def test_parts_nest_and_only_what_is_trained_is_sent(tree: Hierarchy, backbone: 
 
 
 def test_a_model_without_a_dictionary_has_heads_alone(tree: Hierarchy) -> None:
-    model = build_model(ModelConfig(method=Method.DLLP, image_size=32), tree, seed=0)
+    model = build_model(ModelConfig(method="dllp", image_size=32), tree, seed=0)
     trainable_parameters(model, TrainedPart.HEAD)
     assert set(trainable_arrays(model)) == {"heads.0.weight", "heads.0.bias"}

@@ -23,10 +23,9 @@ from common.config_tables import ModelConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
-from common.model.methods import Method
 from common.model.model_file import ModelCard, save_model
 from deploy.figures import draw
-from deploy.figures.activation import _last_feature_map, activate, choose_images
+from deploy.figures.activation import activate, choose_images
 from deploy.figures.charts import _row_shares, draw_confusion, draw_curves, tree_order
 from deploy.figures.draw import _confusion_names, draw_figures
 from deploy.figures.embedding import _draw_bags
@@ -71,7 +70,7 @@ def make_sites(folder: Path, images: int = 20) -> Path:
 def make_run(
     folder: Path,
     sites: Path,
-    method: Method = Method.LHFGLP,
+    method: str = "lhfglp",
     backbone: str = "resnet-small",
     size: int = SIZE,
 ) -> Path:
@@ -152,7 +151,7 @@ def test_pictures_do_not_change_from_one_drawing_to_the_next(
 def test_runs_side_by_side(drawn: tuple[Path, list[Path], str], sites: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(drawn[0], run)
-    other = make_run(tmp_path / "plain", sites, Method.DLLP, size=48)
+    other = make_run(tmp_path / "plain", sites, "dllp", size=48)
     paths = draw_figures([run, other], None)
     assert paths == [run / "figures" / "side-by-side" / name for name in NAMES]
     assert_pictures(paths)
@@ -263,7 +262,7 @@ def test_classes_stand_by_parents_and_rows_are_shares() -> None:
 def test_confusion_of_many_classes_names_parents_only(run: Path, tmp_path: Path) -> None:
     rows = [[f"order {n // 10}", f"species {n}"] for n in range(120)]
     tree = Hierarchy.from_rows(["order", "species"], rows)
-    config = ModelConfig(image_size=SIZE, method=Method.DLLP)
+    config = ModelConfig(image_size=SIZE, method="dllp")
     save_model(run, build_model(config, tree, 0), ModelCard.describe(config, tree, round=0))
     counts = [np.eye(size, dtype=int).tolist() for size in tree.sizes]
     (run / "confusion.json").write_text(json.dumps({"argmax": counts, "path": counts}), encoding="utf-8")
@@ -336,18 +335,6 @@ def test_a_published_vit_has_no_feature_map(
     run = make_run(tmp_path / "vit", sites, backbone="vit_b_32", size=SIZE)
     assert "activation.png" not in [path.name for path in draw_figures([run], None)]
     assert "vit_b_32 has no feature map" in capsys.readouterr().err
-
-
-def test_last_feature_map_prefers_resolution_then_depth() -> None:
-    def feature_map(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, requires_grad=True)
-
-    early, late, coarse = feature_map(1, 4, 8, 8), feature_map(1, 8, 8, 4), feature_map(1, 8, 2, 2)
-    tokens = feature_map(1, 5, 8)
-    assert _last_feature_map([early, late, coarse]) is late
-    assert _last_feature_map([coarse]) is coarse
-    assert _last_feature_map([early, tokens]) is None
-    assert _last_feature_map([]) is None
 
 
 def test_names_styles_and_labels(run: Path, sites: Path, tmp_path: Path) -> None:

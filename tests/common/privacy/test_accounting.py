@@ -240,3 +240,8 @@ def test_events_survive_json(event: PoissonGaussian | DiscreteLaplace) -> None:
 def test_a_malformed_event_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         event_from_dict(data)
+
+
+def test_a_quotient_beyond_float64_is_no_warning() -> None:
+    """Found by drawing settings: here dp-accounting divides by a mass near the smallest float."""
+    assert calibrate(1.0, 1e-5, 1.0, 277) > 0

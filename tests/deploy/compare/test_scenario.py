@@ -54,7 +54,11 @@ def test_a_setting_is_one_table_or_several(scenario: Write) -> None:
         (METHOD + METHOD, {}, "the name 'dllp' stands at 2 [[methods]]; make it unique"),
         ('[[methods]]\nname = "dllp"', {}, "[[methods]] 1 (dllp): the key 'method' is missing"),
         ('[[methods]]\nname = "a/b"\nmethod = "dllp"', {}, "[[methods]] 1 (a/b) name = 'a/b': String should"),
-        ('[[methods]]\nname = "x"\nmethod = "dlp"', {}, "[[methods]] 1 (x) method = 'dlp': Input should be"),
+        (
+            '[[methods]]\nname = "x"\nmethod = "dlp"',
+            {},
+            "[[methods]] 1 (x) method = 'dlp': there is no such method",
+        ),
         (
             '[settings.pooled]\nmethods = ["dlpl"]\n' + METHOD,
             {},

@@ -1,0 +1,1 @@
+"""Hold the terms of the loss, each a part of its own (``common.parts``)."""

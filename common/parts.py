@@ -1,0 +1,194 @@
+"""Register the parts that a run is made of: backbones, blocks, heads, loss terms, explainers and probes.
+
+A part is one module with a ``Part`` in it. The product's own parts have one line each in ``_SHIPPED``. Parts
+of others come in two ways. A coordinator copies their source into the app, below ``parts/``, so that the hash
+that a hospital approves covers it. On a laptop, ``discover`` also admits installed packages that name theirs
+as entry points of the group ``fedbags.parts``; a hospital never calls it, for no hash covers such code.
+
+Modules of parts are imported when they are first asked for, so reading a configuration loads no torch.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from common.settings_file import Section, nearest
+
+
+class Kind(StrEnum):
+    """Name a place in a run that parts can take."""
+
+    BACKBONE = "backbone"
+    BLOCK = "block"
+    HEAD = "head"
+    TERM = "term"
+    EXPLAINER = "explainer"
+    PROBE = "probe"
+
+
+class NoSettings(Section):
+    """Serve as the settings of a part that has none."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Describe one part, which ``build`` makes.
+
+    What ``build`` takes and gives depends on the kind: ``common.model.interfaces`` has the protocols of a
+    backbone, block and head, ``client.terms.base`` that of a term.
+    """
+
+    kind: Kind
+    name: str
+    """In a configuration; letters, digits, ``-`` and ``_``."""
+    build: Callable[..., Any]
+    source: str
+    """The paper and the licence that it comes from; shown by ``fedbags parts list``."""
+    settings: type[Section] = NoSettings
+    """Its keys, as the table ``[parts.NAME]`` of a configuration."""
+    modules: Callable[..., Any] | None = None
+    """For a term: builds the module of its own that is trained and sent with the model, or None."""
+
+
+_SHIPPED: Mapping[Kind, Mapping[str, str]] = {
+    Kind.BACKBONE: {
+        "resnet-small": "common.model.resnet_small:PART",
+        "colour-histogram": "common.model.colour_histogram:PART",
+    },
+    Kind.BLOCK: {"dictionary": "common.model.dictionary:PART"},
+    Kind.HEAD: {"linear": "common.model.heads:LINEAR"},
+    Kind.TERM: {
+        "matching": "client.terms.proportions:MATCHING",
+        "codes": "client.terms.proportions:CODES",
+        "refined": "client.terms.proportions:REFINED",
+        "labels": "client.terms.labels:PART",
+        "vat": "client.terms.vat:PART",
+        "rot": "client.terms.rot:PART",
+        "llpfc": "client.terms.llpfc:PART",
+        "easyllp": "client.terms.easyllp:PART",
+        "mixbag": "client.terms.mixbag:PART",
+    },
+    Kind.EXPLAINER: {},
+    Kind.PROBE: {},
+}
+_WITH_SETTINGS = frozenset({"vat", "rot", "llpfc", "mixbag"})
+"""Shipped parts that have keys: the others need not be imported to know that they have none."""
+_ADDED = Path(__file__).parents[1] / "parts"
+"""Where ``fedbags parts add`` puts the source of others within the app."""
+_GROUP = "fedbags.parts"
+_registered: dict[tuple[Kind, str], Part] = {}
+_discovering = False
+
+
+def part(kind: Kind, name: str) -> Part:
+    """Return a part by its name.
+
+    Raises:
+        ConfigError: there is none of this name, or its module does not hold it.
+    """
+    if found := _registered.get((kind, name)):
+        return found
+    if where := _SHIPPED[kind].get(name):
+        module, _, attribute = where.partition(":")
+        shipped: Part = getattr(importlib.import_module(module), attribute)
+        return shipped
+    for other in _of_others():
+        if (other.kind, other.name) == (kind, name):
+            return other
+    known = names(kind)
+    raise ConfigError(
+        f"there is no {kind.value} {name!r}{nearest(name, known)}\n"
+        f"Known: {', '.join(known) or 'none'}. `fedbags parts list` tells where each comes from."
+    )
+
+
+def names(kind: Kind) -> list[str]:
+    """Return the names of all parts of a kind, the product's own first."""
+    others = [other.name for other in [*_registered.values(), *_of_others()] if other.kind is kind]
+    return list(dict.fromkeys([*_SHIPPED[kind], *others]))
+
+
+def is_shipped(name: str) -> bool:
+    """Return True if the product itself brings a part of this name."""
+    return any(name in lines for lines in _SHIPPED.values())
+
+
+def shipped_with_settings() -> list[Part]:
+    """Return the product's own parts that have keys in a configuration."""
+    lines = [(kind, name) for kind, lines in _SHIPPED.items() for name in lines]
+    return [part(kind, name) for kind, name in lines if name in _WITH_SETTINGS]
+
+
+def settings_of(name: str) -> type[Section]:
+    """Return the type of the table ``[parts.NAME]``.
+
+    Raises:
+        ConfigError: no part of this name has keys.
+    """
+    if not is_shipped(name) or name in _WITH_SETTINGS:
+        for kind in Kind:
+            if name in names(kind) and (found := part(kind, name)).settings is not NoSettings:
+                return found.settings
+    raise ConfigError(f"no part {name!r} has settings of its own")
+
+
+def has_settings(name: str) -> bool:
+    """Return True if a part of this name has keys in a configuration."""
+    if is_shipped(name):
+        return name in _WITH_SETTINGS
+    return any(name in names(kind) and part(kind, name).settings is not NoSettings for kind in Kind)
+
+
+def register(added: Part) -> None:
+    """Make a part of the running program known, as a notebook or a test does.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    taken = added.name in names(added.kind)
+    if taken and _registered.get((added.kind, added.name)) != added:
+        raise ConfigError(f"there is a {added.kind.value} {added.name!r} already: choose another name")
+    _registered[added.kind, added.name] = added
+
+
+def discover() -> None:
+    """Admit the parts of installed packages, for simulations: a hospital runs only what it approved."""
+    global _discovering
+    _discovering = True
+    _of_others.cache_clear()
+
+
+def installed() -> Iterable[EntryPoint]:
+    """Return what installed packages name as their parts."""
+    return entry_points(group=_GROUP)
+
+
+def parts_of(module: Any, where: str) -> list[Part]:
+    """Return the tuple ``PARTS`` of a module or package of parts.
+
+    Raises:
+        ConfigError: it has none, or something else is in it.
+    """
+    found = getattr(module, "PARTS", None)
+    if not isinstance(found, tuple) or not all(isinstance(each, Part) for each in found):
+        raise ConfigError(f"{where} names no parts: it needs PARTS, a tuple of common.parts.Part")
+    return list(found)
+
+
+@functools.cache
+def _of_others() -> tuple[Part, ...]:
+    found = []
+    for folder in sorted(_ADDED.glob("*/__init__.py")):
+        name = folder.parent.name
+        found += parts_of(importlib.import_module(f"parts.{name}"), f"the added package parts/{name}")
+    if _discovering:
+        for entry in installed():
+            found += parts_of(entry.load(), f"the installed package {entry.value}")
+    return tuple(found)
