@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from client.ledger.check import CarryFile
+from client.ledger.anchor import CarryFile
 from client.ledger.file import Kind
 from client.ledger.ledger import Ledger, Opening
 from common.privacy.accounting import spent

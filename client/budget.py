@@ -23,7 +23,8 @@ from pathlib import Path
 
 from client.data.bags import CACHE_FOLDER, BagStore
 from client.ledger.anchor import anchor_file, newest_mark
-from client.ledger.ledger import Ledger, Opening, Reservation
+from client.ledger.ledger import Ledger, Opening
+from client.ledger.state import Reservation
 from client.session import SiteSession
 from client.site import PrivateMetrics, ReleaseProportions, journal_path
 from common.config import RunConfig

@@ -1,24 +1,44 @@
-"""Keep a second record of the ledger's length and spending in another file, the anchor.
+"""Keep two files beside a ledger: a second record of what was spent, and its composed privacy loss.
 
 A ledger that is deleted, or replaced by an older copy, is consistent in itself. The anchor is not in it: it
 lies in the kit's state folder if the site has a kit, else in the ledger's folder, and is written after every
 row. It may be behind the ledger (a crash between the two), never ahead: a ledger whose chain does not hold
 the anchor's head has lost rows. The anchor carries the events, so that a lost file loses no spending.
+
+The composed privacy loss is kept so that a new process composes only newer events. It is a copy of what can
+be computed from the ledger. It is dropped, and everything is composed again, unless
+
+- this site wrote it: an HMAC under the site's secret covers all of it. Whoever can write the file, and can
+  neither read nor replace the secret, cannot make the site understate what it spent. Whoever owns the site
+  folder can, as they can rewrite the ledger; `fedbags ledger verify` composes from the events alone;
+- the same version of the accountant wrote it;
+- the ledger's chain holds the very row after which it was written, so another ledger's file, or one newer
+  than a ledger that was rolled back, is not used.
+
+In addition, what it composes must be among the ledger's events (``common.privacy.accounting``), so that
+an older file of the same ledger costs time only.
 """
 
+import hmac
 import json
+import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from client import site
 from client.ledger.file import LedgerBusyError, LedgerError, Mark
 from client.ledger.state import LedgerState, Tally, tally
-from common.files import locked, newest_json_lines, write_text
-from common.privacy.events import Unit
+from common.errors import UserError
+from common.files import locked, newest_json_lines, write_bytes, write_text
+from common.privacy import accounting
+from common.privacy.accounting import Composition, amounts_of
+from common.privacy.events import Adjacency, Unit
 
 _ANCHOR_SUFFIX = ".anchor.json"
 """Takes the place of the ledger's own, in the kit's state folder or beside the ledger."""
@@ -181,3 +201,87 @@ def _difference(anchored: Tally, held: Tally) -> Tally:
         for key, number in left.items()
         if number
     ]
+
+
+_CARRY_SUFFIX = ".composed"
+"""Takes the place of the ledger's own, beside it."""
+_PURPOSE = "composed-privacy-loss"
+_FORMAT = 1
+"""Raise it when grids or bounds are chosen in another way."""
+_SEAL_BYTES = 32
+
+
+class CarryFile:
+    """Read and write the composed privacy loss of one ledger.
+
+    Nothing is written before a ledger has more than ``accounting.DIRECT`` events.
+    """
+
+    def __init__(self, ledger: Path) -> None:
+        self.path = ledger.with_suffix(_CARRY_SUFFIX)
+        self._written: tuple[Composition, ...] = ()
+
+    def recall(self, state: LedgerState, hash_of: Callable[[int], str | None]) -> None:
+        """Load the file into memory if it can be trusted and memory has nothing of this ledger yet.
+
+        Args:
+            state: the ledger.
+            hash_of: the hash of a row of its file, None where there is no such row.
+        """
+        if not _is_long(state) or _kept_of(state):
+            return
+        try:
+            content = self.path.read_bytes()
+            seal, content = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
+            # The seal is checked before anything is parsed: nothing of a foreign file reaches the
+            # unpacking code.
+            if not hmac.compare_digest(seal, self._seal(content)):
+                return
+            about, compositions = accounting.unpack(content)
+        except (OSError, UserError, ValueError, KeyError, zipfile.BadZipFile):
+            return  # there is none, or none that this site's code writes: everything is composed again
+        # The head is read from this ledger: the file of another ledger, or of rows that were rolled back,
+        # does not match.
+        if about != _about(state, about["rows"], hash_of(about["rows"])):
+            return
+        for carried in compositions:
+            accounting.keep(carried)
+        self._written = compositions
+
+    def keep(self, state: LedgerState) -> None:
+        """Write what memory holds of this ledger's composition, if that is more than the file holds."""
+        if not _is_long(state):
+            return
+        kept = _kept_of(state)
+        if not kept or set(kept) <= set(self._written):
+            return
+        content = accounting.pack(kept, _about(state, state.rows, state.head))
+        # The ledger holds what counts: where this file cannot be written, the next process takes longer.
+        with suppress(OSError, UserError):
+            write_bytes(self.path, self._seal(content) + content, 0o600, sync="nothing")
+            self._written = kept
+
+    def _seal(self, content: bytes) -> bytes:
+        return site.derive(self.path.parent, _PURPOSE, content)
+
+
+def _is_long(state: LedgerState) -> bool:
+    return len(state.events_for(state.unit)) > accounting.DIRECT
+
+
+def _kept_of(state: LedgerState) -> tuple[Composition, ...]:
+    """Return the compositions in memory of the ledger's events, scaled to its unit and to a bag."""
+    kept: dict[Composition, None] = {}
+    for unit in dict.fromkeys((state.unit, Unit.BAG)):
+        kept |= dict.fromkeys(accounting.kept_for(amounts_of(state.events_for(unit)), Adjacency.REPLACE_ONE))
+    return tuple(kept)
+
+
+def _about(state: LedgerState, rows: int, head: str | None) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "accountant": version("dp-accounting"),
+        "site": state.site,
+        "rows": rows,
+        "head": head,
+    }

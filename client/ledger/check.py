@@ -1,52 +1,40 @@
-"""Check a ledger file, and keep its composed privacy loss so that only newer events are composed again.
+"""Check a ledger file, and record a loss that the site's owner accepts.
 
 A check lists every problem by row, changes nothing and trusts nothing. The chain shows what was edited,
 deleted in the middle, or reordered. An old copy put back, or a wholly rewritten ledger, is consistent in
 itself: those show only against what is kept elsewhere, such as the site's anchor, or the head in the newest
 privacy statement that the server holds.
 
-The kept privacy loss is a copy of what can be computed from the ledger. It is dropped, and everything is
-composed again, unless
-
-- this site wrote it: an HMAC under the site's secret covers all of it. Whoever can write the file, and can
-  neither read nor replace the secret, cannot make the site understate what it spent. Whoever owns the site
-  folder can, as they can rewrite the ledger; `fedbags ledger verify` composes from the events alone;
-- the same version of the accountant wrote it;
-- the ledger's chain holds the very row after which it was written, so another ledger's file, or one newer
-  than a ledger that was rolled back, is not used.
-
-In addition, what it composes must be among the ledger's events (``common.privacy.accounting``), so that
-an older file of the same ledger costs time only.
+Only the site's owner can accept a loss, by hand (``fedbags ledger accept-loss``). A server cannot. What is
+known of the lost rows is charged.
 """
 
-import hmac
 import sqlite3
-import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from client import site
-from client.ledger.anchor import AnchorFile, LedgerLostError, lost_marks
+from client.ledger.anchor import Anchor, AnchorFile, LedgerLostError, lost_events, lost_marks
 from client.ledger.file import (
     NO_ROW,
     SCHEMA,
     Entry,
+    Kind,
     LedgerError,
+    Mark,
     check_version,
+    create,
+    hash_of,
+    holds,
     newest_written,
     open_file,
     parse_row,
 )
-from client.ledger.state import LedgerState
-from common.errors import UserError, require_file
-from common.files import write_bytes
-from common.privacy import accounting
-from common.privacy.accounting import Composition, amounts_of, fits
-from common.privacy.events import Adjacency, Unit
+from client.ledger.ledger import Ledger, Opening, new_identifier, now
+from client.ledger.state import LedgerState, Tally
+from common.errors import require_file
+from common.privacy.accounting import fits
+from common.privacy.events import Adjacency, PoissonGaussian, Unit
 
 
 @dataclass(frozen=True)
@@ -180,85 +168,91 @@ def _check_meaning(entries: list[Entry]) -> list[_Problem]:
     return []
 
 
-_CARRY_SUFFIX = ".composed"
-"""Takes the place of the ledger's own, beside it."""
-_PURPOSE = "composed-privacy-loss"
-_FORMAT = 1
-"""Raise it when grids or bounds are chosen in another way."""
-_SEAL_BYTES = 32
+_LEAST_CAP = 1e-9
+_NO_NOISE = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.0, steps=1)
+"""Stands for spending that nobody knows: no epsilon bounds it."""
 
 
-class CarryFile:
-    """Read and write the composed privacy loss of one ledger.
+_UNKNOWN_ROWS = 0
+"""Stands for the length of a chain of which only the newest hash is known."""
 
-    Nothing is written before a ledger has more than ``composition.DIRECT`` events.
+
+def accept_loss(ledger: Ledger, site: str, head: str | None = None) -> bool:
+    """Record that the site's owner accepts the loss of ledger rows, and charge what is known of them.
+
+    Spending that the anchor records and the ledger does not is charged. Where a witness names rows that no
+    readable anchor covers, an event without noise is charged too: nobody knows what was spent, so the whole
+    budget counts as spent.
+
+    Args:
+        ledger: for the site's data as it is now, which is taken as accepted in a new ledger, with its anchor
+            and the other witnesses of its chain. A missing one is made anew.
+        site: the site's name.
+        head: the ledger head that the coordinator holds of this site, 64 hexadecimal digits.
+
+    Returns:
+        False when nothing is lost; nothing is written then.
+
+    Raises:
+        LedgerError: the ledger there is damaged, or another site's, or the anchor is.
+        LedgerBusyError: the file cannot be written.
     """
-
-    def __init__(self, ledger: Path) -> None:
-        self.path = ledger.with_suffix(_CARRY_SUFFIX)
-        self._written: tuple[Composition, ...] = ()
-
-    def recall(self, state: LedgerState, hash_of: Callable[[int], str | None]) -> None:
-        """Load the file into memory if it can be trusted and memory has nothing of this ledger yet.
-
-        Args:
-            state: the ledger.
-            hash_of: the hash of a row of its file, None where there is no such row.
-        """
-        if not _is_long(state) or _kept_of(state):
-            return
-        try:
-            content = self.path.read_bytes()
-            seal, content = content[:_SEAL_BYTES], content[_SEAL_BYTES:]
-            # The seal is checked before anything is parsed: nothing of a foreign file reaches the
-            # unpacking code.
-            if not hmac.compare_digest(seal, self._seal(content)):
-                return
-            about, compositions = accounting.unpack(content)
-        except (OSError, UserError, ValueError, KeyError, zipfile.BadZipFile):
-            return  # there is none, or none that this site's code writes: everything is composed again
-        # The head is read from this ledger: the file of another ledger, or of rows that were rolled back,
-        # does not match.
-        if about != _about(state, about["rows"], hash_of(about["rows"])):
-            return
-        for carried in compositions:
-            accounting.keep(carried)
-        self._written = compositions
-
-    def keep(self, state: LedgerState) -> None:
-        """Write what memory holds of this ledger's composition, if that is more than the file holds."""
-        if not _is_long(state):
-            return
-        kept = _kept_of(state)
-        if not kept or set(kept) <= set(self._written):
-            return
-        content = accounting.pack(kept, _about(state, state.rows, state.head))
-        # The ledger holds what counts: where this file cannot be written, the next process takes longer.
-        with suppress(OSError, UserError):
-            write_bytes(self.path, self._seal(content) + content, 0o600, sync="nothing")
-            self._written = kept
-
-    def _seal(self, content: bytes) -> bytes:
-        return site.derive(self.path.parent, _PURPOSE, content)
+    path, anchor, seen = ledger.path, ledger.anchor, ledger.seen
+    unreadable, anchored = False, None
+    try:
+        anchored = anchor.read()
+    except LedgerLostError:
+        # A damaged anchor is a loss like any other: what it recorded is unknown, so the whole budget will
+        # count as spent.
+        unreadable = True
+    if anchored is not None and anchored.site != site:
+        raise LedgerError(f"the anchor {anchor.path} is of site {anchored.site!r}, not of {site!r}")
+    if not path.exists():
+        if anchored is None and not unreadable and not seen and head is None:
+            return False
+        # Where no cap is known, the smallest: opening with the site's own records that one.
+        epsilon, delta = (anchored.cap_epsilon, anchored.cap_delta) if anchored else (_LEAST_CAP, _LEAST_CAP)
+        opening = Opening(site, ledger.data_version, epsilon, delta).body()
+        opening["unit"] = anchored.unit if anchored else Unit.BAG.value
+        create(path, {**opening, "identifier": new_identifier(), "time": now()})
+    # Unchecked, because the check would refuse exactly the ledger that is to be mended here.
+    with ledger.transaction(checked=False) as db:
+        state = ledger.state
+        if state.site != site:
+            raise LedgerError(f"the ledger {path} is of site {state.site!r}, not of {site!r}")
+        marks = [*([anchored.mark] if anchored else []), *seen]
+        lost = lost_marks(dict.fromkeys(marks), state, lambda seq: hash_of(db, seq))
+        # The coordinator's head finds a loss even if ledger, anchor and journal were all replaced
+        # together.
+        if (
+            head is not None
+            and head not in {mark.head for mark in marks} | state.lost
+            and not holds(db, head)
+        ):
+            lost.append(Mark(_UNKNOWN_ROWS, head))
+        if not lost and not unreadable:
+            return False
+        body = {
+            **_charged(lost, anchored, state),
+            "heads": [mark.head for mark in lost],
+            "rows": [mark.rows for mark in lost],
+        }
+        ledger.append(db, Kind.LOST, body)
+    return True
 
 
-def _is_long(state: LedgerState) -> bool:
-    return len(state.events_for(state.unit)) > accounting.DIRECT
+def _charged(lost: Sequence[Mark], anchored: Anchor | None, state: LedgerState) -> dict[str, Tally]:
+    """Return the events that a loss costs.
 
-
-def _kept_of(state: LedgerState) -> tuple[Composition, ...]:
-    """Return the compositions in memory of the ledger's events, scaled to its unit and to a bag."""
-    kept: dict[Composition, None] = {}
-    for unit in dict.fromkeys((state.unit, Unit.BAG)):
-        kept |= dict.fromkeys(accounting.kept_for(amounts_of(state.events_for(unit)), Adjacency.REPLACE_ONE))
-    return tuple(kept)
-
-
-def _about(state: LedgerState, rows: int, head: str | None) -> dict[str, Any]:
-    return {
-        "format": _FORMAT,
-        "accountant": version("dp-accounting"),
-        "site": state.site,
-        "rows": rows,
-        "head": head,
-    }
+    They are what the anchor counts as spent and the ledger does not, and an event without a bound if a mark
+    names rows that the anchor does not cover.
+    """
+    reaches = anchored.rows if anchored is not None and anchored.mark in lost else _UNKNOWN_ROWS
+    known = (
+        lost_events(anchored, state) if anchored is not None and reaches else {"events": [], "bag_events": []}
+    )
+    # A chain as long as the anchor's, or shorter, is taken for the beginning of the anchor's own, unless the
+    # ledger holds the anchor's: then it is another.
+    if anchored is not None and all(_UNKNOWN_ROWS < mark.rows <= reaches for mark in lost):
+        return known
+    return {key: [*events, (_NO_NOISE.model_dump(), 1)] for key, events in known.items()}

@@ -15,8 +15,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Self
 
-from client.ledger.anchor import ADVICE, AnchorFile, LedgerLostError, anchor_file, lost_marks
-from client.ledger.check import CarryFile, verify
+from client.ledger.anchor import ADVICE, AnchorFile, CarryFile, LedgerLostError, anchor_file, lost_marks
 from client.ledger.file import (
     Kind,
     LedgerBusyError,
@@ -35,19 +34,6 @@ from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, U
 from common.privacy.proportions import CountRelease
 from common.privacy.randomness import Generator
 from common.records import PrivacyStatement
-
-__all__ = [
-    "BudgetRefused",
-    "DataVersionError",
-    "Ledger",
-    "LedgerBusyError",
-    "LedgerError",
-    "LedgerLostError",
-    "Opening",
-    "Reservation",
-    "verify",
-]
-
 
 _CARRY_EVERY = 256
 """Rows after which the state is carried forward in a row of its own: what a new process reads at most."""
@@ -413,8 +399,10 @@ def _not_accepted(path: Path, state: LedgerState, data_version: str) -> DataVers
 
 
 def new_identifier() -> str:
+    """Return a random name for a version of the site's data, which tells nothing of it."""
     return secrets.token_hex(_IDENTIFIER_BYTES)
 
 
 def now() -> str:
+    """Return the time in UTC, in whole seconds, as a row of the ledger has it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -20,7 +20,7 @@ with lazy_imports():
     from client import site as site_file
     from client.data import tables as site_tables
     from client.ledger import anchor as ledger_anchor
-    from client.ledger import check, loss
+    from client.ledger import check
     from client.ledger import ledger as site_ledger
     from client.ledger import state as ledger_state
     from common.privacy import events
@@ -170,7 +170,7 @@ def accept_loss(
     # anchor, put back from one backup, know nothing.
     seen = ledger_anchor.newest_mark(journal) if journal else ()
     lost = site_ledger.Ledger(file, version, ledger_anchor.anchor_file(file, kit), seen)
-    accepted = loss.accept_loss(lost, site, _head(head))
+    accepted = check.accept_loss(lost, site, _head(head))
     if not accepted:
         if json_:
             print_json({"accepted": False})

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from client.ledger import state
-from client.ledger.anchor import anchor_file
+from client.ledger.anchor import LedgerLostError, anchor_file
+from client.ledger.check import verify
 from client.ledger.file import Entry, Kind
-from client.ledger.ledger import Ledger, LedgerLostError, Opening, verify
+from client.ledger.ledger import Ledger, Opening
 from client.ledger.state import LedgerState, _untally
 from common.privacy.accounting import spent as epsilon
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict

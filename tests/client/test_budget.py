@@ -12,6 +12,7 @@ from flwr.app import Context, RecordDict
 from client.budget import _PLAN_FILE, Budget, SigmaCache, open_budget
 from client.data.bags import CACHE_FOLDER, BagStore
 from client.ledger import ledger as ledger_module
+from client.ledger.check import verify
 from client.ledger.file import (
     Kind,
     append,
@@ -19,12 +20,12 @@ from client.ledger.file import (
     read_entries,
     writing,
 )
-from client.ledger.ledger import BudgetRefused, Ledger, Opening
+from client.ledger.ledger import Ledger, Opening
 from client.ledger.state import LedgerState
 from client.session import SiteSession
 from client.site import SiteConfig, SitePolicy, _PrivacyBudget
 from common.config import RunConfig
-from common.errors import UserError
+from common.errors import BudgetRefused, UserError
 from common.privacy import accounting
 from common.privacy.events import PoissonGaussian
 
@@ -217,7 +218,7 @@ def test_a_new_process_reads_few_rows_of_a_long_ledger(
     assert carried.state.as_json() == whole.as_json()
     assert carried.state.head == whole.head
     assert [entry.kind for entry in whole.entries].count("carried") >= 3
-    assert ledger_module.verify(path) == []
+    assert verify(path) == []
 
 
 def test_a_row_that_carries_the_ledger_counts_no_event_anew(
@@ -257,7 +258,7 @@ def test_a_row_that_carries_less_than_was_spent_is_found(tmp_path: Path) -> None
     state["events"] = state["events"][:1] and [[state["events"][0][0], 1]]
     with writing(path) as db:
         append(db, book.last, Kind.CARRIED, {"state": state, "data_version": "v1", "time": "t"})
-    (problem,) = ledger_module.verify(path)
+    (problem,) = verify(path)
     assert problem.row == 402
     assert "carried" in problem.reason
 

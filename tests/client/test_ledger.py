@@ -19,18 +19,11 @@ import pytest
 from client.ledger import file
 from client.ledger import ledger as ledger_module
 from client.ledger.anchor import anchor_file
-from client.ledger.file import Kind, _canonical, _chain_hash
-from client.ledger.ledger import (
-    BudgetRefused,
-    DataVersionError,
-    Ledger,
-    LedgerBusyError,
-    LedgerError,
-    Opening,
-    verify,
-)
+from client.ledger.check import verify
+from client.ledger.file import Kind, LedgerBusyError, LedgerError, _canonical, _chain_hash
+from client.ledger.ledger import DataVersionError, Ledger, Opening
 from client.ledger.state import LedgerState
-from common.errors import ConfigError, RunError, UserError
+from common.errors import BudgetRefused, ConfigError, RunError, UserError
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
 from common.privacy.proportions import CountRelease, Granularity, release_counts

@@ -11,20 +11,13 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from client.ledger.anchor import Anchor, AnchorFile, anchor_file, newest_mark
-from client.ledger.file import LedgerBusyError, Mark
-from client.ledger.ledger import (
-    BudgetRefused,
-    Ledger,
-    LedgerError,
-    LedgerLostError,
-    Opening,
-    verify,
-)
-from client.ledger.loss import accept_loss
+from client.ledger.anchor import Anchor, AnchorFile, LedgerLostError, anchor_file, newest_mark
+from client.ledger.check import accept_loss, verify
+from client.ledger.file import LedgerBusyError, LedgerError, Mark
+from client.ledger.ledger import Ledger, Opening
 from client.ledger.state import LedgerState
 from client.site import JOURNAL_FILE
-from common.errors import ConfigError
+from common.errors import BudgetRefused, ConfigError
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
 

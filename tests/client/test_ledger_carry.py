@@ -12,9 +12,10 @@ import pytest
 
 from client.ledger import check, state
 from client.ledger import ledger as ledger_module
-from client.ledger.check import _SEAL_BYTES, CarryFile
+from client.ledger.anchor import _SEAL_BYTES, CarryFile
+from client.ledger.check import verify
 from client.ledger.file import hash_of, reading
-from client.ledger.ledger import Ledger, Opening, verify
+from client.ledger.ledger import Ledger, Opening
 from common.errors import UserError
 from common.privacy import accounting
 from common.privacy.accounting import amounts_of

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from client.data.bags import BagStore
-from client.ledger.anchor import anchor_file
-from client.ledger.ledger import DataVersionError, Ledger, LedgerLostError, Opening
+from client.ledger.anchor import LedgerLostError, anchor_file
+from client.ledger.ledger import DataVersionError, Ledger, Opening
 from client.ledger.state import LedgerState
 from common.errors import UserError
 from common.privacy.events import PoissonGaussian

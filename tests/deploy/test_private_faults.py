@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
-from client.ledger.ledger import verify
+from client.ledger.check import verify
 from client.ledger.state import LedgerState
 from client.site import SiteConfig, _PrivacyBudget
 from common.config import RunConfig

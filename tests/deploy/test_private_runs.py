@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from client import app as client_app
 from client.data.bags import BagStore
-from client.ledger.ledger import Ledger, verify
+from client.ledger.check import verify
+from client.ledger.ledger import Ledger
 from client.ledger.state import LedgerState
 from client.site import PrivateMetrics, SiteConfig, _PrivacyBudget
 from common.config import RunConfig

@@ -20,9 +20,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import deploy.report.accounts
-from client.ledger.ledger import BudgetRefused, Ledger, Opening
+from client.ledger.ledger import Ledger, Opening
 from client.ledger.state import LedgerState
-from common.errors import UserError
+from common.errors import BudgetRefused, UserError
 from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
 from common.privacy.proportions import release_counts
