@@ -112,7 +112,7 @@ def _begin(grid: Grid, config: RunConfig, folder: RunFolder) -> Rounds:
 def _finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
     """Test the selected model, save it, and write the summary.
 
-    ``code`` identifies the code that ran (see provenance.py).
+    ``code`` identifies the code that ran (see ``run_folder.code_version``).
     """
     started = time.monotonic()
     state, folder, config = rounds.state, rounds.folder, rounds.config
