@@ -190,7 +190,7 @@ def cause_of(error: MessageError) -> Cause:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading_reply(what: str) -> Iterator[None]:
     """Turn whatever goes wrong while a site's reply is read into that site's fault.
 
     Args:
@@ -218,7 +218,7 @@ def read_release(content: RecordDict) -> tuple[ProportionRelease, Hierarchy]:
     Raises:
         MessageError: a record is missing, malformed or too many, or its content is not that of a release.
     """
-    with reading("unreadable release"):
+    with reading_reply("unreadable release"):
         check_only(content, ProportionRelease)
         release = from_records(content, ProportionRelease)
         tree = release.tree()
@@ -243,7 +243,7 @@ def read_update(
     Raises:
         MessageError: a record is missing, malformed or too many, or speaks for another site or round.
     """
-    with reading("unreadable reply"):
+    with reading_reply("unreadable reply"):
         check_only(content, ModelUpdate, *([PrivacyStatement] if private else []))
         update = from_records(content, ModelUpdate)
         statement = from_records(content, PrivacyStatement) if private else None

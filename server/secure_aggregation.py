@@ -40,7 +40,7 @@ from common.secure_aggregation.records import (
 )
 from common.secure_aggregation.recovery import MaskedSum
 from common.wire import check_only, combine, from_records, to_records
-from server.exchange import check_statement, reading
+from server.exchange import check_statement, reading_reply
 
 _KEYS, _SHARES, _TRAIN_MASKED = "query.keys", "query.shares", "train.masked"
 _SURVIVORS, _UNMASK = "query.survivors", "query.unmask"
@@ -227,7 +227,7 @@ class Session:
                 self.report(site, _KEYS, "there is no certificate for it")
                 continue
             try:
-                with reading("unusable keys"):
+                with reading_reply("unusable keys"):
                     _check_keys(advert, certificate)
             except MessageError as error:
                 self.report(site, _KEYS, str(error))
@@ -291,14 +291,14 @@ class Session:
         metrics = {}
         for site, content in self.exchange(_TRAIN_MASKED, requests):
             try:
-                with reading("unusable reply"):
+                with reading_reply("unusable reply"):
                     check_only(content, MaskedUpdate, PrivacyStatement)
                     statement = from_records(content, PrivacyStatement)
                     update = from_records(content, MaskedUpdate)
                 check_statement(statement, site, self.round)
                 # Before the vector is checked: the site's budget is spent even if the vector is of no use.
                 self.spent(statement)
-                with reading("unusable reply"):
+                with reading_reply("unusable reply"):
                     self._check(site, update.sender, update)
                     total.add(site, update.vector)
             except MessageError as error:
@@ -372,7 +372,7 @@ class Session:
     ) -> Iterator[tuple[str, _T]]:
         for site, content in self.exchange(kind, requests):
             try:
-                with reading("unusable reply"):
+                with reading_reply("unusable reply"):
                     check_only(content, record)
                     reply = from_records(content, record)
                     self._check(site, getattr(reply, "site", ""), reply)

@@ -99,7 +99,7 @@ class BagStore:
     config: SiteConfig
     hierarchy: Hierarchy
     data_version: str
-    """See ``client.data.tables.fingerprint``."""
+    """See ``client.data.tables.content_hash``."""
     summary: _StoreSummary
     bag_ids: tuple[str, ...]
     leaf_counts: NDArray[np.int64]

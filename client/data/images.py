@@ -126,7 +126,7 @@ def stretch(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.asarray(shown.clip(0, 255).round(), dtype=np.uint8)
 
 
-def describe(error: Exception) -> str:
+def describe_fault(error: Exception) -> str:
     """Return what went wrong with an image, without the path that some of these messages repeat."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image file of a known format"
@@ -320,7 +320,7 @@ def _decode(path: Path, size: int, read: Callable[[Path], Image.Image]) -> _Deco
         return _Decoded(pixels, image.mode != "RGB", image.size != (size, size))
     except Exception as error:  # damaged files make decoders raise nearly anything
         blank = np.zeros((size, size, 3), dtype=np.uint8)
-        return _Decoded(blank, fault=f"the image cannot be decoded ({describe(error)})")
+        return _Decoded(blank, fault=f"the image cannot be decoded ({describe_fault(error)})")
 
 
 def _build(folder: Path, target: Path, paths: Sequence[Path], size: int, progress: Progress | None) -> None:

@@ -16,7 +16,7 @@ from client.data.tables import (
     TEST_FILE,
     Fault,
     collect_images,
-    fingerprint,
+    content_hash,
     read_csv,
     read_hierarchy,
     unknown_label,
@@ -91,7 +91,7 @@ class LabelledImages:
         if known:
             cache = open_cache(
                 site_dir / CACHE_FOLDER,
-                CacheKey("test", fingerprint(site_dir, (TEST_FILE,), known), image_size),
+                CacheKey("test", content_hash(site_dir, (TEST_FILE,), known), image_size),
                 [site_dir / image.path for image in known],
                 progress,
             )

@@ -109,7 +109,7 @@ def whole_number(cell: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def fold(name: str) -> str:
+def folded(name: str) -> str:
     """Return the name in one case and Unicode form, without invisible, doubled or outer blanks."""
     visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     # Normalised a second time: letters that an invisible sign kept apart may combine now.
@@ -121,8 +121,8 @@ def did_you_mean(name: str, known: Iterable[str], alike: float = 0.75) -> str:
 
     ``alike`` is difflib's ratio in [0, 1] that a name must reach; of numbered names many are nearly alike.
     """
-    choices = {fold(other): other for other in known}
-    near = difflib.get_close_matches(fold(name), choices, n=1, cutoff=alike)
+    choices = {folded(other): other for other in known}
+    near = difflib.get_close_matches(folded(name), choices, n=1, cutoff=alike)
     return f"; did you mean {choices[near[0]]!r}?" if near else ""
 
 
@@ -144,7 +144,7 @@ def refuse_duplicate_names(tree: Hierarchy, file: str) -> None:
     for level, classes in zip(tree.levels, tree.classes, strict=True):
         first: dict[str, str] = {}
         for name in classes:
-            other = first.setdefault(fold(name), name)
+            other = first.setdefault(folded(name), name)
             if other != name:
                 reason = f"{level} {name!r} and {other!r} differ only by case, blanks or the form of a letter"
                 rows.append(BadRow(file, None, f"{reason}; did you mean {other!r}?"))
@@ -160,9 +160,9 @@ def usual_spellings(names: Sequence[str], known: Iterable[str] = ()) -> dict[str
     """
     chosen: dict[str, str] = {}
     for name, _ in sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])):
-        chosen.setdefault(fold(name), name)
-    chosen |= {fold(name): name for name in known}
-    return {name: chosen[fold(name)] for name in set(names)}
+        chosen.setdefault(folded(name), name)
+    chosen |= {folded(name): name for name in known}
+    return {name: chosen[folded(name)] for name in set(names)}
 
 
 MANIFEST_FILE, BAGS_FILE, TEST_FILE = "manifest.csv", "bags.csv", "test.csv"
@@ -284,7 +284,7 @@ def collect_images(site_dir: Path, table: CsvTable, key: str, faults: list[Fault
     return images
 
 
-def fingerprint(site_dir: Path, files: Sequence[str], images: Sequence[_ImageRow]) -> str:
+def content_hash(site_dir: Path, files: Sequence[str], images: Sequence[_ImageRow]) -> str:
     """Hash a data version cheaply, as SHA-256 over tables and over size and time of every image.
 
     The tables enter byte by byte, an image by path, size in bytes and modification time: reading all
@@ -310,7 +310,7 @@ def data_version(site_dir: Path, config: SiteConfig, listing: Listing) -> str:
 
     The privacy ledger tells data versions apart by it.
     """
-    return fingerprint(site_dir, (MANIFEST_FILE, BAGS_FILE, config.hierarchy), listing.images)
+    return content_hash(site_dir, (MANIFEST_FILE, BAGS_FILE, config.hierarchy), listing.images)
 
 
 def _path_fault(root: str, path: str, inside: dict[Path, bool]) -> str:

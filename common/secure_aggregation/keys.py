@@ -72,10 +72,10 @@ def pairwise_key(private: bytes, peer: bytes, purpose: str, context: bytes) -> b
     # A point of small order would give a shared secret that everybody knows.
     except ValueError as error:
         raise SecureAggregationRefused("a public key is not usable") from error
-    return derive(shared, purpose, context)
+    return derive_key(shared, purpose, context)
 
 
-def derive(secret: bytes, purpose: str, context: bytes) -> bytes:
+def derive_key(secret: bytes, purpose: str, context: bytes) -> bytes:
     """Derive 32 bytes from a secret by HKDF-SHA256."""
     info = b"fedbags/" + purpose.encode() + b"\0" + context
     return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(secret)

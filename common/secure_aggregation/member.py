@@ -251,7 +251,7 @@ def mask(state: MemberState, vector: Words) -> MemberState:
     # sites were sent the same. Otherwise a server could have some sites mask among themselves while the
     # others count on all, or send all others a model that stops their gradients (Pasquini et al. 2022).
     context = mask_context(plan, state.sharing, state.model)
-    add_mask(vector, keys.derive(state.seed, SELF_MASK, context))
+    add_mask(vector, keys.derive_key(state.seed, SELF_MASK, context))
     # With every neighbour that shares, whether this site holds its shares or not: else nothing would cancel.
     for peer in sorted(set(state.sharing) & set(neighbourhood(plan, state.site)) - {state.site}):
         key = keys.pairwise_key(state.mask_key, plan.advert(peer).mask_key, PAIR_MASK, context)

@@ -89,7 +89,7 @@ class MaskedSum:
                     "sites gave the share of it that they hold, or what it sealed does not fit together"
                 )
             if survived:
-                subtract_mask(self.total, keys.derive(secret, SELF_MASK, context))
+                subtract_mask(self.total, keys.derive_key(secret, SELF_MASK, context))
             else:
                 self._remove_pairs(site, secret, context)
 

@@ -211,7 +211,7 @@ def approve(
     # hostile app seem unchanged.
     known = kit_folder.app_hash(kept) == site.app_hash
     old = apps.read_bundle(kept, str(site.app)) if known else None
-    changes = apps.compare(old, new)
+    changes = apps.compare_apps(old, new)
     same = new.hash == site.app_hash
     if not json_:
         say(f"approved now: {site.app_hash}\nthis app:     {new.hash}")

@@ -187,7 +187,7 @@ def read_bundle(content: bytes, name: str) -> _App:
     return _App(content, {path: text for path, text in files.items() if not path.startswith(_MANIFEST)})
 
 
-def compare(old: _App | None, new: _App) -> _Changes:
+def compare_apps(old: _App | None, new: _App) -> _Changes:
     """Return the differences between two apps, with all of ``new`` as added where there is no old one."""
     before = old.files if old else {}
     changes, same = [], 0

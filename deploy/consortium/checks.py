@@ -31,7 +31,7 @@ from deploy.consortium.pki import (
 )
 
 
-def check_coordinator(kit: CoordinatorKit) -> None:
+def check_coordinator_kit(kit: CoordinatorKit) -> None:
     """Check all that the coordinator's processes start from.
 
     Raises:
@@ -52,11 +52,11 @@ def check_coordinator(kit: CoordinatorKit) -> None:
         check_node(kit, site, authority)
 
 
-def check_site(kit: SiteKit) -> None:
+def check_site_kit(kit: SiteKit) -> None:
     """Check all that a site's processes start from, except its data.
 
     Raises:
-        UserError: the first fault, as ``check_coordinator``.
+        UserError: the first fault, as ``check_coordinator_kit``.
     """
     check_authority(kit)
     key = read_node_key(kit.node_key)
@@ -102,7 +102,7 @@ def check_server(kit: CoordinatorKit, authority: Certificate, *, holding: bool =
     """Return the server's certificate, if it belongs to the server's key and (with ``holding``) holds now.
 
     Raises:
-        UserError: as ``check_coordinator``.
+        UserError: as ``check_coordinator_kit``.
     """
     key = read_private_key(kit.server_key)
     certificate = read_certificate(kit.server_certificate)
@@ -119,7 +119,7 @@ def check_node(kit: CoordinatorKit, site: str, authority: Certificate, *, holdin
     """Check that a site's certificate belongs to its key and (with ``holding``) holds now.
 
     Raises:
-        UserError: as ``check_coordinator``.
+        UserError: as ``check_coordinator_kit``.
     """
     certificate = read_certificate(kit.node_certificate(site))
     _check_issued(certificate, authority, f"the certificate of site {site!r}", holding)

@@ -13,7 +13,13 @@ import sys
 
 from client.site import SITE_FILE
 from common.errors import UserError
-from deploy.consortium.checks import check_coordinator, check_site, nginx_program, reach_server, require_ports
+from deploy.consortium.checks import (
+    check_coordinator_kit,
+    check_site_kit,
+    nginx_program,
+    reach_server,
+    require_ports,
+)
 from deploy.consortium.foreground import (
     COMMAND,
     Diagnosis,
@@ -50,7 +56,7 @@ def check_server_start(kit: CoordinatorKit) -> None:
     Raises:
         UserError: a fault of the kit, a port in use, or nginx or Flower missing; nothing was started.
     """
-    check_coordinator(kit)
+    check_coordinator_kit(kit)
     nginx_program()
     program("flower-superlink")
     server = kit.server
@@ -73,7 +79,7 @@ def check_site_start(kit: SiteKit) -> str:
         UserError: a fault of the kit, a port in use, a foreign or expired server certificate, or clocks that
             differ; nothing was started.
     """
-    check_site(kit)
+    check_site_kit(kit)
     _node_config(kit)
     runtime = ("runtime-port, for the SuperNode", LOOPBACK, kit.ports.runtime_port)
     require_ports([runtime, *_metrics_ports(kit)])

@@ -24,7 +24,7 @@ from client.data.tables import (
     CsvTable,
     Fault,
     did_you_mean,
-    fold,
+    folded,
     read_csv,
     refuse_duplicate_names,
     unknown_label,
@@ -161,7 +161,7 @@ class _Counts:
 
     def __init__(self, table: CsvTable, tree: Hierarchy, fold_case: bool, faults: list[Fault]) -> None:
         self.file, self._tree, self._faults = table.file, tree, faults
-        self._folded = {fold(name): leaf for leaf, name in enumerate(tree.classes[-1])} if fold_case else {}
+        self._folded = {folded(name): leaf for leaf, name in enumerate(tree.classes[-1])} if fold_case else {}
         self._joined: Counter[str] = Counter()
         self.vectors: dict[str, NDArray[np.int64]] = {}
         self.lines: dict[str, int] = {}
@@ -185,7 +185,7 @@ class _Counts:
     def _leaf(self, name: str) -> tuple[int, str]:
         """Return the leaf of a label, and what is wrong with the label."""
         leaf = self._tree.leaf_index.get(name)
-        if leaf is None and (leaf := self._folded.get(fold(name))) is not None:
+        if leaf is None and (leaf := self._folded.get(folded(name))) is not None:
             self._joined[name] += 1
         return (leaf, "") if leaf is not None else (-1, unknown_label(name, self._tree))
 

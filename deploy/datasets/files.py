@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.data.images import check_pixels, describe, open_image, to_rgb
+from client.data.images import check_pixels, describe_fault, open_image, to_rgb
 from common.errors import BadRow, UserError
 from common.hierarchy import Hierarchy
 
@@ -293,7 +293,7 @@ def image_fault(images: SourceImages, index: int) -> str:
     try:
         images.read(index)
     except Exception as error:  # damaged files make decoders raise nearly anything
-        return f"{images.name(index)} cannot be decoded ({describe(error)})"
+        return f"{images.name(index)} cannot be decoded ({describe_fault(error)})"
     return ""
 
 

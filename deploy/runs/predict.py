@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from torch import Tensor
 
 from client.data.bags import to_tensor
-from client.data.images import CHUNK, Progress, decode_all, describe, square, to_rgb
+from client.data.images import CHUNK, Progress, decode_all, describe_fault, square, to_rgb
 from common.errors import BadRow, UserError
 from common.files import write_text
 from common.hierarchy import Hierarchy
@@ -231,7 +231,7 @@ def _pixels(image: Image.Image | NDArray[Any], name: str, size: int) -> NDArray[
         picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         return square(to_rgb(picture), size)
     except (TypeError, ValueError, OSError) as error:
-        raise UserError(f"{name}: this is no image ({describe(error)})") from error
+        raise UserError(f"{name}: this is no image ({describe_fault(error)})") from error
 
 
 @torch.no_grad()

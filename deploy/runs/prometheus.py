@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from common.errors import UserError
 from common.run_records import Cause
 from common.text import visible
-from deploy.runs.reading import Phase, RunSource, RunState, Stage
+from deploy.runs.reading import PhaseTimes, RunSource, RunState, Stage
 from deploy.runs.site_state import SiteSource, SiteState
 
 _LOOPBACK = "127.0.0.1"
@@ -141,7 +141,7 @@ def _site_metrics(state: SiteState) -> Iterator[Metric]:
 
 
 def _shared(
-    phases: Mapping[str, Phase], sent: int, received: int, refusals: Mapping[Cause, int]
+    phases: Mapping[str, PhaseTimes], sent: int, received: int, refusals: Mapping[Cause, int]
 ) -> Iterator[Metric]:
     seconds = SummaryMetricFamily("fedbags_phase_seconds", "Seconds that a phase took.", labels=["phase"])
     for name, phase in sorted(phases.items()):

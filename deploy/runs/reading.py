@@ -50,7 +50,7 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseTimes:
     """Count how often a phase was done, and for how long."""
 
     count: int = 0
@@ -59,9 +59,9 @@ class Phase:
     last: float = 0.0
     """The last time."""
 
-    def plus(self, seconds: float) -> "Phase":
+    def plus(self, seconds: float) -> "PhaseTimes":
         """Return the phase counted once more."""
-        return Phase(self.count + 1, self.seconds + seconds, seconds)
+        return PhaseTimes(self.count + 1, self.seconds + seconds, seconds)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class RunState:
     """Sites that the run waits for."""
     waiting_for: tuple[str, ...] = ()
     """Their names, as far as they can be known: ``missing`` of these."""
-    phases: Mapping[str, Phase] = field(default_factory=dict)
+    phases: Mapping[str, PhaseTimes] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
     refusals: Mapping[Cause, int] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class RunState:
             case Enrolled():
                 return state._enrolled(event)
             case Exchanged():
-                phase = state.phases.get(event.phase, Phase()).plus(event.seconds)
+                phase = state.phases.get(event.phase, PhaseTimes()).plus(event.seconds)
                 return replace(
                     state,
                     phases={**state.phases, event.phase: phase},

@@ -18,7 +18,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from common.run_records import Cause, LevelFigures, RunSummary
 from deploy.cli.terminal import console, table
-from deploy.runs.reading import Phase, RunState, SiteProgress, Stage, fold, read_summary, run_events
+from deploy.runs.reading import PhaseTimes, RunState, SiteProgress, Stage, fold, read_summary, run_events
 from deploy.runs.site_state import SiteState
 from server.run_folder import RunFolder
 
@@ -116,7 +116,7 @@ def _site_cells(site: SiteProgress) -> tuple[RenderableType, ...]:
 
 
 def _shared(
-    phases: Mapping[str, Phase], sent: int, received: int, refusals: Mapping[Cause, int]
+    phases: Mapping[str, PhaseTimes], sent: int, received: int, refusals: Mapping[Cause, int]
 ) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if phases:

@@ -17,7 +17,7 @@ from common.errors import FedbagsError, UserError
 from common.files import JsonLinesFile
 from common.run_records import Cause, cause_of_code
 from deploy.consortium.kit import KIT_FILE, SiteKit, read_kit
-from deploy.runs.reading import Phase, RunSource, newest_run
+from deploy.runs.reading import PhaseTimes, RunSource, newest_run
 from server.run_folder import RunFolder
 
 
@@ -47,7 +47,7 @@ class SiteState:
     round: int = 0
     """Of the last message that had one."""
     messages: int = 0
-    phases: Mapping[str, Phase] = field(default_factory=dict)
+    phases: Mapping[str, PhaseTimes] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
     refusals: Mapping[Cause, int] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class SiteState:
             run=int(done["run"]),
             round=int(done["round"]) or (self.round if done["run"] == self.run else 0),
             messages=self.messages + 1,
-            phases={**self.phases, phase: self.phases.get(phase, Phase()).plus(float(done["seconds"]))},
+            phases={**self.phases, phase: self.phases.get(phase, PhaseTimes()).plus(float(done["seconds"]))},
             bytes_sent=self.bytes_sent + int(done["bytes_sent"]),
             bytes_received=self.bytes_received + int(done["bytes_received"]),
             refusals=refusals,

@@ -12,7 +12,7 @@ import client.data.images
 from client.data.images import (
     _MAX_PIXELS,
     decode_all,
-    describe,
+    describe_fault,
     open_image,
     stretch,
     to_rgb,
@@ -52,8 +52,8 @@ def fault(path: Path) -> str:
     assert result.fault
     with pytest.raises(Exception) as caught:  # noqa: PT011 (the words are compared below)
         open_image(path)
-    assert describe(caught.value) in result.fault
-    assert describe(caught.value) in image_fault(FileImages([path]), 0)
+    assert describe_fault(caught.value) in result.fault
+    assert describe_fault(caught.value) in image_fault(FileImages([path]), 0)
     return result.fault
 
 

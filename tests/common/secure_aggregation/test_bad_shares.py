@@ -126,7 +126,7 @@ def test_shares_that_are_of_no_use_cost_their_owner_and_nobody_else(
     bare = total.total.copy()
     for seed in seeds.values():
         context = member.mask_context(plan, group.names, group.model)
-        subtract_mask(bare, keys.derive(seed, member.SELF_MASK, context))
+        subtract_mask(bare, keys.derive_key(seed, member.SELF_MASK, context))
     assert np.array_equal(bare, expected)
 
     held = [share for state in group.states.values() for pair in state.held.values() for share in pair]
@@ -303,7 +303,7 @@ def comes_off(
 
     for name in some:
         if (seed := recovered("self_masks", name)) is not None:
-            subtract_mask(total, keys.derive(seed, member.SELF_MASK, context))
+            subtract_mask(total, keys.derive_key(seed, member.SELF_MASK, context))
     for outside in set(group.names) - set(some):
         if (private := recovered("mask_keys", outside)) is None:
             continue

@@ -41,7 +41,7 @@ def test_keys_are_hkdf_of_secret_purpose_and_context() -> None:
     secret, context = bytes(range(32)), b"transcript and model"
     extracted = hmac.digest(bytes(32), secret, "sha256")
     expected = hmac.digest(extracted, b"fedbags/self-mask\0" + context + b"\x01", "sha256")
-    assert keys.derive(secret, "self-mask", context) == expected
+    assert keys.derive_key(secret, "self-mask", context) == expected
 
 
 def test_a_key_is_of_one_purpose_one_pair_and_one_context() -> None:

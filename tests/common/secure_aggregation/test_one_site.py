@@ -75,7 +75,7 @@ def vector_of(
     seed = secret(victim, "self_masks")
     if seed is None or keys.commit(seed) != plan.advert(victim).commitment:
         return None
-    subtract_mask(vector, keys.derive(seed, member.SELF_MASK, context))
+    subtract_mask(vector, keys.derive_key(seed, member.SELF_MASK, context))
     for peer in members:
         if peer == victim:
             continue
@@ -256,6 +256,6 @@ def sum_of(
             return False
         vector = masked[name].copy()
         context = member.mask_context(plan, group.states[name].sharing, group.model)
-        subtract_mask(vector, keys.derive(seed, member.SELF_MASK, context))
+        subtract_mask(vector, keys.derive_key(seed, member.SELF_MASK, context))
         total += vector
     return bool(np.array_equal(total, np.sum([sent[name] for name in few], axis=0, dtype=np.uint32)))

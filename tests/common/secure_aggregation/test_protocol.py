@@ -337,7 +337,7 @@ def test_masks_are_of_one_plan_one_list_and_one_model(consortium: Make, change: 
             member.mask(one, vector)
             if seed is None:
                 context = member.mask_context(one.agreed(), one.sharing, one.model)
-                member.subtract_mask(vector, keys.derive(one.seed, member.SELF_MASK, context))
+                member.subtract_mask(vector, keys.derive_key(one.seed, member.SELF_MASK, context))
             else:
                 again = np.zeros(64, np.uint32)
                 member.mask(one.model_copy(update={"seed": seed}), again)
@@ -366,7 +366,8 @@ def test_sites_that_were_sent_different_models_give_no_sum(consortium: Make) -> 
     # With every self-mask off, the pair masks of the odd one with all others are still there.
     for name, model in models.items():
         member.subtract_mask(
-            total, keys.derive(seeds[name], member.SELF_MASK, member.mask_context(plan, group.names, model))
+            total,
+            keys.derive_key(seeds[name], member.SELF_MASK, member.mask_context(plan, group.names, model)),
         )
     assert stats.chisquare(np.bincount(total.view(np.uint8), minlength=256)).pvalue > 1e-6
 
@@ -427,7 +428,7 @@ def test_all_but_one_lack_the_others_masks(consortium: Make) -> None:
             )
             member.subtract_mask(words, key)  # site-00 comes first by name: it added
         if own_mask:
-            member.subtract_mask(words, keys.derive(seed, member.SELF_MASK, context))
+            member.subtract_mask(words, keys.derive_key(seed, member.SELF_MASK, context))
         return words
 
     everybody = ("site-01", "site-02", "site-03", "site-04")

@@ -151,7 +151,7 @@ def test_what_could_be_shown_otherwise_than_it_unpacks_is_refused(
 
 def test_an_app_cannot_hide_lines_from_a_terminal() -> None:
     new = app.read_bundle(bundle_of(("a\x1b[2K\r.py", b"1"), ("b\u202e.py", b"\xff")), "app.fab")
-    text = "\n".join(app.in_words(app.compare(None, new)))
+    text = "\n".join(app.in_words(app.compare_apps(None, new)))
     assert "a\\x1b[2K\\r.py  (+1 -0 lines)" in text
     assert "b\\u202e.py  (not a text file)" in text
 

@@ -30,7 +30,7 @@ from common.pki import read_node_key
 from deploy.cli import main
 from deploy.consortium.app import build_bundle
 from deploy.consortium.authority import Authority
-from deploy.consortium.checks import check_coordinator, check_site
+from deploy.consortium.checks import check_coordinator_kit, check_site_kit
 from deploy.consortium.kit import CoordinatorKit, SiteKit
 from deploy.consortium.kits import Kits, make_node_key
 from deploy.consortium.pki import (
@@ -134,16 +134,16 @@ def test_the_kits_say_what_the_settings_say(kits: Path) -> None:
     assert north.app_hash == coordinator.app_hash == hashlib.sha256(coordinator.app.read_bytes()).hexdigest()
     certificate = read_certificate(coordinator.server_certificate)
     assert certified_hosts(certificate) == {"fl.example.org", "10.0.0.5", "127.0.0.1", "localhost"}
-    check_coordinator(coordinator)
+    check_coordinator_kit(coordinator)
 
 
 def test_a_trial_is_complete_and_says_that_it_is_one(trial: Path) -> None:
     coordinator = CoordinatorKit.load(trial / "coordinator")
     assert coordinator.registered_sites == ("charite", "north")
-    check_coordinator(coordinator)
+    check_coordinator_kit(coordinator)
     for name in coordinator.sites:
         kit = SiteKit.load(trial / "sites" / name)
-        check_site(kit)
+        check_site_kit(kit)
         assert read_public_key(coordinator.node_public_key(name)) == read_node_key(kit.node_key).public_key()
         assert "For trials only" in (kit.folder / "README.md").read_text(encoding="utf-8")
 
@@ -233,7 +233,7 @@ def test_changed_settings_are_refused_and_taken_over_when_asked(settings: Path, 
     assert (north.port, north.data_path) == (9443, "/srv/data")
     assert "9443" in after["coordinator/nginx.conf"].decode()
     assert "10.0.0.6" in certified_hosts(read_certificate(coordinator.server_certificate))
-    check_coordinator(coordinator)
+    check_coordinator_kit(coordinator)
     for name in before:
         if Path(name).name in SECRETS or name.endswith((".pub", ".fab")):
             assert after[name] == before[name], name
@@ -248,7 +248,7 @@ def test_public_keys_of_the_settings_are_registered(settings: Path, tmp_path: Pa
     assert changes.waiting == ("north",)
     kit = CoordinatorKit.load(tmp_path / "KITS" / "coordinator")
     assert kit.registered_sites == ("charite",)
-    check_coordinator(kit)
+    check_coordinator_kit(kit)
 
 
 def test_one_key_for_two_sites_is_refused_before_anything_is_written(settings: Path, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_renewal_keeps_the_keys_and_moves_the_end(trial: Path) -> None:
         assert new.public_key() == old.public_key()
         assert (new.not_valid_after_utc - old.not_valid_after_utc).days in (301, 302)
         assert new.serial_number != old.serial_number
-    check_coordinator(kit)
+    check_coordinator_kit(kit)
     assert Kits.open(trial).renew(["north"], 10).written == [paths[2]]
     assert read_certificate(paths[1]) == after[1]
 
@@ -353,9 +353,9 @@ def test_an_expired_certificate_stops_a_start_and_not_its_renewal(
     Kits.open(trial).renew(days=200)
     monkeypatch.setattr(pki, "utc_now", real)
     with pytest.raises(UserError, match="expired on"):
-        check_coordinator(kit)
+        check_coordinator_kit(kit)
     Kits.open(trial).renew()
-    check_coordinator(kit)
+    check_coordinator_kit(kit)
 
 
 MISTAKES: dict[str, Callable[[Kits, Path], object]] = {
@@ -442,9 +442,9 @@ def test_another_consortium_or_a_folder_of_something_else_is_refused(settings: P
 def test_a_site_makes_its_key_once(kits: Path) -> None:
     kit = SiteKit.load(kits / "sites" / "north")
     with pytest.raises(UserError, match="fedbags site keygen"):
-        check_site(kit)
+        check_site_kit(kit)
     assert make_node_key(kit) == kit.node_public_key
-    check_site(kit)
+    check_site_kit(kit)
     before = contents(kit.folder)
     with pytest.raises(UserError, match="never overwritten"):
         make_node_key(kit)
@@ -463,7 +463,7 @@ def test_what_a_site_lacks_is_named(trial: Path, what: str, says: str) -> None:
     kit = SiteKit.load(trial / "sites" / "north")
     (kit.folder / what).unlink()
     with pytest.raises(UserError, match=says):
-        check_site(kit)
+        check_site_kit(kit)
 
 
 @pytest.mark.parametrize("what", ["node.key", "superexec.secret"])
@@ -471,7 +471,7 @@ def test_a_secret_that_others_can_read_stops_a_site(trial: Path, what: str) -> N
     kit = SiteKit.load(trial / "sites" / "north")
     (kit.folder / what).chmod(0o644)
     with pytest.raises(UserError, match=f"{what} can be read by others"):
-        check_site(kit)
+        check_site_kit(kit)
 
 
 def test_the_app_is_what_flower_makes_of_a_checkout_and_of_the_unpacked_file(

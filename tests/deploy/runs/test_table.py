@@ -11,7 +11,7 @@ from rich.console import Console
 
 from client.ledger.file import LEDGER_FILE
 from common.run_records import Finished, read_event
-from deploy.runs.reading import Phase, fold
+from deploy.runs.reading import PhaseTimes, fold
 from deploy.runs.show import run_table, site_table
 from deploy.runs.site_state import SiteState, _Spending
 from server.run_folder import RunFolder
@@ -93,7 +93,7 @@ def test_a_run_as_a_table() -> None:
 
 def test_a_site_as_a_table() -> None:
     state = SiteState(
-        site="north", run=1, round=3, messages=4, last=1000.0, phases={"train": Phase(4, 8.0, 1.0)},
+        site="north", run=1, round=3, messages=4, last=1000.0, phases={"train": PhaseTimes(4, 8.0, 1.0)},
         bytes_sent=2**19, bytes_received=2**20, refusals={"budget": 1},
         spending=_Spending(2.5, 1e-4, 5.5, 8.0, 1, 1),
     )  # fmt: skip
