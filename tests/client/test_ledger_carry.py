@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger import check, state
 from client.ledger import ledger as ledger_module
+from client.ledger import state
 from client.ledger.anchor import _SEAL_BYTES, CarryFile
 from client.ledger.check import verify
 from client.ledger.file import hash_of, reading
@@ -135,7 +135,7 @@ def test_a_file_that_is_not_the_ledgers_own_is_dropped_and_written_anew(
 
 
 def test_a_file_of_another_accountant_is_dropped(ledger_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "version", lambda _: "0.7.0")
+    monkeypatch.setattr(anchor, "version", lambda _: "0.7.0")
     opened(ledger_path)
     assert accounting._kept == ()
 
@@ -261,7 +261,7 @@ def test_where_the_file_cannot_be_written_everything_is_charged_all_the_same(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(check, "write_bytes", fail)
+    monkeypatch.setattr(anchor, "write_bytes", fail)
     (tmp_path / "site-1").mkdir()
     ledger = opened(tmp_path / "site-1" / "ledger.sqlite")
     for number in range(ROUNDS):
