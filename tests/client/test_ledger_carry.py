@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from client.ledger import anchor, state
 from client.ledger import ledger as ledger_module
-from client.ledger import state
 from client.ledger.anchor import _SEAL_BYTES, CarryFile
 from client.ledger.check import verify
 from client.ledger.file import hash_of, reading
