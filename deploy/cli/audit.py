@@ -152,16 +152,10 @@ def _print_audit(result: dict[str, Any]) -> None:
         ("counts per bag, exact", "bags_exact"),
         ("counts per bag, noised", "bags_noised"),
     ):
-        rows.add_row(
-            title, f"{proportions[key]['accuracy']:.3f}", f"{proportions[key]['advantage']:+.3f}", ""
-        )
+        guessed = proportions[key]
+        rows.add_row(title, f"{guessed['accuracy']:.3f}", f"{guessed['advantage']:+.3f}", "")
     for title, key in (("model without DP", "without_dp"), ("model with DP", "with_dp")):
-        figures = models[key]
-        rows.add_row(
-            title,
-            f"{figures['trained']:.3f}",
-            f"{figures['advantage']:+.3f}",
-            f"{figures['not_trained']:.3f}",
-        )
+        trained, advantage, unseen = (models[key][name] for name in ("trained", "advantage", "not_trained"))
+        rows.add_row(title, f"{trained:.3f}", f"{advantage:+.3f}", f"{unseen:.3f}")
     out.print(rows)
     out.print(result["note"], style="dim")

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from common.config import RunConfig, Scalar, flatten, refuse_unknown_key
 from common.errors import ConfigError, require_file
@@ -38,13 +38,40 @@ class Setting(StrEnum):
     """All of them, each at its site."""
 
 
-class _Overrides(Section):
-    set: dict[str, Scalar] = Field({}, description="keys of the run configuration, nested or dotted")
+def check_settings(value: object) -> object:
+    """Return flat keys of the run configuration, after refusing those that each cell sets for itself.
 
-    @field_validator("set", mode="before")
-    @classmethod
-    def _flat(cls, value: object) -> object:
-        return check_settings(value)
+    Raises:
+        ValueError: an unknown key, with the nearest known one, or a key that the comparison sets itself.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    flat = flatten(value)
+    for key in flat:
+        if key in _OWN_KEYS:
+            raise ValueError(f"{key} is set by the comparison itself; leave it out")
+        # A pass is undefined where steps draw their bags by chance, and a comparison counts training in
+        # passes.
+        if key == "dp.epsilon":
+            raise ValueError(
+                "dp.epsilon: comparisons count passes over the images, and private training draws bags by "
+                "chance; compare private runs with `fedbags simulate` and `fedbags runs`"
+            )
+        try:
+            refuse_unknown_key(key)
+        except ConfigError as error:
+            raise ValueError(f"{error} (`fedbags config` lists them)") from error
+    return flat
+
+
+_RunKeys = Annotated[dict[str, Scalar], BeforeValidator(check_settings)]
+"""Keys of the run configuration, nested or dotted."""
+
+
+class _Part(Section):
+    """Change the run configuration of some cells."""
+
+    set: _RunKeys = Field({}, description="keys of the run configuration, nested or dotted")
 
 
 class Data(Section):
@@ -74,11 +101,8 @@ class Data(Section):
     origin: str = Field("", description="where to get the data; told when they are missing")
 
 
-class _Grid(_Overrides):
-    """Select a part of one setting's cells.
-
-    What is not given is taken from the top of the file.
-    """
+class _Grid(_Part):
+    """Select a part of one setting's cells; what is not given is taken from the top of the file."""
 
     methods: tuple[str, ...] | None = None
     bag_sizes: tuple[_Count, ...] | None = None
@@ -86,7 +110,7 @@ class _Grid(_Overrides):
     passes: _Count | None = None
 
 
-class _Entry(_Overrides):
+class _Entry(_Part):
     """Describe one row of the table, which is a method with its own settings."""
 
     name: _Name
@@ -114,14 +138,9 @@ class Scenario(Section):
     passes: _Count = Field(description="times that every training image is seen")
     images_per_step: _Count = Field(64, description="images of an optimiser step, at every bag size")
     data: Data
-    run: dict[str, Scalar] = Field({}, description="keys of the run configuration, for all cells")
+    run: _RunKeys = Field({}, description="keys of the run configuration, for all cells")
     settings: dict[Setting, tuple[_Grid, ...]] = Field({Setting.POOLED: (_Grid(),)}, min_length=1)
     methods: tuple[_Entry, ...] = Field(min_length=1)
-
-    @field_validator("run", mode="before")
-    @classmethod
-    def _flat(cls, value: object) -> object:
-        return check_settings(value)
 
     @field_validator("settings", mode="before")
     @classmethod
@@ -177,32 +196,6 @@ class Scenario(Section):
             raise ConfigError(
                 f"the scenario {path} is faulty:\n{lines}\ndocs/compare.md lists the keys."
             ) from error
-
-
-def check_settings(value: object) -> object:
-    """Return flat keys of the run configuration, after refusing those that each cell sets for itself.
-
-    Raises:
-        ValueError: an unknown key, with the nearest known one, or a key that the comparison sets itself.
-    """
-    if not isinstance(value, Mapping):
-        return value
-    flat = flatten(value)
-    for key in flat:
-        if key in _OWN_KEYS:
-            raise ValueError(f"{key} is set by the comparison itself; leave it out")
-        # A pass is undefined where steps draw their bags by chance, and a comparison counts training in
-        # passes.
-        if key == "dp.epsilon":
-            raise ValueError(
-                "dp.epsilon: comparisons count passes over the images, and private training draws bags by "
-                "chance; compare private runs with `fedbags simulate` and `fedbags runs`"
-            )
-        try:
-            refuse_unknown_key(key)
-        except ConfigError as error:
-            raise ValueError(f"{error} (`fedbags config` lists them)") from error
-    return flat
 
 
 def _fault(fault: Mapping[str, Any], content: Mapping[str, Any]) -> str:

@@ -56,24 +56,11 @@ def run_flower(config: RunConfig, apps: Mapping[str, str] = _APPS) -> None:
 def _write_app(folder: Path, apps: Mapping[str, str]) -> None:
     """Write a Flower app that names the installed packages, for ``flwr run`` to pack and send."""
     folder.mkdir(parents=True)
-    app = {
-        "project": {
-            "name": "fedbags",
-            "version": version("fedbags"),
-            "description": "fedbags",
-            "license": "Apache-2.0",
-            "dependencies": [],
-        },
-        "tool": {
-            "flwr": {
-                "app": {
-                    "publisher": "fedbags",
-                    "components": dict(apps),
-                    "config": RunConfig().model_dump(mode="json", by_alias=True),
-                }
-            }
-        },
-    }
+    project: dict[str, Any] = {"name": "fedbags", "version": version("fedbags"), "description": "fedbags"}
+    project |= {"license": "Apache-2.0", "dependencies": []}
+    config = RunConfig().model_dump(mode="json", by_alias=True)
+    flower = {"publisher": "fedbags", "components": dict(apps), "config": config}
+    app = {"project": project, "tool": {"flwr": {"app": flower}}}
     (folder / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
 
 
