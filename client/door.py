@@ -70,7 +70,7 @@ class Question:
     asks: tuple[type[Record], ...]
     answers: tuple[type[Record], ...]
     private_answers: tuple[type[Record], ...] = ()
-    """In a private run, where it differs."""
+    """Records of the reply in a private run, where they differ."""
 
     def answers_in(self, config: RunConfig) -> tuple[type[Record], ...]:
         """Return the kinds of records of a reply in this run."""
@@ -120,13 +120,13 @@ class _Done:
     """When the reply was ready, seconds since 1970."""
     run: int
     round: int
-    """As the server said; 0 where it said none."""
+    """The round that the server named; 0 where it named none."""
     phase: str
     """The message type."""
     seconds: float
     bytes_received: int
     bytes_sent: int
-    """0 where an error went out instead."""
+    """Bytes of the reply; 0 where an error went out instead."""
     code: int
     """The error code that went out (``SiteError``, or Flower's); 0 for a reply."""
     ledger_rows: int = 0

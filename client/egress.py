@@ -73,7 +73,7 @@ _ASKED: dict[type[Record], type[InSession]] = {
     SurvivorSignature: SurvivorList,
     UnmaskShares: UnmaskRequest,
 }
-"""What each reply of a secure aggregation answers."""
+"""By record of a reply in a secure aggregation, the record that it answers."""
 
 
 class _UnknownQuestionError(FedbagsError):

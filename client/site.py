@@ -284,7 +284,7 @@ class TrainingSeeds:
     """Hold the seeds of one site in one run."""
 
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     site: str
     secret: bytes = b""
     """Of the site for the run; empty in a simulation."""

@@ -136,7 +136,7 @@ class LevelFigures(_Record):
     balanced_accuracy: float
     macro_f1: float
     consistent_accuracy: float
-    """Of the best path from root to leaf."""
+    """Accuracy of the best path from root to leaf."""
     suppressed: Suppression | None = None
     """Where it is set, the figures above are of the shown counts only."""
 
@@ -197,7 +197,7 @@ class Enrolled(RunEvent):
 
     event: Literal["enrolled", "resumed"] = "enrolled"
     rounds: int = 0
-    """All that the run will have."""
+    """Number of rounds that the run will have."""
     sites: tuple[str, ...] = ()
 
 
@@ -239,7 +239,7 @@ class Exchanged(RunEvent):
     """From sending the first request until the last reply was taken in."""
     asked: int = 0
     replies: int = 0
-    """Without errors."""
+    """Replies that were no errors."""
     bytes_sent: int = 0
     bytes_received: int = 0
 

@@ -55,7 +55,7 @@ class Reply:
     content: RecordDict | None
     failure: str = ""
     cause: Cause = Cause.OTHER
-    """Of the failure."""
+    """Cause of the failure."""
     code: int = 0
     """The error code of the failure: one of ``SiteError``, or Flower's; 0 where there is none."""
 
@@ -175,7 +175,7 @@ def _wait(grid: Grid, message_id: str, end: float) -> Message | None:
 _Arrays = Mapping[str, FloatArray]
 
 _MOST_BAGS = 10**6
-"""As a release can say."""
+"""Most bags that a release can state."""
 LARGEST_FIGURE = 1e12
 """Beyond every count and figure of a hospital, and far from where sums overflow."""
 

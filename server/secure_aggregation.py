@@ -99,7 +99,7 @@ class _MaskedMean:
     update: ModelUpdate
     """The weighted mean of the sites' models, as if one site had sent it."""
     weight: float
-    """Sum of the weights of the sites in it."""
+    """Sum of the weights of the sites in the mean."""
     metrics: dict[str, dict[str, int | float]]
     """By site in the mean: what its policy let out in clear."""
 

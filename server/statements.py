@@ -75,7 +75,7 @@ class StatementStore:
         self._left_out: dict[_Site, PrivacyStatement] = {}
         """Of a site whose ledger was rolled back: a statement that its own leaves out."""
         self._own = {(site, (keys or {}).get(site, "")): _Memory(last=last) for site, last in known.items()}
-        """What sites said in this run."""
+        """Newest statement of each site in this run."""
         self._asked: dict[_Site, PrivacyStatement | None] = {}
         """What the folder held of sites when they were asked."""
         if folder is not None:

@@ -49,7 +49,7 @@ class _StoreSummary:
     converted: int
     """Not 8-bit RGB: grey, palette, alpha, CMYK or 16 bits."""
     resized: int
-    """Not square of the asked size."""
+    """Images that are not square and of the asked size."""
     quarantined: int
     """Listed but not used: bad, or in a bag that holds a bad row."""
     bags_listed: int
@@ -61,7 +61,7 @@ class OwnSplit:
     """Describe a site's own division of its bags, no part of which a server can steer."""
 
     share: float
-    """Of the bags, held back; in [0, 1)."""
+    """Share of the bags that is held back, in [0, 1)."""
     key: bytes
     """Fixes which bags are held back; derived from the site's secret."""
 

@@ -64,7 +64,7 @@ class Anchor(BaseModel):
     events: list[tuple[dict[str, Any], int]]
     """What was spent, scaled to ``unit``, equal events together."""
     bag_events: list[tuple[dict[str, Any], int]]
-    """The same, scaled to a bag."""
+    """The same events, scaled to a bag."""
 
     @classmethod
     def of(cls, state: LedgerState) -> "Anchor":
@@ -204,7 +204,7 @@ def _difference(anchored: Tally, held: Tally) -> Tally:
 
 
 _CARRY_SUFFIX = ".composed"
-"""Takes the place of the ledger's own, beside it."""
+"""Suffix of the file that holds the composed privacy loss, in the ledger's folder."""
 _PURPOSE = "composed-privacy-loss"
 _FORMAT = 1
 """Raise it when grids or bounds are chosen in another way."""

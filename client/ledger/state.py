@@ -115,9 +115,9 @@ class LedgerState:
     events: list[PoissonGaussian | DiscreteLaplace] = field(default_factory=list)
     """In the order of their rows, scaled to ``unit``; reserved ones included."""
     bag_events: list[PoissonGaussian | DiscreteLaplace] = field(default_factory=list)
-    """The same, scaled to a bag."""
+    """The same events, scaled to a bag."""
     releases: dict[str, CountRelease] = field(default_factory=dict)
-    """By data version."""
+    """Noised releases by data version."""
     release_rows: dict[str, int] = field(default_factory=dict)
     identifiers: dict[str, str] = field(default_factory=dict)
     """By data version, the random name under which it may leave the site."""
@@ -129,7 +129,7 @@ class LedgerState:
     losses: int = 0
     """How often the site's owner accepted that rows were lost."""
     lost: set[str] = field(default_factory=set)
-    """The heads of the chains that were lost then."""
+    """Heads of the chains whose loss was accepted."""
     carried_at: int = 0
     """The newest row that carries the state forward."""
     merged: dict[Unit, tuple[int, tuple[PoissonGaussian | DiscreteLaplace, ...]]] = field(

@@ -33,7 +33,7 @@ from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, m
 _Event = tuple[float, ...]
 """One step ``(sample rate, noise multiplier)``, or one release ``(scale,)``."""
 _Amounts = Mapping[_Event, int]
-"""How often each different event happened."""
+"""Number of times that each different event happened."""
 
 DIRECT = 16
 """Up to so many different events, everything is composed each time."""

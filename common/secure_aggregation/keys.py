@@ -89,7 +89,7 @@ class Channel:
     """
 
     private: bytes = field(repr=False)
-    """Of the end that this is made at."""
+    """The private key of this end."""
     peer: bytes
     """The public key of the other end."""
     sender: str

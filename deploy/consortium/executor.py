@@ -58,7 +58,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # an app sets torch's threads itself, from the run's configuration
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""Of the executor and its tasks."""
+"""Environment variables of the executor and its tasks."""
 
 _MAX_TASKS = 4
 """Tasks at a time; more wait at the SuperNode."""

@@ -54,7 +54,7 @@ class Exit:
     code: int | None
     """The exit code that it printed, as Flower's programs do; None without one."""
     tail: str
-    """The last that it logged."""
+    """The last lines of its log."""
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,13 @@ class EpsilonQuery:
     next_round: Events
     """What one more round would cost; empty where that is not known."""
     more_rounds: tuple[int, ...]
-    """How many of them to ask for."""
+    """Numbers of further rounds whose cost is asked."""
     prefixes: tuple[Events, ...]
     """The events up to some rounds, for the plot over rounds."""
     deltas: tuple[float, ...]
-    """Where the epsilon-over-delta curve is read, beside ``delta``."""
+    """Further deltas at which the epsilon-over-delta curve is read."""
     stated: Events = ()
-    """The events that the site told the server."""
+    """The events that the site stated to the server."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Epsilons:
     add_remove: float
     without_amplification: float
     spending: tuple[float, ...]
-    """Of the question's prefixes."""
+    """Epsilons of the query's prefixes."""
     curve: tuple[tuple[float, float], ...]
     what_if: tuple[tuple[int, float], ...]
-    """By number of further rounds."""
+    """Epsilon by number of further rounds."""
     opacus_rdp: float | None = None
     """Of the training steps alone; None where there are none."""
 

@@ -55,9 +55,9 @@ class _Extent:
     points: int
     """Rounds at which its spending is computed."""
     more_rounds: tuple[int, ...]
-    """More rounds to ask the price of."""
+    """Numbers of further rounds whose cost is asked."""
     deltas: tuple[float, ...]
-    """Where the curve is read, beside the site's own delta."""
+    """Further deltas at which the curve is read."""
 
 
 _FULL = _Extent(24, (1, 10, 100), tuple(10.0**-exponent for exponent in range(2, 11)))
@@ -134,7 +134,7 @@ class _Inquiry:
 
     question: EpsilonQuery | None
     rounds: tuple[int, ...] = ()
-    """What the question's prefixes are of."""
+    """Rounds after which the query's prefixes end."""
 
 
 def _ask(item: Evidence, run: RunEvidence | None, extent: _Extent) -> _Inquiry:

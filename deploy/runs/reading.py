@@ -55,9 +55,9 @@ class PhaseTimes:
 
     count: int = 0
     seconds: float = 0.0
-    """In all."""
+    """Seconds of all times together."""
     last: float = 0.0
-    """The last time."""
+    """Seconds of the last time."""
 
     def plus(self, seconds: float) -> "PhaseTimes":
         """Return the phase counted once more."""
@@ -69,9 +69,9 @@ class SiteProgress:
     """Hold what the server knows of a site."""
 
     taking_part: bool = True
-    """Whether the last thing heard of it was good."""
+    """Whether it takes part, as far as its last event says."""
     why_not: str = ""
-    """The reason where it is not."""
+    """Why it does not take part; empty where it does."""
     updates: int = 0
     last_update: int = 0
     """The round of its last good update; 0 for none."""
@@ -82,7 +82,7 @@ class SiteProgress:
     delta: float | None = None
     epsilon_left: float | None = None
     connected: bool = True
-    """Whether its node is there."""
+    """Whether its node is connected."""
     answered: bool = False
     """Whether it has answered in the round under way."""
 
@@ -98,7 +98,7 @@ class RunState:
     """All that the run will have; 0 while that is not known."""
     loss: float | None = None
     updates: int = 0
-    """In the last finished round."""
+    """Updates in the last finished round."""
     sites: Mapping[str, SiteProgress] = field(default_factory=dict)
     turned_away: Mapping[str, str] = field(default_factory=dict)
     """Who asked to take part and was not admitted, with the reason: a name, or ``node NUMBER``. Nobody who
@@ -111,7 +111,7 @@ class RunState:
     bytes_sent: int = 0
     bytes_received: int = 0
     refusals: Mapping[Cause, int] = field(default_factory=dict)
-    """By cause; only those that happened."""
+    """Number of refusals by cause."""
     failure: str = ""
     skipped: tuple[int, ...] = ()
     """Rounds that left the model as it was, since sites had unmasked their sum before and it was lost."""

@@ -29,7 +29,7 @@ class _Spending:
     """Spent over all runs, for the ledger's unit, replace-one, at ``delta``."""
     delta: float
     left: float
-    """What the cap leaves of epsilon."""
+    """Epsilon that the cap leaves."""
     cap: float
     unconfirmed: int
     """Reservations that no finished round followed: they count as spent."""
@@ -45,13 +45,13 @@ class SiteState:
     run: int = 0
     """The number of the last run; 0 for none."""
     round: int = 0
-    """Of the last message that had one."""
+    """Round of the last message that named one."""
     messages: int = 0
     phases: Mapping[str, PhaseTimes] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
     refusals: Mapping[Cause, int] = field(default_factory=dict)
-    """Errors that went out, by cause."""
+    """Number of errors that went out, by cause."""
     last: float = 0.0
     """When the last message was answered, seconds since 1970; 0 for never."""
     spending: _Spending | None = None
