@@ -108,12 +108,6 @@ def keep(composition: Composition) -> None:
     _kept = (*others, composition)[-_KEPT:]
 
 
-def _forget() -> None:
-    """Forget everything that was composed before."""
-    global _kept
-    _kept = ()
-
-
 def kept_for(amounts: _Amounts, adjacency: Adjacency) -> tuple[Composition, ...]:
     """Return, for each grid, the remembered composition that holds most of these events."""
     best: dict[float, Composition] = {}

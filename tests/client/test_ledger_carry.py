@@ -34,7 +34,7 @@ def step(number: int) -> PoissonGaussian:
 
 def forget_all() -> None:
     """Leave what a new process has: nothing."""
-    accounting._forget()
+    accounting._kept = ()
     for cache in (accounting._epsilon, accounting._coarse, accounting._fine):
         cache.cache_clear()
 

@@ -39,7 +39,7 @@ def afresh(events: tuple[Event, ...], adjacency: Adjacency = Adjacency.REPLACE_O
 
 def forget_all() -> None:
     """Leave what a new process has: nothing."""
-    accounting._forget()
+    accounting._kept = ()
     for cache in (accounting._epsilon, accounting._coarse, accounting._fine):
         cache.cache_clear()
 
