@@ -23,6 +23,28 @@ from common.records import SMALLEST_CELL, SUPPRESSED, Metric, ProportionRelease
 if TYPE_CHECKING:  # the accountants are loaded in private runs only
     from common.privacy.proportions import CountRelease
 
+_UNCOVERED_BY_DP = frozenset({"num-bags", "confusion"})
+"""Metrics that may leave a private run. They are not covered by its epsilon, and the report says so: the
+number of bags, and counts on labelled test images, which are never trained on."""
+NOISED_SUMS = "noised-bags-tv"
+_NOISED = frozenset({NOISED_SUMS, "held-back-bags"})
+"""What may leave a private run of an evaluation on held-back bags, where ``private-metrics`` is "noise": sums
+with noise that the ledger has paid for (common/privacy/proportions.py), and the number of bags, which is
+public."""
+_OF_TRAINING = frozenset({"num-bags", "num-images", "loss"})
+IN_REPLY = {
+    "train": _OF_TRAINING,
+    "train.masked": _OF_TRAINING,
+    "evaluate.bags": frozenset({"bags-kl", "bags-l1", "held-back-bags"}),
+    "evaluate.test": frozenset({"confusion"}),
+}
+"""The metrics of each message type that has any, before noise."""
+_ROUNDING = 1e-3
+"""How far float32 may leave the range of a mean."""
+_FARTHEST_NOISE = 200
+"""Discrete Laplace noise of this many scales has a chance below 1e-86."""
+_Check = Callable[[Metric], bool]
+
 
 def release_proportions(store: BagStore, version: str) -> ProportionRelease:
     """Return the exact release of a data version, under the name ``version``, as the site's policy allows."""
@@ -68,33 +90,6 @@ def _record(
             "event": event,
         }
     )
-
-
-_UNCOVERED_BY_DP = frozenset({"num-bags", "confusion"})
-"""Metrics that may leave a private run. They are not covered by its epsilon, and the report says so: the
-number of bags, and counts on labelled test images, which are never trained on."""
-
-NOISED_SUMS = "noised-bags-tv"
-_NOISED = frozenset({NOISED_SUMS, "held-back-bags"})
-"""What may leave a private run of an evaluation on held-back bags, where ``private-metrics`` is "noise": sums
-with noise that the ledger has paid for (common/privacy/proportions.py), and the number of bags, which is
-public."""
-
-_OF_TRAINING = frozenset({"num-bags", "num-images", "loss"})
-IN_REPLY = {
-    "train": _OF_TRAINING,
-    "train.masked": _OF_TRAINING,
-    "evaluate.bags": frozenset({"bags-kl", "bags-l1", "held-back-bags"}),
-    "evaluate.test": frozenset({"confusion"}),
-}
-"""The metrics of each message type that has any, before noise."""
-
-_ROUNDING = 1e-3
-"""How far float32 may leave the range of a mean."""
-_FARTHEST_NOISE = 200
-"""Discrete Laplace noise of this many scales has a chance below 1e-86."""
-
-_Check = Callable[[Metric], bool]
 
 
 def may_leave(kind: str, config: RunConfig, store: BagStore, terms: Terms) -> frozenset[str]:

@@ -49,6 +49,10 @@ _WRITTEN_BY_0_1 = KNOWN_METRICS
 _HELD_BACK = 0.1
 """Share of the bags that a real site holds back where its site.toml does not say."""
 
+_SECRET_FILE = "site.secret"
+"""The file's name in the folder of a site."""
+_SECRET_BYTES = 32
+
 
 class ReleaseProportions(StrEnum):
     """Name the part of the label counts that a site releases."""
@@ -234,11 +238,6 @@ def journal_path(node: Mapping[str, Any]) -> Path | None:
     if data := node.get(DATA_PATH):
         return Path(str(data)) / JOURNAL_FILE
     return None
-
-
-_SECRET_FILE = "site.secret"
-"""The file's name in the folder of a site."""
-_SECRET_BYTES = 32
 
 
 def derive(folder: Path, purpose: str, content: bytes) -> bytes:

@@ -24,6 +24,16 @@ from typing import Any, Literal
 _Sync = Literal["nothing", "content", "name"]
 """What must be on the disk when a write returns: nothing, the content, or the content under its name."""
 
+_SEPARATORS = (",", ";", "\t", "|")
+# Workbooks are recognised by their first bytes, so that the error can say what to do with one instead of
+# reporting broken text.
+_WORKBOOKS = {
+    b"PK\x03\x04": "is an Excel workbook (or another zip archive), not text",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook, not text",
+}
+_SAVE_AS = "save it as CSV UTF-8"
+_NAMED_SEPARATOR = re.compile(r"sep=(.)\r?\n")
+
 
 @contextmanager
 def replacing(*paths: Path, mode: int | None = None, sync: _Sync = "name") -> Iterator[list[Path]]:
@@ -242,18 +252,6 @@ def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
         with suppress(ValueError):
             if isinstance(value := json.loads(line), dict):
                 yield value
-
-
-_SEPARATORS = (",", ";", "\t", "|")
-
-# Workbooks are recognised by their first bytes, so that the error can say what to do with one instead of
-# reporting broken text.
-_WORKBOOKS = {
-    b"PK\x03\x04": "is an Excel workbook (or another zip archive), not text",
-    b"\xd0\xcf\x11\xe0": "is an old Excel workbook, not text",
-}
-_SAVE_AS = "save it as CSV UTF-8"
-_NAMED_SEPARATOR = re.compile(r"sep=(.)\r?\n")
 
 
 class TableError(Exception):

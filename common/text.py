@@ -19,6 +19,14 @@ from typing import Any
 _REASON_CHARACTERS = 300
 """The longest reason that is kept of a reply that was not used."""
 
+_SPOKEN = frozenset({"code", "error", "file", "phase", "reason", "site", "sites", "state"})
+"""The names under which a text may be logged: ``log.info("%(site)s came back", {"site": name})``. Each
+holds the name of a site, a word of ours, or the bare name of a file of ours."""
+_WITHHELD = "[withheld]"
+_PATH = "[path]"
+_PACKAGES = ("common", "server", "client", "deploy")
+_PATH_PATTERN = re.compile(r"\S*[/\\]\S*")
+
 
 def visible(text: str, *, keep: str = "") -> str:
     r"""Return the text with every character that is not printable written as its escape, such as ``\x1b``.
@@ -55,16 +63,6 @@ def one_line(text: str, limit: int = _REASON_CHARACTERS) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
-
-
-_SPOKEN = frozenset({"code", "error", "file", "phase", "reason", "site", "sites", "state"})
-"""The names under which a text may be logged: ``log.info("%(site)s came back", {"site": name})``. Each
-holds the name of a site, a word of ours, or the bare name of a file of ours."""
-_WITHHELD = "[withheld]"
-_PATH = "[path]"
-
-_PACKAGES = ("common", "server", "client", "deploy")
-_PATH_PATTERN = re.compile(r"\S*[/\\]\S*")
 
 
 class JsonLines(logging.Formatter):

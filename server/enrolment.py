@@ -24,9 +24,13 @@ from common.run_records import ENROL, Cause, Joined, Left, LeftOut, SiteLeftOut,
 from server.exchange import Phase, Reply, ask, cause_of, read_release
 from server.run_folder import RunFolder, ServerState
 
+log = logging.getLogger("fedbags.server")
+
 _PROPORTIONS = "query.proportions"
 ATTEMPTS = 3
 """Times that a silent node is asked the same thing. Each may cost privacy budget at the site."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
 
 
 @dataclass
@@ -199,11 +203,6 @@ def _read(reply: Reply) -> tuple[tuple[ProportionRelease, Hierarchy] | None, Cau
         return read_release(reply.content), Cause.OTHER, ""
     except MessageError as error:
         return None, cause_of(error), str(error)
-
-
-log = logging.getLogger("fedbags.server")
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
 
 
 class QuorumMissed(RunError):  # noqa: N818 (an outcome of waiting, which a run may end well after)

@@ -46,6 +46,14 @@ log = logging.getLogger("fedbags.server")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 
+_Note = Callable[[Exchanged], None]
+"""Called once all replies of an exchange are in."""
+_Arrays = Mapping[str, FloatArray]
+_MOST_BAGS = 10**6
+"""Most bags that a release can state."""
+LARGEST_FIGURE = 1e12
+"""Beyond every count and figure of a hospital, and far from where sums overflow."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -73,10 +81,6 @@ class Phase:
     kind: str
     round: int
     deadline: float
-
-
-_Note = Callable[[Exchanged], None]
-"""Called once all replies of an exchange are in."""
 
 
 def ask(
@@ -170,14 +174,6 @@ def _wait(grid: Grid, message_id: str, end: float) -> Message | None:
             return None
         time.sleep(min(pause, left))
         pause = min(pause * 1.5, _LONGEST_PAUSE)
-
-
-_Arrays = Mapping[str, FloatArray]
-
-_MOST_BAGS = 10**6
-"""Most bags that a release can state."""
-LARGEST_FIGURE = 1e12
-"""Beyond every count and figure of a hospital, and far from where sums overflow."""
 
 
 class _UnreadableReply(MessageError):  # noqa: N818 (named for what came)

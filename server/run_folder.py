@@ -49,11 +49,22 @@ from common.text import JsonLines
 if TYPE_CHECKING:  # torch and Flower come with it, and whoever watches a run needs neither
     from server.evaluation import Confusion
 
+log = logging.getLogger("fedbags.server")
+
 _MAY_CHANGE = (
     "run-dir", "sites-dir", "secure-aggregation.certificates", "federation.statements", "train.device",
     "federation.sites", "federation.deadline", "federation.enrol-deadline", "federation.patience",
 )  # fmt: skip
 """Keys that say where, by whom and how patiently, not what is computed."""
+
+_ROOT = Path(__file__).resolve().parents[1]
+_GIT_SECONDS = 10
+# The newest may turn out damaged, so the one before it stays.
+_KEPT_CHECKPOINTS = 2
+_MODEL, _BEST, _OPTIMISER = "model/", "best/", "optimiser/"
+_STATE = "state"
+"""The array of the state's JSON; in a checkpoint of 0.1, the entry of the header."""
+_Arrays = Mapping[str, NDArray[Any]]
 
 
 class RunFolder:
@@ -193,10 +204,6 @@ def _append_line(path: Path, line: str) -> None:
             raise
 
 
-_ROOT = Path(__file__).resolve().parents[1]
-_GIT_SECONDS = 10
-
-
 def code_version() -> dict[str, str | None]:
     """Return ``{"version", "commit"}`` of the code that is running.
 
@@ -230,17 +237,6 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-log = logging.getLogger("fedbags.server")
-
-# The newest may turn out damaged, so the one before it stays.
-_KEPT_CHECKPOINTS = 2
-_MODEL, _BEST, _OPTIMISER = "model/", "best/", "optimiser/"
-_STATE = "state"
-"""The array of the state's JSON; in a checkpoint of 0.1, the entry of the header."""
-
-_Arrays = Mapping[str, NDArray[Any]]
 
 
 class ServerState(BaseModel):

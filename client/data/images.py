@@ -40,6 +40,19 @@ _ROBUST_SHARE = 0.001
 _REDUCED_OR_MASK = 0b101
 """Bits of TIFF's NewSubfileType: a page that is a smaller copy, or a mask, of another."""
 
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
+_FORMAT = 2
+"""Raised when decoding changes, so that caches of older releases are not taken for this one's."""
+CHUNK = 128
+"""Images decoded between two writes; bounds memory and sets how often progress is told."""
+_KEPT = 3
+"""Caches of one kind and version that are kept: sizes of runs that go on at the same time."""
+_ATTEMPTS = 3
+"""Times that a cache is built which other processes remove again before it is mapped."""
+_STALE_SECONDS = 24 * 3600
+"""A temporary folder older than this was left by a process that was killed."""
+
 
 def open_image(path: Path) -> Image.Image:
     """Read one picture, turned by its EXIF orientation, in the mode of the file.
@@ -167,25 +180,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # damaged EXIF makes Pillow raise nearly anything; the pixels are sound
         return 1
     return value if value in range(2, 9) else 1
-
-
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
-
-_FORMAT = 2
-"""Raised when decoding changes, so that caches of older releases are not taken for this one's."""
-
-CHUNK = 128
-"""Images decoded between two writes; bounds memory and sets how often progress is told."""
-
-_KEPT = 3
-"""Caches of one kind and version that are kept: sizes of runs that go on at the same time."""
-
-_ATTEMPTS = 3
-"""Times that a cache is built which other processes remove again before it is mapped."""
-
-_STALE_SECONDS = 24 * 3600
-"""A temporary folder older than this was left by a process that was killed."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from common.hierarchy import Hierarchy
 
 _WHOLE = re.compile(r"([0-9]{1,9})(?:[.,]0*)?")
 
+MANIFEST_FILE, BAGS_FILE, TEST_FILE = "manifest.csv", "bags.csv", "test.csv"
+
 
 @dataclass(frozen=True)
 class CsvTable:
@@ -163,9 +165,6 @@ def usual_spellings(names: Sequence[str], known: Iterable[str] = ()) -> dict[str
         chosen.setdefault(folded(name), name)
     chosen |= {folded(name): name for name in known}
     return {name: chosen[folded(name)] for name in set(names)}
-
-
-MANIFEST_FILE, BAGS_FILE, TEST_FILE = "manifest.csv", "bags.csv", "test.csv"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,18 @@ _ANCHOR_SUFFIX = ".anchor.json"
 _STATE = "state"
 """The kit's folder for what must outlive a restart."""
 
+ADVICE = (
+    "Put back the newest intact copy of the ledger. If there is none, accept the loss once, at the site: "
+    "`fedbags ledger accept-loss SITE_FOLDER [--kit KIT]`. What the anchor says was spent keeps counting; "
+    "where nothing says it, the whole budget counts as spent. Statements and reports show the loss."
+)
+_CARRY_SUFFIX = ".composed"
+"""Suffix of the file that holds the composed privacy loss, in the ledger's folder."""
+_PURPOSE = "composed-privacy-loss"
+_FORMAT = 1
+"""Raise it when grids or bounds are chosen in another way."""
+_SEAL_BYTES = 32
+
 
 class LedgerLostError(LedgerError):
     """Report that the ledger is missing, or no longer holds rows that the site once wrote."""
@@ -133,13 +145,6 @@ class AnchorFile:
             raise LedgerBusyError(f"the ledger's anchor {self.path} cannot be written: {error}") from error
 
 
-ADVICE = (
-    "Put back the newest intact copy of the ledger. If there is none, accept the loss once, at the site: "
-    "`fedbags ledger accept-loss SITE_FOLDER [--kit KIT]`. What the anchor says was spent keeps counting; "
-    "where nothing says it, the whole budget counts as spent. Statements and reports show the loss."
-)
-
-
 def anchor_file(ledger: Path, kit: Path | None = None) -> AnchorFile:
     """Return the anchor of a ledger, in the kit's state folder if there is a kit, else in the ledger's."""
     folder = ledger.parent if kit is None else kit / _STATE
@@ -201,14 +206,6 @@ def _difference(anchored: Tally, held: Tally) -> Tally:
         for key, number in left.items()
         if number
     ]
-
-
-_CARRY_SUFFIX = ".composed"
-"""Suffix of the file that holds the composed privacy loss, in the ledger's folder."""
-_PURPOSE = "composed-privacy-loss"
-_FORMAT = 1
-"""Raise it when grids or bounds are chosen in another way."""
-_SEAL_BYTES = 32
 
 
 class CarryFile:

@@ -36,6 +36,12 @@ from common.errors import require_file
 from common.privacy.accounting import fits
 from common.privacy.events import Adjacency, PoissonGaussian, Unit
 
+_LEAST_CAP = 1e-9
+_NO_NOISE = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.0, steps=1)
+"""Stands for spending that nobody knows: no epsilon bounds it."""
+_UNKNOWN_ROWS = 0
+"""Stands for the length of a chain of which only the newest hash is known."""
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -166,15 +172,6 @@ def _check_meaning(entries: list[Entry]) -> list[_Problem]:
     if not fits(state.events, state.cap.epsilon, state.cap.delta, Adjacency.REPLACE_ONE, afresh=True):
         return [_Problem(entries[-1].seq, f"more than the cap of {state.cap.epsilon:g} was spent")]
     return []
-
-
-_LEAST_CAP = 1e-9
-_NO_NOISE = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.0, steps=1)
-"""Stands for spending that nobody knows: no epsilon bounds it."""
-
-
-_UNKNOWN_ROWS = 0
-"""Stands for the length of a chain of which only the newest hash is known."""
 
 
 def accept_loss(ledger: Ledger, site: str, head: str | None = None) -> bool:

@@ -40,6 +40,19 @@ DIRECT = 16
 _KEPT = 8
 """So many compositions stay in memory, the last used; each takes at most about 32 MiB."""
 
+_Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
+_FINEST, _COARSEST = 2.0**-16, 2.0**-10
+"""Bounds of the loss grid's interval (dp-accounting's default is 1e-4)."""
+_COARSENING = 8
+"""The first, cheap bound uses a grid this much wider."""
+_POINTS = 2**22
+"""About the most grid points that a composed distribution may take (1 s, 100 MiB)."""
+_LEAST_SCALE = 1e-3
+"""A release with less noise (epsilon above 2000) counts as not private at all."""
+_LARGEST_SIGMA = 1e6
+_CALIBRATION_SECONDS = 120.0
+"""The most that a search for sigma may take; usual settings take seconds."""
+
 
 @dataclass(frozen=True, eq=False)
 class Composition:
@@ -225,21 +238,6 @@ def _release(scale: float, adjacency: Adjacency, interval: float) -> Any:
         1 / scale, sensitivity=1, value_discretization_interval=interval
     )
     return one_way.compose(one_way) if adjacency is Adjacency.REPLACE_ONE else one_way
-
-
-_Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
-
-_FINEST, _COARSEST = 2.0**-16, 2.0**-10
-"""Bounds of the loss grid's interval (dp-accounting's default is 1e-4)."""
-_COARSENING = 8
-"""The first, cheap bound uses a grid this much wider."""
-_POINTS = 2**22
-"""About the most grid points that a composed distribution may take (1 s, 100 MiB)."""
-_LEAST_SCALE = 1e-3
-"""A release with less noise (epsilon above 2000) counts as not private at all."""
-_LARGEST_SIGMA = 1e6
-_CALIBRATION_SECONDS = 120.0
-"""The most that a search for sigma may take; usual settings take seconds."""
 
 
 def spent(events: Iterable[PoissonGaussian | DiscreteLaplace], delta: float, adjacency: Adjacency) -> float:

@@ -17,6 +17,9 @@ from common import pki
 from common.errors import IdentityError, SecureAggregationRefused
 from common.secure_aggregation.records import KeyAdvert, SessionPlan, UnmaskRequest
 
+KEYS_SIGNED, SURVIVORS_SIGNED = "secure aggregation, keys", "secure aggregation, survivors"
+"""What a node key's signature is for; one for the first is none for the second."""
+
 
 def _is_complete(plan: SessionPlan) -> bool:
     """Return True if every site shares a mask with every other."""
@@ -72,10 +75,6 @@ def _sums(plan: SessionPlan, survivors: Iterable[str]) -> list[list[str]]:
         parts.append(sorted(part))
         left -= part
     return parts
-
-
-KEYS_SIGNED, SURVIVORS_SIGNED = "secure aggregation, keys", "secure aggregation, survivors"
-"""What a node key's signature is for; one for the first is none for the second."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,12 @@ _SECRET_BYTES = 32
 _ONCE = bytes(12)
 """The nonce. Every sealing key is derived for one message: session, sender and receiver are in it."""
 
+CHUNK = 2**16
+"""Words at once: keystream and vector stay in the processor's cache."""
+_ZEROS = bytes(4 * CHUNK)
+_FROM_ZERO = bytes(16)
+"""Block counter and nonce; a key makes one stream."""
+
 
 def new_secret() -> bytes:
     """Return 32 bytes from the operating system.
@@ -147,13 +153,6 @@ def join(shares: Mapping[str, bytes], threshold: int) -> bytes | None:
     except ValueError:
         return None
     return secret if len(secret) == _SECRET_BYTES else None
-
-
-CHUNK = 2**16
-"""Words at once: keystream and vector stay in the processor's cache."""
-_ZEROS = bytes(4 * CHUNK)
-_FROM_ZERO = bytes(16)
-"""Block counter and nonce; a key makes one stream."""
 
 
 class Keystream:

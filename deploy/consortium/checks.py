@@ -30,6 +30,10 @@ from deploy.consortium.pki import (
     require_private,
 )
 
+_CLOCK_SKEW = 240.0
+"""Seconds; a SuperLink refuses a signature that is older than 300 s (flwr's TIMESTAMP_TOLERANCE)."""
+_ADMIN_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"
+
 
 def check_coordinator_kit(kit: CoordinatorKit) -> None:
     """Check all that the coordinator's processes start from.
@@ -139,11 +143,6 @@ def _require_secret(kit: Kit, advice: str) -> Path:
     path = require_file(kit.superexec_secret, "the secret between SuperExec and its runtime", advice)
     require_private(path)
     return path
-
-
-_CLOCK_SKEW = 240.0
-"""Seconds; a SuperLink refuses a signature that is older than 300 s (flwr's TIMESTAMP_TOLERANCE)."""
-_ADMIN_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def require_ports(wanted: Iterable[tuple[str, str, int]]) -> None:

@@ -23,6 +23,11 @@ from deploy.runs.show import bounds_of, share_text, suppression
 
 _MOST_SITES_NAMED = 10
 
+_MOST_NUMBERED = 12
+"""Classes up to which every cell tells its share in figures."""
+_MOST_NAMED = 60
+"""Classes up to which each has its name on the axes; above, only their parents have."""
+
 
 def draw_curves(runs: Sequence[FinishedRun]) -> Figure:
     """Return a figure of the training loss and of the KL and L1 of held-back bags per level.
@@ -148,12 +153,6 @@ def _draw_note(axes: Axes, text: str) -> None:
     bare(axes)
     axes.set_ylabel("")
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
-
-
-_MOST_NUMBERED = 12
-"""Classes up to which every cell tells its share in figures."""
-_MOST_NAMED = 60
-"""Classes up to which each has its name on the axes; above, only their parents have."""
 
 
 def draw_confusion(runs: Sequence[FinishedRun], level: int) -> Figure:

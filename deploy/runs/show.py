@@ -30,6 +30,10 @@ _COLOURS = {
     Stage.FAILED: "red",
 }
 
+_LONGEST_NAME = 36
+"""Characters of a run's name that fit on one line of 80 with the figures; longer ones are folded."""
+_FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
+
 
 def run_table(state: RunState, run: str, now: float) -> RenderableType:
     """Return the table of a run, at the coordinator.
@@ -170,11 +174,6 @@ def suppression(level: LevelFigures) -> str:
     """
     found = level.suppressed
     return f"{found.cells} cells below {found.below} suppressed" if found else ""
-
-
-_LONGEST_NAME = 36
-"""Characters of a run's name that fit on one line of 80 with the figures; longer ones are folded."""
-_FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
