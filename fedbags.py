@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from common.config import RunConfig
     from common.errors import DataError, FedbagsError, RunError, UserError
     from common.hierarchy import Hierarchy
+    from common.parts import Kind, Part, register_part
     from deploy.api import (
         Run,
         build_site,
@@ -58,6 +59,8 @@ __all__ = [
     "Division",
     "FedbagsError",
     "Hierarchy",
+    "Kind",
+    "Part",
     "Run",
     "RunConfig",
     "RunError",
@@ -70,12 +73,14 @@ __all__ = [
     "compare",
     "load_run",
     "predict",
+    "register_part",
     "report",
     "simulate",
 ]
 _ELSEWHERE = {
     "Hierarchy": "common.hierarchy",
     "RunConfig": "common.config",
+    **dict.fromkeys(("Kind", "Part", "register_part"), "common.parts"),
     **dict.fromkeys(("Division", "SourceOptions", "SyntheticHospitals"), "deploy.datasets.options"),
     **dict.fromkeys(("DataError", "FedbagsError", "RunError", "UserError"), "common.errors"),
 }

@@ -61,14 +61,17 @@ class SiteSession:
         """Open the session of the node that a message came to.
 
         Raises:
-            ConfigError: the run's configuration or site.toml is faulty, or the node has no site.
+            ConfigError: the run's configuration or site.toml is faulty, the node has no site, or the site
+                does not allow every part of the run.
             UserError: there is no such site folder.
         """
         config = RunConfig.from_flat(context.run_config)
         folder = _find_site(context.node_config, config.sites_dir)
-        return cls(
+        session = cls(
             config, SiteConfig.load(folder), folder, context.node_config, context.run_id, context.state
         )
+        session.terms.refuse_parts(config.part_names)
+        return session
 
     @property
     def simulated(self) -> bool:

@@ -15,7 +15,7 @@ nothing but their sites.
 import hmac
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,8 +25,9 @@ import numpy as np
 import tomli_w
 from pydantic import Field, field_validator
 
-from common.errors import UserError, require_file
+from common.errors import ConfigError, UserError, require_file
 from common.files import create_bytes, write_text
+from common.parts import shipped_names
 from common.records import SiteName
 from common.settings_file import Section, read_toml, validated
 
@@ -111,6 +112,20 @@ class Terms:
     """Counts of test images below this, and above 0, are suppressed."""
     skip_bad: bool | None
     """Whether bad rows are left out; None: the run says."""
+    parts: frozenset[str] | None
+    """Names of the parts that a run here may be made of; None: any."""
+
+    def refuse_parts(self, used: Iterable[str]) -> None:
+        """Refuse parts that the site's owner does not allow.
+
+        Raises:
+            ConfigError: names them.
+        """
+        if self.parts is not None and (refused := sorted(set(used) - self.parts)):
+            raise ConfigError(
+                f"this site allows no part {', '.join(map(repr, refused))}: its owner may add the name to "
+                "[policy] parts of site.toml"
+            )
 
 
 class SitePolicy(Section):
@@ -129,6 +144,9 @@ class SitePolicy(Section):
     minimum_held_back_bags: int | None = Field(None, ge=1, description="fewest bags of an exact figure")
     minimum_cell_size: int | None = Field(None, ge=0, le=1000, description="smallest count of test images")
     skip_bad: bool | None = Field(None, description="leave out bad rows instead of refusing")
+    parts: tuple[str, ...] | None = Field(
+        None, description="names of the parts that a run may be made of; not said: all that fedbags brings"
+    )
     budget: _PrivacyBudget = _PrivacyBudget()
     secure_aggregation: _SecureAggregationPolicy = _SecureAggregationPolicy()
 
@@ -164,7 +182,13 @@ class SitePolicy(Section):
             minimum_held_back_bags=default(self.minimum_held_back_bags, 8, 1),
             minimum_cell_size=default(self.minimum_cell_size, 5, 0),
             skip_bad=False if self.skip_bad is None and not simulated else self.skip_bad,
+            parts=self._allowed_parts(simulated),
         )
+
+    def _allowed_parts(self, simulated: bool) -> frozenset[str] | None:
+        if self.parts is None:
+            return None if simulated else shipped_names()
+        return frozenset(self.parts)
 
     def safe_metrics(self) -> tuple[str, ...]:
         """Return the metrics that tell no more of the label counts than the site releases of them anyway.

@@ -152,6 +152,13 @@ class RunConfig(Section):
         return self.federation.model_copy(update={"quorum": quorum})
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        """Return the names of the parts that the run is made of; a torchvision model is none."""
+        backbone = self.model.backbone
+        own = (backbone,) if backbone in parts.names(Kind.BACKBONE) else ()
+        return (*own, *self.model.recipe.parts)
+
+    @property
     def trained_part(self) -> TrainedPart:
         """Return the part of the model to train, with ``auto`` resolved."""
         if self.train.part is not TrainedPart.AUTO:

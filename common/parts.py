@@ -1,20 +1,23 @@
 """Register the parts that a run is made of: backbones, blocks, heads, loss terms, explainers and probes.
 
 A part is one module with a ``Part`` in it. The product's own parts have one line each in ``_SHIPPED``. Parts
-of others come in two ways. A coordinator copies their source into the app, below ``parts/``, so that the hash
-that a hospital approves covers it. On a laptop, ``discover`` also admits installed packages that name theirs
-as entry points of the group ``fedbags.parts``; a hospital never calls it, for no hash covers such code.
+of others come in two ways. A coordinator copies their source into the app, below ``added_parts/``, so that
+the hash that a hospital approves covers it. On a laptop, ``discover`` also admits installed packages, which
+name their parts as entry points of the group ``fedbags.parts``; no hospital calls it, for no hash covers
+such code.
 
 Modules of parts are imported when they are first asked for, so reading a configuration loads no torch.
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +83,7 @@ _SHIPPED: Mapping[Kind, Mapping[str, str]] = {
 }
 _WITH_SETTINGS = frozenset({"vat", "rot", "llpfc", "mixbag"})
 """Shipped parts that have keys: the others need not be imported to know that they have none."""
-_ADDED = Path(__file__).parents[1] / "parts"
+_ADDED = Path(__file__).parents[1] / "added_parts"
 """Where ``fedbags parts add`` puts the source of others within the app."""
 _GROUP = "fedbags.parts"
 _registered: dict[tuple[Kind, str], Part] = {}
@@ -117,7 +120,12 @@ def names(kind: Kind) -> list[str]:
 
 def is_shipped(name: str) -> bool:
     """Return True if the product itself brings a part of this name."""
-    return any(name in lines for lines in _SHIPPED.values())
+    return name in shipped_names()
+
+
+def shipped_names() -> frozenset[str]:
+    """Return the names of all parts that the product itself brings."""
+    return frozenset(name for lines in _SHIPPED.values() for name in lines)
 
 
 def shipped_with_settings() -> list[Part]:
@@ -146,7 +154,7 @@ def has_settings(name: str) -> bool:
     return any(name in names(kind) and part(kind, name).settings is not NoSettings for kind in Kind)
 
 
-def register(added: Part) -> None:
+def register_part(added: Part) -> None:
     """Make a part of the running program known, as a notebook or a test does.
 
     Raises:
@@ -156,6 +164,11 @@ def register(added: Part) -> None:
     if taken and _registered.get((added.kind, added.name)) != added:
         raise ConfigError(f"there is a {added.kind.value} {added.name!r} already: choose another name")
     _registered[added.kind, added.name] = added
+
+
+def forget(added: Part) -> None:
+    """Take back what ``register_part`` did."""
+    _registered.pop((added.kind, added.name), None)
 
 
 def discover() -> None:
@@ -182,12 +195,56 @@ def parts_of(module: Any, where: str) -> list[Part]:
     return list(found)
 
 
+def provenance(used: Iterable[str]) -> list[dict[str, str]]:
+    """Return where the parts of these names come from that the product does not bring itself.
+
+    Returns:
+        ``kind``, ``name``, ``package``, its ``version`` (empty within an app), ``sha256`` of its source.
+    """
+    found = []
+    for other in [*_registered.values(), *_of_others()]:
+        if other.name in set(used):
+            module = other.build.__module__
+            top = (
+                ".".join(module.split(".")[:2])
+                if module.startswith("added_parts.")
+                else module.partition(".")[0]
+            )
+            versions = packages_distributions().get(top, [])
+            found.append(
+                {
+                    "kind": other.kind.value,
+                    "name": other.name,
+                    "package": top,
+                    "version": version(versions[0]) if versions else "",
+                    "sha256": _source_hash(top, other.build),
+                }
+            )
+    return found
+
+
+def _source_hash(package: str, build: Callable[..., Any]) -> str:
+    """Return the SHA-256 over the names and contents of a package's Python files, or of the one file."""
+    spec = importlib.util.find_spec(package)
+    # A program or notebook is no module that can be found; its file is that of the function.
+    file = Path(spec.origin if spec and spec.origin else inspect.getfile(build))
+    whole = spec is not None and spec.submodule_search_locations
+    files = sorted(file.parent.rglob("*.py")) if whole else [file]
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(file.parent).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
 @functools.cache
 def _of_others() -> tuple[Part, ...]:
     found = []
     for folder in sorted(_ADDED.glob("*/__init__.py")):
         name = folder.parent.name
-        found += parts_of(importlib.import_module(f"parts.{name}"), f"the added package parts/{name}")
+        found += parts_of(
+            importlib.import_module(f"added_parts.{name}"), f"the added package added_parts/{name}"
+        )
     if _discovering:
         for entry in installed():
             found += parts_of(entry.load(), f"the installed package {entry.value}")

@@ -167,6 +167,8 @@ class RunSummary(_Record):
     seconds: float = 0.0
     code: Mapping[str, str | None] = {}
     """Version and commit of the code that ran."""
+    parts: tuple[Mapping[str, str], ...] = ()
+    """Where parts come from that fedbags does not bring (``common.parts.provenance``)."""
     engine: str = ""
     levels: tuple[LevelFigures, ...] = ()
     bags: tuple[BagFigures, ...] = ()

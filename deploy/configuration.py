@@ -21,6 +21,7 @@ from client.site import site_folders
 from common.config import RunConfig, Scalar, flatten, parse_setting
 from common.errors import UserError
 from common.model.methods import method_file, method_names
+from common.parts import discover
 from deploy.cli.terminal import console
 
 _PRESETS = Path(common.config.__file__).parent / "presets"
@@ -74,6 +75,7 @@ def compose(request: RunRequest) -> RunConfig:
     Raises:
         UserError: an unknown key, a value out of bounds, or no such preset.
     """
+    discover()
     base = RunConfig.from_toml(request.config_file) if request.config_file else RunConfig()
     given = request.given
     # Called for its errors: a wrong key is named before any image is opened.

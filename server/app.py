@@ -13,6 +13,7 @@ from common.config import RunConfig
 from common.errors import RunError, UserError
 from common.model.build import build_model, trainable_parameters
 from common.model.model_file import ModelCard, load_arrays, save_model
+from common.parts import provenance
 from common.run_records import CheckpointDamaged, Enrolled, Failed, Finished, RunSummary, SiteFigures
 from server import run_folder
 from server.collect import Collector
@@ -145,6 +146,7 @@ def _finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
             sites=len(rounds.roster.nodes),
             seconds=round(state.seconds, 3),
             code=code,
+            parts=provenance(config.part_names),
             engine=getattr(rounds.collector.grid, "engine", "flower"),  # our own grid names itself
             levels=level_figures(tree, *pooled, bounds) if pooled else [],
             bags=state.bags,

@@ -80,6 +80,16 @@ def test_a_clinic_predicts(private_run: fedbags.Run, capsys: pytest.CaptureFixtu
     assert "refused: 0: this is no image" in refused
 
 
+def test_a_backbone_of_ones_own_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.parts._registered", {})
+    load("own_backbone").main(str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert re.search(r"backbone patches of own_backbone, source [0-9a-f]{12}\n", said)
+    assert re.search(r"leaf accuracy 0\.\d{3}", said)
+
+
 def test_a_report_is_read(
     private_run: fedbags.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ import typer.core
 
 from common.errors import FedbagsError, UserError
 from deploy import cli
-from deploy.cli import Json, audit, bags, consortium, ledger, print_json, runs, say, site
+from deploy.cli import Json, audit, bags, consortium, ledger, parts, print_json, runs, say, site
 from deploy.flower.processes import without_proxy
 from deploy.lazy import lazy_imports
 from deploy.simulation import interrupt, prerequisites
@@ -49,6 +49,7 @@ app.add_typer(ledger.app, name="ledger")
 app.add_typer(consortium.provision_app, name="provision")
 app.add_typer(_site_app, name="site")
 app.add_typer(runs.app, name="runs")
+app.add_typer(parts.app, name="parts")
 
 _site_app.command("approve")(site.approve)
 app.command("compare")(runs.compare)

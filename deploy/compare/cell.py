@@ -19,6 +19,7 @@ from typing import Any
 from common.config import RunConfig
 from common.errors import FedbagsError
 from common.files import write_json
+from common.parts import discover
 from deploy.compare.plan import RESULT, Order
 from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary
@@ -37,6 +38,7 @@ def _work(run: Path) -> None:
         FedbagsError: what the run raises.
     """
     started = time.monotonic()
+    discover()
     order = Order.load(run)
     folder = RunFolder(run)
     config = RunConfig.from_flat(order.config).with_changes({"resume": folder.config.exists()})

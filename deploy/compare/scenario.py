@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_v
 from common.config import RunConfig, Scalar, flatten, refuse_unknown_key
 from common.errors import ConfigError, require_file
 from common.model.methods import method_names, sees_labels
+from common.parts import discover
 from common.settings_file import Section, nearest, read_toml
 from deploy.datasets.options import Division, SourceKind
 
@@ -187,6 +188,7 @@ class Scenario(Section):
         """
         require_file(path, "the scenario", "docs/compare.md says how to write one; benchmarks/ has examples.")
         content = read_toml(path)
+        discover()
         try:
             return cls.model_validate(content)
         except ValidationError as error:

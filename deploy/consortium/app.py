@@ -13,14 +13,18 @@ import io
 import tomllib
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from common.config import flatten
 from common.errors import UserError, require_file
+from common.parts import is_shipped
 from common.text import visible
 from deploy.consortium.kit import app_hash
 from deploy.lazy import lazy_imports
@@ -28,22 +32,52 @@ from deploy.lazy import lazy_imports
 with lazy_imports():
     from deploy.flower import internals
 
-_PACKAGES = ("common", "client", "server")
+_PARTS_INIT = "added_parts/__init__.py"
 _PACKAGED = "app.toml"
 """pyproject.toml inside an installed wheel (pyproject.toml's own force-include puts it there)."""
 
 
-def build_bundle() -> bytes:
+@dataclass(frozen=True)
+class AddedParts:
+    """Hold what others' parts bring into an app."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Path in the app, below ``added_parts/``, to content."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Defaults of their settings by the part's name."""
+
+    def and_also(self, other: "AddedParts", package: str) -> "AddedParts":
+        """Return these with others in place of what the package of this name had brought."""
+        kept = {
+            path: text for path, text in self.files.items() if not path.startswith(f"added_parts/{package}/")
+        }
+        return AddedParts({**kept, **other.files}, {**self.settings, **other.settings})
+
+
+def build_bundle(added: AddedParts | None = None) -> bytes:
     """Build the app of the running fedbags, from a checkout or an installed wheel.
+
+    Args:
+        added: others' parts that the app holds beside its own.
 
     Raises:
         UserError: Flower cannot build it (too large, say), or the installation is incomplete.
     """
-    sources: dict[str, bytes | Path] = {"pyproject.toml": _project_file()}
-    for package in _PACKAGES:
+    project = _project_file()
+    patterns = tomllib.loads(project.decode())["tool"]["flwr"]["app"]["fab-include"]
+    sources: dict[str, bytes | Path] = {}
+    for package, _, pattern in (included.partition("/") for included in patterns):
         folder = Path(str(importlib.import_module(package).__file__)).parent
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(folder.glob(pattern)):
             sources[f"{package}/{path.relative_to(folder).as_posix()}"] = path
+    if added and added.files:
+        # A package of the same name elsewhere at a site would win over a folder without this file.
+        sources |= {_PARTS_INIT: b'"""Hold the parts of others."""\n', **added.files}
+        project = project.replace(b"fab-include = [", b'fab-include = ["added_parts/**/*.py", ', 1)
+        if added.settings:
+            tables = {"tool": {"flwr": {"app": {"config": {"parts": added.settings}}}}}
+            project += b"\n" + tomli_w.dumps(tables).encode()
+    sources["pyproject.toml"] = project
     try:
         return internals.build_app(sources)
     except ValueError as error:
@@ -89,6 +123,20 @@ class _App:
     def hash(self) -> str:
         """Return the SHA-256 that a kit pins to approve this app."""
         return app_hash(self.content)
+
+    @cached_property
+    def added_parts(self) -> AddedParts:
+        """Return the parts of others that the app holds."""
+        files = {
+            path: text
+            for path, text in self.files.items()
+            if path.startswith("added_parts/") and path != _PARTS_INIT
+        }
+        table = tomllib.loads(self.files[_PROJECT_FILE].decode())["tool"]["flwr"]["app"]["config"]
+        tables = table.get("parts", {}).items()
+        return AddedParts(
+            files, {name: keys for name, keys in tables if not is_shipped(name)} if files else {}
+        )
 
     @cached_property
     def settings(self) -> dict[str, str]:

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedbags.executor")
 
-_OWN_PACKAGES = frozenset({"common", "client", "server", "deploy"})
+_OWN_PACKAGES = frozenset({"common", "client", "server", "deploy", "added_parts"})
 """Taken out of a task's process before the app is loaded: the app brings its own."""
 
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from common.errors import UserError
 from common.files import write_bytes, write_text
 from common.settings_file import nearest
-from deploy.consortium.app import build_bundle
+from deploy.consortium.app import AddedParts, build_bundle, read_app
 from deploy.consortium.authority import CERTIFICATE_FILE, Authority
 from deploy.consortium.checks import check_authority, check_bundle, check_node, check_server
 from deploy.consortium.kit import KIT_FILE, CoordinatorKit, Kit, SiteKit, app_hash
@@ -35,6 +35,7 @@ from deploy.consortium.pki import (
     write_public_key,
 )
 from deploy.consortium.settings import SitePorts, valid_site
+from deploy.parts import Package, defaults_of
 
 _COORDINATOR_FILES = {
     "nginx.conf": "nginx.conf.j2",
@@ -209,15 +210,23 @@ class Kits:
                 self.certify_site(name, days)
         return self.finished()
 
-    def update_app(self) -> Changes:
-        """Bundle the app of this fedbags in place of the one before.
+    def update_app(self, package: Package | None = None) -> Changes:
+        """Bundle the app of this fedbags in place of the one before, with the parts of others that it held.
 
         Every site has to approve the new app.
+
+        Args:
+            package: parts to add, or to bring up to date.
 
         Raises:
             UserError: as ``build_bundle``.
         """
-        content = build_bundle()
+        stored = self.coordinator.app
+        added = read_app(stored).added_parts if stored.is_file() else AddedParts()
+        if package is not None:
+            more = AddedParts(package.in_app(), defaults_of(package))
+            added = added.and_also(more, package.name)
+        content = build_bundle(added)
         kit = self.coordinator.model_copy(update={"app_hash": app_hash(content)})
         # If it stops between the two writes, check_bundle names the mismatch and a second try mends it.
         write_bytes(kit.app, content, 0o644)

@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.hierarchy import Hierarchy
 from common.model.classifier import HierarchicalClassifier
 from common.model.model_file import load_model
+from common.parts import discover
 from common.run_records import RunEvent, RunSummary
 from deploy.runs.reading import read_summary, run_events
 from server.run_folder import RunFolder
@@ -55,6 +56,7 @@ class FinishedRun:
         Raises:
             UserError: it is no run folder, the run has not finished, or a file is damaged.
         """
+        discover()
         folder = RunFolder(path)
         if not folder.config.is_file():
             raise UserError(

@@ -26,6 +26,7 @@ from common.hierarchy import Hierarchy
 from common.model.classifier import HierarchicalClassifier, consistent_prediction, log_probabilities
 from common.model.interfaces import Inputs
 from common.model.model_file import ModelCard, load_model
+from common.parts import discover
 from deploy.cli.terminal import console, table
 from deploy.runs.pictures import find_pictures, open_picture
 
@@ -71,6 +72,7 @@ class Classifier:
         Raises:
             UserError: there is no complete model in it.
         """
+        discover()
         return cls(*load_model(run))
 
     def predict_images(

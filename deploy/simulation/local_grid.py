@@ -22,6 +22,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from common.parts import discover
 from deploy.flower import internals
 from deploy.simulation.interrupt import held_off
 
@@ -280,6 +281,7 @@ def _start_worker(client_app: str, lifeline: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    discover()
     _load_app(client_app)
 
 

@@ -153,7 +153,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], str]]:
     monkeypatch.setattr(parts, "_registered", {})
 
     def register(kind: Any) -> str:
-        parts.register(Part(Kind.TERM, "planted", kind, "a test"))
+        parts.register_part(Part(Kind.TERM, "planted", kind, "a test"))
         return "planted"
 
     return register

@@ -495,7 +495,7 @@ def test_a_new_app_changes_the_coordinators_pin_and_no_sites(
     kits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = SiteKit.load(kits / "sites" / "north")
-    monkeypatch.setattr("deploy.consortium.kits.build_bundle", lambda: b"another app")
+    monkeypatch.setattr("deploy.consortium.kits.build_bundle", lambda added: b"another app")
     changes = Kits.open(kits).update_app()
     kit = CoordinatorKit.load(kits / "coordinator")
     assert kit.app.read_bytes() == b"another app"
