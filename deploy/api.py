@@ -20,7 +20,7 @@ from deploy.compare import run as comparison
 from deploy.configuration import RunRequest
 from deploy.datasets import build as datasets
 from deploy.datasets.counts import CountedFiles, build_counted_site, read_counted_bags
-from deploy.datasets.options import Division, SourceOptions, SyntheticHospitals
+from deploy.datasets.options import Division, PathLike, SourceOptions, SyntheticHospitals
 from deploy.datasets.site_check import check_site as describe_site
 from deploy.datasets.synthetic import synthetic_source
 from deploy.figures.draw import draw_figures
@@ -28,8 +28,6 @@ from deploy.report import files as report_files
 from deploy.runs.predict import Classifier
 from deploy.runs.reading import read_summary
 from deploy.simulation import simulate as simulation
-
-PathLike = str | Path
 
 
 @dataclass(frozen=True)

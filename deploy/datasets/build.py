@@ -70,18 +70,19 @@ def open_source(options: SourceOptions, hospitals: SyntheticHospitals = Syntheti
     # An option that is ignored would leave the user with another data set than asked for.
     if ignored := [name for name, value in given.items() if value is not None and name not in takes]:
         raise UserError(f"--source {kind} does not read {', '.join(ignored)}")
-    images = options.images
     if kind is SourceKind.SYNTHETIC:
-        if images is not None:
+        if options.images is not None:
             raise UserError("--source synthetic draws its images; it does not read --images")
         return synthetic.synthetic_source(hospitals)
-    if images is None or (from_table and options.labels is None):
+    if options.images is None or (from_table and options.labels is None):
         raise UserError(f"--source {kind} needs --images" + (" and --labels" if from_table else ""))
+    images = Path(options.images)
+    hierarchy = None if options.hierarchy is None else Path(options.hierarchy)
     readers: dict[SourceKind, Callable[[], SourceTable]] = {
         SourceKind.TABLE: lambda: table.table_source(options),
         SourceKind.DICOM: lambda: dicom.dicom_source(options),
         SourceKind.FOLDERS: lambda: table.folder_source(images, fold_case=options.fold_case),
-        SourceKind.MEDMNIST: lambda: archive.medmnist_source(images, options.hierarchy),
+        SourceKind.MEDMNIST: lambda: archive.medmnist_source(images, hierarchy),
         SourceKind.ARCHIVE: lambda: archive.archive_source(images),
         SourceKind.CUB: lambda: fine_grained.cub_source(images),
         SourceKind.AIRCRAFT: lambda: fine_grained.aircraft_source(images),

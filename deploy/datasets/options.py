@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+PathLike = str | Path
+
 _USUAL_SITES = 5
 
 
@@ -45,18 +47,12 @@ class SourceOptions:
     """
 
     kind: SourceKind | str
-    images: Path | None = None
-    labels: Path | None = None
-    hierarchy: Path | None = None
+    images: PathLike | None = None
+    labels: PathLike | None = None
+    hierarchy: PathLike | None = None
     label_column: str | None = None
     depth: int | None = None
     fold_case: bool = False
-
-    def __post_init__(self) -> None:
-        # Python programs give paths as texts, too.
-        for name in ("images", "labels", "hierarchy"):
-            if (path := getattr(self, name)) is not None:
-                object.__setattr__(self, name, Path(path))
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,10 @@ def table_source(
         DataError: the CSV or the tree cannot be read.
         UserError: no image or label column can be found.
     """
-    images, labels, label_column = options.images, options.labels, options.label_column
-    assert images is not None
-    assert labels is not None
+    assert options.images is not None
+    assert options.labels is not None
+    images, labels, label_column = Path(options.images), Path(options.labels), options.label_column
+    hierarchy = None if options.hierarchy is None else Path(options.hierarchy)
     fatal: list[BadRow] = []
     bad: list[BadRow] = []
     table = read_csv(labels, (), fatal, bad)
@@ -87,7 +88,7 @@ def table_source(
         raise UserError(f"--levels {depth}: {labels} has {len(levels)} diagnosis column(s) to take from")
     levels = levels[:depth]
     group = None
-    tree = Hierarchy.from_csv(options.hierarchy) if options.hierarchy is not None else None
+    tree = Hierarchy.from_csv(hierarchy) if hierarchy is not None else None
     if not levels and label_column is None and _HAM10000_COLUMN in table.columns:
         levels = [_HAM10000_COLUMN]
         tree = tree or Hierarchy.from_rows(_HAM10000_LEVELS, _HAM10000_TREE)
@@ -103,7 +104,7 @@ def table_source(
     usual = _usual_spellings(table, levels, tree)
     table = _joined(table, usual, notes) if options.fold_case else _only_usual(table, usual, bad)
     tree = tree or _tree_from(table, levels, bad)
-    refuse_duplicate_names(tree, (options.hierarchy or labels).name)
+    refuse_duplicate_names(tree, (hierarchy or labels).name)
     index = FileIndex(images, is_image)
     kept: list[int] = []
     paths: list[Path] = []
