@@ -186,7 +186,7 @@ def train_round_privately(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     progress = run_progress(round, config.rounds)
     optimiser = BagDPOptimizer(build_optimiser(parameters, config, progress), plan, round)
-    if config.federation.strategy is Strategy.FEDPROX:
+    if config.federation.strategy == Strategy.FEDPROX:
         _pull_towards_server(optimiser, config.federation.proximal_mu)
     unchanged = Unchanged(model)
     with torch.random.fork_rng(devices=[]):

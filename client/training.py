@@ -151,7 +151,7 @@ def _proximal_term(parameters: list[nn.Parameter], server_values: list[Tensor], 
 
 
 def _server_values(parameters: list[nn.Parameter], config: RunConfig) -> list[Tensor]:
-    if config.federation.strategy is not Strategy.FEDPROX:
+    if config.federation.strategy != Strategy.FEDPROX:
         return []
     return [parameter.detach().clone() for parameter in parameters]
 

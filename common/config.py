@@ -82,7 +82,7 @@ class RunConfig(Section):
         except ValidationError:
             return {**data, "parts": {}}  # the faults of the table are listed with those of the others
         tables = {}
-        for name in _parts_with_settings(model):
+        for name in _parts_with_settings(model, _strategy(data)):
             table = given.pop(name, {})
             tables[name] = (
                 table if isinstance(table, Section) else parts.settings_of(name).model_validate(table)
@@ -107,6 +107,7 @@ class RunConfig(Section):
         recipe = self.model.recipe
         used = [(Kind.HEAD, recipe.head), *((Kind.TERM, term) for term in recipe.terms)]
         used += [(Kind.BLOCK, recipe.block)] if recipe.block != NO_BLOCK else []
+        used.append((Kind.STRATEGY, self.federation.strategy))
         for kind, name in used:
             if name not in parts.names(kind):
                 known = parts.names(kind)
@@ -131,7 +132,7 @@ class RunConfig(Section):
             return self
         if strategy in (Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM):
             raise ValueError(
-                f"federation.strategy = '{strategy.value}' compares the sites' updates, and with secure "
+                f"federation.strategy = '{strategy}' compares the sites' updates, and with secure "
                 "aggregation nobody sees them: use a strategy of means, or secure-aggregation.enabled = false"
             )
         if secure.minimum_sites > self.federation.sites:
@@ -200,7 +201,8 @@ class RunConfig(Section):
                 _put(nested, key, value)
         # Faults of the table itself are found below.
         with suppress(ValidationError):
-            used = list(_parts_with_settings(ModelConfig.model_validate(nested.get("model", {}))))
+            model = ModelConfig.model_validate(nested.get("model", {}))
+            used = list(_parts_with_settings(model, _strategy(nested)))
             of_parts = {key: v for key, v in carried.items() if key.split(".")[1] in used} | of_parts
             for key, value in of_parts.items():
                 try:
@@ -267,9 +269,16 @@ def refuse_unknown_key(key: str) -> None:
         raise ConfigError(f"unknown key {key!r}{nearest(key, known)}")
 
 
-def _parts_with_settings(model: ModelConfig) -> Iterator[str]:
+def _strategy(tables: Mapping[str, Any]) -> str:
+    table = tables.get("federation", {})
+    if isinstance(table, FederationConfig):
+        return table.strategy
+    return str(table.get("strategy", FederationConfig().strategy))
+
+
+def _parts_with_settings(model: ModelConfig, strategy: str) -> Iterator[str]:
     """Yield the names of the run's parts that have keys of their own, in the order of their kinds."""
-    for name in dict.fromkeys((model.backbone, *model.recipe.parts)):
+    for name in dict.fromkeys((model.backbone, *model.recipe.parts, strategy)):
         if parts.has_settings(name):
             yield name
 

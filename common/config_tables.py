@@ -186,7 +186,7 @@ class TrainConfig(Section):
 class FederationConfig(Section):
     """Hold the settings of participation, waiting and aggregation."""
 
-    strategy: Strategy = Field(Strategy.FEDAVG, description="makes the next model of the sites' updates")
+    strategy: str = Field(Strategy.FEDAVG.value, description="makes the next model of the sites' updates")
     sites: int = Field(5, ge=1, le=100_000, description="sites the server waits for at the start")
     quorum: int = Field(1, ge=1, le=100_000, description="fewest good updates that make a round")
     deadline: float = Field(3600.0, gt=0, le=1e7, description="seconds to wait for replies in a round")

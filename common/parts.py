@@ -32,6 +32,7 @@ class Kind(StrEnum):
     BLOCK = "block"
     HEAD = "head"
     TERM = "term"
+    STRATEGY = "strategy"
     EXPLAINER = "explainer"
     PROBE = "probe"
 
@@ -77,6 +78,17 @@ _SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "llpfc": "client.terms.llpfc:PART",
         "easyllp": "client.terms.easyllp:PART",
         "mixbag": "client.terms.mixbag:PART",
+    },
+    Kind.STRATEGY: {
+        "fedavg": "server.strategies:FEDAVG",
+        "fedprox": "server.strategies:FEDPROX",
+        "fedpals": "server.strategies:FEDPALS",
+        "fedavgm": "server.strategies:FEDAVGM",
+        "fedadam": "server.strategies:FEDADAM",
+        "fedyogi": "server.strategies:FEDYOGI",
+        "median": "server.strategies:MEDIAN",
+        "trimmed-mean": "server.strategies:TRIMMED_MEAN",
+        "krum": "server.strategies:KRUM",
     },
     Kind.EXPLAINER: {},
     Kind.PROBE: {},

@@ -20,15 +20,17 @@ from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from common.config_tables import FederationConfig, Strategy, cosine_decay, run_progress
+from common import parts
+from common.config_tables import FederationConfig, cosine_decay, run_progress
 from common.errors import RunError
+from common.parts import Kind
 from common.records import FloatArray, ModelUpdate, ProportionRelease
+from common.settings_file import Section
+from server.strategies import WEIGHT, Rule
 
-_WEIGHT = "weight"
 # Flower's strategies have no way to save or restore their state, so these attributes are read and set by
 # name.
 _STATE = ("current_arrays", "momentum_vector", "m_t", "v_t")
-_ROBUST = {Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM}
 
 Arrays = Mapping[str, FloatArray]
 
@@ -89,14 +91,17 @@ class _Collected:
 class ServerOptimiser:
     """Wrap Flower's strategy object so that a checkpoint can hold its state."""
 
-    def __init__(self, config: FederationConfig) -> None:
-        self._strategy: flower.Strategy = _flower_strategy(config)
+    def __init__(self, config: FederationConfig, settings: Section | None = None) -> None:
+        part = parts.part(Kind.STRATEGY, config.strategy)
+        rule: Rule = part.build(config, settings or part.settings())
+        self._strategy: flower.Strategy = rule.strategy
         self._rate, self._decays = config.server_learning_rate, config.server_decay
-        self._compares = config.strategy in _ROBUST
+        self.compares = rule.compares
+        """It compares single updates, which nobody sees with secure aggregation."""
 
     def aggregator(self) -> Aggregator:
         """Return a fresh collector for one round."""
-        return _Collected() if self._compares else _StreamingMean()
+        return _Collected() if self.compares else _StreamingMean()
 
     def step(self, current: Arrays, collected: Aggregator, round: int, rounds: int) -> dict[str, FloatArray]:
         """Return the next model from the current one and the round's updates (at least one).
@@ -151,41 +156,13 @@ class ServerOptimiser:
             setattr(self._strategy, attribute, value)
 
 
-def _flower_strategy(config: FederationConfig) -> flower.FedAvg:
-    match config.strategy:
-        case Strategy.FEDAVGM:
-            return flower.FedAvgM(
-                weighted_by_key=_WEIGHT,
-                server_learning_rate=config.server_learning_rate,
-                server_momentum=config.server_momentum,
-            )
-        case Strategy.FEDADAM:
-            return flower.FedAdam(
-                weighted_by_key=_WEIGHT, eta=config.server_learning_rate, beta_1=config.server_momentum
-            )
-        case Strategy.FEDYOGI:
-            return flower.FedYogi(
-                weighted_by_key=_WEIGHT, eta=config.server_learning_rate, beta_1=config.server_momentum
-            )
-        case Strategy.FEDPROX:
-            return flower.FedProx(weighted_by_key=_WEIGHT, proximal_mu=config.proximal_mu)
-        case Strategy.MEDIAN:
-            return flower.FedMedian(weighted_by_key=_WEIGHT)
-        case Strategy.TRIMMED_MEAN:
-            return flower.FedTrimmedAvg(weighted_by_key=_WEIGHT, beta=config.trim)
-        case Strategy.KRUM:
-            return flower.Krum(weighted_by_key=_WEIGHT, num_malicious_nodes=config.byzantine)
-        case Strategy.FEDAVG | Strategy.FEDPALS:
-            return flower.FedAvg(weighted_by_key=_WEIGHT)
-
-
 def _record(arrays: Arrays) -> ArrayRecord:
     # FedAvgM pairs arrays by position: the order must not depend on the sender.
     return ArrayRecord({name: Array(arrays[name]) for name in sorted(arrays)})
 
 
 def _reply(arrays: Arrays, weight: float) -> Message:
-    content = RecordDict({"arrays": _record(arrays), "metrics": MetricRecord({_WEIGHT: weight})})
+    content = RecordDict({"arrays": _record(arrays), "metrics": MetricRecord({WEIGHT: weight})})
     # Flower's strategies take replies as messages, so the mean is given to them as one with blank metadata.
     metadata = Metadata(
         run_id=0, message_id="", src_node_id=0, dst_node_id=0, reply_to_message_id="", group_id="",

@@ -238,7 +238,7 @@ class Collector:
     def _weights(self) -> dict[str, float]:
         """Return the site weights of FedPALS, or nothing where bag counts are the weights."""
         federation = self.config.federation
-        if federation.strategy is not Strategy.FEDPALS:
+        if federation.strategy != Strategy.FEDPALS:
             return {}
         return fedpals_weights(self.roster.releases, federation.pals_target, federation.pals_regularisation)
 

@@ -135,7 +135,7 @@ def _enrol(
             leave_out(label, cause, fault)
             continue
         release, tree = found
-        if config.strategy is Strategy.FEDPALS and not release.leaf_counts:
+        if config.strategy == Strategy.FEDPALS and not release.leaf_counts:
             reason = "releases no label counts by policy, and strategy fedpals needs them"
             roster.refused[reply.node] = (release.site, reason)
             leave_out(release.site, Cause.NOT_ADMITTED, reason)

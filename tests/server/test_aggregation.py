@@ -1,15 +1,23 @@
 """Updates are averaged one at a time, and handed to Flower's own strategies."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import parts
+from common.config import RunConfig
 from common.config_tables import FederationConfig, Strategy, cosine_decay
+from common.errors import ConfigError
+from common.parts import Kind, Part
 from common.records import FloatArray, ModelUpdate
 from server.aggregation import ServerOptimiser, _Collected, _StreamingMean
+from server.strategies import WEIGHT, Rule
 
 Arrays = dict[str, FloatArray]
 
@@ -137,3 +145,28 @@ def test_the_servers_rate_falls_with_the_sites(strategy: Strategy) -> None:
 
     assert moved(True, 10) == pytest.approx(cosine_decay(1.0) * moved(False, 10), rel=1e-5)
     assert moved(True, 1) == pytest.approx(moved(False, 1))
+
+
+class Halving(FedAvg):
+    """A strategy of somebody else: the mean of the replies, halved."""
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        return {name: Array(array.numpy() / 2) for name, array in arrays.items()}, metrics
+
+
+def test_a_strategy_of_ones_own_is_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_registered", {})
+    with pytest.raises(ConfigError, match=r"no strategy 'halving'.*known: fedavg"):
+        RunConfig().with_changes({"federation.strategy": "halving"})
+    parts.register_part(
+        Part(
+            Kind.STRATEGY, "halving", lambda config, settings: Rule(Halving(weighted_by_key=WEIGHT)), "a test"
+        )
+    )
+    config = RunConfig().with_changes({"federation.strategy": "halving"})
+    assert config.federation.strategy == "halving"
+    updates = [(update(1.0), 1.0), (update(3.0), 3.0)]
+    usual, ours = (one_step(FederationConfig(strategy=name), updates) for name in ("fedavg", "halving"))
+    for name, array in usual.items():
+        np.testing.assert_allclose(ours[name], array / 2)
