@@ -26,6 +26,10 @@ _Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9]
 
 _OWN_KEYS = ("name", "seed", "rounds", "run-dir", "sites-dir", "resume", "model.method", "federation.sites")
 """Keys of the run configuration that each cell sets for itself."""
+WEIGHTS = "model.weights"
+"""The one key of the run configuration that names a file."""
+_SMALLEST_BAG = 4
+"""Images: the policy of the site folders, where bags are larger than that."""
 
 
 class Setting(StrEnum):
@@ -238,12 +242,6 @@ def _known_keys(place: Sequence[str | int]) -> list[str]:
         tables: dict[str | int, type[BaseModel]] = {"data": Data, "settings": _Grid, "methods": _Entry}
         model = tables.get(place[0], Scenario)
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-WEIGHTS = "model.weights"
-"""The one key of the run configuration that names a file."""
-_SMALLEST_BAG = 4
-"""Images: the policy of the site folders, where bags are larger than that."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ IMAGE_SUFFIXES = frozenset(
 
 _SYSTEM_NAMES = frozenset({"@eadir", "__macosx", "#recycle", "$recycle.bin", "thumbs.db", "desktop.ini"})
 """Lower case: what file servers and archive programs put beside pictures; so does every name with a dot."""
+_KEPT_SUFFIXES = {".png", ".jpg", ".jpeg"}
+"""Files of these kinds are copied byte by byte, if they are what their name says."""
+TEST_WORDS = frozenset({"test", "testing"})
+TRAIN_WORDS = frozenset({"train", "training", "trainval", "val", "valid", "validation"})
+"""What a split column may say, in any case; validation images are trained on."""
 
 _NAMES_SHOWN = 3
 
@@ -158,14 +163,6 @@ def _listed(counted: Counter[str]) -> str:
     shown = [f"{name} ({number})" for name, number in counted.most_common(_NAMES_SHOWN)]
     more = len(counted) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-_KEPT_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-"""Files of these kinds are copied byte by byte, if they are what their name says."""
-
-TEST_WORDS = frozenset({"test", "testing"})
-TRAIN_WORDS = frozenset({"train", "training", "trainval", "val", "valid", "validation"})
-"""What a split column may say, in any case; validation images are trained on."""
 
 
 class SourceImages(Protocol):

@@ -16,6 +16,10 @@ from deploy.datasets.files import SourceTable, thumbnail
 from deploy.datasets.options import Division
 
 Indices = NDArray[np.int64]
+_BAGS_AT_LEAST = 4
+"""Bags that `dirichlet` leaves to its poorest site, where there are enough images."""
+_MISSING_WORDS = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nil", "nat", "missing", "unknown"}
+_MISSING_SIGNS = {"-", "--", "?"}
 
 
 @dataclass(frozen=True)
@@ -210,13 +214,6 @@ def _deal(
     sizes = np.array([len(units[unit]) for unit in order], dtype=np.float64)
     middle = (np.cumsum(sizes) - sizes / 2) / max(sizes.sum(), 1)
     site_of[order] = np.minimum(np.searchsorted(np.cumsum(mix), middle), len(mix) - 1)
-
-
-_BAGS_AT_LEAST = 4
-"""Bags that `dirichlet` leaves to its poorest site, where there are enough images."""
-
-_MISSING_WORDS = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nil", "nat", "missing", "unknown"}
-_MISSING_SIGNS = {"-", "--", "?"}
 
 
 def column(source: SourceTable, name: str) -> Sequence[str]:

@@ -33,6 +33,7 @@ _IMAGE_COLUMNS = (
     "image", "isic_id", "image_id", "image_name", "img_id", "filename", "file_name", "file", "path"
 )  # fmt: skip
 _LEVEL_COLUMN = re.compile(r"(?:diagnosis|level)_(\d+)", re.IGNORECASE)
+_SPLIT_WORDS = TEST_WORDS | TRAIN_WORDS
 
 _HAM10000_COLUMN, _HAM10000_GROUP = "dx", "lesion_id"
 _HAM10000_LEVELS = ("lineage", "group", "dx")
@@ -242,9 +243,6 @@ def _label_fault(row: dict[str, str], levels: Sequence[str], tree: Hierarchy) ->
     path = [tree.classes[level][node] for level, node in enumerate(tree.paths[leaf].tolist())]
     cells = [row[name] for name in levels]
     return "" if cells == path else f"labels {cells} are no path of the hierarchy; it has {path}"
-
-
-_SPLIT_WORDS = TEST_WORDS | TRAIN_WORDS
 
 
 def folder_source(root: Path, *, fold_case: bool = False) -> SourceTable:

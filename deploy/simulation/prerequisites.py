@@ -27,6 +27,7 @@ _EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """Optional dependencies by the name of their extra: what for, and the modules."""
 _ACCELERATORS = ("nvidia[0-9]*", "kfd", "dxg")
 """Device files in /dev: NVIDIA, AMD, and either under Windows' Linux."""
+_LOCK = ".lock"
 
 
 def check(config: "RunConfig") -> None:
@@ -107,9 +108,6 @@ def _is_there(module: str) -> bool:
         return find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-_LOCK = ".lock"
 
 
 @contextmanager
