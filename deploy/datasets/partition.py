@@ -19,7 +19,7 @@ Indices = NDArray[np.int64]
 _BAGS_AT_LEAST = 4
 """Bags that `dirichlet` leaves to its poorest site, where there are enough images."""
 _MISSING_WORDS = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nil", "nat", "missing", "unknown"}
-_MISSING_SIGNS = {"-", "--", "?"}
+_MISSING_WORDS |= {"-", "--", "?"}
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def column(source: SourceTable, name: str) -> Sequence[str]:
 
 def is_missing(cell: str) -> bool:
     """Return whether a cell stands for an unknown value, as spreadsheets and data frames write it."""
-    return cell.strip().lower() in _MISSING_WORDS | _MISSING_SIGNS
+    return cell.strip().lower() in _MISSING_WORDS
 
 
 def groups_of(source: SourceTable, name: str) -> list[str]:
