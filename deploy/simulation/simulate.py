@@ -230,13 +230,15 @@ def run_engine(config: RunConfig, engine: str, workers: int) -> None:
         flower_engine.run_flower(config)
         return
 
-    # Flower's strategies report each aggregation, of our one mean reply: noise between progress bars.
+    serve = server_app.app
+    # Flower's strategies report each aggregation, of our one mean reply: noise between progress bars. Flower
+    # sets its logger up when it is imported, as by the line above, so it is told to be quiet after that.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     # The log.jsonl of the run folder has these lines.
     logging.getLogger("fedbags").propagate = False
     flat = config.to_flat()
     with local_grid.LocalGrid(config.federation.sites, flat, workers) as grid:
-        server_app.app(grid, grid.server_context(flat))
+        serve(grid, grid.server_context(flat))
 
 
 def _default_workers(sites: int) -> int:

@@ -65,3 +65,5 @@ def test_a_run_works_there_with_worker_processes(sites_dir: Path, tmp_path: Path
         "--set", "model.atoms-per-class=2", cwd=tmp_path, path=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    if engine == "local":
+        assert "aggregate_train" not in result.stdout + result.stderr, "Flower's log is between our bars"
