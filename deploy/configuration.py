@@ -20,8 +20,8 @@ import common.config
 from client.site import site_folders
 from common.config import RunConfig, Scalar, flatten, parse_setting
 from common.errors import UserError
-from common.model.methods import method_file, method_names
-from common.parts import discover
+from common.model.methods import NO_BLOCK, method_file, method_names
+from common.parts import Kind, discover, names, settings_of
 from deploy.cli.terminal import console
 
 _PRESETS = Path(common.config.__file__).parent / "presets"
@@ -111,12 +111,12 @@ def preset_rows(name: str) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no such preset.
     """
-    names = sorted(path.stem for path in _PRESETS.glob("*.toml"))
-    if name not in [*names, *method_names()]:
-        raise UserError(f"no preset {name!r}: there are {', '.join([*names, *method_names()])}")
+    own = sorted(path.stem for path in _PRESETS.glob("*.toml"))
+    if name not in [*own, *method_names()]:
+        raise UserError(f"no preset {name!r}: there are {', '.join([*own, *method_names()])}")
     usual = RunConfig().to_flat()
     rows = []
-    file = _PRESETS / f"{name}.toml" if name in names else method_file(name)
+    file = _PRESETS / f"{name}.toml" if name in own else method_file(name)
     for line in file.read_text(encoding="utf-8").splitlines():
         setting, _, why = line.partition("  # ")
         rows += [
@@ -143,14 +143,33 @@ def preset_values(name: str) -> dict[str, Scalar]:
     return {row["key"]: row["preset"] for row in preset_rows(name) if row["key"] != _IMAGE_SIZE}
 
 
-def config_rows() -> list[dict[str, Any]]:
-    """Return a row ``{key, default, bounds, meaning}`` for every configuration key."""
-    return list(_rows(RunConfig(), ""))
+def config_rows(part: str | None = None) -> list[dict[str, Any]]:
+    """Return a row ``{key, default, bounds, meaning}`` for every configuration key, or for those of a part.
+
+    Raises:
+        UserError: no part of this name has settings.
+    """
+    discover()
+    if part is not None:
+        return list(_rows(settings_of(part)(), f"parts.{part}."))
+    known = {
+        "model.method": method_names(),
+        "model.block": [NO_BLOCK, *names(Kind.BLOCK)],
+        "model.head": names(Kind.HEAD),
+        "model.terms": names(Kind.TERM),
+        "federation.strategy": names(Kind.STRATEGY),
+    }
+    return [
+        {**row, "bounds": " | ".join(known.get(row["key"], [])) or row["bounds"]}
+        for row in _rows(RunConfig(), "")
+    ]
 
 
 def _rows(section: BaseModel, prefix: str) -> Iterator[dict[str, Any]]:
     for name, known in type(section).model_fields.items():
         key, value = f"{prefix}{known.alias or name}", getattr(section, name)
+        if isinstance(value, Mapping):
+            continue  # the tables of parts, which ``config_rows`` lists by the part's name
         if isinstance(value, BaseModel):
             yield from _rows(value, f"{key}.")
         else:

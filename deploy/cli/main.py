@@ -151,7 +151,10 @@ def simulate(
 def show_config(
     preset: Annotated[
         str | None,
-        typer.Option(metavar="dp|sites-dir", help="List the settings of a preset with their reasons."),
+        typer.Option(metavar="dp|sites-dir|METHOD", help="List the settings of a preset with their reasons."),
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="NAME", help="List the settings of a part: its keys parts.NAME.KEY.")
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -160,7 +163,7 @@ def show_config(
         settings = configuration.preset_rows(preset)
         print_json(settings) if json_ else configuration.print_preset(settings, preset)
         return
-    rows = configuration.config_rows()
+    rows = configuration.config_rows(part)
     print_json(rows) if json_ else configuration.print_config(rows)
 
 
