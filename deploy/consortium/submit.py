@@ -130,7 +130,8 @@ def changes(app: bytes, config: RunConfig) -> Mapping[str, Scalar]:
     with zipfile.ZipFile(io.BytesIO(app)) as bundle:
         project = tomllib.loads(bundle.read("pyproject.toml").decode())
     own = flatten(project["tool"]["flwr"]["app"]["config"])
-    wanted, usual = config.to_flat(), RunConfig().to_flat()
+    usual = {**RunConfig(model=config.model).to_flat(), **RunConfig().to_flat()}
+    wanted = config.to_flat()
     # An app that is older than this fedbags still runs, as long as only keys that it knows are set.
     unknown = [key for key in wanted if key not in own and wanted[key] != usual[key]]
     if unknown:

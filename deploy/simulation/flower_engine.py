@@ -45,7 +45,7 @@ def run_flower(config: RunConfig, apps: Mapping[str, str] = _APPS) -> None:
         work = Path(folder)
         port = free_port()
         variables = os.environ | environment(work / "home") | {"PYTHONPATH": _packages_first(work)}
-        _write_app(work / "app" / "fedbags", apps)
+        _write_app(work / "app" / "fedbags", apps, config)
         _write_connection(work / "home", port)
         (work / "run.toml").write_text(config.to_toml(), encoding="utf-8")
         with _superlink(work, port, variables) as log_file:
@@ -53,13 +53,16 @@ def run_flower(config: RunConfig, apps: Mapping[str, str] = _APPS) -> None:
             _wait_for_end(run_id, work, variables, log_file)
 
 
-def _write_app(folder: Path, apps: Mapping[str, str]) -> None:
-    """Write a Flower app that names the installed packages, for ``flwr run`` to pack and send."""
+def _write_app(folder: Path, apps: Mapping[str, str], config: RunConfig) -> None:
+    """Write a Flower app that names the installed packages, for ``flwr run`` to pack and send.
+
+    Flower takes no key of ``config`` that the app does not have, those of the run's parts among them.
+    """
     folder.mkdir(parents=True)
     project: dict[str, Any] = {"name": "fedbags", "version": version("fedbags"), "description": "fedbags"}
     project |= {"license": "Apache-2.0", "dependencies": []}
-    config = RunConfig().model_dump(mode="json", by_alias=True)
-    flower = {"publisher": "fedbags", "components": dict(apps), "config": config}
+    table = config.model_dump(mode="json", by_alias=True)
+    flower = {"publisher": "fedbags", "components": dict(apps), "config": table}
     app = {"project": project, "tool": {"flwr": {"app": flower}}}
     (folder / "pyproject.toml").write_text(tomli_w.dumps(app), encoding="utf-8")
 

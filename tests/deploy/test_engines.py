@@ -70,9 +70,11 @@ def test_flower_cannot_start_on_a_taken_port(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_generated_flower_app_names_both_components_and_every_key(tmp_path: Path) -> None:
-    flower_engine._write_app(tmp_path / "app", flower_engine._APPS)
+    config = RunConfig().with_changes({"model.method": "rot"})
+    flower_engine._write_app(tmp_path / "app", flower_engine._APPS, config)
     table = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    assert RunConfig.from_flat({}).model_dump(mode="json", by_alias=True) == table["config"]
+    assert config.model_dump(mode="json", by_alias=True) == table["config"]
+    assert table["config"]["parts"]["rot"] == {"weight": 1.0, "temperature": 1.0}
     for reference in table["components"].values():
         assert _load_app(reference) is not None
 
