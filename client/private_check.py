@@ -29,9 +29,9 @@ from common.model.build import rebuild_model
 from common.model.classifier import HierarchicalClassifier
 from common.model.interfaces import Inputs
 
-_IMAGES = 3
+_IMAGES = 2
 """In a made-up bag."""
-_SEEDS = range(4)
+_SEEDS = range(2)
 """Of the tries whether bags are mixed, since a term may mix them by chance."""
 _OF_MODULES = frozenset(vars(nn.Module()))
 _checked: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
