@@ -46,7 +46,8 @@ class Part:
     """Describe one part, which ``build`` makes.
 
     What ``build`` takes and gives depends on the kind: ``common.model.interfaces`` has the protocols of a
-    backbone, block and head, ``client.terms.base`` that of a term.
+    backbone, block and head, ``client.terms.base`` that of a term, ``deploy.explain`` that of an explainer,
+    and ``deploy.compare.probes`` that of a probe. The last two get their settings alone, at their defaults.
     """
 
     kind: Kind
@@ -90,8 +91,8 @@ _SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "trimmed-mean": "server.strategies:TRIMMED_MEAN",
         "krum": "server.strategies:KRUM",
     },
-    Kind.EXPLAINER: {},
-    Kind.PROBE: {},
+    Kind.EXPLAINER: {"grad-cam": "deploy.explain:PART"},
+    Kind.PROBE: {"recall": "deploy.compare.probes:PART"},
 }
 _WITH_SETTINGS = frozenset({"vat", "rot", "llpfc", "mixbag"})
 """Shipped parts that have keys: the others need not be imported to know that they have none."""

@@ -23,6 +23,7 @@ from deploy.datasets.counts import CountedFiles, build_counted_site, read_counte
 from deploy.datasets.options import Division, PathLike, SourceOptions, SyntheticHospitals
 from deploy.datasets.site_check import check_site as describe_site
 from deploy.datasets.synthetic import synthetic_source
+from deploy.explain import GRAD_CAM
 from deploy.figures.draw import draw_figures
 from deploy.report import files as report_files
 from deploy.runs.predict import Classifier
@@ -61,7 +62,11 @@ class Run:
         return self.classifier.model.hierarchy
 
     def predict(
-        self, images: Sequence[PathLike | Image.Image | NDArray[Any]], *, codes: int = 0
+        self,
+        images: Sequence[PathLike | Image.Image | NDArray[Any]],
+        *,
+        codes: int = 0,
+        evidence: Sequence[str] = (),
     ) -> list[dict[str, Any]]:
         """Classify images in memory, or image files and folders of them.
 
@@ -69,30 +74,39 @@ class Run:
             images: either paths (images of any format that training reads, DICOM, folders), or pictures of
                 Pillow and arrays of shape (H, W) or (H, W, 3); not both in one call.
             codes: dictionary atoms to list per level.
+            evidence: names of what the model's blocks and heads tell of their decision, such as ``codes``.
 
         Returns:
             One dict an image, in order: ``image`` (the path, or the number in ``images``), ``levels`` (the
             best class of each level with its probability), ``path`` (the best path from root to leaf),
-            ``path_probability_product`` and ``codes``.
+            ``path_probability_product`` and ``codes``; and where it was asked for ``evidence``, by name and
+            level the values as nested lists.
 
         Raises:
-            UserError: the model or an image cannot be read; every bad image is listed.
+            UserError: the model or an image cannot be read, every bad image is listed; or the model has no
+                such evidence.
         """
         paths = [Path(image) for image in images if isinstance(image, str | Path)]
         if paths and len(paths) < len(images):
             raise TypeError("give paths, or images in memory, in one call")
         if paths:
-            return self.classifier.predict_files(paths, codes).rows
+            return self.classifier.predict_files(paths, codes, evidence).rows
         in_memory = [image for image in images if not isinstance(image, str | Path)]
-        return self.classifier.predict_images(in_memory, [str(n) for n in range(len(in_memory))], codes)
+        numbers = [str(number) for number in range(len(in_memory))]
+        return self.classifier.predict_images(in_memory, numbers, codes, evidence)
 
-    def figures(self, out: PathLike | None = None) -> list[Path]:
+    def figures(self, out: PathLike | None = None, *, explainer: str = GRAD_CAM) -> list[Path]:
         """Draw every picture that the run has the data for, and return the files.
 
+        Args:
+            out: folder for the pictures; ``figures`` in the run folder if None.
+            explainer: whose maps activation.png shows.
+
         Raises:
-            UserError: the run is unfinished or damaged, or a picture cannot be written.
+            UserError: the run is unfinished or damaged, there is no such explainer, or a picture cannot be
+                written.
         """
-        return draw_figures([self.path], None if out is None else Path(out))
+        return draw_figures([self.path], None if out is None else Path(out), explainer)
 
 
 def load_run(path: PathLike) -> Run:

@@ -212,13 +212,16 @@ def predict(
 def figures(
     runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to set side by side.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures [default: RUN/figures].")] = None,
+    explainer: Annotated[
+        str, typer.Option(metavar="NAME", help="The part that marks where a leaf is seen.")
+    ] = "grad-cam",
     json_: Json = False,
 ) -> None:
     """Draw training curves, confusion matrices, a t-SNE of test bags, and activation maps.
 
     With several runs (plain pipeline, plain LLP, LHFGLP), t-SNE and activation maps stand side by side.
     """
-    paths = draw.draw_figures(runs, out)
+    paths = draw.draw_figures(runs, out, explainer)
     if json_:
         print_json([str(path) for path in paths])
     else:

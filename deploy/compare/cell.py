@@ -7,6 +7,7 @@ memory belong to this cell alone, and a crash does not end the other cells. The 
 input is closed, which happens when the process that started it is gone.
 """
 
+import json
 import os
 import resource
 import signal
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import RunConfig
 from common.errors import FedbagsError
@@ -25,32 +26,48 @@ from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary
 from server.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    import torch
+
 # Loaded while a cell works, since loading torch counts as its overhead.
 with lazy_imports():
-    from deploy.compare import scoring
+    from deploy.compare import probes, scoring
     from deploy.simulation import simulate
 
 
 def _work(run: Path) -> None:
-    """Train the run in this folder, or resume its training, then score it and write its result.
+    """Do what is missing in this folder: train the run or go on with it, score it, and ask its probes.
 
     Raises:
-        FedbagsError: what the run raises.
+        FedbagsError: what the run or a probe raises.
     """
     started = time.monotonic()
     discover()
     order = Order.load(run)
-    folder = RunFolder(run)
-    config = RunConfig.from_flat(order.config).with_changes({"resume": folder.config.exists()})
+    config = RunConfig.from_flat(order.config).with_changes({"resume": RunFolder(run).config.exists()})
     device = scoring.prepare(config)
+    if not (run / RESULT).exists():
+        # Written last and atomically: a folder with a result is taken as trained (see plan.py).
+        write_json(run / RESULT, _train_and_score(run, order, config, device, started))
+    if order.probes:
+        model, test = scoring.read_model_and_tests(run, Path(order.test), config)
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+        result["probes"] = probes.measure(order.probes, model, test, device)
+        write_json(run / RESULT, result)
+
+
+def _train_and_score(
+    run: Path, order: Order, config: RunConfig, device: "torch.device", started: float
+) -> dict[str, Any]:
+    """Return the result of a run, after training what of it is not trained yet."""
     ready = time.monotonic()
     # A cell that was stopped after its training, but before its result was written, needs scoring only.
-    if not folder.summary.exists():
+    if not RunFolder(run).summary.exists():
         simulate.run_engine(config, "local", workers=0)
     summary = read_summary(run)
     trained = time.monotonic()
     levels = scoring.score(run, Path(order.test), config, device)
-    result: dict[str, Any] = {
+    return {
         **order.row,
         "seconds": summary.seconds,
         "levels": levels,
@@ -64,8 +81,6 @@ def _work(run: Path) -> None:
         "run": run.name,
         "commit": summary.code["commit"],
     }
-    # Written last and atomically: a folder with a result is taken as done (see plan.py).
-    write_json(run / RESULT, result)
 
 
 def _peak_memory() -> int:

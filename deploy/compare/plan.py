@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -49,6 +49,7 @@ class Order(BaseModel):
         identity: everything that its figures depend on, by name.
         config: the complete flat configuration of the run.
         test: the folder of the test images.
+        probes: the parts that measure the trained model besides.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,11 +58,12 @@ class Order(BaseModel):
     identity: dict[str, Scalar | None]
     config: dict[str, Scalar]
     test: str
+    probes: tuple[str, ...] = ()
 
     def save(self, run: Path) -> None:
         """Write the order to the run folder, which is made if it is missing."""
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / _ORDER, self.model_dump_json(indent=2) + "\n")
+        write_text(run / _ORDER, self.model_dump_json(indent=2, exclude_defaults=True) + "\n")
 
     @classmethod
     def load(cls, run: Path) -> "Order":
@@ -74,7 +76,8 @@ class State(StrEnum):
 
     DONE = "done"
     STOPPED = "stopped"
-    """An order with the same identity, without a result: it goes on from its checkpoint."""
+    """An order with the same identity, without a result: it goes on from its checkpoint. Or trained, and
+    without figures of a probe that is asked for: it is probed."""
     CHANGED = "changed"
     """The run of another configuration."""
     NEW = "new"
@@ -112,11 +115,24 @@ def plan(cell: Cell, runs: Path, digest: str) -> Planned:
     if different := _differences(before.identity, now):
         return Planned(cell, run, now, digest, State.CHANGED, different)
     if (run / RESULT).exists():
-        return Planned(cell, run, now, digest, State.DONE)
+        # Nothing that is asked of a trained model is a reason to train it again.
+        state = State.DONE if not cell.probes or _is_probed(run, cell.probes) else State.STOPPED
+        return Planned(cell, run, now, digest, state)
     # A checkpoint lacks the weights that are not trained: a run can be resumed with its first weights only.
     places = {WEIGHTS: before.config.get(WEIGHTS)}, {WEIGHTS: cell.config.to_flat()[WEIGHTS]}
     moved = _differences(*places)
     return Planned(cell, run, now, digest, State.CHANGED if moved else State.STOPPED, moved)
+
+
+def of_probes(figures: Mapping[str, float], probes: Iterable[str]) -> dict[str, float]:
+    """Return those of the figures by column, such as ``recall.leaf@1``, that are of these probes."""
+    return {column: value for column, value in figures.items() if column.partition(".")[0] in set(probes)}
+
+
+def _is_probed(run: Path, probes: Sequence[str]) -> bool:
+    """Return True if the result in this folder has figures of each of the probes."""
+    figures = json.loads((run / RESULT).read_text(encoding="utf-8")).get("probes", {})
+    return all(of_probes(figures, [probe]) for probe in probes)
 
 
 def _identity(cell: Cell, digest: str) -> Identity:

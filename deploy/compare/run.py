@@ -20,7 +20,7 @@ from common.errors import ConfigError
 from deploy.cli.terminal import console, named_bars, table, text_column
 from deploy.compare.plan import LOG, Order, Planned, State, plan, run_all, told
 from deploy.compare.scenario import Cell, Context, Scenario, Setting, check_settings, expand
-from deploy.compare.table import Row, accuracy_cells, accuracy_header, read_rows, summarise, write_table
+from deploy.compare.table import Row, accuracy_grid, read_rows, summarise, write_table
 from deploy.lazy import lazy_imports
 from deploy.simulation import interrupt, prerequisites
 from deploy.simulation.prerequisites import locked
@@ -216,7 +216,8 @@ def _order(one: Planned, folders: "data_folders.DataFolders") -> Order:
     if site := folders.site_name(cell):
         row["site"] = site
     config = cell.config.with_changes(places).to_flat()
-    return Order(row=row, identity=one.identity, config=config, test=str(folders.test))
+    test = str(folders.test)
+    return Order(row=row, identity=one.identity, config=config, test=test, probes=cell.probes)
 
 
 def _tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def _tabulate(scenario: Scenario, planned: Sequence[Planned], out: Path) -> dict
     missing = []
     for one in planned:
         if plan(one.cell, one.run.parent, one.digest).state is State.DONE:
-            rows += read_rows([one.run])
+            rows += read_rows([one.run], one.cell.probes)
         else:
             missing.append(one.cell.name)
     return write_table(out, scenario.title, rows, missing)
@@ -348,13 +349,13 @@ def print_table(content: Mapping[str, Any], out: Path) -> None:
     lines = summarise(content["rows"])
     for setting in dict.fromkeys(line.setting for line in lines):
         chosen = [line for line in lines if line.setting == setting]
-        names = list(dict.fromkeys(name for line in chosen for name in line.levels))
-        shown = table(f"{content['title'] or 'comparison'}: {setting}, accuracy", *accuracy_header(names))
+        header, body = accuracy_grid(chosen)
+        shown = table(f"{content['title'] or 'comparison'}: {setting}, accuracy", *header)
         shown.box, shown.padding, shown.show_edge = SIMPLE_HEAD, (0, 0, 0, 1), False
         # A narrow terminal wraps names and never cuts figures.
         shown.columns[0].overflow = "fold"
-        for line in chosen:
-            shown.add_row(*accuracy_cells(line, names))
+        for cells in body:
+            shown.add_row(*cells)
         screen.print(shown)
     if content["missing"]:
         screen.print(f"not in it yet: {len(content['missing'])} cell(s)")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_v
 from common.config import RunConfig, Scalar, flatten, refuse_unknown_key
 from common.errors import ConfigError, require_file
 from common.model.methods import method_names, sees_labels
-from common.parts import discover
+from common.parts import Kind, discover, names
 from common.settings_file import Section, nearest, read_toml
 from deploy.datasets.options import Division, SourceKind
 
@@ -142,10 +142,21 @@ class Scenario(Section):
     seeds: tuple[_Seed, ...] = Field(min_length=1)
     passes: _Count = Field(description="times that every training image is seen")
     images_per_step: _Count = Field(64, description="images of an optimiser step, at every bag size")
+    probes: tuple[str, ...] = Field((), description="parts that measure every trained model besides")
     data: Data
     run: _RunKeys = Field({}, description="keys of the run configuration, for all cells")
     settings: dict[Setting, tuple[_Grid, ...]] = Field({Setting.POOLED: (_Grid(),)}, min_length=1)
     methods: tuple[_Entry, ...] = Field(min_length=1)
+
+    @field_validator("probes")
+    @classmethod
+    def _are_known(cls, probes: tuple[str, ...]) -> tuple[str, ...]:
+        known = names(Kind.PROBE)
+        for probe in probes:
+            if probe not in known:
+                near = nearest(probe, known)
+                raise ValueError(f"there is no probe {probe!r}{near}; known: {', '.join(known)}")
+        return probes
 
     @field_validator("settings", mode="before")
     @classmethod
@@ -261,6 +272,8 @@ class Cell:
     division: Division
     config: RunConfig
     """Complete but for the places ``run-dir`` and ``sites-dir``."""
+    probes: tuple[str, ...]
+    """What measures the trained model besides."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +393,7 @@ def _of_entry(
             site=site,
             division=division,
             config=config,
+            probes=scenario.probes,
         )
 
 

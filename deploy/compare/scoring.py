@@ -16,6 +16,7 @@ from client.evaluation import confusion_counts, read_predictions
 from client.training import choose_device
 from common.config import RunConfig
 from common.hierarchy import Hierarchy
+from common.model.classifier import HierarchicalClassifier
 from common.model.model_file import load_model
 from deploy.compare.table import FIGURES
 from server.evaluation import Confusion, level_figures
@@ -41,13 +42,21 @@ def score(run: Path, tests: Path, config: RunConfig, device: torch.device) -> li
         config: of the run.
         device: where the model runs.
     """
+    model, test = read_model_and_tests(run, tests, config)
+    predicted = read_predictions(model, test.images, device)
+    readings = {reading: confusion_counts(classes, test) for reading, classes in predicted.items()}
+    return _best_readings(test.hierarchy, readings)
+
+
+def read_model_and_tests(
+    run: Path, tests: Path, config: RunConfig
+) -> tuple[HierarchicalClassifier, LabelledImages]:
+    """Return a finished run's model and the test images at the size of its input."""
     test = LabelledImages.open(tests, config.model.image_size)
     # The folder was made with test images.
     assert test is not None
     # The stored model is the one selected on held-back bags, so the test images have no part in the choice.
-    predicted = read_predictions(load_model(run)[0], test.images, device)
-    readings = {reading: confusion_counts(classes, test) for reading, classes in predicted.items()}
-    return _best_readings(test.hierarchy, readings)
+    return load_model(run)[0], test
 
 
 def _best_readings(tree: Hierarchy, readings: dict[str, Confusion]) -> list[dict[str, Any]]:

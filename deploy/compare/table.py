@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import writable
 from common.files import write_text
-from deploy.compare.plan import RESULT
+from deploy.compare.plan import RESULT, of_probes
 
 FIGURES = ("accuracy", "balanced_accuracy", "macro_f1")
 _COSTS = ("proportion_l1", "seconds", "memory_mb")
@@ -28,6 +28,7 @@ reading: its own argmax, the best root-to-leaf path, or the leaves' probabilitie
 table.csv says which. L1 is between the predicted and the true leaf proportions of held-back bags, in [0, 2];
 it depends on the size of the bags, so compare it at one bag size. Seconds and MB are of one process, on a
 machine that others may use."""
+_NOTE_OF_PROBES = "Columns such as NAME.FIGURE are figures of the probe NAME."
 
 Row = dict[str, Any]
 
@@ -55,7 +56,8 @@ class Line:
     """Summarise one method at one bag size in one setting, over its seeds.
 
     ``setting`` distinguishes the two lines of local-only: the mean over the sites and the best site.
-    ``levels`` maps a level's name to its FIGURES, ``costs`` has those of COSTS that are known.
+    ``levels`` maps a level's name to its FIGURES, ``costs`` has those of COSTS that are known, ``probes`` the
+    figures of probes by column, such as ``recall.leaf@1``.
     """
 
     method: str
@@ -65,11 +67,16 @@ class Line:
     seeds: int
     levels: dict[str, dict[str, Statistic]]
     costs: dict[str, Statistic]
+    probes: dict[str, Statistic]
 
 
-def read_rows(runs: Iterable[Path]) -> list[Row]:
-    """Return the results of the folders that have one, in their order."""
-    return [json.loads((run / RESULT).read_text(encoding="utf-8")) for run in runs if (run / RESULT).exists()]
+def read_rows(runs: Iterable[Path], probes: Sequence[str] = ()) -> list[Row]:
+    """Return the results of the folders that have one, in their order, with the figures of these probes."""
+    rows = [json.loads((run / RESULT).read_text(encoding="utf-8")) for run in runs if (run / RESULT).exists()]
+    for row in rows:
+        if figures := of_probes(row.pop("probes", {}), probes):
+            row["probes"] = figures
+    return rows
 
 
 def summarise(rows: Sequence[Row]) -> list[Line]:
@@ -110,7 +117,17 @@ def _mean(rows: Sequence[Row]) -> Row:
     ]
     known = {key: [row[key] for row in rows if row.get(key) is not None] for key in _COSTS}
     costs = {key: statistics.fmean(values) if values else None for key, values in known.items()}
-    return {**first, "levels": levels, **costs}
+    probes = {column: statistics.fmean(values) for column, values in _of_probes(rows).items()}
+    return {**first, "levels": levels, **costs, "probes": probes}
+
+
+def _of_probes(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Return the figures of probes by column, of the rows that have them."""
+    columns = dict.fromkeys(column for row in rows for column in row.get("probes", {}))
+    return {
+        column: [row["probes"][column] for row in rows if column in row.get("probes", {})]
+        for column in columns
+    }
 
 
 def _line(method: str, bag_size: int, setting: str, rows: Sequence[Row]) -> Line:
@@ -127,6 +144,7 @@ def _line(method: str, bag_size: int, setting: str, rows: Sequence[Row]) -> Line
             for number, name in enumerate(names)
         },
         costs={key: Statistic.of(values) for key, values in known.items() if values},
+        probes={column: Statistic.of(values) for column, values in _of_probes(rows).items()},
     )
 
 
@@ -170,9 +188,10 @@ def _to_csv(rows: Sequence[Row]) -> str:
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    flat = {key: value for key, value in row.items() if key != "levels"}
+    flat = {key: value for key, value in row.items() if key not in ("levels", "probes")}
     for level in row["levels"]:
         flat |= {f"{level['name']}.{key}": level[key] for key in (*FIGURES, "reading")}
+    flat |= row.get("probes", {})
     return flat
 
 
@@ -189,8 +208,9 @@ def _to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commit
         chosen = [line for line in lines if line.setting == setting]
         names = list(dict.fromkeys(name for line in chosen for name in line.levels))
         text += [f"## {setting[0].upper()}{setting[1:]}", ""]
-        costs = [[*accuracy_cells(line, names), "-".join(map(str, line.passes))] for line in chosen]
-        text += _grid([*accuracy_header(names), "passes"], costs)
+        header, body = accuracy_grid(chosen)
+        passes = ["-".join(map(str, line.passes)) for line in chosen]
+        text += _grid([*header, "passes"], [[*cells, last] for cells, last in zip(body, passes, strict=True)])
         others = [(key, name) for key in FIGURES[1:] for name in names]
         header = ["method", "bag", *(f"{key.replace('_', ' ')}: {name}" for key, name in others)]
         body = [
@@ -198,30 +218,33 @@ def _to_markdown(title: str, rows: Sequence[Row], missing: Sequence[str], commit
             for line in chosen
         ]
         text += _grid(header, body)
-    text += [_NOTE, "", f"Code: {', '.join(commits) or 'unknown'}.", ""]
+    notes = [_NOTE, _NOTE_OF_PROBES] if any(line.probes for line in lines) else [_NOTE]
+    text += [*notes, "", f"Code: {', '.join(commits) or 'unknown'}.", ""]
     return "\n".join(text)
 
 
-def accuracy_header(names: Sequence[str]) -> list[str]:
-    """Return the column names of accuracy_cells."""
-    return ["method", "bag", "seeds", *names, "L1", "s", "MB"]
+def accuracy_grid(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Return column names, and per line the texts of accuracies, of figures of probes and of costs."""
+    names = list(dict.fromkeys(name for line in lines for name in line.levels))
+    probes = list(dict.fromkeys(column for line in lines for column in line.probes))
 
-
-def accuracy_cells(line: Line, names: Sequence[str]) -> list[str]:
-    """Return a line's accuracy at every level and its costs, as texts."""
-
-    def cost(key: str, digits: int) -> str:
+    def cost(line: Line, key: str, digits: int) -> str:
         return f"{line.costs[key].mean:.{digits}f}" if key in line.costs else "-"
 
-    return [
-        line.method,
-        str(line.bag_size),
-        str(line.seeds),
-        *(line.levels[name]["accuracy"].text(3) for name in names),
-        cost("proportion_l1", 3),
-        cost("seconds", 0),
-        cost("memory_mb", 0),
+    body = [
+        [
+            line.method,
+            str(line.bag_size),
+            str(line.seeds),
+            *(line.levels[name]["accuracy"].text(3) for name in names),
+            *(line.probes[column].text(3) if column in line.probes else "-" for column in probes),
+            cost(line, "proportion_l1", 3),
+            cost(line, "seconds", 0),
+            cost(line, "memory_mb", 0),
+        ]
+        for line in lines
     ]
+    return ["method", "bag", "seeds", *names, *probes, "L1", "s", "MB"], body
 
 
 def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -1,23 +1,21 @@
-"""Draw class-activation maps, which mark where in a test image a model finds the predicted leaf.
-
-The maps are Grad-CAM (Selvaraju et al. 2017) on the last feature map that still has some resolution. They
-exist for every backbone that has such a map. A ViT has none.
-"""
+"""Draw where in a test image a model finds the predicted leaf, as the chosen explainer tells it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from client.data.bags import to_tensor
 from common.hierarchy import Hierarchy
 from common.model.classifier import HierarchicalClassifier, consistent_prediction, log_probabilities
 from common.model.interfaces import Inputs
+from deploy.explain import GRAD_CAM, Explanation, Reason, explain
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.samples import TestSample
 from deploy.figures.style import PALETTE, bare, new_figure, wrapped
@@ -27,15 +25,17 @@ _MOST_IMAGES = 6
 
 @dataclass(frozen=True)
 class Activation:
-    """Hold the prediction of one model for N images, with a map of the positions that led to it.
+    """Hold the prediction of one model for N images, and what led to it.
 
     Attributes:
-        maps: shape (N, S, S) in [0, 1], the largest of each image 1 (or all 0).
+        explanation: of the predicted leaves, by the explainer of this name.
+        explainer: a part of this kind.
         leaves: shape (N,) predicted leaf, the end of the best path.
         probabilities: shape (N,) the leaf's probability among the leaves.
     """
 
-    maps: NDArray[np.float32]
+    explanation: Explanation
+    explainer: str
     leaves: NDArray[np.int64]
     probabilities: NDArray[np.float32]
 
@@ -52,7 +52,9 @@ def draw_activation(
     """
     tree = runs[0].tree
     number = len(samples[0].labels)
-    what = title("Class-activation maps: where the predicted leaf is seen", runs)
+    name = activations[0].explainer
+    maps = "Class-activation maps" if name == GRAD_CAM else name
+    what = title(f"{maps}: where the predicted leaf is seen", runs)
     figure = new_figure(2.15 * number + 0.6, 2.75 * (1 + len(runs)) + 0.5, what)
     grid = figure.subplots(1 + len(runs), number, squeeze=False)
     for axes in grid.flat:
@@ -65,7 +67,10 @@ def draw_activation(
         grid[row, 0].set_ylabel(wrapped(label, 26))
         for column, true in enumerate(sample.labels.tolist()):
             axes, leaf = grid[row, column], int(seen.leaves[column])
-            axes.imshow(_overlay(sample.images[column], seen.maps[column]), interpolation="bicubic")
+            shown = seen.explanation.maps[column].numpy()
+            axes.imshow(_overlay(sample.images[column], shown), interpolation="bicubic")
+            if seen.explanation.reasons is not None:
+                _mark(axes, seen.explanation.reasons[column], len(shown))
             name = wrapped(tree.classes[-1][leaf], 24)
             mark, colour = ("✓", PALETTE[2]) if leaf == true else ("✗", PALETTE[1])
             axes.set_title(f"{mark} {seen.probabilities[column]:.2f}\n{name}", fontsize=8, color=colour)
@@ -90,25 +95,31 @@ def choose_images(sample: TestSample, tree: Hierarchy, seed: int) -> TestSample:
     return TestSample(sample.images[chosen], sample.labels[chosen], sample.sites[chosen])
 
 
-def activate(model: HierarchicalClassifier, images: NDArray[np.uint8]) -> Activation | None:
-    """Return the predictions and maps of images (N, S, S, 3), or None without a feature map."""
+def activate(
+    model: HierarchicalClassifier, images: NDArray[np.uint8], explainer: str = GRAD_CAM
+) -> Activation:
+    """Return the predictions for images (N, S, S, 3), each alone, and what the explainer tells of them.
+
+    Raises:
+        ConfigError: there is no such explainer.
+        NoExplanation: the model lacks what it looks at.
+    """
     inputs = Inputs.alone(to_tensor(images))
-    # The maps need gradients, whatever mode the caller is in.
-    with torch.enable_grad():
+    with torch.no_grad():
         output = model(inputs)
-    features = output.features.map
-    if features is None or not features.requires_grad:
-        return None
     leaves = consistent_prediction(output, model.hierarchy)[:, -1]
-    # Each image is in a bag of its own, so one sum gives every image's gradient.
-    (gradient,) = torch.autograd.grad(output.scores[-1].gather(1, leaves[:, None]).sum(), features)
-    features = features.detach()
-    # A channel's weight is its mean gradient: single positions would show the grid of strided convolutions.
-    seen = F.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1, keepdim=True))
-    maps = F.interpolate(seen, inputs.images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     probabilities = log_probabilities(output)[-1].exp().gather(1, leaves[:, None])[:, 0]
-    return Activation(maps.numpy(), leaves.numpy(), probabilities.detach().numpy())
+    explanation = explain(explainer, model, inputs, leaves)
+    return Activation(explanation, explainer, leaves.numpy(), probabilities.numpy())
+
+
+def _mark(axes: Axes, reasons: Sequence[Reason], side: int) -> None:
+    """Draw a frame with its name around the place of each reason that has one, in an image of this side."""
+    for reason in reasons:
+        if reason.box is not None:
+            left, top, right, bottom = (edge * side - 0.5 for edge in reason.box)
+            axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=PALETTE[0]))
+            axes.text(left, top, f"{reason.name} {reason.value:.2f}", fontsize=6, color=PALETTE[0])
 
 
 def _overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -10,7 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from common.errors import UserError
 from common.hierarchy import Hierarchy
+from common.parts import Kind, part
 from deploy.cli.terminal import console, text_column
+from deploy.explain import GRAD_CAM, NoExplanation
 from deploy.figures.activation import activate, choose_images, draw_activation
 from deploy.figures.charts import draw_confusion, draw_curves
 from deploy.figures.embedding import MOST_IMAGES, draw_embedding, embed
@@ -21,7 +23,7 @@ from deploy.figures.style import house_style, save
 _FOLDER, _SIDE_BY_SIDE = "figures", "side-by-side"
 
 
-def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
+def draw_figures(runs: list[Path], out: Path | None, explainer: str = GRAD_CAM) -> list[Path]:
     """Draw every figure that the runs have the data for.
 
     A line on standard error names each figure that is left out, with the reason.
@@ -31,17 +33,19 @@ def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
             those of the first.
         out: folder for the pictures; None: ``figures`` in the run folder, or for several runs
             ``figures/side-by-side`` in the first.
+        explainer: whose maps activation.png shows.
 
     Returns:
         The pictures written.
 
     Raises:
         UserError: a run is missing, unfinished or damaged, the label trees differ, or a picture cannot
-            be written.
+            be written; or there is no such explainer, or what it gives is no explanation.
     """
     if not runs:
         raise UserError("no run given: name one run folder, or several to set side by side")
     opened = open_runs(runs)
+    part(Kind.EXPLAINER, explainer)
     if out is None:
         out = runs[0] / _FOLDER if len(runs) == 1 else runs[0] / _FOLDER / _SIDE_BY_SIDE
     # Each is a function, so that one figure is in memory at a time and one without data does not stop the
@@ -50,7 +54,7 @@ def draw_figures(runs: list[Path], out: Path | None) -> list[Path]:
     for level, name in enumerate(_confusion_names(opened[0].tree)):
         pictures[name] = partial(_confusion, opened, level)
     pictures["tsne.png"] = partial(_embedding, opened)
-    pictures["activation.png"] = partial(_activation, opened)
+    pictures["activation.png"] = partial(_activation, opened, explainer)
     terminal = console(stderr=True)
     bar = Progress(
         text_column("drawing {task.description}"),
@@ -102,17 +106,15 @@ def _embedding(runs: Sequence[FinishedRun]) -> Figure:
     return draw_embedding(runs, samples, embeddings)
 
 
-def _activation(runs: Sequence[FinishedRun]) -> Figure:
+def _activation(runs: Sequence[FinishedRun], explainer: str) -> Figure:
     seed = runs[0].config.seed
     samples = [choose_images(sample, runs[0].tree, seed) for sample in _samples(runs)]
     activations = []
     for run, label, sample in zip(runs, labels(runs), samples, strict=True):
-        seen = activate(run.model, sample.images)
-        if seen is None:
-            raise NoTestImages(
-                f"{label}: the backbone {run.config.model.backbone} has no feature map to look at"
-            )
-        activations.append(seen)
+        try:
+            activations.append(activate(run.model, sample.images, explainer))
+        except NoExplanation as reason:
+            raise NoTestImages(f"{label}: the backbone {run.config.model.backbone} {reason}") from reason
     return draw_activation(runs, samples, activations)
 
 

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from client.data.bags import to_tensor
 from common.hierarchy import Hierarchy
 from common.model.classifier import HierarchicalClassifier
-from common.model.interfaces import Inputs
+from deploy.compare.probes import pooled_features
 from deploy.figures.charts import tree_order
 from deploy.figures.finished_run import FinishedRun, labels, title
 from deploy.figures.samples import TestSample
@@ -27,7 +26,6 @@ _COMPONENTS = 30
 """Principal components that t-SNE starts from; more cost time and change little."""
 _ITERATIONS = 500
 _MOST_IN_LEGEND = 30
-_IMAGES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def draw_embedding(
 
 def embed(model: HierarchicalClassifier, sample: TestSample, seed: int) -> Embedding:
     """Place the images' features, and the mean features of bags of them, on one plane."""
-    features = _backbone_features(model, sample.images)
+    features: NDArray[np.float32] = pooled_features(model, sample.images, torch.device("cpu")).numpy()
     bags = _draw_bags(sample, model.hierarchy, seed)
     means = np.stack([features[bag].mean(axis=0) for bag in bags])
     together = np.concatenate([features, means])
@@ -100,17 +98,6 @@ def embed(model: HierarchicalClassifier, sample: TestSample, seed: int) -> Embed
     tsne = TSNE(perplexity=perplexity, init="pca", max_iter=_ITERATIONS, random_state=seed)
     plane = tsne.fit_transform(reduced).astype(np.float64)
     return Embedding(plane[: len(features)], plane[len(features) :], bags)
-
-
-@torch.no_grad()
-def _backbone_features(model: HierarchicalClassifier, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the pooled features, shape (N, d), of images (N, S, S, 3)."""
-    parts = [
-        model.backbone(Inputs.alone(to_tensor(images[start : start + _IMAGES_AT_ONCE]))).pooled
-        for start in range(0, len(images), _IMAGES_AT_ONCE)
-    ]
-    features: NDArray[np.float32] = torch.cat(parts).float().numpy()
-    return features
 
 
 def _draw_bags(sample: TestSample, tree: Hierarchy, seed: int) -> list[NDArray[np.int64]]:

@@ -41,7 +41,8 @@ class _Predictions:
          "levels": [{"level", "class", "probability"}],     each level's own best class
          "path": [class, ...],                              the best root-to-leaf path
          "path_probability_product": float,                 of the levels' probabilities along it
-         "codes": [{"level", "atoms": [{"atom", "class", "value"}]}]}
+         "codes": [{"level", "atoms": [{"atom", "class", "value"}]}],
+         "evidence": {name: {level: values}}}               of those levels that have it; if asked for
 
     ``atom`` counts from 0 within its level, ``class`` is the class that owns it, ``value`` is its coefficient
     in units of the feature's length. Only atoms that are switched on are listed, so there may be fewer than
@@ -76,7 +77,11 @@ class Classifier:
         return cls(*load_model(run))
 
     def predict_images(
-        self, images: Sequence[Image.Image | NDArray[Any]], names: Sequence[str], codes: int = 0
+        self,
+        images: Sequence[Image.Image | NDArray[Any]],
+        names: Sequence[str],
+        codes: int = 0,
+        evidence: Sequence[str] = (),
     ) -> list[dict[str, Any]]:
         """Classify images that are in memory, brought to the model's input as the training images were.
 
@@ -85,12 +90,13 @@ class Classifier:
                 (H, W) of any number for deep greyscale.
             names: what the rows call them, one each.
             codes: dictionary atoms to list per level.
+            evidence: names of what blocks and heads tell, such as ``codes``, to give in full.
 
         Returns:
             Rows as in Predictions.
 
         Raises:
-            UserError: an array that is no image.
+            UserError: an array that is no image, or the model has no such evidence.
         """
         pixels = [
             _pixels(image, name, self.card.preprocessing.image_size)
@@ -99,13 +105,14 @@ class Classifier:
         rows: list[dict[str, Any]] = []
         for start in range(0, len(pixels), CHUNK):
             chunk = slice(start, start + CHUNK)
-            rows += _classify(self.model, names[chunk], np.stack(pixels[chunk]), codes)
+            rows += _classify(self.model, names[chunk], np.stack(pixels[chunk]), codes, evidence)
         return rows
 
     def predict_files(
         self,
         paths: Sequence[Path],
         codes: int = 0,
+        evidence: Sequence[str] = (),
         *,
         skip_bad: bool = False,
         progress: Progress | None = None,
@@ -129,7 +136,7 @@ class Classifier:
             # After a fault nothing is returned: what is left is only decoded, to list every bad file.
             if read and (skip_bad or not bad):
                 names, pixels = zip(*read, strict=True)
-                rows += _classify(self.model, names, np.stack(pixels), codes)
+                rows += _classify(self.model, names, np.stack(pixels), codes, evidence)
             if progress is not None:
                 progress(start + len(files), len(pictures.files))
         if bad and not (skip_bad and rows):
@@ -238,13 +245,21 @@ def _pixels(image: Image.Image | NDArray[Any], name: str, size: int) -> NDArray[
 
 @torch.no_grad()
 def _classify(
-    model: HierarchicalClassifier, files: Sequence[Path | str], pixels: NDArray[np.uint8], codes_told: int
+    model: HierarchicalClassifier,
+    files: Sequence[Path | str],
+    pixels: NDArray[np.uint8],
+    codes_told: int,
+    evidence: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Return the rows of decoded images, with ``pixels`` of shape (N, S, S, 3)."""
     tree = model.hierarchy
     output = model(Inputs.alone(to_tensor(pixels)))
     probabilities = [level.exp() for level in log_probabilities(output)]
     paths = consistent_prediction(output, tree)
+    for name in evidence:
+        if name not in output.evidence:
+            known = ", ".join(output.evidence) or "none"
+            raise UserError(f"the model gives no evidence {name!r}; known: {known}")
     rows = []
     for number, file in enumerate(files):
         path: list[int] = paths[number].tolist()
@@ -271,6 +286,15 @@ def _classify(
                 ],
             }
         )
+        if evidence:
+            rows[-1]["evidence"] = {
+                told: {
+                    level: values[number].tolist()
+                    for level, values in zip(tree.levels, output.evidence[told], strict=True)
+                    if values is not None
+                }
+                for told in evidence
+            }
     return rows
 
 

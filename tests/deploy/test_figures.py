@@ -304,9 +304,8 @@ def test_activation_maps_of_any_convolutional_backbone(backbone: str) -> None:
     model = build_model(ModelConfig(backbone=backbone, image_size=64, atoms_per_class=2), TREE, seed=0).eval()
     images = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
     seen = activate(model, images)
-    assert seen is not None
-    assert seen.maps.shape == (2, 64, 64)
-    assert 0 <= seen.maps.min() <= seen.maps.max() <= 1 + 1e-6
+    assert seen.explanation.maps.shape == (2, 64, 64)
+    assert 0 <= seen.explanation.maps.min() <= seen.explanation.maps.max() <= 1
     assert not any(module._forward_hooks for module in model.modules())
 
 

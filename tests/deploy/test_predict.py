@@ -25,9 +25,10 @@ from common.model.classifier import consistent_prediction, log_probabilities
 from common.model.interfaces import Inputs
 from common.model.methods import method_names
 from common.model.model_file import ModelCard, load_model, save_model
+from deploy.api import Run
 from deploy.datasets.dicom import to_8_bits
 from deploy.runs import pictures
-from deploy.runs.predict import predict_images, print_predictions, write_csv
+from deploy.runs.predict import Classifier, predict_images, print_predictions, write_csv
 from tests.deploy import in_process
 
 TREE = Hierarchy.from_rows(
@@ -100,6 +101,25 @@ def test_codes_are_the_largest_and_belong_to_their_class(run: Path, images: list
 def test_without_dictionary_there_are_no_codes(tmp_path: Path, images: list[Path]) -> None:
     run = make_model(tmp_path / "plain", "dllp-hierarchical")
     assert [row["codes"] for row in predict_images(run, images, codes=3).rows] == [[]] * len(images)
+
+
+def test_evidence_is_given_in_full_by_its_name(run: Path, images: list[Path], tmp_path: Path) -> None:
+    model, _ = load_model(run)
+    with torch.no_grad():
+        codes = model(Inputs.alone(to_tensor(np.asarray(Image.open(images[0]))[None]))).evidence["codes"]
+    (row,) = Run(run).predict(images[:1], evidence=["codes"])
+    assert list(row["evidence"]["codes"]) == list(TREE.levels)
+    for told, code in zip(row["evidence"]["codes"].values(), codes, strict=True):
+        assert code is not None
+        assert told == pytest.approx(code[0].tolist())
+    classifier = Classifier.load(run)
+    (in_memory,) = classifier.predict_images([Image.open(images[0])], [str(images[0])], evidence=["codes"])
+    assert in_memory == row
+    assert "evidence" not in classifier.predict_files(images[:1]).rows[0]
+    with pytest.raises(UserError, match="no evidence 'code'; known: codes"):
+        classifier.predict_files(images[:1], evidence=["code"])
+    with pytest.raises(UserError, match="no evidence 'codes'; known: none"):
+        Classifier.load(make_model(tmp_path / "plain", "dllp")).predict_files(images[:1], evidence=["codes"])
 
 
 def test_every_bad_image_is_listed_at_once(run: Path, images: list[Path], tmp_path: Path) -> None:
