@@ -15,7 +15,7 @@ import typer.core
 
 from common.errors import FedbagsError, UserError
 from deploy import cli
-from deploy.cli import Json, audit, bags, consortium, ledger, parts, print_json, runs, say, site
+from deploy.cli import Json, bags, consortium, ledger, parts, print_json, runs, say, site
 from deploy.flower.processes import without_proxy
 from deploy.lazy import lazy_imports
 from deploy.simulation import interrupt, prerequisites
@@ -54,7 +54,7 @@ app.add_typer(parts.app, name="parts")
 _site_app.command("approve")(site.approve)
 app.command("compare")(runs.compare)
 app.command("report")(ledger.report)
-app.command("audit")(audit.audit_command)
+app.command("audit")(runs.audit)
 app.command()(runs.status)
 app.command()(runs.metrics)
 app.command()(runs.track)

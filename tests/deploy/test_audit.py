@@ -21,7 +21,7 @@ from common.privacy.randomness import InsecureSeededRandomness
 from deploy.audit.canaries import _CANARY_SIZE, CanaryStore, count_right
 from deploy.audit.claim import audit_site
 from deploy.audit.label_inference import _hit_rate, _most_frequent, attack_proportions
-from deploy.cli.audit import audit_command
+from deploy.cli.runs import audit as audit_command
 
 SIZE = 16
 

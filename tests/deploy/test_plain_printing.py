@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import deploy.cli.audit
 import deploy.cli.bags
 import deploy.cli.consortium
+import deploy.cli.runs
 from common.run_records import RunEvent, RunSummary, read_event
 from deploy.cli import say, terminal
 from deploy.cli.terminal import Follower
