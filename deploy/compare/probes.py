@@ -92,10 +92,10 @@ class _Recall:
         self, model: HierarchicalClassifier, test: LabelledImages, device: torch.device
     ) -> dict[str, float]:
         """Return ``leaf@1`` in [0, 1]; an image without any other is a miss."""
-        return {"leaf@1": recall_at_1(pooled_features(model, test.images, device), test.labels)}
+        return {"leaf@1": _recall_at_1(pooled_features(model, test.images, device), test.labels)}
 
 
-def recall_at_1(features: Tensor, labels: NDArray[np.int64]) -> float:
+def _recall_at_1(features: Tensor, labels: NDArray[np.int64]) -> float:
     """Return the share of the images whose nearest other one has the same label.
 
     Args:

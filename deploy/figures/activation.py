@@ -119,7 +119,8 @@ def _mark(axes: Axes, reasons: Sequence[Reason], side: int) -> None:
         if reason.box is not None:
             left, top, right, bottom = (edge * side - 0.5 for edge in reason.box)
             axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=PALETTE[0]))
-            axes.text(left, top, f"{reason.name} {reason.value:.2f}", fontsize=6, color=PALETTE[0])
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axes.text(left, top, f"{reason.name} {reason.value:.2f}", fontsize=7, bbox=ground)
 
 
 def _overlay(image: NDArray[np.uint8], seen: NDArray[np.float32]) -> NDArray[np.float64]:

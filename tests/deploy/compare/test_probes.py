@@ -19,7 +19,7 @@ from common.model.build import build_model
 from common.parts import Kind, NoSettings, Part
 from deploy.compare import probes
 from deploy.compare.plan import _ORDER, RESULT
-from deploy.compare.probes import measure, recall_at_1
+from deploy.compare.probes import _recall_at_1, measure
 from deploy.compare.run import compare, list_cells
 from deploy.compare.scenario import Scenario
 from tests.deploy.compare import toy_probe
@@ -41,24 +41,24 @@ def test_recall_of_four_images_by_hand() -> None:
     """The first two are next to each other whatever their length; the last two are of different leaves."""
     features = torch.tensor([[1.0, 0], [20, 1], [0, 1], [0.2, 1]])
     labels = np.array([0, 0, 1, 0])
-    assert recall_at_1(features, labels) == 0.5
-    assert recall_at_1(features[[3, 1, 0, 2]], labels[[3, 1, 0, 2]]) == 0.5
-    assert recall_at_1(features, np.array([0, 0, 1, 1])) == 1.0
-    assert recall_at_1(features[:1], labels[:1]) == 0.0
+    assert _recall_at_1(features, labels) == 0.5
+    assert _recall_at_1(features[[3, 1, 0, 2]], labels[[3, 1, 0, 2]]) == 0.5
+    assert _recall_at_1(features, np.array([0, 0, 1, 1])) == 1.0
+    assert _recall_at_1(features[:1], labels[:1]) == 0.0
 
 
 def test_equally_near_images_share_a_hit() -> None:
     """Of collapsed features each image has three others, one of its leaf: no order helps."""
     for labels in ([0, 0, 1, 1], [0, 1, 0, 1]):
-        assert recall_at_1(torch.ones(4, 2), np.array(labels)) == pytest.approx(1 / 3)
+        assert _recall_at_1(torch.ones(4, 2), np.array(labels)) == pytest.approx(1 / 3)
 
 
 def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     features, labels = torch.from_numpy(rng.normal(size=(50, 4))), rng.integers(0, 3, 50)
-    whole = recall_at_1(features, labels)
+    whole = _recall_at_1(features, labels)
     monkeypatch.setattr(probes, "_IMAGES_AT_ONCE", 7)
-    assert recall_at_1(features, labels) == pytest.approx(whole)
+    assert _recall_at_1(features, labels) == pytest.approx(whole)
     assert 0.1 < whole < 0.6
 
 
