@@ -88,8 +88,10 @@ class RunConfig(Section):
                 table if isinstance(table, Section) else parts.settings_of(name).model_validate(table)
             )
         if given:
+            name = next(iter(given))
             raise ValueError(
-                f"no part {' or '.join(map(repr, given))} is in this run: leave out its settings"
+                f"parts.{name} is set, and no part {name!r} is in this run: choose it, as with model.terms "
+                "or a method that has it, or leave its settings out"
             )
         return {**data, "parts": tables}
 
@@ -111,8 +113,10 @@ class RunConfig(Section):
         for kind, name in used:
             if name not in parts.names(kind):
                 known = parts.names(kind)
+                places = {Kind.TERM: "model.terms", Kind.STRATEGY: "federation.strategy"}
                 raise ValueError(
-                    f"there is no {kind.value} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+                    f"{places.get(kind, f'model.{kind}')}: there is no {kind.value} {name!r}"
+                    f"{nearest(name, known)}; known: {', '.join(known)}"
                 )
         return self
 
@@ -130,6 +134,7 @@ class RunConfig(Section):
         secure, strategy = self.secure_aggregation, self.federation.strategy
         if not secure.enabled:
             return self
+        # Of strategies that others bring only the built one knows (``server.aggregation.build_optimiser``).
         if strategy in (Strategy.MEDIAN, Strategy.TRIMMED_MEAN, Strategy.KRUM):
             raise ValueError(
                 f"federation.strategy = '{strategy}' compares the sites' updates, and with secure "
@@ -286,7 +291,8 @@ def _parts_with_settings(model: ModelConfig, strategy: str) -> Iterator[str]:
 def _faults(error: ValidationError, prefix: str = "") -> Iterator[str]:
     for fault in error.errors():
         key = ".".join(str(place) for place in fault["loc"])
-        yield f"{prefix}{key} = {fault['input']!r}: {fault['msg']}" if key else fault["msg"]
+        reason = fault["msg"].removeprefix("Value error, ")
+        yield f"{prefix}{key} = {fault['input']!r}: {reason}" if key else reason
 
 
 def _default(key: str) -> Scalar | None:

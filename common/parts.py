@@ -1,4 +1,4 @@
-"""Register the parts that a run is made of: backbones, blocks, heads, loss terms, explainers and probes.
+"""Register the parts that runs are made of, explained and measured by, each under its kind and name.
 
 A part is one module with a ``Part`` in it. The product's own parts have one line each in ``_SHIPPED``. Parts
 of others come in two ways. A coordinator copies their source into the app, below ``added_parts/``, so that
@@ -62,6 +62,12 @@ class Part:
     """For a term: builds the module of its own that is trained and sent with the model, or None."""
 
 
+class _WithSettings(str):
+    """Mark the place of a part that has keys: the others need not be imported to know that they have none."""
+
+    __slots__ = ()
+
+
 _SHIPPED: Mapping[Kind, Mapping[str, str]] = {
     Kind.BACKBONE: {
         "resnet-small": "common.model.resnet_small:PART",
@@ -74,11 +80,11 @@ _SHIPPED: Mapping[Kind, Mapping[str, str]] = {
         "codes": "client.terms.proportions:CODES",
         "refined": "client.terms.proportions:REFINED",
         "labels": "client.terms.labels:PART",
-        "vat": "client.terms.vat:PART",
-        "rot": "client.terms.rot:PART",
-        "llpfc": "client.terms.llpfc:PART",
+        "vat": _WithSettings("client.terms.vat:PART"),
+        "rot": _WithSettings("client.terms.rot:PART"),
+        "llpfc": _WithSettings("client.terms.llpfc:PART"),
         "easyllp": "client.terms.easyllp:PART",
-        "mixbag": "client.terms.mixbag:PART",
+        "mixbag": _WithSettings("client.terms.mixbag:PART"),
     },
     Kind.STRATEGY: {
         "fedavg": "server.strategies:FEDAVG",
@@ -94,8 +100,9 @@ _SHIPPED: Mapping[Kind, Mapping[str, str]] = {
     Kind.EXPLAINER: {"grad-cam": "deploy.explain:PART"},
     Kind.PROBE: {"recall": "deploy.compare.probes:PART"},
 }
-_WITH_SETTINGS = frozenset({"vat", "rot", "llpfc", "mixbag"})
-"""Shipped parts that have keys: the others need not be imported to know that they have none."""
+_WITH_SETTINGS = frozenset(
+    name for lines in _SHIPPED.values() for name, place in lines.items() if isinstance(place, _WithSettings)
+)
 _ADDED = Path(__file__).parents[1] / "added_parts"
 """Where ``fedbags parts add`` puts the source of others within the app."""
 _GROUP = "fedbags.parts"

@@ -202,7 +202,8 @@ def print_config(rows: list[dict[str, Any]]) -> None:
 
 def print_preset(rows: list[dict[str, Any]], option: str) -> None:
     """Print the settings that an option brings with it."""
-    keys = _key_table(f"what --{option} also sets, unless you do", "default", option, "why")
+    brought_by = f"--method {option}" if option in method_names() else f"--{option}"
+    keys = _key_table(f"what {brought_by} also sets, unless you do", "default", option, "why")
     for row in rows:
         keys.add_row(row["key"], str(row["default"]), str(row["preset"]), row["why"])
     console().print(keys)

@@ -19,8 +19,8 @@ from common.parts import Kind, Part
 from common.settings_file import nearest
 
 _GROUP = "fedbags.parts"
-_OURS = frozenset({"common", "client"})
-"""What a part at a site may import of fedbags."""
+_OURS = frozenset({"common", "client", "server"})
+"""What a part may import of fedbags: what is in the app."""
 _HOW = "docs/parts.md says how a package of parts is made."
 
 
@@ -79,9 +79,9 @@ def read_package(name: str) -> Package:
         raise UserError(
             f"{name} imports itself as {top!r}: in an app it is added_parts.{top}; import relatively\n{_HOW}"
         )
-    if wrong := sorted(imported & {"server", "deploy", "fedbags"}):
+    if wrong := sorted(imported & {"deploy", "fedbags"}):
         raise UserError(
-            f"{name} imports {wrong[0]}, which no part at a site may: use common and client\n{_HOW}"
+            f"{name} imports {wrong[0]}, which is not in an app: use common, client and server\n{_HOW}"
         )
     metadata = found.metadata
     stated = [metadata[key] for key in ("License-Expression", "License") if key in metadata]

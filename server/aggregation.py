@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from common import parts
+from common.config import RunConfig
 from common.config_tables import FederationConfig, cosine_decay, run_progress
-from common.errors import RunError
+from common.errors import ConfigError, RunError
 from common.parts import Kind
 from common.records import FloatArray, ModelUpdate, ProportionRelease
 from common.settings_file import Section
@@ -86,6 +87,22 @@ class _Collected:
     def replies(self) -> list[Message]:
         """Return all updates, in the order of the sites."""
         return self._replies
+
+
+def build_optimiser(config: RunConfig) -> "ServerOptimiser":
+    """Build the run's strategy.
+
+    Raises:
+        ConfigError: it compares single updates, which nobody sees with secure aggregation.
+    """
+    strategy = config.federation.strategy
+    optimiser = ServerOptimiser(config.federation, config.parts.get(strategy))
+    if optimiser.compares and config.secure_aggregation.enabled:
+        raise ConfigError(
+            f"federation.strategy = {strategy!r} compares the sites' updates, and with secure aggregation "
+            "nobody sees them: use a strategy of means, or secure-aggregation.enabled = false"
+        )
+    return optimiser
 
 
 class ServerOptimiser:

@@ -146,7 +146,7 @@ def _finish(rounds: Rounds, code: Mapping[str, str | None]) -> None:
             sites=len(rounds.roster.nodes),
             seconds=round(state.seconds, 3),
             code=code,
-            parts=provenance(config.part_names),
+            parts=provenance([*config.part_names, config.federation.strategy]),
             engine=getattr(rounds.collector.grid, "engine", "flower"),  # our own grid names itself
             levels=level_figures(tree, *pooled, bounds) if pooled else [],
             bags=state.bags,

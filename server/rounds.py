@@ -11,14 +11,13 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from common.errors import ConfigError
 from common.model.classifier import HierarchicalClassifier
 from common.model.model_file import all_arrays, load_arrays, trainable_arrays
 from common.records import FloatArray, ModelUpdate
 from common.run_records import BagsEvaluated, RoundDone, RoundSkipped, StoppedEarly
 from common.wire import to_records
 from server import run_folder
-from server.aggregation import ServerOptimiser
+from server.aggregation import build_optimiser
 from server.collect import EVALUATE_BAGS, EVALUATE_TEST, Collector
 from server.enrolment import ATTEMPTS, QuorumMissed
 from server.evaluation import noised_bag_figures, pooled_bag_figures, selection_score
@@ -37,13 +36,7 @@ class Rounds:
         self.config, self.folder, self.state, self.roster = (
             collector.config, collector.folder, collector.state, collector.roster
         )  # fmt: skip
-        strategy = self.config.federation.strategy
-        self.optimiser = ServerOptimiser(self.config.federation, self.config.parts.get(strategy))
-        if self.optimiser.compares and self.config.secure_aggregation.enabled:
-            raise ConfigError(
-                f"federation.strategy = {strategy!r} compares the sites' updates, and with secure "
-                "aggregation nobody sees them: use a strategy of means"
-            )
+        self.optimiser = build_optimiser(self.config)
         self.best: dict[str, FloatArray] = dict(trainable_arrays(model))
         self.skipped = 0
         """Rounds in a row, up to now, that were skipped without anybody's being named."""

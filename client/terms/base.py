@@ -23,7 +23,8 @@ from common.model.interfaces import Inputs, Output
 from common.parts import Kind
 
 ONE_BAG_ALONE = (
-    "The unit of privacy is the bag: its loss must depend on that bag alone, and nothing of it may stay."
+    "The unit of privacy is the bag: its loss must depend on that bag alone, and nothing of it may stay.\n"
+    "Of the methods lhfglp, dllp-hierarchical, dllp, rot and llp-vat pass."
 )
 
 

@@ -10,7 +10,7 @@ from deploy.cli import Json, print_json, say
 from deploy.lazy import lazy_imports
 
 with lazy_imports():
-    from deploy import conformance
+    from deploy import part_checks
     from deploy import parts as packages
     from deploy.consortium import kits as kit_folders
 
@@ -38,7 +38,7 @@ def _check(
 ) -> None:
     """Check every part of a package: its arrays, its files, and whether it may train privately."""
     found = packages.read_package(package)
-    lines = {part.name: conformance.check(part) for part in found.parts}
+    lines = {part.name: part_checks.check(part) for part in found.parts}
     if json_:
         print_json({"package": found.name, "version": found.version, "parts": lines})
         return
@@ -66,7 +66,7 @@ def _add(
         require_file(password_file, "the password file", "Its first line is the password.")
         password = (password_file.read_bytes().splitlines() or [b""])[0]
     for line, part in zip(found.in_words(), found.parts, strict=True):
-        say("\n  ".join([line, *conformance.check(part)]))
+        say("\n  ".join([line, *part_checks.check(part)]))
     changes = kit_folders.Kits.open(kits, password, with_app=False).update_app(found)
     say(f"app: {changes.app_hash}")
     say("send coordinator/app/fedbags.fab to every site: `fedbags site approve --diff` shows every line")

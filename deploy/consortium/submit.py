@@ -34,6 +34,7 @@ from server.run_folder import RunFolder
 # It brings torch along, which only private runs need here.
 with lazy_imports():
     from client import private_check
+    from server import aggregation
 
 _POLL, _OUTAGE = 0.5, 300.0
 COMPLETED, _STOPPED = "completed", "stopped"
@@ -88,6 +89,7 @@ def _configuration(kit: CoordinatorKit, request: RunRequest) -> RunConfig:
     if config.secure_aggregation.enabled and not config.secure_aggregation.certificates:
         here["secure-aggregation.certificates"] = str(kit.nodes)
     private_check.refuse_unsound_run(config)
+    aggregation.build_optimiser(config)
     return config.with_changes(here)
 
 

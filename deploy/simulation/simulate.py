@@ -41,8 +41,8 @@ with lazy_imports():
     from deploy.figures import draw as figures_of_runs
     from deploy.report import files as budget_report
     from deploy.simulation import flower_engine, local_grid
+    from server import aggregation, run_folder
     from server import app as server_app
-    from server import run_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -192,11 +192,12 @@ def check_model(config: RunConfig) -> None:
     """Build the model once, so that unknown or unsound parts and unusable weights are found before the run.
 
     Raises:
-        UserError: see build_model and refuse_unsound_run.
+        UserError: see build_model, refuse_unsound_run and build_optimiser.
     """
     tree = Hierarchy.from_rows(["leaf"], [["a"], ["b"]])
     build.build_model(config.model, tree, config.seed, config.parts)
     private_check.refuse_unsound_run(config)
+    aggregation.build_optimiser(config)
 
 
 def _check_plan(config: RunConfig, store: "bags.BagStore", site: Path) -> None:

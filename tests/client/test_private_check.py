@@ -1,5 +1,6 @@
 """What remembers, writes or mixes is refused by its name before a private step: checked, and not declared."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from client.data.bags import BagStore
 from client.private_check import Unchanged, refuse_unsound
 from client.private_training import train_round_privately
-from client.terms.base import Setting, Step
+from client.terms.base import ONE_BAG_ALONE, Setting, Step
 from client.terms.proportions import Matching
 from client.training import make_setting
 from common import parts
@@ -172,6 +173,7 @@ def check(store: BagStore, config: RunConfig) -> HierarchicalClassifier:
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_passes_or_is_refused_with_its_reason(store: BagStore, method: str) -> None:
     config = configure(**{"model.method": method})
+    assert (method in re.findall(r"[\w-]+", ONE_BAG_ALONE.splitlines()[-1])) == (method in PRIVATE)
     if method in PRIVATE:
         check(store, config)
         return

@@ -94,7 +94,7 @@ def test_a_method_says_what_is_left_empty_and_single_parts_can_be_chosen() -> No
             "no such setting.*'temperature'",
         ),
         ({"model.method": "rot", "parts.rot.weight": -1.0}, r"parts.rot.weight = -1.0"),
-        ({"parts.rot.weight": 2.0}, "no part .rot. is in this run"),
+        ({"parts.rot.weight": 2.0}, "no part .rot. is in this run: choose it"),
         ({"parts.nothing.weight": 2.0}, "no part 'nothing' has settings"),
         ({"parts.rot": 2.0}, r"parts\.NAME\.KEY"),
     ],

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.model.heads import LinearHead
 from common.model.interfaces import Features, Level
 from common.parts import Kind, NoSettings, Part
-from deploy.conformance import check
+from deploy.part_checks import check
 
 TRAINED = [
     parts.part(kind, name)

@@ -108,7 +108,7 @@ def test_the_example_conforms_by_the_command_and_by_the_plugin(
     ("source", "license", "fault"),
     [
         ("import bad_parts.more\nPARTS = ()", "MIT", "No module named|imports itself"),
-        ("import deploy\nPARTS = ()", "MIT", "imports deploy, which no part at a site may"),
+        ("import deploy\nPARTS = ()", "MIT", "imports deploy, which is not in an app"),
         ("PARTS = ()", "", "states no licence"),
         ("PARTS = 3", "MIT", "names no parts"),
     ],
