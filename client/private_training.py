@@ -165,7 +165,7 @@ def train_round_privately(
         seeds: the site's, for everything random but sampling and noise; None for those of a simulation.
 
     Returns:
-        The steps and the bags, which the plan makes public. ``loss`` is WITHHELD and ``images`` 0: the
+        The steps and the bags, which the plan makes public. ``loss`` is ``_WITHHELD`` and ``images`` 0: the
         images that were seen would tell which bags were drawn.
 
     Raises:

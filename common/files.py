@@ -268,7 +268,7 @@ class TableError(Exception):
 def read_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number and the cells of every row that is not empty, the header first.
 
-    The text is UTF-8 or UTF-16 with a byte order mark. The separator is the one of SEPARATORS that gives
+    The text is UTF-8 or UTF-16 with a byte order mark. The separator is the one of ``_SEPARATORS`` that gives
     the header the most cells, or the one that Excel's line ``sep=;`` names.
 
     Raises:

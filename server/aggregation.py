@@ -239,7 +239,7 @@ def fedpals_weights(
     Args:
         releases: by site name.
         target: ``uniform`` over the leaves, or ``pooled``: the marginal over all sites.
-        regularisation: see label_marginal_weights.
+        regularisation: see ``_label_marginal_weights``.
 
     Raises:
         RunError: a site's policy releases no counts.

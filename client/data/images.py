@@ -59,7 +59,7 @@ def open_image(path: Path) -> Image.Image:
 
     Raises:
         ValueError: too many pixels, several pages or frames, or 16-bit colour that would be shown black.
-        OSError: not an image of FORMATS, or damaged (damaged files make decoders raise nearly anything).
+        OSError: not an image of ``_FORMATS``, or damaged (damaged files make decoders raise nearly anything).
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
@@ -81,7 +81,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Refuse an image size of more than MAX_PIXELS.
+    """Refuse an image size of more than ``_MAX_PIXELS``.
 
     Raises:
         ValueError: it has more.
@@ -124,7 +124,7 @@ def stretch(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Scale values of unknown range, shape (H, W), to 0..255 by their own robust range.
 
     Files of 16 bits rarely use all of them (12-bit cameras), so their own range is the only safe one. It
-    leaves out ROBUST_SHARE of the pixels at either end, unless nothing would be left.
+    leaves out ``_ROBUST_SHARE`` of the pixels at either end, unless nothing would be left.
 
     Raises:
         ValueError: the values are not all finite.

@@ -393,7 +393,7 @@ def _fine(merged: _Events, adjacency: Adjacency, afresh: bool) -> Any:
     # Nothing is promised at such an epsilon, so a finer grid would be wasted time.
     if epsilon > 1000:
         return coarse
-    # The grid is widened where the composed losses would otherwise take more than POINTS grid points.
+    # The grid is widened where the composed losses would otherwise take more than _POINTS grid points.
     interval = max(_interval(merged), _power_of_two(8 * (epsilon + 5) / _POINTS))
     return _compose(amounts_of(merged), adjacency, interval, afresh=afresh)
 

@@ -3,7 +3,7 @@
 The steps are advertise -> share -> receive -> mask -> agree -> unmask. Each takes the site's
 ``MemberState``, and those before ``agree`` return a new one. The caller must see to it that no step is done
 twice (``client.secure_aggregation``), because that must hold between processes. The demands of a site are
-in ``demands``. This module knows nothing of Flower, files and models; an update is a vector of words.
+in ``cohort``. This module knows nothing of Flower, files and models; an update is a vector of words.
 """
 
 import hashlib

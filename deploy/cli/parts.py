@@ -15,7 +15,7 @@ with lazy_imports():
     from deploy.consortium import kits as kit_folders
 
 app = typer.Typer(
-    help="What runs are made of: backbones, blocks, heads, loss terms, explainers and probes.",
+    help="What runs are made of, explained and measured by: backbones, heads, loss terms, strategies, ...",
     no_args_is_help=True,
 )
 

@@ -56,8 +56,8 @@ class Line:
     """Summarise one method at one bag size in one setting, over its seeds.
 
     ``setting`` distinguishes the two lines of local-only: the mean over the sites and the best site.
-    ``levels`` maps a level's name to its FIGURES, ``costs`` has those of COSTS that are known, ``probes`` the
-    figures of probes by column, such as ``recall.leaf@1``.
+    ``levels`` maps a level's name to its ``_FIGURES``, ``costs`` has those of ``_COSTS`` that are known,
+    ``probes`` the figures of probes by column, such as ``recall.leaf@1``.
     """
 
     method: str

@@ -49,8 +49,8 @@ _PRELOADED = (
     "pydantic",
     "safetensors.numpy",
 )
-"""Loaded once. In ENVIRONMENT, importing them starts no thread and touches no accelerator, which a process
-must not have done before it forks."""
+"""Loaded once. In ``_ENVIRONMENT``, importing them starts no thread and touches no accelerator, which a
+process must not have done before it forks."""
 
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -101,7 +101,7 @@ class _ForkingExecutor:
         insecure: bool = False,
         root_certificates_path: str | None = None,
     ) -> None:
-        """Wait until fewer than MAX_TASKS run."""
+        """Wait until fewer than ``_MAX_TASKS`` run."""
         while len(self._tasks) >= _MAX_TASKS:
             connection.wait([process.sentinel for process in self._tasks])
             self._reap()

@@ -247,7 +247,7 @@ def certificate_builder(
     Args:
         subject: whose key it is.
         key: the certified key.
-        days: how long it holds from now; it begins CLOCK_TOLERANCE earlier, and ends no later than the
+        days: how long it holds from now; it begins ``_CLOCK_TOLERANCE`` earlier, and ends no later than the
             issuer's own certificate.
         issuer: the certificate of who will sign; None: the key signs for itself.
     """

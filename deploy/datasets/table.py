@@ -55,7 +55,7 @@ def table_source(
 ) -> SourceTable:
     """Read a label table and find the images that it lists.
 
-    The image column is the first of IMAGE_COLUMNS that the table has; a name may lack its suffix and
+    The image column is the first of ``_IMAGE_COLUMNS`` that the table has; a name may lack its suffix and
     the file may lie in any folder below ``images``. Leaves come from ``label_column``, else from the
     last of ``diagnosis_1, diagnosis_2, ...``, else from HAM10000's ``dx``, whose tree is built in and
     whose ``lesion_id`` becomes the group.
@@ -143,7 +143,7 @@ def table_source(
 
 
 def image_column(table: CsvTable) -> str:
-    """Return the first of IMAGE_COLUMNS that the table has.
+    """Return the first of ``_IMAGE_COLUMNS`` that the table has.
 
     Raises:
         UserError: it has none; the text lists its columns.

@@ -78,7 +78,7 @@ def draw_activation(
 
 
 def choose_images(sample: TestSample, tree: Hierarchy, seed: int) -> TestSample:
-    """Return up to MOST_IMAGES images, one per coarse class in turn and each of another leaf.
+    """Return up to ``_MOST_IMAGES`` images, one per coarse class in turn and each of another leaf.
 
     The choice is fixed by ``seed``.
     """

@@ -101,7 +101,7 @@ def embed(model: HierarchicalClassifier, sample: TestSample, seed: int) -> Embed
 
 
 def _draw_bags(sample: TestSample, tree: Hierarchy, seed: int) -> list[NDArray[np.int64]]:
-    """Group each site's images into bags of about BAG_SIZE with uneven class mixes, fixed by ``seed``.
+    """Group each site's images into bags of about ``_BAG_SIZE`` with uneven class mixes, fixed by ``seed``.
 
     Half of a bag are neighbours in the tree, the other half are drawn from the whole site. Bags drawn at
     random alone would all have nearly the same mix, and their means would fall on one spot.

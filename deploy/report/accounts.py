@@ -76,7 +76,7 @@ class Epsilons:
 
 
 class Accountants:
-    """Epsilons questions about epsilon, in worker processes when many are expected.
+    """Answer questions about epsilon, in worker processes when many are expected.
 
     The object is a context manager. Its worker processes start as soon as it is made, while the sources are
     read.

@@ -59,7 +59,7 @@ def _shown(value: Any, name: str = "") -> str:
 
     Args:
         value: of any type.
-        name: of its field; see EPSILONS.
+        name: of its field; see ``_EPSILONS``.
     """
     if not isinstance(value, float):
         return str(value)

@@ -34,7 +34,7 @@ def at(place: str | _Place) -> None:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Run a command, and after Ctrl-C print the one line and exit with STATUS.
+    """Run a command, and after Ctrl-C print the one line and exit with ``_STATUS``.
 
     Nested uses count once.
 

@@ -167,7 +167,7 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are there, each of them once.
 
-        A reply that is not there yet is waited for, up to PATIENCE seconds.
+        A reply that is not there yet is waited for, up to ``_PATIENCE`` seconds.
         """
         replies = (self._result(message_id) for message_id in message_ids)
         return [reply for reply in replies if reply is not None]
