@@ -142,7 +142,7 @@ def _total_norm(gradients: Sequence[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.cat(pieces), dtype=torch.float64))
 
 
-def train_round_privately(
+def train_round_privately(  # noqa: PLR0913 (a round of training, and its plan)
     model: HierarchicalClassifier,
     store: Bags,
     config: RunConfig,

@@ -44,7 +44,7 @@ _CONTROL = 0.5
 Progress = Callable[[int, int], None]
 
 
-def audit_site(
+def audit_site(  # noqa: PLR0913 (what is audited, how long, and who is told)
     config: RunConfig,
     store: BagStore,
     *,
