@@ -21,9 +21,10 @@ import torch
 
 from client.data.bags import BagStore
 from client.data.labelled import LabelledImages
-from client.data.tables import read_listing, write_csv
+from client.data.tables import read_listing
 from client.evaluation import read_predictions
 from client.site import SiteConfig, site_folders
+from common.files import write_csv
 from common.model.model_file import load_model
 from deploy.configuration import RunRequest
 from deploy.datasets.counts import CountedFiles, build_counted_site, read_counted_bags

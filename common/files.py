@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,6 +289,18 @@ def read_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num + skipped, cells
     except csv.Error as error:
         raise TableError(reader.line_num + skipped, f"is not CSV: {error}") from None
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a UTF-8 CSV with Unix line ends that ``read_rows`` reads back, whatever the names are."""
+    # A header that another separator would cut, or that looks like Excel's line, is quoted, so that it is
+    # read as it was meant.
+    unclear = any(mark in cell for cell in header for mark in _SEPARATORS[1:]) or header[0].startswith("sep=")
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        usual = csv.writer(stream, lineterminator="\n")
+        quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        (quoted if unclear else usual).writerow(header)
+        usual.writerows(rows)
 
 
 def _cells(line: str, separator: str) -> int:

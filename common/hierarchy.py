@@ -4,7 +4,6 @@ Counts roll up from leaves to coarser levels exactly (integers); predictions are
 root-to-leaf path. This module knows nothing of images, models or sites.
 """
 
-import csv
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import BadRow, DataError
-from common.files import TableError, read_rows
+from common.files import TableError, read_rows, write_csv
 
 if TYPE_CHECKING:  # the tree is read where no model is
     from torch import Tensor
@@ -155,8 +154,7 @@ class Hierarchy:
 
     def to_csv(self, path: Path) -> None:
         """Write the tree as a CSV file that ``from_csv`` reads."""
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([self.levels, *self.to_rows()])
+        write_csv(path, self.levels, self.to_rows())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tree in a form that JSON can hold.

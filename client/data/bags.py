@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.data.images import CacheKey, Progress, open_cache
-from client.data.tables import MANIFEST_FILE, Fault, Listing, data_version, read_listing, write_csv
+from client.data.tables import MANIFEST_FILE, Fault, Listing, data_version, read_listing
 from client.site import BUILD_ADVICE, SiteConfig
 from common.errors import BadRow, DataError, writable
-from common.files import replacing
+from common.files import replacing, write_csv
 from common.hierarchy import Hierarchy
 
 CACHE_FOLDER = ".cache"

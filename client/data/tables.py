@@ -7,7 +7,6 @@ blank of no width) are never joined in silence: a source refuses them, or joins 
 for.
 """
 
-import csv
 import difflib
 import hashlib
 import os
@@ -97,12 +96,6 @@ def read_csv(path: Path, required: Sequence[str], fatal: list[BadRow], bad: list
         fatal.append(BadRow(file, error.line, error.reason))
         return None
     return CsvTable(file, columns, tuple(rows), tuple(lines))
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a UTF-8 CSV with a header and Unix line ends."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([header, *rows])
 
 
 def whole_number(cell: str) -> int | None:

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from client.data.bags import BagStore
 from client.data.images import Progress
 from client.data.labelled import LabelledImages
-from client.data.tables import TEST_FILE, write_csv
+from client.data.tables import TEST_FILE
 from client.site import SiteConfig, site_folders
 from common.errors import BadRow, DataError, UserError, writable
-from common.files import new_folder
+from common.files import new_folder, write_csv
 from deploy.compare.scenario import Cell, Data
 from deploy.datasets.build import open_source, read_split, write_sites
 from deploy.datasets.files import ArrayImages, FileImages, SourceTable, image_fault

@@ -29,10 +29,10 @@ from client.data.tables import (
     refuse_duplicate_names,
     unknown_label,
     whole_number,
-    write_csv,
 )
 from client.site import SiteConfig, SitePolicy
 from common.errors import BadRow, DataError, UserError
+from common.files import write_csv
 from common.hierarchy import Hierarchy
 from deploy.datasets.dicom import DICOM_SUFFIXES, MixedImages
 from deploy.datasets.files import IMAGE_SUFFIXES, FileIndex, FoundFiles, find_images, is_hidden

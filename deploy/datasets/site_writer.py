@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.data.images import CHUNK, Progress
-from client.data.tables import BAGS_FILE, MANIFEST_FILE, TEST_FILE, write_csv
+from client.data.tables import BAGS_FILE, MANIFEST_FILE, TEST_FILE
 from client.site import SiteConfig, SitePolicy
 from common.errors import UserError, writable
-from common.files import new_folder
+from common.files import new_folder, write_csv
 from common.hierarchy import Hierarchy
 from deploy.datasets.files import SourceImages, SourceTable, image_fault
 from deploy.datasets.partition import Indices, Split

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from client.data.tables import write_csv
 from client.site import SiteConfig
+from common.files import write_csv
 
 LEAVES = ("red", "green", "blue")
 COLOURS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}

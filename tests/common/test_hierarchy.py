@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError
@@ -64,6 +64,10 @@ def test_roll_up_takes_one_bag_many_bags_and_fractions(tree: Hierarchy) -> None:
     np.testing.assert_allclose(tree.roll_up(np.full(4, 0.25))[0], [0.75, 0.25])
 
 
+@example(levels=["0;1"], leaves=["0;0"])
+@example(levels=[";"], leaves=["0"])
+@example(levels=["sep=x"], leaves=["a", "b"])
+@example(levels=["a|b", "c;d"], leaves=["x"])
 @given(
     st.lists(names, min_size=1, max_size=4, unique=True), st.lists(names, min_size=1, max_size=6, unique=True)
 )

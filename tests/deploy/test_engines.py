@@ -83,11 +83,11 @@ def test_a_dying_worker_is_blamed_alone(small_config: Callable[..., RunConfig]) 
     code = (
         "from flwr.app import Message, RecordDict\n"
         "from deploy.simulation.local_grid import LocalGrid\n"
-        "from server.exchange import ask\n"
+        "from server.exchange import Phase, ask\n"
         "if __name__ == '__main__':\n"
         "    with LocalGrid(4, {}, workers=2, client_app='dying_app:app') as grid:\n"
         "        nodes = dict.fromkeys(grid.get_node_ids(), RecordDict())\n"
-        "        for reply in ask(grid, nodes, 'train', round=1, deadline=120.0):\n"
+        "        for reply in ask(grid, nodes, Phase('train', 1, 120.0)):\n"
         "            print(reply.failure or 'fine')\n"
     )
     folder = Path(small_config().run_dir).parent

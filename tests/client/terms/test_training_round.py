@@ -8,11 +8,11 @@ import pytest
 
 import client.terms
 from client.data.bags import BagStore
-from client.data.tables import write_csv
 from client.site import SiteConfig, SitePolicy
 from client.training import train_round
 from common.config import RunConfig
 from common.errors import DataError, UserError
+from common.files import write_csv
 from common.model.build import build_model
 from common.model.methods import method_names, sees_labels
 from common.model.model_file import all_arrays

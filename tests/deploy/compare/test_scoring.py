@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 import client.evaluation
-from client.data.tables import TEST_FILE, write_csv
+from client.data.tables import TEST_FILE
 from client.site import SiteConfig
 from common.config import RunConfig
+from common.files import write_csv
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
 from deploy.compare import scoring
