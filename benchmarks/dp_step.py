@@ -45,7 +45,7 @@ from client.private_training import BagDPOptimizer
 from common.config_tables import LossConfig, ModelConfig
 from common.hierarchy import Hierarchy
 from common.model.build import build_model
-from common.model.interfaces import Inputs
+from common.model.interfaces import Features, Inputs, Output
 from common.model.losses import level_divergence, level_weights
 from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.randomness import SecureRandomness
@@ -155,13 +155,28 @@ def private_step(model: nn.Module, bags: Bags) -> Step:
     return step
 
 
+class _Plain(nn.Module):
+    """Compute the same scores from tensors, which is all that Opacus's hooks take as a layer's input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.body = model.backbone.body
+        self.heads = nn.ModuleList(nn.Linear(head.in_features, head.out_features) for head in model.heads)
+        for own, head in zip(self.heads, model.heads, strict=True):
+            own.load_state_dict(head.state_dict())
+
+    def forward(self, inputs: Inputs) -> Output:
+        pooled = self.body(inputs.images)
+        return Output(tuple(head(pooled) for head in self.heads), Features(pooled), {}, {})
+
+
 def stock_step(model: nn.Module, bags: Bags) -> Step:
     """Return the step of Opacus as its tutorials use it, on the images of the bags."""
     for module in model.modules():
         if isinstance(module, BasicBlock):
             # Opacus's hooks refuse torchvision's in-place residual sum.
             module.forward = partial(residual_block, module)
-    hooked = GradSampleModule(model)
+    hooked = GradSampleModule(_Plain(model))
     optimiser = DPOptimizer(
         torch.optim.AdamW(hooked.parameters(), lr=1e-4),
         noise_multiplier=NOISE_MULTIPLIER,
