@@ -13,6 +13,7 @@ from common import parts
 from common.errors import UserError
 from common.model.heads import LinearHead
 from common.model.interfaces import Features, Level
+from common.model.losses import bag_means
 from common.parts import Kind, NoSettings, Part
 from deploy.part_checks import check
 
@@ -108,3 +109,26 @@ def test_the_plugin_fails_a_test_with_the_fault(conformance: Callable[[Part], li
     with pytest.raises(AssertionError, match="change each other's predictions"):
         conformance(Part(Kind.HEAD, "planted", Neighbours, "a test"))
     assert "may train" in conformance(parts.part(Kind.HEAD, "linear"))[-1]
+
+
+class Projected(Matching):
+    """Looks through a layer that the term brings."""
+
+    def __call__(self, step: Step) -> Tensor:
+        seen = step.model.terms["planted"](step.output.features.pooled)
+        return super().__call__(step) + bag_means(
+            seen.square().sum(dim=1), step.inputs.bag_index, len(step.batch)
+        )
+
+
+def test_a_terms_own_module_is_an_array_of_the_model() -> None:
+    """It is built with the model, written and read, reached by gradients, and may train privately."""
+
+    def layer(level: Level, settings: NoSettings) -> nn.Linear:
+        return nn.Linear(level.n_features, 2, bias=False)
+
+    lines = check(Part(Kind.TERM, "planted", Projected, "a test", modules=layer))
+    assert lines == [
+        "1 arrays of its own: terms.planted.weight 2x128",
+        "may train privately: one bag alone, checked",
+    ]
