@@ -4,7 +4,8 @@ The parameters that a run does not train keep the values they have, and are neve
 added to every trained parameter, so its norm grows with their number: a private run trains few.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,8 +50,7 @@ def build_model(
             "model.norm = 'frozen-batch' freezes BatchNorm at the statistics of a weights file; "
             "give one as model.weights, or use model.norm = 'group'"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _repeatable(seed):
         return _build(config, hierarchy, settings or {}, Path(config.weights) if config.weights else None)
 
 
@@ -61,9 +61,25 @@ def rebuild_model(
 
     No weights file is read. Frozen BatchNorm gets its statistics with those values.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _repeatable(0):
         return _build(config, hierarchy, settings or {}, weights=None)
+
+
+@contextmanager
+def _repeatable(seed: int) -> Iterator[None]:
+    """Seed torch and hold it to one thread, then put its generator and its threads back.
+
+    An orthogonal start comes from a QR decomposition, whose last bits depend on the number of threads: the
+    server would draw another model on another machine.
+    """
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _build(

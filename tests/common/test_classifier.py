@@ -353,3 +353,17 @@ def test_methods_share_their_weights_and_leave_the_generator_alone(method: str, 
             assert torch.equal(value, other[name])
     assert bool(model.blocks) == (method == "lhfglp")
     assert len(model.heads) == (1 if recipe(method).leaf_only else 3)
+
+
+def test_a_seed_gives_the_same_model_on_any_number_of_threads(tree: Hierarchy) -> None:
+    models = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            models.append(build_model(ModelConfig(), tree, seed=3).state_dict())
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    for other in models[1:]:
+        for name, value in models[0].items():
+            assert torch.equal(value, other[name]), name
