@@ -59,7 +59,7 @@ def write_run(run: Path) -> None:
             "adjacency": "replace-one",
             "epsilon": epsilon,
             "delta": DELTA,
-            "events": [merged.model_dump() for merged in book.events_for(book.unit)],
+            "events": [merged.model_dump() for merged in book.merged],
             "budget_left": book.cap.epsilon - epsilon,
             "ledger_head": book.head,
         }

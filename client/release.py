@@ -64,7 +64,7 @@ def private_release(store: BagStore, noised: "CountRelease", version: str) -> Pr
     ``version`` is the ledger's name of the data version.
     """
     rows = tuple(tuple(map(float, row)) for row in noised.counts)
-    return _record(store, version, rows, "discrete-laplace", noised.event(noised.unit).model_dump())
+    return _record(store, version, rows, "discrete-laplace", noised.event.model_dump())
 
 
 def _record(

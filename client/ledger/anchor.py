@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -38,7 +38,7 @@ from common.errors import UserError
 from common.files import locked, newest_json_lines, write_bytes, write_text
 from common.privacy import accounting
 from common.privacy.accounting import Composition, amounts_of
-from common.privacy.events import Adjacency, Unit
+from common.privacy.events import UNIT, Adjacency
 
 _ANCHOR_SUFFIX = ".anchor.json"
 """Takes the place of the ledger's own, in the kit's state folder or beside the ledger."""
@@ -68,28 +68,24 @@ class Anchor(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     site: str
-    unit: str
+    unit: Literal["bag"] = UNIT
     rows: int = Field(ge=1)
     head: str = Field(pattern="^[0-9a-f]{64}$")
     cap_epsilon: float
     cap_delta: float
     events: list[tuple[dict[str, Any], int]]
-    """What was spent, scaled to ``unit``, equal events together."""
-    bag_events: list[tuple[dict[str, Any], int]]
-    """The same events, scaled to a bag."""
+    """What was spent, equal events together."""
 
     @classmethod
     def of(cls, state: LedgerState) -> "Anchor":
         """Return the anchor of a ledger state with at least one row."""
         return cls(
             site=state.site,
-            unit=state.unit.value,
             rows=state.rows,
             head=state.head,
             cap_epsilon=state.cap.epsilon,
             cap_delta=state.cap.delta,
-            events=tally(state.events_for(state.unit)),
-            bag_events=tally(state.events_for(Unit.BAG)),
+            events=tally(state.merged),
         )
 
     @property
@@ -175,22 +171,15 @@ def lost_marks(marks: Iterable[Mark], state: LedgerState, hash_of: Callable[[int
     return [mark for mark in marks if mark.head not in state.lost and hash_of(mark.rows) != mark.head]
 
 
-def lost_events(anchor: Anchor, state: LedgerState) -> dict[str, Tally]:
-    """Return the ``events`` and ``bag_events`` that the anchor counts as spent and the ledger does not.
+def lost_events(anchor: Anchor, state: LedgerState) -> Tally:
+    """Return the events that the anchor counts as spent and the ledger does not.
 
     A ledger whose every event the anchor knows too is an older copy of the same chain, so the difference was
     lost. Any other was written apart from that chain: then all that the anchor knows counts on top.
     """
-    return {
-        "events": _difference(anchor.events, tally(state.events_for(state.unit))),
-        "bag_events": _difference(anchor.bag_events, tally(state.events_for(Unit.BAG))),
-    }
-
-
-def _difference(anchored: Tally, held: Tally) -> Tally:
     left: dict[str, int] = {}
     plain: dict[str, dict[str, Any]] = {}
-    for sign, side in ((1, anchored), (-1, held)):
+    for sign, side in ((1, anchor.events), (-1, tally(state.merged))):
         for event, number in side:
             fixed = {name: value for name, value in event.items() if name != "steps"}
             # Steps are compared as a sum: the same spending may be divided into rows in another way.
@@ -198,7 +187,7 @@ def _difference(anchored: Tally, held: Tally) -> Tally:
             plain[key] = fixed
             left[key] = left.get(key, 0) + sign * number * int(event.get("steps", 1))
     if any(number < 0 for number in left.values()):
-        return list(anchored)
+        return list(anchor.events)
     return [
         ({**plain[key], "steps": number}, 1)
         if plain[key]["kind"] == "poisson_gaussian"
@@ -263,15 +252,12 @@ class CarryFile:
 
 
 def _is_long(state: LedgerState) -> bool:
-    return len(state.events_for(state.unit)) > accounting.DIRECT
+    return len(state.merged) > accounting.DIRECT
 
 
 def _kept_of(state: LedgerState) -> tuple[Composition, ...]:
-    """Return the compositions in memory of the ledger's events, scaled to its unit and to a bag."""
-    kept: dict[Composition, None] = {}
-    for unit in dict.fromkeys((state.unit, Unit.BAG)):
-        kept |= dict.fromkeys(accounting.kept_for(amounts_of(state.events_for(unit)), Adjacency.REPLACE_ONE))
-    return tuple(kept)
+    """Return the compositions in memory of the ledger's events."""
+    return tuple(accounting.kept_for(amounts_of(state.merged), Adjacency.REPLACE_ONE))
 
 
 def _about(state: LedgerState, rows: int, head: str | None) -> dict[str, Any]:

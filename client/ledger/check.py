@@ -34,7 +34,7 @@ from client.ledger.ledger import Ledger, Opening, new_identifier, now
 from client.ledger.state import LedgerState, Tally
 from common.errors import require_file
 from common.privacy.accounting import fits
-from common.privacy.events import Adjacency, PoissonGaussian, Unit
+from common.privacy.events import Adjacency, PoissonGaussian
 
 _LEAST_CAP = 1e-9
 _NO_NOISE = PoissonGaussian(sample_rate=1.0, noise_multiplier=0.0, steps=1)
@@ -210,7 +210,6 @@ def accept_loss(ledger: Ledger, site: str, head: str | None = None) -> bool:
         # Where no cap is known, the smallest: opening with the site's own records that one.
         epsilon, delta = (anchored.cap_epsilon, anchored.cap_delta) if anchored else (_LEAST_CAP, _LEAST_CAP)
         opening = Opening(site, ledger.data_version, epsilon, delta).body()
-        opening["unit"] = anchored.unit if anchored else Unit.BAG.value
         create(path, {**opening, "identifier": new_identifier(), "time": now()})
     # Unchecked, because the check would refuse exactly the ledger that is to be mended here.
     with ledger.transaction(checked=False) as db:
@@ -230,7 +229,7 @@ def accept_loss(ledger: Ledger, site: str, head: str | None = None) -> bool:
         if not lost and not unreadable:
             return False
         body = {
-            **_charged(lost, anchored, state),
+            "events": _charged(lost, anchored, state),
             "heads": [mark.head for mark in lost],
             "rows": [mark.rows for mark in lost],
         }
@@ -238,18 +237,16 @@ def accept_loss(ledger: Ledger, site: str, head: str | None = None) -> bool:
     return True
 
 
-def _charged(lost: Sequence[Mark], anchored: Anchor | None, state: LedgerState) -> dict[str, Tally]:
+def _charged(lost: Sequence[Mark], anchored: Anchor | None, state: LedgerState) -> Tally:
     """Return the events that a loss costs.
 
     They are what the anchor counts as spent and the ledger does not, and an event without a bound if a mark
     names rows that the anchor does not cover.
     """
     reaches = anchored.rows if anchored is not None and anchored.mark in lost else _UNKNOWN_ROWS
-    known = (
-        lost_events(anchored, state) if anchored is not None and reaches else {"events": [], "bag_events": []}
-    )
+    known = lost_events(anchored, state) if anchored is not None and reaches else []
     # A chain as long as the anchor's, or shorter, is taken for the beginning of the anchor's own, unless the
     # ledger holds the anchor's: then it is another.
     if anchored is not None and all(_UNKNOWN_ROWS < mark.rows <= reaches for mark in lost):
         return known
-    return {key: [*events, (_NO_NOISE.model_dump(), 1)] for key, events in known.items()}
+    return [*known, (_NO_NOISE.model_dump(), 1)]

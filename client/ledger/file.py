@@ -59,7 +59,7 @@ class Kind(StrEnum):
     """Name what a row of the ledger records."""
 
     OPENED = "opened"
-    """Site, unit, data version and cap from here on; the first row, and again when one changes."""
+    """Site, data version and cap from here on; the first row, and again when one changes."""
     RESERVED = "reserved"
     """An event counts as spent from here on, whatever becomes of it."""
     CONFIRMED = "confirmed"

@@ -30,7 +30,7 @@ from client.ledger.file import append as append_row
 from client.ledger.state import Cap, LedgerState, Reservation, copies_of
 from common.errors import BudgetRefused, ConfigError, DataError, RunError, require_file
 from common.privacy.accounting import fits, spent
-from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit
+from common.privacy.events import UNIT, Adjacency, DiscreteLaplace, PoissonGaussian
 from common.privacy.proportions import CountRelease
 from common.privacy.randomness import Generator
 from common.records import PrivacyStatement
@@ -54,22 +54,20 @@ class Opening:
         site: the site's name.
         data_version: ``BagStore.data_version``. One that the ledger has not seen must have been accepted
             (``Ledger.accept_version``), and is no new budget: all that was ever spent counts.
-        cap_epsilon: the most that may ever be spent, replace-one of ``unit``.
+        cap_epsilon: the most that may ever be spent, replace-one of a bag.
         cap_delta: the delta of the cap and of every figure.
-        unit: what the cap protects; fixed when the ledger is made.
     """
 
     site: str
     data_version: str
     cap_epsilon: float
     cap_delta: float
-    unit: Unit = Unit.BAG
 
     def body(self) -> dict[str, Any]:
         """Return the content of the row that records it."""
         return {
             "site": self.site,
-            "unit": self.unit.value,
+            "unit": UNIT,
             "data_version": self.data_version,
             "cap_epsilon": float(self.cap_epsilon),
             "cap_delta": float(self.cap_delta),
@@ -107,10 +105,10 @@ class Ledger:
             ConfigError: the cap is out of range, or below what is spent already.
             DataVersionError: the data version was not accepted.
             LedgerLostError: the file is missing, or lost rows that the anchor or a witness names.
-            LedgerError: the file belongs to another site or unit, or cannot be trusted.
+            LedgerError: the file belongs to another site, or cannot be trusted.
             LedgerBusyError: the file cannot be written.
         """
-        site, data_version, unit = opening.site, opening.data_version, opening.unit
+        site, data_version = opening.site, opening.data_version
         cap_epsilon, cap_delta = opening.cap_epsilon, opening.cap_delta
         if not (0 < cap_epsilon < float("inf") and 0 < cap_delta < 1):
             raise ConfigError(
@@ -127,17 +125,16 @@ class Ledger:
             create(path, {**opening.body(), "identifier": new_identifier(), "time": now()})
         with ledger.transaction() as db:
             state = ledger._state
-            if state.site != site or state.unit is not unit:
+            if state.site != site:
                 raise LedgerError(
-                    f"the ledger {path} is of site {state.site!r} and unit {state.unit.value!r}, not of site "
-                    f"{site!r} and unit {unit.value!r}; every site keeps its own, for one unit"
+                    f"the ledger {path} is of site {state.site!r}, not of {site!r}; every site keeps its own"
                 )
             if data_version not in state.versions:
                 raise _not_accepted(path, state, data_version)
             known = (state.data_version, state.cap) == (data_version, Cap(cap_epsilon, cap_delta))
             # A ledger of an earlier release has no identifiers, and no salt in its newest row.
             if not known or data_version not in state.identifiers:
-                so_far = spent(state.events_for(unit), cap_delta, Adjacency.REPLACE_ONE)
+                so_far = spent(state.merged, cap_delta, Adjacency.REPLACE_ONE)
                 if so_far > cap_epsilon:
                     raise ConfigError(
                         f"site {site!r} has spent epsilon {so_far:.4g} at delta {cap_delta:g} already, more "
@@ -194,7 +191,7 @@ class Ledger:
         with self.transaction():
             state = self._state
             # The least that can be asked for costs something: nothing fits where nothing is left.
-            least = (*state.events_for(state.unit), _LEAST_EVENT)
+            least = (*state.merged, _LEAST_EVENT)
             if fits(least, state.cap.epsilon, state.cap.delta, Adjacency.REPLACE_ONE):
                 return
         self._note_refusal(_LEAST_EVENT, {"run_id": run_id, "round": round})
@@ -275,7 +272,7 @@ class Ledger:
             LedgerBusyError: it could not be recorded, so it must not be sent.
         """
         body = {"release": release.model_dump(mode="json"), "run_id": run_id, "generator": generator.value}
-        self._charge(Kind.RELEASED, release.event(self._state.unit), body)
+        self._charge(Kind.RELEASED, release.event, body)
         return self._state.releases[self.data_version]
 
     def statement(self, round: int) -> PrivacyStatement:
@@ -303,7 +300,7 @@ class Ledger:
                 return 0
             # The decision is made on all events together: epsilons of single events do not add up to that
             # of their composition.
-            asked, cap = (*state.events_for(state.unit), *[event] * copies_of(body)), state.cap
+            asked, cap = (*state.merged, *[event] * copies_of(body)), state.cap
             if fits(asked, cap.epsilon, cap.delta, Adjacency.REPLACE_ONE):
                 return self.append(db, kind, body)
         so_far, after = state.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)

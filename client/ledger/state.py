@@ -21,7 +21,15 @@ from pydantic import ValidationError
 from client.ledger.file import Entry, Kind, LedgerError, newest_of_kind, read_entries, read_entry, reading
 from common.errors import require_file
 from common.privacy.accounting import spent
-from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict, merge
+from common.privacy.events import (
+    UNIT,
+    UNIT_EXPLANATION,
+    Adjacency,
+    DiscreteLaplace,
+    PoissonGaussian,
+    event_from_dict,
+    merge,
+)
 from common.privacy.proportions import CountRelease
 from common.privacy.randomness import Generator
 from common.records import PrivacyStatement
@@ -66,10 +74,7 @@ def _untally(runs: Iterable[Iterable[Any]]) -> list[PoissonGaussian | DiscreteLa
 
 @dataclass(frozen=True)
 class Cap:
-    """Hold the most that may ever be spent.
-
-    Both figures are those of replace-one of the ledger's unit.
-    """
+    """Hold the most that may ever be spent, for replace-one of a bag."""
 
     epsilon: float
     delta: float
@@ -101,7 +106,6 @@ class LedgerState:
     """Hold the ledger state, brought forward row by row with ``add``."""
 
     site: str = ""
-    unit: Unit = Unit.BAG
     data_version: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     """Every data version that was trained on or accepted, with the time of its first row."""
@@ -113,9 +117,7 @@ class LedgerState:
     head: str = ""
     """The hash of the newest row, which stands for the whole ledger."""
     events: list[PoissonGaussian | DiscreteLaplace] = field(default_factory=list)
-    """In the order of their rows, scaled to ``unit``; reserved ones included."""
-    bag_events: list[PoissonGaussian | DiscreteLaplace] = field(default_factory=list)
-    """The same events, scaled to a bag."""
+    """In the order of their rows; reserved ones included."""
     releases: dict[str, CountRelease] = field(default_factory=dict)
     """Noised releases by data version."""
     release_rows: dict[str, int] = field(default_factory=dict)
@@ -132,14 +134,12 @@ class LedgerState:
     """Heads of the chains whose loss was accepted."""
     carried_at: int = 0
     """The newest row that carries the state forward."""
-    merged: dict[Unit, tuple[int, tuple[PoissonGaussian | DiscreteLaplace, ...]]] = field(
-        default_factory=dict, compare=False
+    _merged: tuple[int, tuple[PoissonGaussian | DiscreteLaplace, ...]] = field(
+        default=(0, ()), compare=False, repr=False
     )
-    """By unit, of how many events ``events_for`` made its last answer, and that answer."""
+    """Of how many events ``merged`` made its last answer, and that answer."""
     _counts: Counter[PoissonGaussian | DiscreteLaplace] = field(default_factory=Counter, repr=False)
     """How often each of ``events`` happened: counted as they come, so that no row counts all of them anew."""
-    _bag_counts: Counter[PoissonGaussian | DiscreteLaplace] = field(default_factory=Counter, repr=False)
-    """The same of ``bag_events``."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -192,12 +192,12 @@ class LedgerState:
         state = cls()
         try:
             content = entry.body["state"]
-            state.site, state.unit = str(content["site"]), Unit(content["unit"])
+            state.site = _site_of(content)
             state.data_version = str(content["data_version"])
             state.versions = {str(version): str(since) for version, since in content["versions"]}
             state.identifiers = {str(version): str(name) for version, name in content["identifiers"]}
             state.cap = Cap(float(content["cap"][0]), float(content["cap"][1]))
-            state._spend(_untally(content["events"]), _untally(content["bag_events"]))
+            state._spend(_untally(content["events"]))
             state.release_rows = {str(version): int(number) for version, number in content["releases"]}
             for version, number in state.release_rows.items():
                 # The state names the row of a release only; its counts, maybe one row per bag, stay there.
@@ -216,13 +216,12 @@ class LedgerState:
         """Return all that later rows build on as JSON, which a row of kind ``carried`` holds."""
         return {
             "site": self.site,
-            "unit": self.unit.value,
+            "unit": UNIT,
             "data_version": self.data_version,
             "versions": [[version, since] for version, since in self.versions.items()],
             "identifiers": [[version, name] for version, name in self.identifiers.items()],
             "cap": [self.cap.epsilon, self.cap.delta],
             "events": [[event.model_dump(), number] for event, number in self._counts.items()],
-            "bag_events": [[event.model_dump(), number] for event, number in self._bag_counts.items()],
             "releases": [[version, number] for version, number in self.release_rows.items()],
             "open": sorted(self.open_reservations),
             "generators": [generator.value for generator in self.generators],
@@ -256,21 +255,17 @@ class LedgerState:
         body = entry.body
         match Kind(entry.kind):
             case Kind.OPENED:
-                site, unit = str(body["site"]), Unit(body["unit"])
-                # Events of two units do not compose into one figure, and another site's spending is not
-                # this site's.
-                if self.entries and (site, unit) != (self.site, self.unit):
-                    raise ValueError("site and unit never change")
-                self.site, self.unit, self.data_version = site, unit, str(body["data_version"])
+                site = _site_of(body)
+                if self.entries and site != self.site:
+                    raise ValueError("the site never changes")
+                self.site, self.data_version = site, str(body["data_version"])
                 self.cap = Cap(float(body["cap_epsilon"]), float(body["cap_delta"]))
                 self._know_version(body)
             case Kind.ACCEPTED:
                 self._know_version(body)
             case Kind.RESERVED:
                 reserved = Reservation.of(entry)
-                # Training steps and evaluations on held-back bags are bounded per bag, whatever the unit.
-                events = [reserved.event] * reserved.copies
-                self._spend(events, events)
+                self._spend([reserved.event] * reserved.copies)
                 self._drew_from(body)
                 self.open_reservations.add(entry.seq)
             case Kind.CONFIRMED:
@@ -279,13 +274,13 @@ class LedgerState:
                 self.open_reservations.remove(int(body["reservation"]))
             case Kind.RELEASED:
                 release, version = _release(body), str(body["data_version"])
-                self._spend([release.event(self.unit)], [release.event(Unit.BAG)])
+                self._spend([release.event])
                 self.releases[version], self.release_rows[version] = release, entry.seq
                 self._drew_from(body)
             case Kind.REFUSED:
                 self.refusals += 1
             case Kind.LOST:
-                self._spend(_untally(body["events"]), _untally(body["bag_events"]))
+                self._spend(_untally(body["events"]))
                 self._drew_from(body)
                 self.lost |= set(map(str, body["heads"]))
                 self.losses += 1
@@ -296,15 +291,9 @@ class LedgerState:
                     raise ValueError("it carries forward something else than the rows before it say")
                 self.carried_at = entry.seq
 
-    def _spend(
-        self,
-        events: Sequence[PoissonGaussian | DiscreteLaplace],
-        bag_events: Sequence[PoissonGaussian | DiscreteLaplace],
-    ) -> None:
+    def _spend(self, events: Sequence[PoissonGaussian | DiscreteLaplace]) -> None:
         self.events += events
-        self.bag_events += bag_events
         self._counts.update(events)
-        self._bag_counts.update(bag_events)
 
     def _know_version(self, body: Mapping[str, Any]) -> None:
         version = str(body["data_version"])
@@ -321,42 +310,32 @@ class LedgerState:
             self.generators = (*self.generators, generator)
 
     def spent(self, adjacency: Adjacency = Adjacency.REPLACE_ONE) -> float:
-        """Return the epsilon of all events for the ledger's unit at the cap's delta (dp-accounting PLD)."""
-        return spent(self.events_for(self.unit), self.cap.delta, adjacency)
+        """Return the epsilon of all events for a bag at the cap's delta (dp-accounting PLD)."""
+        return spent(self.merged, self.cap.delta, adjacency)
 
-    def events_for(self, unit: Unit) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
-        """Return all events, merged, with the releases of counts scaled to ``unit``.
-
-        Training steps and evaluations on held-back bags are bounded per bag in any case.
-
-        Raises:
-            ValueError: the unit is neither the ledger's nor the bag.
-        """
-        if unit not in (self.unit, Unit.BAG):
-            raise ValueError(f"a ledger for the unit {self.unit.value!r} tells nothing of the {unit.value!r}")
-        events = self.events if unit is self.unit else self.bag_events
-        number, merged = self.merged.get(unit, (0, ()))
-        if number < len(events):  # events are only ever added, and a long ledger has many
-            merged = merge((*merged, *events[number:]))
-            self.merged[unit] = len(events), merged
+    @property
+    def merged(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
+        """Return all events, with equal ones merged."""
+        number, merged = self._merged
+        if number < len(self.events):  # events are only ever added, and a long ledger has many
+            merged = merge((*merged, *self.events[number:]))
+            self._merged = len(self.events), merged
         return merged
 
     def statement(self, round: int) -> PrivacyStatement:
         """Return the privacy statement that the site sends to the server after a round.
 
-        It speaks of replace-one BAG in any case. ``epsilon`` and ``events`` are for the bag, whatever unit
-        the cap protects (PLD, at the cap's delta). ``budget_left`` is what the cap leaves, in the ledger's
-        unit.
+        Its figures are for replace-one of a bag (PLD, at the cap's delta). ``budget_left`` is what the cap
+        leaves.
         """
-        events = self.events_for(Unit.BAG)
-        epsilon = spent(events, self.cap.delta, Adjacency.REPLACE_ONE)
+        epsilon = self.spent()
         return PrivacyStatement(
             site=self.site,
             round=round,
             epsilon=epsilon if math.isfinite(epsilon) else None,
             delta=self.cap.delta,
-            events=tuple(event.model_dump() for event in events),
-            budget_left=max(self.cap.epsilon - self.spent(), 0.0),
+            events=tuple(event.model_dump() for event in self.merged),
+            budget_left=max(self.cap.epsilon - epsilon, 0.0),
             ledger_head=self.head,
             generator="; ".join(self.generators),
             losses=self.losses,
@@ -366,16 +345,16 @@ class LedgerState:
         """Return all that it takes to recompute ``spent`` with another accountant.
 
         Noise multipliers are relative to the clip norm of one bag. A release's scale is relative to the
-        images that the unit named in ``unit`` can move, so that it costs two mechanisms of sensitivity 1
-        and this scale under replace-one, and one under add/remove. Equal events are added up. The data
-        version is the random name under which it leaves the site.
+        images that one bag can move, so that it costs two mechanisms of sensitivity 1 and this scale under
+        replace-one, and one under add/remove. Equal events are added up. The data version is the random
+        name under which it leaves the site.
         """
         return {
             "site": self.site,
             "data_version": self.identifiers.get(self.data_version, ""),
-            "unit": self.unit.explanation,
+            "unit": UNIT_EXPLANATION,
             "cap": {"epsilon": self.cap.epsilon, "delta": self.cap.delta},
-            "events": [event.model_dump() for event in self.events_for(self.unit)],
+            "events": [event.model_dump() for event in self.merged],
             "spent": {
                 "delta": self.cap.delta,
                 "replace_one": self.spent(Adjacency.REPLACE_ONE),
@@ -384,6 +363,17 @@ class LedgerState:
             "losses": self.losses,
             "head": self.head,
         }
+
+
+def _site_of(body: Mapping[str, Any]) -> str:
+    """Return the site of a row that opens a ledger or carries it forward.
+
+    Raises:
+        ValueError: its figures would be for another unit than a bag.
+    """
+    if body["unit"] != UNIT:
+        raise ValueError("events of another unit do not compose with those of bags")
+    return str(body["site"])
 
 
 def _release(body: Mapping[str, Any]) -> CountRelease:

@@ -3,36 +3,24 @@
 Events are kept in ledgers, statements and reports, and an epsilon is always computed from them by
 ``common.privacy.accounting``. Nothing here samples, adds noise or computes an epsilon.
 
-Both events are written relative to what one unit can contribute, so that the same events give the same
-epsilon whatever the unit is:
+Both events are written relative to what one unit, a bag, can contribute:
 
 - a Gaussian step's noise multiplier is relative to the clip norm of one bag's gradient;
-- a release's noise scale is relative to the most images that one unit can move between classes: the
-  size of the largest bag when the unit is the bag, 1 when it is the image.
+- a release's noise scale is relative to the most images that one bag can move between classes: the size of
+  the largest bag.
 """
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-
-class Unit(StrEnum):
-    """Name the unit in which two neighbouring data sets differ, and that a figure protects."""
-
-    BAG = "bag"
-    """One whole bag: all its images and labels. It covers a patient whose images lie in one bag."""
-    IMAGE = "image"
-    """One image and its label, which touches one bag. Weaker: a bag of m images has the m-fold group
-    guarantee only. Clipping is per bag in any case, so a figure for bags holds for images too."""
-
-    @property
-    def explanation(self) -> str:
-        """Return what a figure for this unit covers, in words for a report."""
-        if self is Unit.BAG:
-            return "bag: one whole bag (all its images and labels) is replaced by another of its size"
-        return "image: one image and its label, touching one bag, are replaced; not a whole bag"
+UNIT: Final = "bag"
+"""The unit in which two neighbouring data sets differ, and that every figure protects: one whole bag, all its
+images and labels. It covers a patient whose images lie in one bag."""
+UNIT_EXPLANATION = f"{UNIT}: one whole bag (all its images and labels) is replaced by another of its size"
+"""What a figure for this unit covers, in words for a report."""
 
 
 class Adjacency(StrEnum):

@@ -50,8 +50,7 @@ class PlanSettings:
     rounds: int
     """Rounds of the whole run, not of what is left of it."""
     release: DiscreteLaplace | None
-    """The release of proportions in the same budget, if this run makes one. What it was scaled to is what
-    epsilon protects: a bag (``CountRelease.event(Unit.BAG)``), or one image only."""
+    """The release of proportions in the same budget, if this run makes one."""
     evaluation: tuple[DiscreteLaplace, ...] = ()
     """What one evaluation on held-back bags costs, one event a level; empty if none is made."""
     evaluations: int = 0

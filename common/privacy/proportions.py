@@ -2,10 +2,8 @@
 
 Only leaf counts are noised; coarser levels are their sums, so the levels agree and cost nothing more. The
 mechanism: integer counts + independent noise, P(z) proportional to exp(-|z| / t), t = b * m images, where m
-is what one unit can move (events.py): the size of the largest bag when the unit is the bag. The guarantee
-is replace-one and takes the bag sizes, and so m, as public. A whole bag is covered only at the price of
-m-fold noise: fine for a site total, useless for a single bag's counts, which need the weaker unit of one
-image.
+is what one bag can move: the size of the largest one. The guarantee is replace-one and takes the bag sizes,
+and so m, as public. The noise is fine for a site total, and as large as all the counts of a single bag.
 
 The ledger stores a release and charges for it, because noise drawn twice for the same data averages out.
 
@@ -23,12 +21,13 @@ The number of held-back bags is public. The plan and the ledger decide which eva
 """
 
 from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.privacy.events import DiscreteLaplace, Unit
+from common.privacy.events import UNIT, DiscreteLaplace
 from common.privacy.randomness import Generator, Purpose, Randomness, Stream
 
 
@@ -38,7 +37,7 @@ class Granularity(StrEnum):
     TOTAL = "total"
     """All bags of the site: one row."""
     PER_BAG = "per-bag"
-    """Nothing: one row a bag. One unit touches one bag, so the bags compose in parallel."""
+    """Nothing: one row a bag. The bags compose in parallel."""
 
 
 class CountRelease(BaseModel):
@@ -48,8 +47,8 @@ class CountRelease(BaseModel):
 
     granularity: Granularity
     counts: tuple[tuple[int, ...], ...] = Field(description="shape (1 or bags, C_L), images")
-    unit: Unit = Field(description="the unit that the noise was scaled for")
-    scale: float = Field(gt=0, description="b: noise scale / images that one unit can move")
+    unit: Literal["bag"] = Field(UNIT, description="the unit that the noise was scaled for")
+    scale: float = Field(gt=0, description="b: noise scale / images that one bag can move")
     largest_bag: int = Field(ge=1, description="images in the largest bag; public")
 
     @property
@@ -58,30 +57,22 @@ class CountRelease(BaseModel):
 
         The standard deviation of each count's noise is about sqrt(2) * t.
         """
-        return self.scale * self._images(self.unit)
+        return self.scale * self.largest_bag
 
-    def event(self, unit: Unit) -> DiscreteLaplace:
-        """Return the event of the release when ``unit`` is protected.
-
-        A unit that moves fewer images costs less.
-        """
-        if unit is self.unit:
-            return DiscreteLaplace(scale=self.scale)
-        return DiscreteLaplace(scale=self.noise_scale / self._images(unit))
+    @property
+    def event(self) -> DiscreteLaplace:
+        """Return the event that the release is."""
+        return DiscreteLaplace(scale=self.scale)
 
     def array(self) -> NDArray[np.int64]:
         """Return the counts, shape (1 or bags, C_L)."""
         return np.array(self.counts, dtype=np.int64)
-
-    def _images(self, unit: Unit) -> int:
-        return self.largest_bag if unit is Unit.BAG else 1
 
 
 def release_counts(
     leaf_counts: NDArray[np.int64],
     *,
     scale: float,
-    unit: Unit = Unit.BAG,
     granularity: Granularity = Granularity.TOTAL,
     randomness: Randomness,
 ) -> CountRelease:
@@ -89,8 +80,7 @@ def release_counts(
 
     Args:
         leaf_counts: shape (B, C_L), images of each leaf in each bag.
-        scale: b > 0, relative to the unit; alone it costs epsilon 2 / b for replace-one, delta 0.
-        unit: the unit that the noise must hide.
+        scale: b > 0, relative to the largest bag; alone it costs epsilon 2 / b for replace-one, delta 0.
         granularity: one row for the site, or one a bag.
         randomness: with a secure one, OpenDP's exact sampler and its own generator draw the noise; a seeded
             one gives repeatable noise for simulations (floating point, no guarantee).
@@ -103,7 +93,6 @@ def release_counts(
     empty = CountRelease(
         granularity=granularity,
         counts=(),
-        unit=unit,
         scale=float(scale),
         largest_bag=int(leaf_counts.sum(axis=1).max()),
     )

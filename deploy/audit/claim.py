@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.model.build import build_model, trainable_parameters
 from common.model.classifier import HierarchicalClassifier
 from common.privacy.accounting import spent
-from common.privacy.events import Adjacency, Unit
+from common.privacy.events import UNIT, Adjacency
 from common.privacy.plan import PlanSettings, PrivacyPlan
 from common.privacy.randomness import InsecureSeededRandomness, Randomness, SecureRandomness
 from deploy.audit.bound import best_bound, canaries_needed, lower_bound
@@ -110,7 +110,7 @@ def audit_site(  # noqa: PLR0913 (what is audited, how long, and who is told)
         "method": _METHOD,
         "site": store.name,
         "adjacency": Adjacency.ADD_REMOVE.value,
-        "unit": Unit.BAG.value,
+        "unit": UNIT,
         "canaries": number,
         "guesses": bound.guesses,
         "correct": bound.correct,

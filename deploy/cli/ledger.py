@@ -6,9 +6,8 @@ the report ``deploy.report``'s.
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +24,7 @@ with lazy_imports():
     from client.ledger import state as ledger_state
     from common.privacy import events
     from deploy.cli import terminal
-    from deploy.report import files, prose
+    from deploy.report import files, prose, spending
 
 app = typer.Typer(
     help="A site's privacy ledger: what was spent, under which cap, and whether the file can be believed.",
@@ -50,20 +49,12 @@ def show(file: _File) -> None:
     book = ledger_state.LedgerState.read(file)
     spent, add_remove, cap = book.spent(), book.spent(events.Adjacency.ADD_REMOVE), book.cap
     rows = terminal.table(f"ledger of {book.site}", "row", "what", "run", "round", "event", "time (UTC)")
-    for entry in book.entries:
-        body = entry.body
-        unconfirmed = entry.seq in book.open_reservations
-        rows.add_row(
-            str(entry.seq),
-            "reserved, not confirmed" if unconfirmed else entry.kind,
-            str(body.get("run_id", "")),
-            str(body.get("round", "")),
-            _describe(entry.kind, body),
-            str(body.get("time", "")).replace("T", " ").removesuffix("+00:00"),
-        )
+    for row in spending.rows_of(book):
+        time = row.time.replace("T", " ").removesuffix("+00:00")
+        rows.add_row(str(row.row), row.kind, row.run, str(row.round or ""), row.what, time)
     out = terminal.console()
     out.print(rows)
-    out.print(f"unit: {book.unit.explanation}")
+    out.print(f"unit: {events.UNIT_EXPLANATION}")
     out.print(
         f"spent: epsilon {spent:.4g} of {cap.epsilon:g} (replace-one) at delta {cap.delta:g}; "
         f"left: {max(cap.epsilon - spent, 0):.4g}; under add/remove: {add_remove:.4g}"
@@ -138,7 +129,7 @@ def accept_version(
     out.print("accepted, and recorded in the ledger" if accepted else "known already; nothing was changed")
     out.print(
         f"epsilon {book.spent():.4g} of {book.cap.epsilon:g} is spent at delta {book.cap.delta:g} "
-        f"(replace-one {book.unit.value}, PLD), over {len(book.versions)} data version(s) together"
+        f"(replace-one {events.UNIT}, PLD), over {len(book.versions)} data version(s) together"
     )
 
 
@@ -235,26 +226,6 @@ def _head(text: str | None) -> str | None:
         raise UserError("--head takes the 64 hexadecimal digits of a ledger head")
     # Heads are compared as texts, and the ledger writes them in lower case.
     return text and text.lower()
-
-
-def _describe(kind: str, body: Mapping[str, Any]) -> str:
-    if kind == "opened":
-        return f"cap epsilon {body['cap_epsilon']:g} at delta {body['cap_delta']:g}"
-    if kind == "accepted":
-        return f"data version {body.get('identifier', '')[:12]}"
-    if kind == "confirmed":
-        return f"row {body['reservation']}"
-    if kind == "lost":
-        return f"{len(body['events'])} kind(s) of event known to be lost, charged on"
-    if kind == "carried":
-        return "what all rows so far come to"
-    if kind == "released":
-        release = body["release"]
-        return f"{release['granularity']} counts, Laplace scale {release['scale']:g} per {release['unit']}"
-    event = body["event"]
-    if event["kind"] == "discrete_laplace":
-        return f"{body.get('copies', 1)} noised figure(s), discrete Laplace, scale {event['scale']:g}"
-    return f"{event['steps']} steps, q {event['sample_rate']:.4g}, sigma {event['noise_multiplier']:.4g}"
 
 
 def report(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
+from common.privacy.events import UNIT, Adjacency, DiscreteLaplace, PoissonGaussian, merge
 from common.privacy.randomness import Generator
 from deploy.report.accounts import ACCOUNTANT, Accountants, EpsilonQuery, Epsilons, Events
 from deploy.report.evidence import Collected, Evidence, RunEvidence, Statement, check_ledgers
@@ -119,11 +119,8 @@ def _rounds_shown(item: Evidence, points: int) -> dict[int, Events]:
 
 
 def _covered_by_statements(item: Evidence) -> bool:
-    """Return whether the run's statements cover the ledger's whole spending.
-
-    Statements are for the unit bag in every case, so a ledger for another unit is never covered.
-    """
-    if item.state is None or item.named or not item.stated or item.state.unit is not Unit.BAG:
+    """Return whether the run's statements cover the ledger's whole spending."""
+    if item.state is None or item.named or not item.stated:
         return False
     return len({charge.run for charge in charges(item.state)}) <= 1
 
@@ -212,7 +209,7 @@ def _disagreements(item: Evidence, answer: Epsilons | None) -> list[Problem]:
     if compared and not math.isclose(statement.epsilon, answer.stated, rel_tol=_TOLERANCE, abs_tol=1e-9):
         reasons.append(f"{where} says epsilon {statement.epsilon:.4g}; its events cost {answer.stated:.4g}")
     if item.state is not None:
-        then = events_up_to(item.state, statement.ledger_head, Unit.BAG)
+        then = events_up_to(item.state, statement.ledger_head)
         if then is None:
             reasons.append(f"{where} names no row of the site's ledger: the statement or the ledger is false")
         elif tuple(then) != merge(statement.events):
@@ -241,7 +238,7 @@ def _site(item: Evidence, inquiry: _Inquiry, answer: Epsilons | None) -> Site:
         name=item.name,
         status=status,
         why=why,
-        unit=(state.unit if state else Unit.BAG).value,
+        unit=UNIT,
         adjacency=Adjacency.REPLACE_ONE.value,
         accountant=ACCOUNTANT,
         delta=question.delta if question and bounded else None,
@@ -379,7 +376,7 @@ def _stated_release(item: Evidence) -> tuple[Release, ...]:
             data_version="",
             mechanism=item.release.mechanism.replace("-", " "),
             granularity=item.release.granularity,
-            unit=Unit.BAG.value,
+            unit=UNIT,
             scale=scale,
             noise_scale=None,
             epsilon_alone=2 / scale if scale else None,

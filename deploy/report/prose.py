@@ -20,10 +20,7 @@ from deploy.report.model import (
     Worst,
 )
 
-_UNITS = {
-    "bag": "one bag of images (all images and labels of the bag)",
-    "image": "one image with its label (a whole bag is protected less)",
-}
+_UNIT = "one bag of images (all images and labels of the bag)"
 NOT_COVERED = (
     "how many bags a site has, and how large they are",
     "which sites took part, in which rounds, and how long they took",
@@ -163,7 +160,7 @@ def _what_it_means(context: ReportContext) -> tuple[str, ...]:
     who = worst.site if one else f"the worst site, {worst.site}"
     return (
         "What was sent was limited and mixed with random noise, so that there is a bound on what anybody can "
-        f"tell from it about {_UNITS[worst.unit]}: whether it was there, or another in its place. The bound "
+        f"tell from it about {_UNIT}: whether it was there, or another in its place. The bound "
         f"is epsilon: at {who}, epsilon is {epsilon_text(worst.epsilon)} at delta {worst.delta:g} (unit: "
         f"{worst.unit}; adjacency: {worst.adjacency}; accountant: {worst.accountant}), over everything that "
         "was ever sent. Smaller is more private; delta is the chance that the bound fails.",
@@ -220,9 +217,8 @@ def _epsilon(context: ReportContext) -> list[str]:
 
 
 def _unit(context: ReportContext) -> list[str]:
-    units = sorted({site.unit for site in context.sites})
     return [
-        *(f"The unit is the {unit}: {_UNITS[unit]}." for unit in units),
+        *(f"The unit is the {unit}: {_UNIT}." for unit in {site.unit for site in context.sites}),
         "An image lies in exactly one bag. A bag's gradient is clipped as a whole, because the loss of a bag "
         "couples its images. A person whose images are in k bags has the k-fold group guarantee.",
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from client.ledger.file import Entry, Kind
 from client.ledger.state import LedgerState
-from common.privacy.events import DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
+from common.privacy.events import DiscreteLaplace, PoissonGaussian, event_from_dict
 from deploy.report.model import Looks, Refusal, Release, Row, Training
 
 
@@ -100,10 +100,10 @@ def releases_of(state: LedgerState) -> tuple[Release, ...]:
             data_version=state.identifiers.get(version, ""),
             mechanism="discrete Laplace",
             granularity=release.granularity.value,
-            unit=release.unit.value,
+            unit=release.unit,
             scale=release.scale,
             noise_scale=release.noise_scale,
-            epsilon_alone=2 / release.event(state.unit).scale,
+            epsilon_alone=2 / release.event.scale,
         )
         for version, release in state.releases.items()
     )
@@ -143,14 +143,12 @@ def _name_event(body: Mapping[str, Any]) -> str:
     return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
 
 
-def events_up_to(
-    state: LedgerState, head: str, unit: Unit
-) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
+def events_up_to(state: LedgerState, head: str) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:
     """Return the merged events when ``head`` was the newest row, or None where no row has that hash."""
     for number, entry in enumerate(state.entries, start=1):
         if entry.hash == head:
             then = state if number == len(state.entries) else type(state).of(state.entries[:number])
-            return then.events_for(unit)
+            return then.merged
     return None
 
 

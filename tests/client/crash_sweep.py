@@ -97,7 +97,7 @@ def main() -> None:
     before = LedgerState.read(template).spent()
     charge: list[PoissonGaussian | DiscreteLaplace] = [EVENT]
     if kind == "release":
-        charge = [RELEASE.event(LedgerState.read(template).unit)]
+        charge = [RELEASE.event]
 
     renew(template, copy)
     counter = [0]

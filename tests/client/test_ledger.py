@@ -25,8 +25,8 @@ from client.ledger.ledger import DataVersionError, Ledger, Opening
 from client.ledger.state import LedgerState
 from common.errors import BudgetRefused, ConfigError, RunError, UserError
 from common.privacy.accounting import spent
-from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, event_from_dict
-from common.privacy.proportions import CountRelease, Granularity, release_counts
+from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict
+from common.privacy.proportions import CountRelease, release_counts
 from common.privacy.randomness import InsecureSeededRandomness
 from common.records import PrivacyStatement
 from common.wire import from_records, to_records
@@ -264,19 +264,13 @@ def test_a_release_beyond_the_cap_is_not_stored(open_ledger: Opener) -> None:
     assert ledger.release_for("v1") is None
 
 
-def test_a_release_scaled_to_an_image_costs_a_bag_as_many_times_more(open_ledger: Opener) -> None:
-    """8 images in the largest bag: what protects an image at 2 / 4 protects a bag at 16 / 4 only."""
-    for_images = draw_release(unit=Unit.IMAGE, granularity=Granularity.PER_BAG)
-    bags = open_ledger()
-    bags.store_release(for_images, "run")
-    assert bags.state.spent() == pytest.approx(16 / 4, rel=0.01)
-    images = open_ledger(path=bags.path.with_name("images.sqlite"), unit=Unit.IMAGE)
-    images.store_release(for_images, "run")
-    assert images.state.spent() == pytest.approx(2 / 4, rel=0.01)
-    assert "not a whole bag" in images.export()["unit"]
-    statement = images.statement(1)
-    assert statement.unit == "bag"
-    assert statement.epsilon == pytest.approx(16 / 4, rel=0.01)
+def test_a_ledger_of_another_unit_than_the_bag_is_refused(tmp_path: Path) -> None:
+    """Its figures would be for one image, and the cap is one for bags."""
+    path = tmp_path / "ledger.sqlite"
+    body = {**Opening("site-1", "v1", 8.0, DELTA).body(), "unit": "image", "time": ledger_module.now()}
+    file.create(path, {**body, "identifier": ledger_module.new_identifier()})
+    with pytest.raises(LedgerError, match="row 1 of the ledger: 'opened' with unusable content"):
+        LedgerState.read(path)
 
 
 def test_statements_carry_the_figures_and_cross_the_network(open_ledger: Opener) -> None:
@@ -576,7 +570,7 @@ def sweep(path: Path, kind: str, stride: int, *options: str) -> dict[str, Any]:
     ("kind", "stride"),
     [
         ("round", 83),
-        ("release", 67),
+        ("release", 59),
         pytest.param("round", 23, marks=pytest.mark.slow),
         pytest.param("release", 23, marks=pytest.mark.slow),
     ],
@@ -608,7 +602,6 @@ def test_planted_bug_counting_confirmed_rounds_only(open_ledger: Opener) -> None
     ("changes", "error", "message"),
     [
         ({"site": "site-2"}, LedgerError, "every site keeps its own"),
-        ({"unit": Unit.IMAGE}, LedgerError, "one unit"),
         ({"cap_epsilon": 0.5}, ConfigError, "has spent epsilon"),
         ({"cap_delta": 1e-9, "cap_epsilon": 1.2}, ConfigError, "has spent epsilon"),
         ({"cap_epsilon": 0.0}, ConfigError, "above 0"),

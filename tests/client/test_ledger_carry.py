@@ -14,12 +14,11 @@ from client.ledger import anchor, state
 from client.ledger import ledger as ledger_module
 from client.ledger.anchor import _SEAL_BYTES, CarryFile
 from client.ledger.check import verify
-from client.ledger.file import hash_of, reading
 from client.ledger.ledger import Ledger, Opening
 from common.errors import UserError
 from common.privacy import accounting
 from common.privacy.accounting import amounts_of
-from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, Unit, merge
+from common.privacy.events import Adjacency, PoissonGaussian, merge
 
 DELTA = 1e-5
 AGREEMENT = 1e-6
@@ -47,13 +46,13 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_all()
 
 
-def opened(path: Path, cap: float = 8.0, unit: Unit = Unit.BAG) -> Ledger:
-    return Ledger.open(path, Opening("site-1", "v1", cap, DELTA, unit=unit))
+def opened(path: Path, cap: float = 8.0) -> Ledger:
+    return Ledger.open(path, Opening("site-1", "v1", cap, DELTA))
 
 
-def fill(folder: Path, first: int = 0, last: int = ROUNDS, unit: Unit = Unit.BAG) -> Path:
+def fill(folder: Path, first: int = 0, last: int = ROUNDS) -> Path:
     folder.mkdir(exist_ok=True)
-    ledger = opened(folder / "ledger.sqlite", unit=unit)
+    ledger = opened(folder / "ledger.sqlite")
     for number in range(first, last):
         ledger.reserve(step(number), "run", number + 1)
         ledger.statement(number + 1)
@@ -209,23 +208,6 @@ def test_a_new_process_constructs_the_new_event_alone(ledger_path: Path) -> None
     assert len(constructed()) > 2 * ROUNDS
 
 
-def test_the_ledger_of_an_image_keeps_what_a_bag_comes_to_as_well(tmp_path: Path) -> None:
-    path = fill(tmp_path / "site-1", unit=Unit.IMAGE)
-    forget_all()
-    ledger = opened(path, unit=Unit.IMAGE)
-    with ledger.transaction():
-        book = ledger.state
-        book.bag_events.append(DiscreteLaplace(scale=3.0))
-    assert accounting.kept_for(amounts_of(book.bag_events), REPLACE_ONE)
-    expected = accounting._epsilon.__wrapped__(merge(book.bag_events), DELTA, REPLACE_ONE, True)
-    assert book.statement(1).epsilon == pytest.approx(expected, abs=AGREEMENT)
-    CarryFile(path).keep(book)
-    forget_all()
-    with reading(path) as db:
-        CarryFile(path).recall(book, lambda seq: hash_of(db, seq))
-    assert any(dict(one.amounts) == amounts_of(book.bag_events) for one in accounting._kept)
-
-
 def test_verify_composes_from_the_events_alone(ledger_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody who reads the site's secret hides spending beyond the cap: the next verify finds it."""
     ledger = opened(ledger_path, cap=1.5)
@@ -251,7 +233,7 @@ def test_only_new_events_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ledger.statement(2)
     assert sizes
     assert max(sizes) <= 3
-    assert ledger.state.events_for(Unit.BAG) == merge(ledger.events())
+    assert ledger.state.merged == merge(ledger.events())
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), UserError("no secret")])

@@ -8,7 +8,7 @@ import opendp.prelude as dp
 import pytest
 
 from common.privacy.accounting import spent
-from common.privacy.events import Adjacency, Unit
+from common.privacy.events import Adjacency
 from common.privacy.proportions import (
     CountRelease,
     Granularity,
@@ -35,13 +35,12 @@ def check_noise(noise: np.ndarray, scale: float) -> None:
 
 
 @pytest.mark.parametrize("source", [SecureRandomness(), SEEDED])
-@pytest.mark.parametrize(("unit", "images"), [(Unit.BAG, 8), (Unit.IMAGE, 1)])
-def test_noise_is_scaled_to_the_unit(source: Randomness, unit: Unit, images: int) -> None:
+def test_noise_is_scaled_to_the_largest_bag(source: Randomness) -> None:
     exact = np.tile(COUNTS, (3000, 1))
-    release = release_counts(exact, scale=1.5, unit=unit, granularity=Granularity.PER_BAG, randomness=source)
-    assert release.noise_scale == 1.5 * images
-    check_noise(release.array() - exact, 1.5 * images)
-    assert release.event(unit).scale == 1.5
+    release = release_counts(exact, scale=1.5, granularity=Granularity.PER_BAG, randomness=source)
+    assert release.noise_scale == 1.5 * 8
+    check_noise(release.array() - exact, 1.5 * 8)
+    assert release.event.scale == 1.5
 
 
 def test_planted_bug_half_noise() -> None:
@@ -51,32 +50,31 @@ def test_planted_bug_half_noise() -> None:
 
 
 def test_the_site_total_is_one_row_and_bags_are_one_each() -> None:
-    total = release_counts(COUNTS, scale=1e-6, unit=Unit.IMAGE, randomness=SEEDED)
+    total = release_counts(COUNTS, scale=1e-6, randomness=SEEDED)
     assert total.array().tolist() == [COUNTS.sum(axis=0).tolist()]
-    per_bag = release_counts(
-        COUNTS, scale=1e-6, unit=Unit.IMAGE, granularity=Granularity.PER_BAG, randomness=SEEDED
-    )
+    per_bag = release_counts(COUNTS, scale=1e-6, granularity=Granularity.PER_BAG, randomness=SEEDED)
     assert per_bag.array().tolist() == COUNTS.tolist()
 
 
 def test_the_event_claims_no_more_than_opendp_proves() -> None:
-    """A replaced bag of m images moves the counts by up to 2 m; a replaced image by 2."""
+    """A replaced bag of m images moves the counts by up to 2 m."""
     release = release_counts(COUNTS, scale=2.0, randomness=SEEDED)
     space = dp.vector_domain(dp.atom_domain(T="i64")), dp.l1_distance(T="i64")
     dp.enable_features("contrib")
     proven = dp.m.make_laplace(*space, scale=release.noise_scale)
-    for unit, moved in ((Unit.BAG, 2 * 8), (Unit.IMAGE, 2)):
-        claimed = spent([release.event(unit)], 1e-12, Adjacency.REPLACE_ONE)
-        assert claimed >= proven.map(moved) * (1 - 1e-6)
+    claimed = spent([release.event], 1e-12, Adjacency.REPLACE_ONE)
+    assert claimed >= proven.map(2 * 8) * (1 - 1e-6)
 
 
 def test_planted_bug_noise_for_an_image_sold_as_noise_for_a_bag() -> None:
-    release = release_counts(COUNTS, scale=2.0, unit=Unit.IMAGE, randomness=SEEDED)
-    lie = release.model_copy(update={"unit": Unit.BAG, "largest_bag": 1})
-    honest = spent([release.event(Unit.BAG)], 1e-12, Adjacency.REPLACE_ONE)
-    assert honest == pytest.approx(2 * 8 / 2.0, rel=0.01)
+    """Noise of scale 2 hides one image of a bag of 8; a bag as a whole costs epsilon 8 there, and not 1."""
+    space = dp.vector_domain(dp.atom_domain(T="i64")), dp.l1_distance(T="i64")
+    proven = dp.m.make_laplace(*space, scale=2.0).map(2 * 8)
+    assert proven == pytest.approx(8.0)
+    lie = release_counts(COUNTS, scale=2.0, randomness=SEEDED).model_copy(update={"largest_bag": 1})
+    assert lie.noise_scale == 2.0
     with pytest.raises(AssertionError):
-        assert spent([lie.event(Unit.BAG)], 1e-12, Adjacency.REPLACE_ONE) >= honest * (1 - 1e-6)
+        assert spent([lie.event], 1e-12, Adjacency.REPLACE_ONE) >= proven * (1 - 1e-6)
 
 
 def test_by_the_exact_distribution_no_shift_of_a_bag_costs_more_than_accounted() -> None:
@@ -91,11 +89,7 @@ def test_by_the_exact_distribution_no_shift_of_a_bag_costs_more_than_accounted()
     from tests.reference_accounting import delta_at
 
     claimed = delta_at(
-        [
-            CountRelease(
-                granularity=Granularity.TOTAL, counts=(), unit=Unit.BAG, scale=b, largest_bag=m
-            ).event(Unit.BAG)
-        ],
+        [CountRelease(granularity=Granularity.TOTAL, counts=(), scale=b, largest_bag=m).event],
         epsilon,
         Adjacency.REPLACE_ONE,
     )
@@ -109,7 +103,7 @@ def test_by_the_exact_distribution_no_shift_of_a_bag_costs_more_than_accounted()
 def test_a_release_survives_json() -> None:
     release = release_counts(COUNTS, scale=0.3, randomness=SEEDED)
     assert CountRelease.model_validate_json(json.dumps(release.model_dump(mode="json"))) == release
-    assert release.event(Unit.BAG).scale == 0.3
+    assert release.event.scale == 0.3
 
 
 def test_seeded_releases_repeat_and_secure_ones_do_not() -> None:
