@@ -220,11 +220,21 @@ def _bag_loss(model: HierarchicalClassifier, setting: Setting, batch: Batch, see
             flow on from bag to bag let one bag change the gradients of those after it, beyond what clipping
             bounds.
     """
-    torch.manual_seed(seed)  # dropout and stochastic depth of the backbone
+    _seed_modules(seed, setting.device)
     generator = torch.Generator().manual_seed(seed)
     batch = batch.augmented(setting.config.train.augmentation, generator)
     # Made anew, so that a term cannot carry anything from one bag to the next.
     return Objective(setting)(model, batch.to(setting.device), generator)
+
+
+def _seed_modules(seed: int, device: torch.device) -> None:
+    """Seed what dropout and stochastic depth of the backbone draw from."""
+    if device.type == "cpu":
+        # torch.manual_seed formats a stack trace for each kind of accelerator that is not in use, which takes
+        # a millisecond for each bag.
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _refuse_writes(unchanged: Unchanged) -> None:

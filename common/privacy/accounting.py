@@ -314,7 +314,14 @@ def calibrate(
     Raises:
         UserError: ``also`` leaves nothing of the target, or the search takes too long.
     """
-    others, adjacency = tuple(also), Adjacency.REPLACE_ONE
+    return _search(target_epsilon, delta, sample_rate, steps, tuple(also))
+
+
+# Sites of a simulation that have equally many bags ask for the same noise.
+@lru_cache(maxsize=64)
+def _search(target_epsilon: float, delta: float, sample_rate: float, steps: int, others: _Events) -> float:
+    """Return what ``calibrate`` finds, and remember it."""
+    adjacency = Adjacency.REPLACE_ONE
     # Unusual settings could keep the search busy for minutes; the user gets an error that says what to
     # change.
     deadline = time.monotonic() + _CALIBRATION_SECONDS

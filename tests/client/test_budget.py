@@ -172,6 +172,7 @@ def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += accounting._CALIBRATION_SECONDS / 2
         return now[0]
 
+    accounting._search.cache_clear()  # another test may have asked the same
     monkeypatch.setattr(time, "monotonic", later)
     with pytest.raises(UserError, match="not found within"):
         accounting.calibrate(4.0, 1e-3, 0.5, 10)

@@ -434,7 +434,7 @@ def test_a_bags_gradient_does_not_depend_on_the_bags_before_it(
     model.backbone.set_submodule("body", body)
     model.backbone.find_map(config.model.image_size)
     if seed_flows_on:
-        monkeypatch.setattr(private.torch, "manual_seed", lambda seed: None)
+        monkeypatch.setattr(private, "_seed_modules", lambda seed, device: None)
     setting = make_setting(store, config, 1, bags=None)
 
     def loss(bag: int, seed: int) -> Tensor:
