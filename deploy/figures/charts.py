@@ -114,6 +114,7 @@ def _draw_bags(axes: Axes, runs: Sequence[FinishedRun], key: str, heading: str, 
                     markersize=12,
                     markeredgecolor="white",
                     zorder=3,
+                    clip_on=False,  # a star at the upper edge would be cut in half
                 )
     if not shown:
         kept = any(run.of(BagsEvaluated) for run in runs)

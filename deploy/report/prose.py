@@ -30,6 +30,10 @@ NOT_COVERED = (
     "data that a site gave away by other ways than this software",
 )
 
+_OF_NOISE = ("trust", "mechanism", "sampling", "accountant", "delta")
+"""The disclosures that describe what a private run does."""
+_UNUSED = "No noise was drawn here, so nothing of this was used, and there is no guarantee."
+
 _NOT_SECURE = (GeneratorKind.INSECURE, GeneratorKind.UNKNOWN)
 
 _STRONG, _WEAK = 1.0, 10.0
@@ -204,8 +208,10 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 def disclosures(context: ReportContext) -> tuple[Disclosure, ...]:
     """Return the seventeen disclosures, in the order in which the page shows them."""
+    unused = () if any(site.generators for site in context.sites) else (_UNUSED,)
     return tuple(
-        Disclosure(key=key, title=title, text=tuple(write(context))) for key, title, write in _DISCLOSURES
+        Disclosure(key=key, title=title, text=(*(unused if key in _OF_NOISE else ()), *write(context)))
+        for key, title, write in _DISCLOSURES
     )
 
 
@@ -296,9 +302,19 @@ def _scope(context: ReportContext) -> list[str]:
 
 def _released(context: ReportContext) -> list[str]:
     looked = [site.name for site in context.sites if site.looks]
+    noised = [site.name for site in context.sites if any(r.scale for r in site.releases)]
+    exact = [site.name for site in context.sites if any(r.scale is None for r in site.releases)]
     return [
-        "In each round the trained parameters of the model. Once per data version, where the site's policy "
-        "allows it, counts of labels with noise; the same noisy counts are sent again when asked again.",
+        "In each round the trained parameters of the model.",
+        *([f"Exact counts of labels ({_listed(exact)}), which no epsilon covers."] if exact else []),
+        *(
+            [
+                f"Counts of labels with noise ({_listed(noised)}), once per data version; the same noisy "
+                "counts are sent again when asked again."
+            ]
+            if noised
+            else []
+        ),
         *(
             [
                 f"Noised figures of held-back bags ({_listed(looked)}): sums of distances between predicted "
@@ -357,9 +373,9 @@ def _per_site(context: ReportContext) -> list[str]:
 
 def _provenance(context: ReportContext) -> list[str]:
     return [
-        "The code is what the run's server recorded when the run ended. A data version is a hash over a "
-        "site's tables and the sizes and times of its images. The packages are those of the machine that "
-        "wrote this report."
+        "The code is what the run's server recorded when the run ended. A data version stands for a site's "
+        "tables and the sizes and times of its images; its name is the site's own, and tells nothing of "
+        "them. The packages are those of the machine that wrote this report."
     ]
 
 

@@ -343,10 +343,15 @@ def print_summary(summary: RunSummary, run: Path | None = None) -> None:
             "round is kept.",
             style="bold yellow",
         )
-    if summary.levels:
+    heading = (
+        f"{summary.name}: {summary.method}, {summary.sites} sites, {summary.rounds} rounds "
+        f"(model of round {summary.selected_round}), {summary.seconds:.0f} s"
+    )
+    if not summary.levels:
+        out.print(f"{heading}; no labelled test images")
+    else:
         levels = table(
-            f"{summary.name}: {summary.method}, {summary.sites} sites, {summary.rounds} rounds "
-            f"(model of round {summary.selected_round}), {summary.seconds:.0f} s; pooled test images",
+            f"{heading}; pooled test images",
             "level", "classes", "accuracy", "balanced", "macro-F1", "consistent path", "times chance",
         )  # fmt: skip
         for level in summary.levels:

@@ -27,6 +27,7 @@ from common.privacy.accounting import spent
 from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, event_from_dict, merge
 from common.privacy.proportions import release_counts
 from common.privacy.randomness import Generator, InsecureSeededRandomness
+from common.records import PrivacyStatement
 from deploy.cli.ledger import report as report_command
 from deploy.report.accounts import Accountants, EpsilonQuery, Epsilons
 from deploy.report.files import _find_browser, report
@@ -696,3 +697,40 @@ def test_a_declared_loss_stands_with_what_had_been_stated(run: Path, tmp_path: P
     page = (tmp_path / "out/report.html").read_text()
     assert "In round 2 the site declared that rows of its ledger were lost" in page
     assert 'data-value="3.25"' in page
+
+
+@pytest.mark.parametrize(("mechanism", "told"), [("exact", "Exact counts of labels (north)"), ("none", None)])
+def test_a_run_without_noise_is_not_described_as_a_private_one(
+    mechanism: str, told: str | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    statement = PrivacyStatement(site="north", round=3, epsilon=None, delta=None, budget_left=None)
+    release = {"mechanism": mechanism, "granularity": "total", "bags": 75, "data_version": "v1", "event": {}}
+    summary = {
+        "rounds": 3,
+        "code": {"version": "0.1.0", "commit": COMMIT},
+        "per_site": {"north": {"bags": 75, "release": mechanism, "epsilon": None}},
+        "statements": {"north": statement.model_dump(mode="json")},
+        "releases": {"north": release},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "config.toml").write_text('name = "plain"\nrounds = 3\n')
+    report([folder], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    texts = {item["key"]: item["text"] for item in data["disclosures"]}
+    assert [text for text in texts["released"] if "counts" in text.lower()] == (
+        [f"{told}, which no epsilon covers."] if told else []
+    )
+    for key in ("trust", "mechanism", "sampling", "accountant", "delta"):
+        assert texts[key][0].startswith("No noise was drawn here")
+
+
+def test_noised_counts_are_told_of_as_such(run: Path, tmp_path: Path) -> None:
+    report([run], tmp_path / "out")
+    data, _ = read(tmp_path / "out")
+    texts = {item["key"]: item["text"] for item in data["disclosures"]}
+    assert any(text.startswith("Counts of labels with noise (north and south)") for text in texts["released"])
+    assert not any("Exact" in text for text in texts["released"])
+    assert not any("No noise was drawn" in text for text in texts["trust"])

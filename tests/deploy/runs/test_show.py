@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from client.ledger.file import LEDGER_FILE
-from common.run_records import Finished, read_event
+from common.run_records import Finished, RunSummary, read_event
 from deploy.runs.reading import PhaseTimes, fold
-from deploy.runs.show import run_table, site_table
+from deploy.runs.show import print_summary, run_table, site_table
 from deploy.runs.site_state import SiteState, _Spending
 from server.run_folder import RunFolder
 
@@ -151,3 +151,21 @@ def test_nothing_to_watch_is_one_clear_error(tmp_path: Path) -> None:
     result = status(tmp_path)
     assert result.returncode == 2
     assert "nothing to watch" in result.stderr
+
+
+def test_a_run_without_labelled_test_images_has_its_heading(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    summary = {
+        "name": "demo",
+        "method": "lhfglp",
+        "sites": 2,
+        "rounds": 3,
+        "selected_round": 2,
+        "seconds": 9.0,
+    }
+    print_summary(RunSummary.model_validate(summary))
+    assert capsys.readouterr().out.startswith(
+        "demo: lhfglp, 2 sites, 3 rounds (model of round 2), 9 s; no labelled test images\n"
+    )
