@@ -23,12 +23,11 @@ install: .venv/installed
 demo: install
 	$(BIN)/fedbags simulate --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# Work is stolen rather than dealt out, so that what a file's tests share is mostly made in one process only.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-full: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2
 
 # Servers and sites as real processes. nginx is installed where that is allowed; else its tests skip and say why.
 test-deployment: install

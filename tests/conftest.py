@@ -16,11 +16,6 @@ SIZE = 16
 """Side of the test images, pixels."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with real deployments, which mostly wait, so that others compute beside them to the end."""
-    items.sort(key=lambda item: "deployment" not in item.path.parts)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
