@@ -208,11 +208,19 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 def disclosures(context: ReportContext) -> tuple[Disclosure, ...]:
     """Return the seventeen disclosures, in the order in which the page shows them."""
-    unused = () if any(site.generators for site in context.sites) else (_UNUSED,)
+    unused = () if _asked(context) or any(site.generators for site in context.sites) else (_UNUSED,)
     return tuple(
         Disclosure(key=key, title=title, text=(*(unused if key in _OF_NOISE else ()), *write(context)))
         for key, title, write in _DISCLOSURES
     )
+
+
+def _asked(context: ReportContext) -> bool:
+    """Return whether the run asked for privacy.
+
+    Then it is not called one without noise, even where no site's record is left.
+    """
+    return context.settings is not None and bool(context.settings.target_epsilon)
 
 
 def _epsilon(context: ReportContext) -> list[str]:
@@ -302,8 +310,8 @@ def _scope(context: ReportContext) -> list[str]:
 
 def _released(context: ReportContext) -> list[str]:
     looked = [site.name for site in context.sites if site.looks]
-    noised = [site.name for site in context.sites if any(r.scale for r in site.releases)]
-    exact = [site.name for site in context.sites if any(r.scale is None for r in site.releases)]
+    noised = [site.name for site in context.sites if any(r.mechanism != "exact" for r in site.releases)]
+    exact = [site.name for site in context.sites if any(r.mechanism == "exact" for r in site.releases)]
     return [
         "In each round the trained parameters of the model.",
         *([f"Exact counts of labels ({_listed(exact)}), which no epsilon covers."] if exact else []),
@@ -334,7 +342,8 @@ def _not_covered(context: ReportContext) -> list[str]:
 def _generator(context: ReportContext) -> list[str]:
     names = list(dict.fromkeys(name for site in context.sites for name in site.generators))
     if not names:
-        return ["No noise was drawn, so no generator was used."]
+        unknown = "No record of a site is left, so it is not known what noise was drawn from."
+        return [unknown if _asked(context) else "No noise was drawn, so no generator was used."]
     return [
         "What sampling and noise were drawn from, as each site recorded it with every charge in its ledger.",
         *(f"{name} ({_listed([s.name for s in context.sites if name in s.generators])})." for name in names),

@@ -699,10 +699,12 @@ def test_a_declared_loss_stands_with_what_had_been_stated(run: Path, tmp_path: P
     assert 'data-value="3.25"' in page
 
 
+@pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize(("mechanism", "told"), [("exact", "Exact counts of labels (north)"), ("none", None)])
 def test_a_run_without_noise_is_not_described_as_a_private_one(
-    mechanism: str, told: str | None, tmp_path: Path
+    mechanism: str, told: str | None, asked: bool, tmp_path: Path
 ) -> None:
+    """But one that asked for privacy is never called one without, even where no site's record is left."""
     folder = tmp_path / "plain"
     folder.mkdir()
     statement = PrivacyStatement(site="north", round=3, epsilon=None, delta=None, budget_left=None)
@@ -716,7 +718,7 @@ def test_a_run_without_noise_is_not_described_as_a_private_one(
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text("")
-    (folder / "config.toml").write_text('name = "plain"\nrounds = 3\n')
+    (folder / "config.toml").write_text('name = "plain"\nrounds = 3\n' + "[dp]\nepsilon = 8.0\n" * asked)
     report([folder], tmp_path / "out")
     data, _ = read(tmp_path / "out")
     texts = {item["key"]: item["text"] for item in data["disclosures"]}
@@ -724,7 +726,8 @@ def test_a_run_without_noise_is_not_described_as_a_private_one(
         [f"{told}, which no epsilon covers."] if told else []
     )
     for key in ("trust", "mechanism", "sampling", "accountant", "delta"):
-        assert texts[key][0].startswith("No noise was drawn here")
+        assert texts[key][0].startswith("No noise was drawn here") is not asked
+    assert texts["generator"][0].startswith("No noise was drawn") is not asked
 
 
 def test_noised_counts_are_told_of_as_such(run: Path, tmp_path: Path) -> None:
