@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from common import parts
 from common.config_tables import Norm
@@ -149,7 +147,16 @@ class Backbone(nn.Module):
 
 def backbone_names() -> list[str]:
     """Return every name that ``build_backbone`` knows."""
-    return [*parts.names(Kind.BACKBONE), *torchvision.models.list_models(module=torchvision.models)]
+    models = _torchvision().models
+    named: list[str] = models.list_models(module=models)
+    return [*parts.names(Kind.BACKBONE), *named]
+
+
+def _torchvision() -> Any:
+    # Imported here: it takes as long as torch itself, and a run of our own backbones needs nothing of it.
+    import torchvision
+
+    return torchvision
 
 
 def build_backbone(name: str, norm: Norm, weights: Path | None, image_size: int) -> Backbone:
@@ -213,7 +220,7 @@ def _torchvision_model(name: str, image_size: int) -> nn.Module:
         )
     options = {"image_size": image_size} if name.startswith("vit_") else {}
     try:
-        model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+        model: nn.Module = _torchvision().models.get_model(name, weights=None, **options)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"model.backbone = {name!r} does not take images of {image_size} px: {error}"
@@ -253,7 +260,7 @@ def _grouped(batch_norm: nn.BatchNorm2d) -> nn.GroupNorm:
 
 def _frozen(batch_norm: nn.BatchNorm2d) -> nn.Module:
     """Return a layer with the BatchNorm's affine map and statistics as constants."""
-    frozen: nn.Module = FrozenBatchNorm2d(batch_norm.num_features, eps=batch_norm.eps)
+    frozen: nn.Module = _torchvision().ops.FrozenBatchNorm2d(batch_norm.num_features, eps=batch_norm.eps)
     state = batch_norm.state_dict()
     del state["num_batches_tracked"]
     frozen.load_state_dict(state)

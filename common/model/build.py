@@ -74,7 +74,8 @@ def _repeatable(seed: int) -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed accelerators too, and takes milliseconds to find that there are none.
+        torch.default_generator.manual_seed(seed)
         torch.set_num_threads(1)
         try:
             yield

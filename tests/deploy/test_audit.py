@@ -35,7 +35,7 @@ def config(changes: dict[str, Any] | None = None) -> RunConfig:
     """Four rounds of four steps on eight bags: seconds."""
     base = {
         "rounds": 4, "model.image-size": SIZE, "model.atoms-per-class": 2, "train.held-back": 0.0,
-        "dp.epsilon": 2.0, "dp.delta": 1e-3, "dp.expected-bags": 1.0,
+        "model.backbone": "colour-histogram", "dp.epsilon": 2.0, "dp.delta": 1e-3, "dp.expected-bags": 1.0,
     }  # fmt: skip
     return RunConfig().with_changes(base | (changes or {}))
 
@@ -89,7 +89,7 @@ def only_canaries(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("only_canaries")
 def test_planted_bug_no_clipping(store: BagStore, monkeypatch: pytest.MonkeyPatch) -> None:
     clip_to(monkeypatch, math.inf)
-    result = audit(store)
+    result = audit(store, model__backbone="resnet-small")
     assert not result["holds"]
     assert result["lower_bound"] > result["reported_epsilon"]["add_remove"]
 
@@ -227,6 +227,7 @@ def test_the_command_writes_what_it_prints(
     assert "add/remove one bag" in again.stdout
 
 
+@pytest.mark.usefixtures("only_canaries")
 def test_a_refuted_claim_fails_the_command(
     command: typer.Typer, sites_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +235,7 @@ def test_a_refuted_claim_fails_the_command(
 
     monkeypatch.setattr(deploy.audit.claim, "count_right", lambda scores, included, guesses: guesses)
     arguments = ["--sites-dir", str(sites_dir), "--epsilon", "0.5", "--out", str(tmp_path / "out"), *QUICK]
-    result = CliRunner().invoke(command, [*arguments, "--canaries", "40"])
+    result = CliRunner().invoke(command, [*arguments, "--canaries", "20"])
     assert result.exit_code == 1
     assert "REFUTED" in result.stdout
     assert not json.loads((tmp_path / "out" / "audit.json").read_text())["holds"]

@@ -102,10 +102,11 @@ def test_what_is_no_explanation_is_refused_by_name(inputs: Inputs, given: Explan
 def test_an_explainer_of_ones_own_draws_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file and one line; the pictures that it has no part in stay as they are."""
 
-    def left_out(_: object) -> Figure:
+    def left_out(*_: object) -> Figure:
         raise NoTestImages("not drawn here")
 
     monkeypatch.setattr(draw, "_embedding", left_out)
+    monkeypatch.setattr(draw, "_confusion", left_out)
     parts.register_part(toy_explainer.PART)
     run = make_run(tmp_path / "run", make_sites(tmp_path / "sites"))
     usual = draw_figures([run], tmp_path / "usual")

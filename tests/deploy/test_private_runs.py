@@ -211,7 +211,7 @@ def test_a_look_beyond_the_cap_is_refused_and_costs_nothing(
     sites = with_noise(sites_dir, tmp_path / "noised", "hospital-2", "hospital-3")
     config = small_config(PRIVATE | {"sites-dir": str(sites), "rounds": 1})
     site = sites / "hospital-1"
-    flat = config.with_changes({"dp.metrics-scale": 0.05, "dp.epsilon": 1000.0}).to_flat()
+    flat = config.with_changes({"dp.metrics-scale": 0.2, "dp.epsilon": 40.0}).to_flat()
     with_budget(sites, epsilon=4.0)
     become_server()
     model = build_model(config.model, Hierarchy.from_csv(site / "hierarchy.csv"), 0)

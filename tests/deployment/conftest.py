@@ -24,6 +24,7 @@ from deploy.consortium.kit import CoordinatorKit, SiteKit
 from deploy.datasets.build import write_synthetic_sites
 from deploy.datasets.options import SyntheticHospitals
 from deploy.flower.processes import free_port, with_variable
+from tests.deploy import in_process
 
 SITES = ("hospital-1", "hospital-2", "hospital-3")
 SIZE = 16
@@ -78,6 +79,11 @@ class Consortium:
         assert status is None or done.returncode == status, f"{arguments}: {done.stdout}{done.stderr}"
         return done
 
+    def offline(self, *arguments: object) -> None:
+        """A command that starts nothing and asks nobody, in this process."""
+        done = in_process.fedbags(*arguments, cwd=self.root)
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+
     def provision(self, prepare: Callable[[Path], None], admit: Sequence[str] | None = None) -> None:
         """Kits, keys that are made at the sites (all, or those to ``admit``), and data."""
         ports = "".join(
@@ -88,7 +94,7 @@ class Consortium:
             f'name = "trial"\n[server]\nhosts = ["{self.host}"]\naddress = "{self.host}"\n'
             f"port = {free_port()}\nadmin-port = {free_port()}\nmetrics-port = {free_port()}\n{ports}"
         )
-        self.fedbags("provision", self.root / "consortium.toml", "--out", self.kits)
+        self.offline("provision", self.root / "consortium.toml", "--out", self.kits)
         prepare(self.data)
         for site in self.sites if admit is None else admit:
             self.admit(site)
@@ -96,9 +102,9 @@ class Consortium:
     def admit(self, site: str, *, register: bool = True) -> None:
         """The site's key, its data, and the coordinator's certificate for it."""
         kit = self.kits / "sites" / site
-        self.fedbags("site", "keygen", kit)
+        self.offline("site", "keygen", kit)
         if register:
-            self.fedbags("provision", "add-key", self.kits, site, kit / "node.pub")
+            self.offline("provision", "add-key", self.kits, site, kit / "node.pub")
         text = (kit / "kit.toml").read_text()
         (kit / "kit.toml").write_text(text.replace('data-path = ""', f'data-path = "{self.data / site}"'))
 

@@ -34,7 +34,7 @@ def assert_a_whole_run(consortium: Consortium, run: Run, rounds: int) -> None:
         assert stated[site]["epsilon"] == pytest.approx(book.spent(), abs=1e-9)
         assert stated[site]["ledger_head"] == book.head
         assert book.spent() > 0
-        consortium.fedbags("ledger", "verify", path, "--head", book.head)
+        consortium.offline("ledger", "verify", path, "--head", book.head)
 
 
 def test_three_sites_train_privately(consortium: Consortium) -> None:

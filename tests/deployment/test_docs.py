@@ -17,6 +17,7 @@ from client.ledger.state import LedgerState
 from client.site import SiteConfig
 from common.files import read_json_lines
 from deploy.flower.processes import free_port, with_variable
+from tests.deploy import in_process
 from tests.deployment import documents
 from tests.deployment.conftest import SITES
 from tests.deployment.documents import PAGES, ROOT
@@ -121,9 +122,7 @@ def test_the_coordinators_commands_for_operations_work(tmp_path: Path) -> None:
     """A site joins and is revoked, the app and the certificates are renewed: as the page says it."""
 
     def fedbags(*arguments: str) -> None:
-        done = subprocess.run(
-            [FEDBAGS, *arguments], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        done = in_process.fedbags(*arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{arguments}: {done.stderr}"
 
     first = documents.shell_blocks(QUICKSTART.read_text(encoding="utf-8"))[0]

@@ -118,6 +118,7 @@ class Federation:
             "rounds": federation.pop("rounds", 3),
             "resume": federation.pop("resume", False),
             "model.image-size": 16,
+            "model.backbone": "colour-histogram",
             "model.atoms-per-class": 1,
             "federation.statements": str(federation.pop("statements", "")),
             "train.held-back": federation.pop("held_back", 0.1),

@@ -162,8 +162,8 @@ def keeps_its_own_back(reply: Message) -> Message:
     ("attack", "bend", "lost"),
     [
         pytest.param(random_for(4), None, 1, id="random for all"),
-        pytest.param(random_for(1), None, 0, id="random for one"),
-        pytest.param(random_for(2), None, 0, id="random for all but t - 1"),
+        pytest.param(random_for(1), None, 0, id="random for one", marks=pytest.mark.slow),
+        pytest.param(random_for(2), None, 0, id="random for all but t - 1", marks=pytest.mark.slow),
         pytest.param(random_for(2), keeps_its_own_back, 1, id="random for all but t - 1, its own kept back"),
         pytest.param(wrong_for_all, None, 1, id="wrong, well sealed, for all"),
     ],

@@ -73,7 +73,7 @@ def test_carried_figures_are_the_direct_ones(adjacency: Adjacency) -> None:
         assert spent(events, DELTA, adjacency) == pytest.approx(afresh(events, adjacency), abs=AGREEMENT)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.one_of(

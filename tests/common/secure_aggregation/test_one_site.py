@@ -126,7 +126,7 @@ def answers_to(group: Any, told: Mapping[str, list[str]]) -> dict[str, UnmaskSha
 
 
 GRAPHS = [
-    pytest.param(sites, neighbours, share, marks=[pytest.mark.slow] if sites == 40 else [])
+    pytest.param(sites, neighbours, share, marks=[pytest.mark.slow] if sites > 9 else [])
     for sites in (5, 9, 16, 40)
     for neighbours in (0, 2, 4, 6)
     for share in (0.51, 0.66)

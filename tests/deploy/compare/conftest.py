@@ -63,6 +63,7 @@ sites = 2
 
 [run]
 model.image-size = 16
+model.backbone = "colour-histogram"
 model.atoms-per-class = 2
 train.augmentation = "none"
 """
@@ -109,3 +110,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             ended(folder, 0)
 
     monkeypatch.setattr(comparison, "run_all", run_all)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures, which take longer than a cell."""
+    monkeypatch.setattr(comparison.plots, "draw_plots", lambda *_: [])

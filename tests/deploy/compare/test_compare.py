@@ -93,7 +93,7 @@ def test_pooled_local_only_and_federated_in_one_table(scenario: Write, tmp_path:
         assert (tmp_path / "out" / name).stat().st_size > 100
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "no_pictures")
 def test_only_what_changed_runs_again(
     scenario: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +127,7 @@ def test_only_what_changed_runs_again(
     assert results(out)["second_bag8_seed0_pooled"] == after["second_bag8_seed0_pooled"]
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "no_pictures")
 def test_a_stopped_comparison_keeps_what_is_done(
     scenario: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +176,7 @@ def test_a_stopped_comparison_keeps_what_is_done(
     ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_failing_cell_is_told_and_the_table_has_the_others(
     scenario: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +232,7 @@ def test_two_comparisons_do_not_share_a_folder(
             compare(scenario(TWO), tmp_path / "out")
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "no_pictures")
 @pytest.mark.parametrize(
     ("name", "leaves", "train"),
     [("cub200", 200, 24), ("aircraft", 100, 24), ("cars", 196, 24), ("isic", 7, 39)],
@@ -248,7 +249,7 @@ def test_the_scenarios_of_public_data_run_on_their_layouts(
         "isic": lambda: write_ham10000(root) / "images",
     }[name]()
     small = [
-        "model.backbone=resnet-small", "model.weights=", "model.norm=group", "model.image-size=16",
+        "model.backbone=colour-histogram", "model.weights=", "model.norm=group", "model.image-size=16",
         "train.device=cpu",
     ]  # fmt: skip
     outcome = compare(

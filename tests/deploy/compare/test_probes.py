@@ -78,7 +78,7 @@ def test_a_random_model_is_near_chance_where_images_say_nothing_of_their_leaf() 
     assert random_model_recall(images, labels) > 0.6
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "no_pictures")
 def test_a_trained_comparison_is_probed_without_training_again(scenario: Write, tmp_path: Path) -> None:
     parts.register_part(toy_probe.PART)
     out = tmp_path / "out"
@@ -109,7 +109,7 @@ def test_a_trained_comparison_is_probed_without_training_again(scenario: Write, 
     }, "columns that are no longer asked for are gone"
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "no_pictures")
 def test_a_cell_is_trained_and_probed_in_one_go_at_every_site(scenario: Write, tmp_path: Path) -> None:
     path = scenario(
         '[settings.local-only]\n[[methods]]\nname = "dllp"\nmethod = "dllp"\n',

@@ -18,6 +18,7 @@ with_signs = pytest.mark.skipif(
 
 
 @with_signs
+@pytest.mark.usefixtures("in_this_process", "no_pictures")
 def test_lhfglp_learns_real_signs_from_bags(tmp_path: Path) -> None:
     """The twin for continuous integration: small images and few of them (0.076 at the leaf, seed 0)."""
     text = SHORT.read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResultStatus
 
 from deploy.consortium import executor, gate
-from deploy.consortium.executor import _ForkingExecutor
+from deploy.consortium.executor import _ENVIRONMENT, _ForkingExecutor
 from deploy.consortium.kit import SiteKit
 
 WriteApp = Callable[..., tuple[Path, bytes]]
@@ -88,14 +88,16 @@ def test_what_is_approved_is_read_before_each_task_and_an_agent_never_is(
 
 
 def test_preloading_starts_no_thread_and_touches_no_accelerator() -> None:
+    """With the environment that the process has from its start, as the fork server does."""
     code = (
-        "import os, importlib\nfrom deploy.consortium.executor import _ENVIRONMENT, _PRELOADED\n"
-        "os.environ.pop('OMP_NUM_THREADS', None)\n"
-        "os.environ |= _ENVIRONMENT\n"
+        "import os, importlib\nfrom deploy.consortium.executor import _PRELOADED\n"
         "for name in _PRELOADED: importlib.import_module(name)\n"
         "import torch\nprint(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized())\n"
     )
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | _ENVIRONMENT,
+    )  # fmt: skip
     assert result.stdout.split() == ["1", "False"]
 
 

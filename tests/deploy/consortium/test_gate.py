@@ -17,6 +17,7 @@ from flwr.cli.install import install_from_fab
 from deploy.consortium import gate
 from deploy.consortium.gate import _REFUSED_APP, AppNotApproved
 from deploy.consortium.kit import app_hash
+from tests.cases import shortened
 
 WriteApp = Callable[..., tuple[Path, bytes]]
 
@@ -183,17 +184,17 @@ def test_the_apps_own_packages_are_loaded_and_not_the_sites(
     assert Path(reply["common"]).is_relative_to(tmp_path / "task")
 
 
-@pytest.mark.parametrize(
-    "client",
-    [
-        "raise ValueError('/data/patient-7')",
-        "import patient_7",
-        "this is no Python",
-        "app = 'no app'",
-        "from flwr.clientapp import ClientApp\napp = ClientApp()\n@app.query()\n"
-        "def query(message, context):\n    raise OSError('/data/patient-7')\n",
-    ],
-)
+RAISING = [
+    "raise ValueError('/data/patient-7')",
+    "import patient_7",
+    "this is no Python",
+    "app = 'no app'",
+    "from flwr.clientapp import ClientApp\napp = ClientApp()\n@app.query()\n"
+    "def query(message, context):\n    raise OSError('/data/patient-7')\n",
+]
+
+
+@pytest.mark.parametrize("client", shortened(RAISING, [RAISING[0], RAISING[-1]]))
 def test_no_text_of_an_exception_leaves(write_app: WriteApp, run: Callable[..., object], client: str) -> None:
     _, content = write_app(files={"bare/client.py": client})
     assert run(content, app_hash(content)) == FAILED

@@ -64,6 +64,19 @@ def bundle() -> bytes:
     return build_bundle()
 
 
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The product's files, without an environment beside them: Flower resolves every file that it finds."""
+    folder = tmp_path_factory.mktemp("checkout") / "fedbags"
+    folder.mkdir()
+    for name in ("client", "common", "server", "deploy"):
+        shutil.copytree(ROOT / name, folder / name)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy2(path, folder)
+    return folder
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Path:
     path = tmp_path / "consortium.toml"
@@ -475,9 +488,9 @@ def test_a_secret_that_others_can_read_stops_a_site(trial: Path, what: str) -> N
 
 
 def test_the_app_is_what_flower_makes_of_a_checkout_and_of_the_unpacked_file(
-    bundle: bytes, tmp_path: Path
+    bundle: bytes, checkout: Path, tmp_path: Path
 ) -> None:
-    assert build_fab_from_disk(ROOT) == bundle
+    assert build_fab_from_disk(checkout) == bundle
     zipfile.ZipFile(io.BytesIO(bundle)).extractall(tmp_path / "app")
     for path in (tmp_path / "app").rglob("*"):
         os.utime(path, (0, 0))
@@ -537,7 +550,9 @@ def test_flower_reads_the_connection(kits: Path, monkeypatch: pytest.MonkeyPatch
     assert read_superlink_connection(None).name == "lesions-2026"
 
 
-def test_flwr_run_sends_the_approved_app(kits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_flwr_run_sends_the_approved_app(
+    kits: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """`flwr run` with the kit's connection, up to the request that it would send."""
     kit = CoordinatorKit.load(kits / "coordinator")
     zipfile.ZipFile(kit.app).extractall(tmp_path / "app")
@@ -554,7 +569,7 @@ def test_flwr_run_sends_the_approved_app(kits: Path, monkeypatch: pytest.MonkeyP
 
     module = importlib.import_module("flwr.cli.run.run")
     monkeypatch.setattr(module, "init_http_client_from_connection", lambda _: Control())
-    for app in (tmp_path / "app", ROOT):
+    for app in (tmp_path / "app", checkout):
         module.run(str(app), kit.connection)
     assert len(sent) == 2
     for request in sent:

@@ -134,7 +134,7 @@ ports = st.integers(1, 65535)
 names = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 
 
-@hypothesis.settings(deadline=None)  # each kit is synced to the disk
+@hypothesis.settings(max_examples=25, deadline=None)  # each kit is synced to the disk
 @given(names, names, ports, st.text(max_size=30), st.lists(ports, min_size=2, max_size=2, unique=True))
 def test_a_site_kit_survives_being_written(
     tmp_path_factory: pytest.TempPathFactory, consortium: str, site: str, port: int, data: str, own: list[int]
