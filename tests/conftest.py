@@ -10,17 +10,41 @@ import pytest
 import torch
 
 from common.config import RunConfig
+from common.privacy import accounting
 from deploy.datasets.build import write_synthetic_sites
 from deploy.datasets.options import SyntheticHospitals
 
 SIZE = 16
 """Side of the test images, pixels."""
+_FINE = accounting._FINEST, accounting._COARSEST
 
 
 def pytest_collection_finish() -> None:
     """Leave what the libraries hold out of every later garbage collection."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let libraries that count what they leave behind find it."""
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _grid_of_the_accountant(request: pytest.FixtureRequest) -> None:
+    """Compute on a grid eight times wider, which gives upper bounds too, where figures are no matter."""
+    fine = {"privacy", "deployment"} & {*request.path.parts} or "fine_grid" in request.fixturenames
+    grid = _FINE if fine else (_FINE[0] * 8, _FINE[1] * 8)
+    if grid != (accounting._FINEST, accounting._COARSEST):
+        accounting._FINEST, accounting._COARSEST = grid
+        accounting._kept = ()
+        for remembered in (accounting._search, accounting._epsilon, accounting._coarse, accounting._fine):
+            remembered.cache_clear()
+
+
+@pytest.fixture
+def fine_grid() -> None:
+    """Ask for the grid of the product, as processes and files of other tests have it."""
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -570,7 +570,7 @@ def sweep(path: Path, kind: str, stride: int, *options: str) -> dict[str, Any]:
     ("kind", "stride"),
     [
         ("round", 83),
-        ("release", 59),
+        pytest.param("release", 59, marks=pytest.mark.slow),
         pytest.param("round", 23, marks=pytest.mark.slow),
         pytest.param("release", 23, marks=pytest.mark.slow),
     ],

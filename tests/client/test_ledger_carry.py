@@ -194,6 +194,7 @@ print(json.dumps(built))
 """
 
 
+@pytest.mark.usefixtures("fine_grid")
 def test_a_new_process_constructs_the_new_event_alone(ledger_path: Path) -> None:
     code = COUNT.format(direct=DIRECT, delta=DELTA)
 

@@ -507,6 +507,7 @@ def test_an_unfinished_run_is_reported_from_its_checkpoint(run: Path, tmp_path: 
     assert set(data["sites"]) == set(summary["statements"])
 
 
+@pytest.mark.usefixtures("fine_grid")
 def test_figures_are_the_same_from_workers_and_without() -> None:
     questions = []
     for number in range(3):
@@ -525,6 +526,7 @@ def ask(*events: PoissonGaussian | DiscreteLaplace) -> Epsilons:
         return accountants.answer_all([question], meanwhile=lambda: None)[question]
 
 
+@pytest.mark.usefixtures("fine_grid")
 @pytest.mark.parametrize("sigma", [0.6, 2.0, 40.0])
 def test_second_figures_agree_with_the_accountants(sigma: float) -> None:
     steps = PoissonGaussian(sample_rate=0.1, noise_multiplier=sigma, steps=80)

@@ -55,7 +55,8 @@ def test_the_module_of_the_command_line_works_there_too(tmp_path: Path, name: st
         assert "Start here" in result.stdout
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("flower", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "flower"])
 def test_a_run_works_there_with_worker_processes(sites_dir: Path, tmp_path: Path, engine: str) -> None:
     for name in NAMES[:3]:
         (tmp_path / f"{name}.py").write_text("raise SystemExit('own module')")

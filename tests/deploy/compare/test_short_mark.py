@@ -23,7 +23,7 @@ def test_lhfglp_learns_real_signs_from_bags(tmp_path: Path) -> None:
     """The twin for continuous integration: small images and few of them (0.076 at the leaf, seed 0)."""
     text = SHORT.read_text(encoding="utf-8")
     for usual, small in (
-        ('source = "archive"', 'source = "archive"\nlimit = 3000'),
+        ('source = "archive"', 'source = "archive"\nlimit = 2400'),
         ("images-per-step = 64", "images-per-step = 32"),
         ("model.image-size = 32", "model.image-size = 16"),
     ):
