@@ -59,6 +59,9 @@ def handled() -> Iterator[None]:
         sys.stderr.write(f"stopped {_State.place()}\n")
         # Another Ctrl-C must not break into the end of the process.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Of Ctrl-C within code from a text, such as that of a dataclass, Python remembers that nothing caught
+        # it, and `python -m` would end by the signal and not with the status. The next text makes it forget.
+        exec("")
         sys.exit(_STATUS)
     finally:
         sys.unraisablehook = hook

@@ -225,3 +225,22 @@ def test_bags_build_leaves_nothing(tmp_path: Path) -> None:
     process, _, said = interrupt_at(tmp_path, has("*sites*"), *build)
     assert_stopped(process, said, "same command")
     assert [path.name for path in tmp_path.iterdir()] == ["stderr"]
+
+
+def test_within_code_from_a_text_the_status_is_the_same(tmp_path: Path) -> None:
+    """Such code is that of a dataclass, while libraries are loaded."""
+    (tmp_path / "command.py").write_text(
+        "import os, signal\nfrom deploy.simulation import interrupt\n"
+        "with interrupt.handled():\n    exec('os.kill(os.getpid(), signal.SIGINT)')\n"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "command"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (
+        130,
+        "stopped before it was done: give the same command again\n",
+    )
