@@ -13,6 +13,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from deploy.simulation import prerequisites
 from deploy.simulation.prerequisites import _LOCK, locked
+from tests.cases import shortened
 
 BLOCK = """
 import sys
@@ -54,7 +55,7 @@ NOT_LOADED = ("torch", "flwr", "torchvision")
 
 
 @pytest.mark.parametrize("module", ["opacus", "dp_accounting", "opendp"])
-@pytest.mark.parametrize("engine", ["local", "flower"])
+@pytest.mark.parametrize("engine", shortened(["local", "flower"], ["local"]))
 def test_private_training_without_its_extra_is_refused_before_anything_is_loaded(
     tmp_path: Path, module: str, engine: str
 ) -> None:
