@@ -19,6 +19,13 @@ from pathlib import Path
 PACKAGES = ("common", "client", "server", "deploy")
 LISTS = ("questions", "riders", "imports", "modules", "arguments", "cycles")
 QUESTIONS = ("what", "which", "who", "whose", "how", "where", "when", "why", "whether")
+MISSED = """\
+Missed: modules, lines and public names. The targets were set on a tree of 189 modules and 26.8k lines.
+What holds every promise against the server, and a hospital with counts only, took 8k lines after that,
+and the parts 2k, so "before new features" never came. 22 modules went all the same; the merges that are
+left (gate with executor, control with submit, rounds with app) would put two concepts into one module.
+Nearly all public names are used outside of their modules, and the rest are parts, protocols and results;
+fewer would need larger classes, not better ones."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.Module | ast.ClassDef | Function
 Import = ast.Import | ast.ImportFrom
@@ -232,6 +239,7 @@ def main() -> None:
     else:
         for figure, value, target in table(modules):
             print(f"{figure:44} {value:32} {target}")
+        print(f"\n{MISSED}")
 
 
 if __name__ == "__main__":

@@ -120,9 +120,8 @@ def _run_prepared(
     sites = site_files.site_folders(sites_dir)
     config = config.with_changes({"sites-dir": str(sites_dir), "federation.sites": len(sites)})
     images = _prepare_sites(sites, config)
-    _say(
-        f"{len(sites)} sites, {images} training images, {config.model.image_size} px, {config.rounds} rounds"
-    )
+    named = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
+    _say(f"{named}, {images} training images, {config.model.image_size} px, {config.rounds} rounds")
     with Follower(folder.metrics, config.rounds):
         run_engine(config, engine, _default_workers(len(sites)) if workers is None else workers)
     return read_summary(folder.path)
