@@ -220,6 +220,7 @@ def test_a_killed_command_takes_its_workers_along(sites_dir: Path, tmp_path: Pat
     assert left == []
 
 
+@pytest.mark.slow
 def test_bags_build_leaves_nothing(tmp_path: Path) -> None:
     build = ["bags", "build", "--source", "synthetic", "--sites", "2", "--out", "sites"]
     process, _, said = interrupt_at(tmp_path, has("*sites*"), *build)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import shortened
+
 ROOT = Path(__file__).parents[2]
 NAMES = ("common", "client", "server", "deploy")
 
@@ -32,7 +34,10 @@ def python(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.C
     )
 
 
-@pytest.mark.parametrize("command", [["--help"], ["config", "--json"], ["simulate", "--set", "x=1"]])
+COMMANDS = [["--help"], ["config", "--json"], ["simulate", "--set", "x=1"]]
+
+
+@pytest.mark.parametrize("command", shortened(COMMANDS, COMMANDS[1:2]))
 def test_the_command_works_with_a_module_on_pythonpath(shadowed: Path, command: list[str]) -> None:
     result = python("-P", "-c", "from fedbags import main; main()", *command, cwd=shadowed, path=shadowed)
     assert result.returncode == (2 if "simulate" in command else 0), result.stderr

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -257,11 +257,10 @@ def nginx() -> str:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session")
-def consortium(tmp_path_factory: pytest.TempPathFactory, nginx: str) -> Iterator[Consortium]:
-    """Three sites, up, and data for a fourth one; nothing of them is left when it is down."""
-    found = Consortium(tmp_path_factory.mktemp("consortium"))
-    found.provision(lambda data: write_data(data, len(SITES) + 1))
+@contextmanager
+def _up(found: Consortium) -> Iterator[Consortium]:
+    """A consortium that is up, with data for one site more; nothing of it is left when it is down."""
+    found.provision(lambda data: write_data(data, len(found.sites) + 1))
     try:
         found.server_up()
         found.site_up()
@@ -270,6 +269,20 @@ def consortium(tmp_path_factory: pytest.TempPathFactory, nginx: str) -> Iterator
         found.down()
         left = found.left_over()
         assert not left, f"still running: {left}"
+
+
+@pytest.fixture(scope="session")
+def consortium(tmp_path_factory: pytest.TempPathFactory, nginx: str) -> Iterator[Consortium]:
+    """Three sites."""
+    with _up(Consortium(tmp_path_factory.mktemp("consortium"))) as found:
+        yield found
+
+
+@pytest.fixture
+def smallest(tmp_path: Path, nginx: str) -> Iterator[Consortium]:
+    """One site: each more takes ten seconds of a processor to start."""
+    with _up(Consortium(tmp_path, SITES[:1])) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -190,9 +190,21 @@ def arc(plan: SessionPlan, number: int) -> list[str]:
         (9, 5, {"limits": Limits(9, 0.8), "threshold_share": 0.51}, None),
         # On a ring even where the sites at the ends of the arc refuse, the others hold shares enough.
         (12, 2, {"limits": Limits(3, 0.8, 2), "neighbours": 2}, None),
-        (12, 3, {"limits": Limits(9, 0.8, 2), "neighbours": 2}, None),
-        (16, 5, {"limits": Limits(9, 0.8, 4), "neighbours": 4, "threshold_share": 0.51}, None),
-        (16, 7, {"limits": Limits(9, 0.8, 6), "neighbours": 6, "threshold_share": 0.51}, None),
+        pytest.param(12, 3, {"limits": Limits(9, 0.8, 2), "neighbours": 2}, None, marks=pytest.mark.slow),
+        pytest.param(
+            16,
+            5,
+            {"limits": Limits(9, 0.8, 4), "neighbours": 4, "threshold_share": 0.51},
+            None,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            16,
+            7,
+            {"limits": Limits(9, 0.8, 6), "neighbours": 6, "threshold_share": 0.51},
+            None,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 @pytest.mark.parametrize("told", ["own list", "full list", "own list at the border"])

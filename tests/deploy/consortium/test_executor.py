@@ -128,6 +128,7 @@ def test_no_more_tasks_run_than_allowed(forking: _ForkingExecutor, monkeypatch: 
     assert not forking._tasks
 
 
+@pytest.mark.slow
 def test_tasks_end_with_their_executor(kit: SiteKit, tmp_path: Path) -> None:
     code = (
         "import sys, os, time\nfrom pathlib import Path\nfrom deploy.consortium import executor\n"
