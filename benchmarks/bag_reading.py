@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from client.data.bags import BagStore, to_tensor
-from client.data.images import decode_all
+from client.data.bags import BagStore
+from client.data.images import decode_all, to_tensor
 from common.hierarchy import Hierarchy
 from deploy.datasets.build import build_sites
 from deploy.datasets.files import FileImages, SourceTable

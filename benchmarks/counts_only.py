@@ -80,7 +80,7 @@ def accuracy(run: Path, sites: Sequence[Path]) -> dict[str, float]:
     for site in sites:
         test = LabelledImages.open(site, card.preprocessing.image_size)
         if test is not None:
-            predicted = read_predictions(model, test.images, torch.device("cpu"))["path"]
+            predicted = read_predictions(model, test, torch.device("cpu"))["path"]
             right.append(predicted == torch.from_numpy(test.hierarchy.paths[test.labels]))
     if not right:
         return {}

@@ -189,7 +189,7 @@ def clocked_app(folder: Path) -> bytes:
     project["tool"]["flwr"]["app"]["components"]["clientapp"] = "deployed_apps:clocked_app"
     project["tool"]["flwr"]["app"]["fab-include"].append(APPS.name)
     # All but Flower's own list of the contents, which it makes anew.
-    kept = [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".toml")]
+    kept = [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".toml", ".json")]
     files: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in kept}
     files |= {"pyproject.toml": tomli_w.dumps(project).encode(), APPS.name: APPS}
     app, _ = build_fab_from_files(files)

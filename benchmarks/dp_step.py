@@ -139,7 +139,7 @@ def private_step(model: nn.Module, bags: Bags) -> Step:
         delta=1e-3,
         clip_norm=CLIP_NORM,
         number_of_bags=BAGS,
-        expected_bags_per_step=BAGS,
+        sample_rate=1.0,
         steps_per_round=1,
         rounds=1,
         release=None,

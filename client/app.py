@@ -190,8 +190,13 @@ def _evaluate_on_test(message: Message, session: SiteSession) -> Message:
     from client.data.labelled import LabelledImages
 
     request = from_records(message.content, ModelUpdate)
+    wanted = session.config.model
     test = LabelledImages.open(
-        session.folder, session.config.model.image_size, skip_bad=session.skip_bad, site=session.site
+        session.folder,
+        wanted.image_size,
+        features=wanted.feature_names,
+        skip_bad=session.skip_bad,
+        site=session.site,
     )
     model = session.receive_model(request.arrays)
     counts = evaluate_labelled(model, test, session.config) if test else {}

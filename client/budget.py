@@ -220,7 +220,7 @@ def make_plan(
         # Held-back bags are never trained on, so only the others are sampled. Their number decides the
         # sampling rate.
         number_of_bags=len(training),
-        expected_bags_per_step=min(dp.expected_bags, len(training)),
+        sample_rate=dp.sample_rate or min(dp.expected_bags / max(len(training), 1), 1.0),
         steps_per_round=dp.steps_per_round,
         rounds=config.rounds,
         release=DiscreteLaplace(scale=dp.release_scale) if releases else None,

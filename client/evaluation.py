@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.data.bags import BagStore, to_tensor
+from client.data.bags import BagStore
 from client.data.batch import chunks, make_batch
 from client.training import choose_device
 from common.config import RunConfig
 from common.model.classifier import HierarchicalClassifier, consistent_prediction, log_probabilities
-from common.model.interfaces import Inputs
 from common.model.losses import proportion_kl, proportion_l1
 from common.privacy.proportions import to_grid
 from common.records import Metric
@@ -82,7 +81,7 @@ def evaluate_labelled(
         ``confusion.argmax.LEVEL`` and ``confusion.path.LEVEL``: C_l * C_l counts, row by row, rows the
         true class.
     """
-    predicted = read_predictions(model, test.images, choose_device(config.train.device))
+    predicted = read_predictions(model, test, choose_device(config.train.device))
     metrics: dict[str, Metric] = {}
     for reading in ("argmax", "path"):
         for level, counts in enumerate(confusion_counts(predicted[reading], test)):
@@ -92,13 +91,13 @@ def evaluate_labelled(
 
 @torch.no_grad()
 def read_predictions(
-    model: HierarchicalClassifier, images: NDArray[np.uint8], device: torch.device
+    model: HierarchicalClassifier, test: "LabelledImages", device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Predict the class of every image at every level, each image alone, in each way that the model allows.
 
     Args:
         model: is moved to the device and put into evaluation mode.
-        images: shape (N, S, S, 3).
+        test: N images, or fixed features of them.
         device: where the model runs.
 
     Returns:
@@ -108,8 +107,8 @@ def read_predictions(
     model.to(device).eval()
     tree = model.hierarchy
     readings: dict[str, list[torch.Tensor]] = {"argmax": [], "path": [], "rolled-up": []}
-    for rows in chunks(np.arange(len(images)), _IMAGES_AT_ONCE):
-        output = model(Inputs.alone(to_tensor(images[rows[0] : rows[-1] + 1]).to(device)))
+    for rows in chunks(np.arange(len(test.labels)), _IMAGES_AT_ONCE):
+        output = model(test.inputs(slice(rows[0], rows[-1] + 1)).to(device))
         levels = log_probabilities(output)
         readings["argmax"].append(torch.stack([level.argmax(1) for level in levels], dim=1).cpu())
         readings["path"].append(consistent_prediction(output, tree).cpu())

@@ -114,7 +114,8 @@ class SiteSession:
         # What the owner writes; not the ledger and the quarantine list, which a run itself changes.
         tables = {self.folder / SITE_FILE, *self.folder.glob("*.csv")} - {self.folder / QUARANTINE_FILE}
         stamps = tuple(path.stat().st_mtime_ns for path in sorted(tables))
-        store = _open_store(self.folder, self.site, stamps, self.config.model.image_size, self.skip_bad)
+        wanted = (self.config.model.image_size, self.config.model.feature_names)
+        store = _open_store(self.folder, self.site, stamps, wanted, self.skip_bad)
         return with_own_split(store, self.folder, self.terms, private=self.private)
 
     @cached_property
@@ -260,13 +261,18 @@ def _own_folder(node: Mapping[str, Any], sites_dir: str) -> Path:
 
 @lru_cache(maxsize=64)
 def _open_store(
-    folder: Path, site: SiteConfig, stamps: tuple[int, ...], size: int, skip_bad: bool
+    folder: Path,
+    site: SiteConfig,
+    stamps: tuple[int, ...],
+    wanted: tuple[int, tuple[str, ...]],
+    skip_bad: bool,
 ) -> BagStore:
-    """Open the bag store once per process and version of the site's tables.
+    """Open the bag store once per process, version of the site's tables, image size and fixed features.
 
     A deployed site answers one message per process; a simulation answers many.
     """
-    return BagStore.open(folder, size, skip_bad=skip_bad, site=site)
+    size, features = wanted
+    return BagStore.open(folder, size, features=features, skip_bad=skip_bad, site=site)
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.centring import centre_exactly, centred_in
 from client.data.bags import Bags
 from client.data.batch import chunks, make_batch
 from client.site import TrainingSeeds
@@ -20,6 +21,9 @@ from common.config import RunConfig
 from common.config_tables import Strategy, cosine_decay, run_progress
 from common.errors import RunError
 from common.model.classifier import HierarchicalClassifier
+
+LARGEST_RATE = 4.0
+"""Where ``train.learning-rate`` is 0: of steps without noise."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ def train_round(
     objective = Objective(make_setting(store, config, round, bags_of_site))
     drawn = torch.Generator().manual_seed(objective_seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if backbone := centred_in(model, config, round):
+        spread = centre_exactly(backbone, store, training)
+        return TrainingResult(spread, 1, len(training), int(store.leaf_counts[training].sum()))
     optimiser = build_optimiser(parameters, config, run_progress(round, config.rounds))
     server_values = _server_values(parameters, config)
     losses, images = [], 0
@@ -131,14 +138,20 @@ def make_setting(store: Bags, config: RunConfig, round: int, bags: SiteBags | No
 
 
 def build_optimiser(
-    parameters: list[nn.Parameter], config: RunConfig, progress: float
+    parameters: list[nn.Parameter], config: RunConfig, progress: float, start: float | None = None
 ) -> torch.optim.Optimizer:
     """Build a fresh optimiser at the round's learning rate.
 
     Its moments are not kept from round to round, since they would be a site's state.
+
+    Args:
+        parameters: what is trained.
+        config: the run.
+        progress: share of the run that is done, in [0, 1].
+        start: learning rate at progress 0; None: ``train.learning-rate``, or the largest where that is 0.
     """
     train = config.train
-    rate = train.learning_rate * cosine_decay(progress)
+    rate = (start or train.learning_rate or LARGEST_RATE) * cosine_decay(progress)
     if train.optimiser == "sgd":
         return torch.optim.SGD(parameters, lr=rate, momentum=train.momentum, weight_decay=train.weight_decay)
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=train.weight_decay)

@@ -160,8 +160,8 @@ class RunConfig(Section):
     @property
     def part_names(self) -> tuple[str, ...]:
         """Return the names of the parts that the run is made of; a torchvision model is none."""
-        backbone = self.model.backbone
-        own = (backbone,) if backbone in parts.names(Kind.BACKBONE) else ()
+        named = [name.partition("@")[0] for name in self.model.feature_names] or [self.model.backbone]
+        own = tuple(name for name in named if name in parts.names(Kind.BACKBONE))
         return (*own, *self.model.recipe.parts)
 
     @property

@@ -56,6 +56,10 @@ class ModelConfig(Section):
 
     method: str = Field(methods.DEFAULT, description="how bags teach the model: docs/methods.md")
     backbone: str = Field("resnet-small", description="resnet-small, colour-histogram or a torchvision model")
+    features: str = Field(
+        "",
+        description="comma-separated fixed features in place of a trained backbone: backbones, or NAME@FILE",
+    )
     block: str = Field("", description="part between backbone and heads, or none; empty: the method's")
     head: str = Field("", description="part that scores the classes of a level; empty: the method's")
     levels: Literal["", "each", "leaf"] = Field(
@@ -89,9 +93,16 @@ class ModelConfig(Section):
                 "model.levels = 'leaf' leaves one head, and a block and tied scores need one at every level: "
                 "set model.block = 'none' and model.tied = false"
             )
+        if self.feature_names and self.weights:
+            raise ValueError("model.weights is of a trained backbone: write model.features = 'NAME@FILE'")
         if not recipe.terms:
             raise ValueError("model.terms names no term: there is nothing to learn from")
         return self
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Return the names of the fixed features; empty where the backbone is trained."""
+        return tuple(name.strip() for name in self.features.split(",") if name.strip())
 
     @property
     def recipe(self) -> Recipe:
@@ -168,7 +179,12 @@ class TrainConfig(Section):
     )
     bags_per_step: int = Field(2, ge=1, le=4096, description="bags per optimiser step")
     optimiser: Literal["sgd", "adamw"] = Field("adamw", description="at the sites, made anew in each round")
-    learning_rate: float = Field(0.002, gt=0, le=10, description="at round 1; cosine to 5% at the end")
+    learning_rate: float = Field(
+        0.002,
+        ge=0,
+        le=10,
+        description="at round 1; cosine to 5% at the end; 0: by the noise of a private run",
+    )
     weight_decay: float = Field(0.0001, ge=0, le=1, description="of the optimiser")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     clip_gradient: float = Field(5.0, gt=0, le=1e6, description="norm the step's gradient is clipped to")
@@ -177,6 +193,9 @@ class TrainConfig(Section):
     )
     part: TrainedPart = Field(
         TrainedPart.AUTO, description="what is trained; auto: all, and norm-head under dp"
+    )
+    centring_rounds: int = Field(
+        1, ge=0, le=100_000, description="with model.features: first rounds, which learn their mean"
     )
     held_back: float = Field(0.1, ge=0, le=0.9, description="share of bags held back for selection")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
@@ -240,6 +259,12 @@ class DPConfig(Section):
     )
     expected_bags: float = Field(
         32.0, gt=0, le=1e6, description="mean bags per step (at most all of a site's)"
+    )
+    sample_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="chance of each bag to be in a step; 0: dp.expected-bags / bags of a site",
     )
     steps_per_round: int = Field(4, ge=1, le=100_000, description="optimiser steps of a private round")
     release_scale: float = Field(

@@ -72,6 +72,10 @@ _SHIPPED: Mapping[Kind, Mapping[str, str]] = {
     Kind.BACKBONE: {
         "resnet-small": "common.model.resnet_small:PART",
         "colour-histogram": "common.model.colour_histogram:PART",
+        "gabor": "common.model.features.gabor:PART",
+        "efficientnet-lite0": "common.model.features.efficientnet_lite:LITE0",
+        "efficientnet-lite1": "common.model.features.efficientnet_lite:LITE1",
+        "efficientnet-lite2": "common.model.features.efficientnet_lite:LITE2",
     },
     Kind.BLOCK: {"dictionary": "common.model.dictionary:PART"},
     Kind.HEAD: {"linear": "common.model.heads:LINEAR"},

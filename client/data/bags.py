@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import NoReturn, Protocol, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from client.data.features import open_features
 from client.data.images import CacheKey, Progress, open_cache
 from client.data.tables import MANIFEST_FILE, Fault, Listing, data_version, read_listing
 from client.site import BUILD_ADVICE, SiteConfig
 from common.errors import BadRow, DataError, writable
 from common.files import replacing, write_csv
 from common.hierarchy import Hierarchy
+from common.model.features.bank import feature_bank
 
 CACHE_FOLDER = ".cache"
 QUARANTINE_FILE = "quarantine.csv"
@@ -33,11 +33,13 @@ class Bag:
         bag_id: its name in the site's tables; never leaves the site.
         images: shape (m, S, S, 3) uint8, a read-only view of the cache.
         counts: shape (C_L,) int64, images per leaf; sums to m.
+        features: shape (m, F) float32, the run's fixed features of the images, or None.
     """
 
     bag_id: str
     images: NDArray[np.uint8]
     counts: NDArray[np.int64]
+    features: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,17 @@ class BagStore:
     """Shape (B,), images."""
     _starts: NDArray[np.int64]
     _images: NDArray[np.uint8]
+    _features: NDArray[np.float32] | None = field(default=None, kw_only=True)
     own_split: OwnSplit | None = field(default=None, kw_only=True)
     """None: the run divides the bags, as in a simulation."""
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 (what to open, and how)
         cls,
         site_dir: Path,
         image_size: int,
         *,
+        features: tuple[str, ...] = (),
         skip_bad: bool = False,
         progress: Progress | None = None,
         site: SiteConfig | None = None,
@@ -126,14 +130,15 @@ class BagStore:
         Args:
             site_dir: the folder, laid out as docs/data.md describes.
             image_size: S, side of the square images in pixels.
+            features: names of fixed features (``model.features``), computed unless that was done before.
             skip_bad: leave out what is bad and list it in ``quarantine.csv``. A bag that loses an
                 image is left out completely: its counts include that image's label, which nobody knows,
                 so the counts of the rest are unknown.
-            progress: called with (done, all) while decoding.
+            progress: called with (done, all) while decoding, and again while computing features.
             site: the content of site.toml, if the caller has read it.
 
         Raises:
-            ConfigError: site.toml is faulty.
+            ConfigError: site.toml is faulty, or there is no such feature.
             DataError: bad rows (all of them), or no bag is left.
             UserError: the cache cannot be written.
         """
@@ -156,6 +161,10 @@ class BagStore:
             _refuse(config, site_dir, faults, "holds no usable bag")
         if skip_bad:
             write_quarantine(site_dir, [fault.row for fault in faults])
+        found = None
+        if features:
+            bank = feature_bank(features, image_size)
+            found = open_features(site_dir / CACHE_FOLDER, key, cache.images, bank, progress)
         sizes = np.diff(listing.offsets)
         used = int(sizes[good].sum())
         return cls(
@@ -176,6 +185,7 @@ class BagStore:
             bag_sizes=sizes[good],
             _starts=listing.offsets[:-1][good],
             _images=cache.images,
+            _features=found,
         )
 
     @property
@@ -191,7 +201,8 @@ class BagStore:
             raise IndexError(f"bag {index} of {len(self)}")
         start = int(self._starts[index])
         stop = start + int(self.bag_sizes[index])
-        return Bag(self.bag_ids[index], self._images[start:stop], self.leaf_counts[index])
+        features = None if self._features is None else self._features[start:stop]
+        return Bag(self.bag_ids[index], self._images[start:stop], self.leaf_counts[index], features)
 
     def split(self, held_back: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Divide the bags into those to train on and those to hold back for selection.
@@ -218,13 +229,6 @@ class BagStore:
         if held_back > 0 and len(self) >= 2:
             number = min(max(1, round(held_back * len(self))), len(self) - 1)
         return np.sort(order[number:]), np.sort(order[:number])
-
-
-def to_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """Convert images of shape (m, S, S, 3), uint8, to float32 of shape (m, 3, S, S) in [-1, 1]."""
-    # The copy is what torch may write to: the cache is mapped read-only.
-    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def write_quarantine(folder: Path, rows: list[BadRow]) -> None:

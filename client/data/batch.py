@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data.bags import Bags, to_tensor
+from client.data.bags import Bags
+from client.data.images import to_tensor
 from common.config_tables import Augmentation
 from common.model.interfaces import Inputs
 from common.model.losses import bag_means
@@ -93,22 +94,28 @@ class Batch:
         return Batch(self.inputs.to(device), counts, self.bags.to(device))
 
     def augmented(self, augmentation: Augmentation, generator: torch.Generator) -> "Batch":
-        """Return the same bags with changed images (see ``_augment_images``)."""
+        """Return the same bags with changed images (see ``_augment_images``); fixed features stay."""
         inputs = self.inputs
+        if inputs.features is not None:
+            return self
         images = _augment_images(inputs.images, inputs.bag_index, len(self), augmentation, generator)
         return replace(self, inputs=inputs.with_images(images))
 
 
 def make_batch(store: Bags, bags: NDArray[np.int64]) -> Batch:
-    """Combine bags of the store, given by their positions in it, into one batch."""
+    """Combine bags of the store, given by their positions in it, into one batch.
+
+    Where the store has fixed features they stand for the images, which are not touched.
+    """
     chosen = [store[int(bag)] for bag in bags]
     counts = store.hierarchy.roll_up(np.stack([bag.counts for bag in chosen]))
     sizes = torch.tensor([len(bag.images) for bag in chosen])
+    bag_index = torch.repeat_interleave(torch.arange(len(chosen)), sizes)
+    features = [bag.features for bag in chosen if bag.features is not None]
     return Batch(
-        Inputs(
-            to_tensor(np.concatenate([bag.images for bag in chosen])),
-            torch.repeat_interleave(torch.arange(len(chosen)), sizes),
-        ),
+        Inputs.of_features(torch.from_numpy(np.concatenate(features)), bag_index)
+        if features
+        else Inputs(to_tensor(np.concatenate([bag.images for bag in chosen])), bag_index),
         [torch.from_numpy(level).float() for level in counts],
         torch.from_numpy(np.asarray(bags, dtype=np.int64)),
     )

@@ -21,10 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from common.errors import UserError
 
@@ -40,6 +43,7 @@ _ROBUST_SHARE = 0.001
 _REDUCED_OR_MASK = 0b101
 """Bits of TIFF's NewSubfileType: a page that is a smaller copy, or a mask, of another."""
 
+_T = TypeVar("_T")
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
 _FORMAT = 2
@@ -215,16 +219,19 @@ class CacheKey:
         kind: what the images are for (``bags`` or ``test``): kinds do not replace one another.
         version: hash of everything the content depends on.
         image_size: S, pixels.
+        bank: of features, the key of what computes them.
     """
 
     kind: str
     version: str
     image_size: int
+    bank: str = ""
 
     @property
     def folder_name(self) -> str:
         """Return the name of the cache's own folder."""
-        return f"{self.kind}-{self.image_size}-{_FORMAT}.{self.version[:24]}"
+        bank = f"-{self.bank[:16]}" if self.bank else ""
+        return f"{self.kind}-{self.image_size}{bank}-{_FORMAT}.{self.version[:24]}"
 
 
 def open_cache(
@@ -241,15 +248,41 @@ def open_cache(
     Raises:
         UserError: the folder cannot be written, or the disk is full; no partial cache is left.
     """
+    size = key.image_size
+
+    def fill(temporary: Path) -> None:
+        _decode_into(temporary, paths, size, progress)
+
+    return opened(folder, key, len(paths) * size * size * 3, fill, _map)
+
+
+def opened(
+    folder: Path, key: CacheKey, needed: int, fill: Callable[[Path], None], read: Callable[[Path], _T]
+) -> _T:
+    """Return what ``read`` makes of a cache's folder, after ``fill`` built it where it does not exist.
+
+    Args:
+        folder: where caches live; made if missing.
+        key: which of them.
+        needed: bytes that it takes, for the text of an error.
+        fill: writes the files of the cache, and ``cache.json`` among them, into an empty folder.
+        read: maps them.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full; no partial cache is left.
+    """
     target = folder / key.folder_name
     for _ in range(_ATTEMPTS):
         if not (target / "cache.json").is_file():
-            _build_or_say(folder, target, paths, key.image_size, progress)
+            _build_or_say(folder, target, needed, fill)
             _remove_others(folder, target, key.kind)
         try:
-            return _map(target)
+            found = read(target)
         except FileNotFoundError:
             continue  # a process that built another cache removed this one since
+        with contextlib.suppress(OSError):  # a cache that cannot be marked as used is only removed earlier
+            os.utime(target)
+        return found
     raise UserError(
         f"the image cache in {folder} is removed by other runs as soon as it is built: more than {_KEPT} "
         "image sizes are in use at once. Run fewer at a time."
@@ -259,8 +292,6 @@ def open_cache(
 def _map(target: Path) -> _CachedImages:
     record = json.loads((target / "cache.json").read_text(encoding="utf-8"))
     images = np.load(target / "images.npy", mmap_mode="r")
-    with contextlib.suppress(OSError):  # a cache that cannot be marked as used is only removed earlier
-        os.utime(target)
     return _CachedImages(
         images=images,
         failed={int(index): reason for index, reason in record["failed"].items()},
@@ -269,12 +300,9 @@ def _map(target: Path) -> _CachedImages:
     )
 
 
-def _build_or_say(
-    folder: Path, target: Path, paths: Sequence[Path], image_size: int, progress: Progress | None
-) -> None:
-    needed = len(paths) * image_size * image_size * 3
+def _build_or_say(folder: Path, target: Path, needed: int, fill: Callable[[Path], None]) -> None:
     try:
-        _build(folder, target, paths, image_size, progress)
+        _build(folder, target, fill)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -307,6 +335,13 @@ def decode_all(
                 progress(start + len(chunk), len(paths))
 
 
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Convert images of shape (m, S, S, 3), uint8, to float32 of shape (m, 3, S, S) in [-1, 1]."""
+    # The copy is what torch may write to: the cache is mapped read-only.
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
 def _decode(path: Path, size: int, read: Callable[[Path], Image.Image]) -> _Decoded:
     try:
         image = read(path)
@@ -317,24 +352,35 @@ def _decode(path: Path, size: int, read: Callable[[Path], Image.Image]) -> _Deco
         return _Decoded(blank, fault=f"the image cannot be decoded ({describe_fault(error)})")
 
 
-def _build(folder: Path, target: Path, paths: Sequence[Path], size: int, progress: Progress | None) -> None:
+def _decode_into(folder: Path, paths: Sequence[Path], size: int, progress: Progress | None) -> None:
+    """Write the decoded images and what was met on the way into a folder."""
+    failed: dict[int, str] = {}
+    converted = resized = 0
+    with (folder / "images.npy").open("wb") as stream:
+        write_header(stream, "|u1", (len(paths), size, size, 3))
+        for index, decoded in enumerate(decode_all(paths, size, progress)):
+            stream.write(decoded.pixels.tobytes())
+            converted += decoded.converted
+            resized += decoded.resized
+            if decoded.fault:
+                failed[index] = decoded.fault
+    record = {"failed": failed, "converted": converted, "resized": resized}
+    (folder / "cache.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def write_header(stream: BinaryIO, descr: str, shape: tuple[int, ...]) -> None:
+    """Begin a .npy file, whose numbers the caller writes behind it.
+
+    On a full disk plain writes raise, where a write through a memory map kills the process.
+    """
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+
+
+def _build(folder: Path, target: Path, fill: Callable[[Path], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="tmp-", dir=folder))
     try:
-        failed: dict[int, str] = {}
-        converted = resized = 0
-        with (temporary / "images.npy").open("wb") as stream:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
-            np.lib.format.write_array_header_1_0(stream, header)
-            # Plain writes: on a full disk they raise, where a write through a memory map kills us.
-            for index, decoded in enumerate(decode_all(paths, size, progress)):
-                stream.write(decoded.pixels.tobytes())
-                converted += decoded.converted
-                resized += decoded.resized
-                if decoded.fault:
-                    failed[index] = decoded.fault
-        record = {"failed": failed, "converted": converted, "resized": resized}
-        (temporary / "cache.json").write_text(json.dumps(record), encoding="utf-8")
+        fill(temporary)
         try:
             temporary.rename(target)
         except OSError:

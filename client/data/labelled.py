@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from client.data.bags import CACHE_FOLDER
-from client.data.images import CacheKey, Progress, open_cache
+from client.data.features import open_features
+from client.data.images import CacheKey, Progress, open_cache, to_tensor
 from client.data.tables import (
     TEST_FILE,
     Fault,
@@ -24,6 +26,8 @@ from client.data.tables import (
 from client.site import SiteConfig
 from common.errors import BadRow, DataError
 from common.hierarchy import Hierarchy
+from common.model.features.bank import feature_bank
+from common.model.interfaces import Inputs
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,30 @@ class LabelledImages:
         images: shape (N, S, S, 3) uint8, read-only.
         labels: shape (N,) int64, leaf indices.
         listed: rows of test.csv, used or not.
+        features: shape (N, F) float32, the run's fixed features of the images, or None.
     """
 
     hierarchy: Hierarchy
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     listed: int
+    features: NDArray[np.float32] | None = None
+
+    def inputs(self, rows: slice) -> Inputs:
+        """Return what a model looks at of these rows, each image alone."""
+        if self.features is None:
+            return Inputs.alone(to_tensor(self.images[rows]))
+        # The copy is what torch may write to: the cache is mapped read-only.
+        features = torch.from_numpy(np.array(self.features[rows]))
+        return Inputs.of_features(features, torch.arange(len(features)))
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 (what to open, and how)
         cls,
         site_dir: Path,
         image_size: int,
         *,
+        features: tuple[str, ...] = (),
         skip_bad: bool = False,
         progress: Progress | None = None,
         site: SiteConfig | None = None,
@@ -57,8 +72,9 @@ class LabelledImages:
         Args:
             site_dir: the site folder.
             image_size: S, side of the square images in pixels.
+            features: names of fixed features (``model.features``), computed unless that was done before.
             skip_bad: leave bad rows out instead of refusing.
-            progress: called with (done, all) while decoding.
+            progress: called with (done, all) while decoding, and again while computing features.
             site: the content of site.toml, if the caller has read it.
 
         Returns:
@@ -88,23 +104,24 @@ class LabelledImages:
             faults.append(Fault(BadRow(TEST_FILE, image.line, unknown_label(image.key, hierarchy))))
         keep = np.arange(len(known))
         images = np.zeros((0, image_size, image_size, 3), dtype=np.uint8)
+        found = None
         if known:
-            cache = open_cache(
-                site_dir / CACHE_FOLDER,
-                CacheKey("test", content_hash(site_dir, (TEST_FILE,), known), image_size),
-                [site_dir / image.path for image in known],
-                progress,
-            )
+            caches = site_dir / CACHE_FOLDER
+            key = CacheKey("test", content_hash(site_dir, (TEST_FILE,), known), image_size)
+            cache = open_cache(caches, key, [site_dir / image.path for image in known], progress)
+            if features:
+                found = open_features(caches, key, cache.images, feature_bank(features, image_size), progress)
             for index, reason in cache.failed.items():
                 row = BadRow(TEST_FILE, known[index].line, f"{known[index].path!r}: {reason}")
                 faults.append(Fault(row))
             if cache.failed:
                 keep = np.setdiff1d(keep, list(cache.failed))
             images = cache.images[keep] if cache.failed else cache.images
+            found = found[keep] if cache.failed and found is not None else found
         if faults and not skip_bad:
             advice = "Mend these rows, or leave them out with --skip-bad."
             raise DataError(summary, [fault.row for fault in faults], advice)
         if not len(keep):
             return None
         labels = np.array([hierarchy.leaf_index[known[index].key] for index in keep], dtype=np.int64)
-        return cls(hierarchy, images, labels, len(table))
+        return cls(hierarchy, images, labels, len(table), found)

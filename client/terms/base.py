@@ -146,8 +146,12 @@ class Objective:
 
     def __call__(self, model: HierarchicalClassifier, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the loss, a scalar: the sum of all terms, averaged over bags."""
+        return self.of_bags(model, batch, generator).mean()
+
+    def of_bags(self, model: HierarchicalClassifier, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Return the sum of all terms for each bag, shape (B,)."""
         step = Step(model, batch, generator)
-        return total(term(step) for term in self.terms.values()).mean()
+        return total(term(step) for term in self.terms.values())
 
 
 def total(values: Iterable[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from common.errors import ConfigError
 from common.hierarchy import Hierarchy
 from common.model.backbones import build_backbone
 from common.model.classifier import HierarchicalClassifier, Levels, Pieces
+from common.model.features.frozen import FrozenFeatures
 from common.model.interfaces import Level
 from common.model.methods import NO_BLOCK
 from common.parts import Kind
@@ -87,7 +88,11 @@ def _build(
     config: ModelConfig, hierarchy: Hierarchy, settings: Settings, weights: Path | None
 ) -> HierarchicalClassifier:
     recipe = config.recipe
-    backbone = build_backbone(config.backbone, config.norm, weights, config.image_size)
+    backbone = (
+        FrozenFeatures(config.feature_names, config.image_size)
+        if config.feature_names
+        else build_backbone(config.backbone, config.norm, weights, config.image_size)
+    )
     levels = range(len(hierarchy.sizes))
 
     def at(level: int) -> Level:
@@ -124,6 +129,8 @@ def trainable_parameters(model: HierarchicalClassifier, part: TrainedPart) -> li
         The trained parameters in the order of ``model.parameters()``; never empty, for a model has heads.
     """
     model.requires_grad_(part is TrainedPart.ALL)
+    if isinstance(model.backbone, FrozenFeatures):
+        model.backbone.centre.requires_grad_(True)
     if part is not TrainedPart.ALL:
         for trained in (model.heads, model.blocks, model.terms):
             trained.requires_grad_(True)

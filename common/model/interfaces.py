@@ -21,16 +21,24 @@ class Inputs:
     """Hold everything that a model may look at."""
 
     images: Tensor
-    """Shape (N, 3, S, S), floating, scaled as the model's card says (x / 127.5 - 1)."""
+    """Shape (N, 3, S, S), floating, scaled as the model's card says (x / 127.5 - 1); S = 0 where ``features``
+    stand for the images."""
     bag_index: Tensor
     """Shape (N,) int64: the bag of each image, from 0; the images of a bag are consecutive."""
     metadata: Tensor | None = None
     """Shape (N, M), scaled by public ranges, NaN where not known; None where a run has no metadata."""
+    features: Tensor | None = None
+    """Shape (N, F): the run's fixed features where they were computed before; None: the images give them."""
 
     @classmethod
     def alone(cls, images: Tensor, metadata: Tensor | None = None) -> "Inputs":
         """Return images each in a bag of its own, as in prediction and on labelled test images."""
         return cls(images, torch.arange(len(images), device=images.device), metadata)
+
+    @classmethod
+    def of_features(cls, features: Tensor, bag_index: Tensor) -> "Inputs":
+        """Return inputs in which fixed features stand for the images."""
+        return cls(features.new_empty(len(features), 3, 0, 0), bag_index, features=features)
 
     def __len__(self) -> int:
         """Return N, the number of images."""
@@ -38,17 +46,21 @@ class Inputs:
 
     def take(self, rows: Tensor, bag_index: Tensor) -> "Inputs":
         """Return the images at these positions (M,), in the bags given for them (M,)."""
-        metadata = None if self.metadata is None else self.metadata[rows]
-        return Inputs(self.images[rows], bag_index, metadata)
+        metadata, features = (
+            None if values is None else values[rows] for values in (self.metadata, self.features)
+        )
+        return Inputs(self.images[rows], bag_index, metadata, features)
 
     def with_images(self, images: Tensor) -> "Inputs":
         """Return the same bags and metadata with other images."""
-        return replace(self, images=images)
+        return replace(self, images=images, features=None)
 
     def to(self, device: torch.device) -> "Inputs":
         """Return the same inputs on a device."""
-        metadata = None if self.metadata is None else self.metadata.to(device)
-        return Inputs(self.images.to(device), self.bag_index.to(device), metadata)
+        metadata, features = (
+            None if values is None else values.to(device) for values in (self.metadata, self.features)
+        )
+        return Inputs(self.images.to(device), self.bag_index.to(device), metadata, features)
 
 
 @dataclass(frozen=True)

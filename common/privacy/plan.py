@@ -43,8 +43,9 @@ class PlanSettings:
     """C: the norm that each bag's gradient is clipped to, and so the most that a bag adds to the sum."""
     number_of_bags: int
     """N: the bags that are trained on."""
-    expected_bags_per_step: float
-    """Mean bags of a step, in (0, number_of_bags]."""
+    sample_rate: float
+    """q, the chance of each bag to be in a step, in (0, 1]: Poisson sampling draws each bag on its own, and
+    the accountant's amplification holds for nothing else."""
     steps_per_round: int
     """Optimiser steps of a round, those without a bag included."""
     rounds: int
@@ -57,12 +58,6 @@ class PlanSettings:
     """Evaluations on held-back bags in the whole run."""
     force_delta: bool = False
     """Accept a weak delta; ``PrivacyPlan.delta_is_weak`` then marks the plan."""
-
-    @property
-    def sample_rate(self) -> float:
-        """Return q, the chance of each bag to be in a step."""
-        # Poisson sampling draws each bag on its own; the accountant's amplification holds for nothing else.
-        return self.expected_bags_per_step / self.number_of_bags
 
     def releases(self) -> tuple[DiscreteLaplace, ...]:
         """Return the events of everything that is released in addition to training."""
@@ -232,7 +227,7 @@ def _noise_faults(epsilon: float | None, sigma: float | None) -> list[str]:
 
 
 def _faults(settings: PlanSettings) -> list[str]:
-    bags, expected = settings.number_of_bags, settings.expected_bags_per_step
+    bags, rate = settings.number_of_bags, settings.sample_rate
     faults = []
     if not 0 < settings.delta < 1:
         faults.append(f"delta = {settings.delta:g} must lie between 0 and 1")
@@ -243,14 +238,11 @@ def _faults(settings: PlanSettings) -> list[str]:
         )
     if bags < 1:
         faults.append(f"there are {bags} bags to train on; at least one is needed")
-    if not 0 < expected <= max(bags, 0):
+    if not 0 < rate <= 1:
+        faults.append(f"the sample rate {rate:g} must lie in (0, 1]; draw fewer bags per step")
+    elif rate < _LEAST_RATE:
         faults.append(
-            f"{expected:g} expected bags per step of {bags} bags is a sample rate "
-            "outside (0, 1]; draw fewer bags per step"
-        )
-    elif expected < _LEAST_RATE * bags:
-        faults.append(
-            f"{expected:g} expected bags per step of {bags} bags is a sample rate below "
+            f"{rate * bags:g} expected bags per step of {bags} bags is a sample rate below "
             f"{_LEAST_RATE:g}; draw more bags per step"
         )
     if settings.steps_per_round < 1:

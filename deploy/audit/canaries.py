@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from client.data.bags import Bag, BagStore, to_tensor
+from client.data.bags import Bag, BagStore
+from client.data.images import to_tensor
 from client.private_training import train_round_privately
 from client.training import choose_device
 from common.config import RunConfig

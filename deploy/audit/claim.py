@@ -149,7 +149,7 @@ def _plan_for(plan: PrivacyPlan, number_of_bags: int) -> PrivacyPlan:
         delta=plan.delta,
         clip_norm=plan.clip_norm,
         number_of_bags=number_of_bags,
-        expected_bags_per_step=min(plan.sample_rate * number_of_bags, number_of_bags),
+        sample_rate=plan.sample_rate,
         steps_per_round=plan.steps_per_round,
         rounds=plan.rounds,
         release=None,

@@ -256,7 +256,11 @@ def audit(
         raise UserError(f"no site {name!r} in {config.sites_dir}; there are {', '.join(sites)}")
     with terminal.counted(f"reading {name}") as progress:
         store = bags.BagStore.open(
-            sites[name], config.model.image_size, skip_bad=config.skip_bad, progress=progress
+            sites[name],
+            config.model.image_size,
+            features=config.model.feature_names,
+            skip_bad=config.skip_bad,
+            progress=progress,
         )
     with terminal.counted(f"auditing {name} (rounds)") as progress:
         result = claim.audit_site(config, store, canaries=canaries, seed=seed, progress=progress)

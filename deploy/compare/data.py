@@ -252,17 +252,20 @@ class DataFolders:
         for division in divisions:
             self._divide(division, progress(f"dividing: {_folder_name(division)}"))
         # Decoded before any cell starts: cells run at the same time, and then only read the cache.
-        for site, size in dict.fromkeys(
-            (site, cell.config.model.image_size)
+        for site, size, features in dict.fromkeys(
+            (site, cell.config.model.image_size, cell.config.model.feature_names)
             for cell in cells
             for site in site_folders(self.sites_dir(cell))
         ):
             # A site and the link to it are one folder, which is decoded once.
             site = site.resolve()
-            store = BagStore.open(site, size, progress=progress(f"decoding: {site.parent.name}"))
+            decoding = progress(f"decoding: {site.parent.name}")
+            store = BagStore.open(site, size, features=features, progress=decoding)
             self._bag_sizes[site] = store.bag_sizes
-        for size in dict.fromkeys(cell.config.model.image_size for cell in cells):
-            LabelledImages.open(self.test, size, progress=progress("decoding: test images"))
+        wanted = [(cell.config.model.image_size, cell.config.model.feature_names) for cell in cells]
+        for size, features in dict.fromkeys(wanted):
+            decoding = progress("decoding: test images")
+            LabelledImages.open(self.test, size, features=features, progress=decoding)
 
     def _store_images(self, progress: Progress) -> None:
         if (self.root / _LIST).is_file():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data.bags import to_tensor
+from client.data.images import to_tensor
 from client.data.labelled import LabelledImages
 from common.errors import UserError
 from common.model.classifier import HierarchicalClassifier

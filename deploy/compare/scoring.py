@@ -43,7 +43,7 @@ def score(run: Path, tests: Path, config: RunConfig, device: torch.device) -> li
         device: where the model runs.
     """
     model, test = read_model_and_tests(run, tests, config)
-    predicted = read_predictions(model, test.images, device)
+    predicted = read_predictions(model, test, device)
     readings = {reading: confusion_counts(classes, test) for reading, classes in predicted.items()}
     return _best_readings(test.hierarchy, readings)
 
@@ -52,7 +52,7 @@ def read_model_and_tests(
     run: Path, tests: Path, config: RunConfig
 ) -> tuple[HierarchicalClassifier, LabelledImages]:
     """Return a finished run's model and the test images at the size of its input."""
-    test = LabelledImages.open(tests, config.model.image_size)
+    test = LabelledImages.open(tests, config.model.image_size, features=config.model.feature_names)
     # The folder was made with test images.
     assert test is not None
     # The stored model is the one selected on held-back bags, so the test images have no part in the choice.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from client.data.bags import to_tensor
+from client.data.images import to_tensor
 from common.hierarchy import Hierarchy
 from common.model.classifier import HierarchicalClassifier, consistent_prediction, log_probabilities
 from common.model.interfaces import Inputs

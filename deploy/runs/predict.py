@@ -18,8 +18,7 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from torch import Tensor
 
-from client.data.bags import to_tensor
-from client.data.images import CHUNK, Progress, decode_all, describe_fault, square, to_rgb
+from client.data.images import CHUNK, Progress, decode_all, describe_fault, square, to_rgb, to_tensor
 from common.errors import BadRow, UserError
 from common.files import write_text
 from common.hierarchy import Hierarchy

@@ -172,9 +172,9 @@ def _prepare_sites(sites: Sequence[Path], config: RunConfig) -> int:
     used = 0
     for site in sites:
         with counted(f"reading {site.name}") as progress:
-            size, skip_bad = config.model.image_size, config.skip_bad
-            store = bags.BagStore.open(site, size, skip_bad=skip_bad, progress=progress)
-            labelled.LabelledImages.open(site, size, skip_bad=skip_bad, progress=progress)
+            size, features, skip = config.model.image_size, config.model.feature_names, config.skip_bad
+            store = bags.BagStore.open(site, size, features=features, skip_bad=skip, progress=progress)
+            labelled.LabelledImages.open(site, size, features=features, skip_bad=skip, progress=progress)
         if config.dp.epsilon:
             _check_plan(config, store, site)
         summary = store.summary

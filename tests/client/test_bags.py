@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import client.data.images
-from client.data.bags import BagStore, to_tensor
+from client.data.bags import BagStore
+from client.data.images import to_tensor
 from client.data.labelled import LabelledImages
 from common.errors import DataError, UserError
 
@@ -137,11 +138,12 @@ def test_a_cache_that_another_process_removes_meanwhile_is_built_anew(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     BagStore.open(site, 8)
-    whole = client.data.images._map
+    whole, removed = client.data.images._map, list[Path]()
 
     def removed_first(target: Path) -> object:
-        monkeypatch.setattr(client.data.images, "_map", whole)
-        client.data.images._remove(target)
+        if not removed:
+            client.data.images._remove(target)
+            removed.append(target)
         return whole(target)
 
     monkeypatch.setattr(client.data.images, "_map", removed_first)

@@ -69,7 +69,7 @@ def make_plan(
         delta=1e-3,
         clip_norm=clip_norm,
         number_of_bags=3,
-        expected_bags_per_step=expected,
+        sample_rate=expected / 3,
         steps_per_round=steps,
         rounds=5,
         release=None,
@@ -463,7 +463,7 @@ def test_held_back_bags_are_not_touched(store: BagStore, monkeypatch: pytest.Mon
         return make_batch(store, bags)
 
     monkeypatch.setattr(private, "make_batch", watch)
-    plan = replace(make_plan(sigma=1.0, steps=4), number_of_bags=2, expected_bags_per_step=2.0)
+    plan = replace(make_plan(sigma=1.0, steps=4), number_of_bags=2, sample_rate=1.0)
     train_round_privately(build_model(config.model, store.hierarchy, seed=1), store, config, 1, plan)
     assert touched == set(training.tolist())
 

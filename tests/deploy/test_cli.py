@@ -162,7 +162,7 @@ def test_metrics_beyond_the_default_are_named_by_check_and_up(
 def test_every_key_is_listed_with_its_bounds(tmp_path: Path) -> None:
     rows = json.loads(fedbags("config", "--json", cwd=tmp_path).stdout)
     by_key = {row["key"]: row for row in rows}
-    assert by_key["train.learning-rate"]["bounds"] == "> 0, <= 10"
+    assert by_key["train.learning-rate"]["bounds"] == ">= 0, <= 10"
     assert "fedprox" in by_key["federation.strategy"]["bounds"]
 
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from client.data.bags import to_tensor
-from client.data.images import square, to_rgb
+from client.data.images import square, to_rgb, to_tensor
 from common.config_tables import ModelConfig
 from common.errors import UserError
 from common.hierarchy import Hierarchy

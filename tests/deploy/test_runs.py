@@ -241,7 +241,7 @@ def test_every_key_says_what_it_means_and_which_words_it_takes() -> None:
 
 def test_every_setting_of_a_preset_is_listed_with_its_reason() -> None:
     rows = {row["key"]: row for row in json.loads(fedbags("config", "--preset", "dp", "--json").stdout)}
-    assert len(rows) == 15
+    assert len(rows) == 13
     assert all(row["why"] and row["default"] != row["preset"] for row in rows.values())
     unknown = fedbags("config", "--preset", "magic")
     assert unknown.returncode == 2
@@ -272,7 +272,7 @@ def test_what_a_preset_changes_is_said_at_the_start(capsys: pytest.CaptureFixtur
     say_presets(config, RunRequest({"dp.epsilon": 8.0, "rounds": 7}))
     told = capsys.readouterr().err.replace("\n", " ")
     assert "fedbags config --preset dp" in told
-    assert "model.backbone=colour-histogram" in told
+    assert "model.features=colour-histogram" in told
     assert "rounds=" not in told
     say_presets(RunConfig(), RunRequest())
     assert capsys.readouterr().err == ""

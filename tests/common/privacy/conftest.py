@@ -18,7 +18,7 @@ def make_plan() -> Callable[..., PrivacyPlan]:
             "delta": 1e-3,
             "clip_norm": 0.5,
             "number_of_bags": 12,
-            "expected_bags_per_step": 1.2,
+            "sample_rate": 0.1,
             "steps_per_round": 5,
             "rounds": 4,
             "release": None,

@@ -197,7 +197,7 @@ def test_shapes_and_figures(make_plan: MakePlan) -> None:
     assert plan.sample_rate == pytest.approx(0.1)
     assert plan.round_event().steps == 5
     assert [event.kind for event in plan.all_events()] == ["discrete_laplace", "poisson_gaussian"]
-    everyone = make_plan(expected_bags_per_step=12)
+    everyone = make_plan(sample_rate=1.0)
     assert next(everyone.sampler(1)).tolist() == list(range(12))
     with pytest.raises(FrozenInstanceError):
         plan.clip_norm = 2.0  # type: ignore[misc]
@@ -244,7 +244,7 @@ def test_planted_bug_looks_that_are_not_in_the_plan(
 def test_sites_of_different_size_get_different_noise(make_plan: MakePlan) -> None:
     sigmas = [
         make_plan(
-            noise_multiplier=None, epsilon=2.0, number_of_bags=bags, expected_bags_per_step=4
+            noise_multiplier=None, epsilon=2.0, number_of_bags=bags, sample_rate=4 / bags
         ).noise_multiplier
         for bags in (12, 60, 300)
     ]
@@ -279,8 +279,8 @@ def test_no_noise_claims_nothing(make_plan: MakePlan) -> None:
         ({"delta": 1.0, "force_delta": True}, "delta"),
         ({"clip_norm": 0.0}, "clip norm"),
         ({"number_of_bags": 0}, "0 bags"),
-        ({"expected_bags_per_step": 13.0}, "sample rate"),
-        ({"expected_bags_per_step": 0.0}, "sample rate"),
+        ({"sample_rate": 1.1}, "sample rate"),
+        ({"sample_rate": 0.0}, "sample rate"),
         ({"steps_per_round": 0}, "steps per round"),
         ({"rounds": 0}, "rounds"),
         (

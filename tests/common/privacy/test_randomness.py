@@ -168,14 +168,14 @@ def check_drawn(plan: PrivacyPlan) -> None:
 def test_no_bag_is_drawn_more_often_than_accounted_for(
     source: InsecureSeededRandomness | SecureRandomness, expected: float, make_plan: MakePlan
 ) -> None:
-    settings = {"number_of_bags": 2000, "delta": 1e-4, "expected_bags_per_step": expected}
+    settings = {"number_of_bags": 2000, "delta": 1e-4, "sample_rate": expected / 2000}
     check_drawn(make_plan(**settings, randomness=source, steps_per_round=10_000))
 
 
 def test_planted_bug_two_percent_too_many(make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Stream.chosen
     monkeypatch.setattr(Stream, "chosen", lambda self, chance, number: right(self, 1.02 * chance, number))
-    settings = {"number_of_bags": 2000, "delta": 1e-4, "expected_bags_per_step": 20.0}
+    settings = {"number_of_bags": 2000, "delta": 1e-4, "sample_rate": 0.01}
     with pytest.raises(AssertionError):
         check_drawn(make_plan(**settings, steps_per_round=10_000))
 

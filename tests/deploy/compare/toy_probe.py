@@ -2,7 +2,7 @@
 
 import torch
 
-from client.data.bags import to_tensor
+from client.data.images import to_tensor
 from client.data.labelled import LabelledImages
 from common.model.classifier import HierarchicalClassifier, log_probabilities
 from common.model.interfaces import Inputs
