@@ -22,6 +22,7 @@ from common.secure_aggregation.records import (
     SessionPlan,
     SurvivorList,
     UnmaskRequest,
+    Words,
 )
 from common.wire import from_records, to_records
 
@@ -105,13 +106,17 @@ def _train_masked(message: Message, session: SiteSession) -> Message:
     # Before training: a second model for the same round must be refused before anything is computed from
     # it.
     member.receive(from_records(message.content, MaskRequest), request)
-    model, metrics, statement = _train_locally(session, request)
+    if session.config.shares > 1:
+        vector, metrics, statement = _masked_sum(session, request, member)
+    else:
+        model, metrics, statement = _train_locally(session, request)
+        vector = member.mask(request.arrays, trainable_arrays(model))
     allowed = _answer("train.masked", session, request, metrics).metrics
     update = MaskedUpdate(
         session=member.session,
         round=request.round,
         sender=store.name,
-        vector=member.mask(request.arrays, trainable_arrays(model)),
+        vector=vector,
         # The record of a masked update takes single numbers only.
         metrics={key: value for key, value in allowed.items() if not isinstance(value, tuple)},
     )
@@ -129,8 +134,28 @@ def _train_locally(
         _refuse_few_bags(session)
         result = train_round(model, session.store, session.config, request.round, session.seeds)
         statement = PrivacyStatement(site=session.site.name, round=request.round)
-    metrics: dict[str, Metric] = {"num-bags": result.bags, "num-images": result.images, "loss": result.loss}
-    return model, metrics, statement
+    return model, _metrics_of(result), statement
+
+
+def _metrics_of(result: TrainingResult) -> dict[str, Metric]:
+    return {"num-bags": result.bags, "num-images": result.images, "loss": result.loss}
+
+
+def _masked_sum(
+    session: SiteSession, request: ModelUpdate, member: "Member"
+) -> tuple[Words, dict[str, Metric], PrivacyStatement]:
+    """Reserve the cost of a step with shared noise, return the site's noised sum under masks, and confirm."""
+    from client.budget import open_budget  # see ``_train_privately``
+    from client.private_training import noised_sum_of_round
+
+    model = session.receive_model(request.arrays)
+    budget = open_budget(session)
+    reservation = budget.reserve(request.round)
+    steps, result = noised_sum_of_round(
+        model, session.store, session.config, request.round, budget.plan, member.steps_per_unit, session.seeds
+    )
+    vector = member.mask_sum(steps)
+    return vector, _metrics_of(result), budget.confirm(reservation, request.round)
 
 
 def _train_privately(

@@ -180,7 +180,10 @@ def open_budget(session: SiteSession) -> Budget:
         session.store.data_version,
         dp.epsilon if own.epsilon is None else own.epsilon,
         dp.delta if own.delta is None else own.delta,
+        own.alone_epsilon,
     )
+    if session.config.shares > 1 and not session.simulated:
+        _refuse_shared_noise(session)
     ledger = Ledger.open(
         path,
         opening,
@@ -189,6 +192,25 @@ def open_budget(session: SiteSession) -> Budget:
         seen=newest_mark(journal) if journal else (),
     )
     return Budget(session, ledger)
+
+
+def _refuse_shared_noise(session: SiteSession) -> None:
+    """Refuse noise that counts on other sites, unless the site's owner allows it and caps what is left alone.
+
+    Raises:
+        ConfigError: site.toml does not allow it, or has no cap.
+    """
+    policy = session.site.policy
+    if not policy.secure_aggregation.shared_noise:
+        raise ConfigError(
+            "this site adds all of its noise itself (dp.noise = 'local'): its owner may set "
+            "shared-noise = true in [policy.secure-aggregation] of site.toml"
+        )
+    if policy.budget.alone_epsilon is None:
+        raise ConfigError(
+            "shared noise needs a cap for what the site's own share gives, should the masks fail: write "
+            "alone-epsilon into [policy.budget] of site.toml"
+        )
 
 
 def _plan_of(session: SiteSession) -> PrivacyPlan:
@@ -223,13 +245,15 @@ def make_plan(
         sample_rate=dp.sample_rate or min(dp.expected_bags / max(len(training), 1), 1.0),
         steps_per_round=dp.steps_per_round,
         rounds=config.rounds,
-        release=DiscreteLaplace(scale=dp.release_scale) if releases else None,
+        # The noise that sites share must be the same for all, whatever each of them releases.
+        release=DiscreteLaplace(scale=dp.release_scale) if releases or config.shares > 1 else None,
         # Evaluations and the release are part of the plan from the start: paid for later, they would take
         # the budget of the last rounds.
         evaluation=(DiscreteLaplace(scale=dp.metrics_scale),) * len(store.hierarchy.levels)
         if evaluates
         else (),
         evaluations=config.evaluation.looks(config.rounds),
+        shares=config.shares,
         force_delta=dp.force_delta,
     )
     return PrivacyPlan.build(settings, randomness, epsilon=dp.epsilon, find_sigma=find_sigma)

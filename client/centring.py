@@ -52,11 +52,6 @@ def centring_loss(backbone: FrozenFeatures, batch: Batch, clip_norm: float) -> T
     return -(clip_norm / backbone.longest) * (backbone.centre @ mean)
 
 
-def centring_rate(backbone: FrozenFeatures, clip_norm: float, steps: int) -> float:
-    """Return the rate of SGD at which ``steps`` of ``centring_loss`` average what they are given."""
-    return backbone.longest / clip_norm / steps
-
-
 def _bag_means(backbone: FrozenFeatures, batch: Batch) -> Tensor:
     """Return the mean standardised feature of each bag, shape (B, F), float64."""
     features = backbone.standardised(batch.inputs).double()

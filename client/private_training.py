@@ -13,15 +13,16 @@ pull do not depend on data and act after the noise.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from client.centring import centred_in, centring_loss, centring_rate
+from client.centring import centred_in, centring_loss
 from client.data.bags import Bags
 from client.data.batch import Batch, make_batch
 from client.ghost_clipping import ClippedSum, clipped_sum, pieces, suits
@@ -29,14 +30,13 @@ from client.private_check import Unchanged, refuse_unsound
 from client.site import TrainingSeeds
 from client.terms.base import Objective, Setting
 from client.training import (
-    LARGEST_RATE,
     TrainingResult,
     build_optimiser,
     choose_device,
     make_setting,
 )
 from common.config import RunConfig
-from common.config_tables import Strategy, run_progress
+from common.config_tables import Strategy, rate_by_noise, run_progress
 from common.errors import ConfigError, RunError
 from common.model.classifier import HierarchicalClassifier
 from common.model.features.frozen import FrozenFeatures
@@ -46,7 +46,6 @@ log = logging.getLogger("fedbags.client")
 
 _PIECE = 4096
 """Most numbers whose squares are added up in float32."""
-_RATE_BY_NOISE, _LEAST_RATE = 2.5, 0.25
 _WITHHELD = math.nan
 """Stands for a mean loss, which is computed from private data and is not covered by the plan."""
 
@@ -185,49 +184,132 @@ def train_round_privately(  # noqa: PLR0913 (a round of training, and its plan)
         ConfigError: the model has BatchNorm in training mode, or a part is not for one bag at a time.
         RunError: the plan is not made for these bags, or its promise was broken; nothing may be sent then.
     """
-    seeds = seeds or TrainingSeeds(config.seed, store.name)
-    model.to(choose_device(config.train.device)).train()
-    _refuse_batch_norm(model)
-    training, _ = store.split(config.train.held_back, config.seed)
-    if plan.number_of_bags != len(training):
-        raise RunError(
-            f"the privacy plan is made for {plan.number_of_bags} bags, but site {store.name!r} trains on "
-            f"{len(training)}: make the plan from the bags that are left after holding back"
-        )
-    setting = make_setting(store, config, round, bags=None)
-    refuse_unsound(model, setting)
-    centred = centred_in(model, config, round)
-    optimiser = BagDPOptimizer(_inner_optimiser(model, config, round, plan), plan, round)
+    training = _PrivateRound(
+        model, store, config, round, plan, seeds or TrainingSeeds(config.seed, store.name)
+    )
+    optimiser = training.optimiser
     if config.federation.strategy == Strategy.FEDPROX:
         _pull_towards_server(optimiser, config.federation.proximal_mu)
-    unchanged = Unchanged(model)
-    with torch.random.fork_rng(devices=[]):
-        for step, drawn in enumerate(plan.sampler(round)):
-            bags = training[drawn]
-            if centred:
-                for bag in bags:
-                    batch = make_batch(store, np.array([bag])).to(setting.device)
-                    optimiser.add_bag(centring_loss(centred, batch, plan.clip_norm))
-            elif suits(model, config.model.recipe.terms):
-                objective = Objective(setting)
-                optimiser.add_sum(clipped_sum(model, objective, pieces(store, bags), plan.clip_norm))
-            else:
-                for bag in bags.tolist():
-                    batch = make_batch(store, np.array([bag]))
-                    optimiser.add_bag(_bag_loss(model, setting, batch, seeds.of_bag(round, step, bag)))
-            _refuse_writes(unchanged)
-            optimiser.step()
-            unchanged.accept_step()
-    # The ledger was charged for the plan's steps: one more would be spending that nobody counted.
-    if optimiser.steps != plan.steps_per_round:
-        raise RunError(f"{optimiser.steps} private steps taken, but {plan.steps_per_round} accounted for")
-    _refuse_writes(unchanged)
-    if optimiser.discarded:
-        log.warning(
-            "%(site)s: %(bags)d bag gradients were not finite",
-            {"site": store.name, "bags": optimiser.discarded},
-        )
-    return TrainingResult(_WITHHELD, optimiser.steps, len(training), 0)
+    for _ in training.sums():
+        optimiser.step()
+    return training.result(optimiser.steps)
+
+
+def noised_sum_of_round(  # noqa: PLR0913 (a round of training, its plan, and the grid)
+    model: HierarchicalClassifier,
+    store: Bags,
+    config: RunConfig,
+    round: int,
+    plan: PrivacyPlan,
+    steps_per_unit: float,
+    seeds: TrainingSeeds | None = None,
+) -> tuple[NDArray[np.int64], TrainingResult]:
+    """Return the clipped gradients of a round's one step, with this site's share of the noise.
+
+    Args:
+        model: the server's; it is not changed.
+        store: as for ``train_round_privately``, like the rest.
+        config: the run.
+        round: 1-based.
+        plan: with shared noise and one step a round.
+        steps_per_unit: of the grid of secure aggregation.
+        seeds: the site's.
+
+    Returns:
+        The sum in steps of the grid, arrays in the order of their names, and what may be told of the round.
+    """
+    training = _PrivateRound(
+        model, store, config, round, plan, seeds or TrainingSeeds(config.seed, store.name)
+    )
+    found: list[Tensor] = []
+    steps = 0
+    for _ in training.sums():
+        steps += 1
+        named = dict(model.named_parameters())
+        for name in sorted(name for name, parameter in named.items() if parameter.requires_grad):
+            # What this round does not train has no sum, and gets noise alone.
+            total = getattr(named[name], "summed_grad", None)
+            found.append(torch.zeros_like(named[name]) if total is None else total)
+        training.optimiser.zero_grad()
+    total = torch.cat([gradient.detach().double().cpu().flatten() for gradient in found]).numpy()
+    result = training.result(steps)
+    return plan.noised_sum(total, steps_per_unit, round), result
+
+
+class _PrivateRound:
+    """Draw the bags of a round and add up their clipped gradients, step by step."""
+
+    def __init__(  # noqa: PLR0913 (a round of training, and its plan)
+        self,
+        model: HierarchicalClassifier,
+        store: Bags,
+        config: RunConfig,
+        round: int,
+        plan: PrivacyPlan,
+        seeds: TrainingSeeds,
+    ) -> None:
+        self.model, self.store, self.config, self.round, self.plan = model, store, config, round, plan
+        self.seeds = seeds
+        model.to(choose_device(config.train.device)).train()
+        _refuse_batch_norm(model)
+        self.training, _ = store.split(config.train.held_back, config.seed)
+        if plan.number_of_bags != len(self.training):
+            raise RunError(
+                f"the privacy plan is made for {plan.number_of_bags} bags, but site {store.name!r} trains on "
+                f"{len(self.training)}: make the plan from the bags that are left after holding back"
+            )
+        self.setting = make_setting(store, config, round, bags=None)
+        refuse_unsound(model, self.setting)
+        self.optimiser = BagDPOptimizer(_inner_optimiser(model, config, round, plan), plan, round)
+
+    def sums(self) -> Iterator[None]:
+        """Yield for each step, once the clipped gradients of its bags are in the optimiser's sums.
+
+        Raises:
+            RunError: something else than the optimiser changed the model.
+        """
+        unchanged = Unchanged(self.model)
+        with torch.random.fork_rng(devices=[]):
+            for step, drawn in enumerate(self.plan.sampler(self.round)):
+                self._add(step, self.training[drawn])
+                _refuse_writes(unchanged)
+                yield
+                unchanged.accept_step()
+        _refuse_writes(unchanged)
+
+    def _add(self, step: int, bags: NDArray[np.int64]) -> None:
+        model, store, setting, clip_norm = self.model, self.store, self.setting, self.plan.clip_norm
+        if centred := centred_in(model, self.config, self.round):
+            for bag in bags:
+                batch = make_batch(store, np.array([bag])).to(setting.device)
+                self.optimiser.add_bag(centring_loss(centred, batch, clip_norm))
+        elif suits(model, self.config.model.recipe.terms):
+            found = clipped_sum(model, Objective(setting), pieces(store, bags), clip_norm)
+            self.optimiser.add_sum(found)
+        else:
+            for bag in bags.tolist():
+                batch = make_batch(store, np.array([bag]))
+                seed = self.seeds.of_bag(self.round, step, bag)
+                self.optimiser.add_bag(_bag_loss(model, setting, batch, seed))
+
+    def result(self, steps: int) -> TrainingResult:
+        """Return what may be told of the round.
+
+        Args:
+            steps: that were taken.
+
+        Raises:
+            RunError: they are not those that were accounted for.
+        """
+        # The ledger was charged for the plan's steps: one more would be spending that nobody counted.
+        if steps != self.plan.steps_per_round:
+            raise RunError(f"{steps} private steps taken, but {self.plan.steps_per_round} accounted for")
+        if self.optimiser.discarded:
+            log.warning(
+                "%(site)s: %(bags)d bag gradients were not finite",
+                {"site": self.store.name, "bags": self.optimiser.discarded},
+            )
+        return TrainingResult(_WITHHELD, steps, len(self.training), 0)
 
 
 def _inner_optimiser(
@@ -236,30 +318,14 @@ def _inner_optimiser(
     """Build the optimiser that sees the noisy mean gradient, over the parameters that the round trains."""
     if backbone := centred_in(model, config, round):
         steps = config.train.centring_rounds * plan.steps_per_round
-        rate = centring_rate(backbone, plan.clip_norm, steps)
-        return torch.optim.SGD([backbone.centre], lr=rate)
+        return torch.optim.SGD([backbone.centre], lr=backbone.centring_rate(plan.clip_norm, steps))
     centre = model.backbone.centre if isinstance(model.backbone, FrozenFeatures) else None
     parameters = [p for p in model.parameters() if p.requires_grad and p is not centre]
-    start = config.train.learning_rate or rate_by_noise(
-        plan, sum(p.numel() for p in parameters), config.federation.sites
-    )
+    # All of it is public. The server's mean of the sites' models divides the noise by their number once more.
+    numbers = sum(parameter.numel() for parameter in parameters)
+    noise = plan.noise_multiplier * math.sqrt(numbers / config.federation.sites) / plan.expected_bags
+    start = config.train.learning_rate or rate_by_noise(noise) / plan.clip_norm
     return build_optimiser(parameters, config, run_progress(round, config.rounds), start)
-
-
-def rate_by_noise(plan: PrivacyPlan, numbers: int, sites: int) -> float:
-    """Return the learning rate of SGD that suits the noise, from public numbers alone.
-
-    It falls with the length of the noise in a step's mean gradient, relative to the clip norm: the more of a
-    step is noise, the more steps have to be averaged. Factor and bounds were found on held-back bags of data
-    whose test images are not reported (docs/privacy.md).
-
-    Args:
-        plan: of the site.
-        numbers: of the trained parameters.
-        sites: whose noisy models are averaged.
-    """
-    noise = plan.noise_multiplier * math.sqrt(numbers / sites) / plan.expected_bags
-    return min(max(_RATE_BY_NOISE / max(noise, 1e-9), _LEAST_RATE), LARGEST_RATE) / plan.clip_norm
 
 
 def _bag_loss(model: HierarchicalClassifier, setting: Setting, batch: Batch, seed: int) -> Tensor:

@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from numpy.typing import NDArray
 
 from client.session import SiteSession
 from client.site import KIT
@@ -31,7 +34,7 @@ from common.records import FloatArray, ModelUpdate
 from common.secure_aggregation import member
 from common.secure_aggregation.cohort import Limits
 from common.secure_aggregation.member import MemberState
-from common.secure_aggregation.quantisation import Grid, digest, quantise
+from common.secure_aggregation.quantisation import Grid, digest, quantise, to_words
 from common.secure_aggregation.records import (
     InSession,
     KeyAdvert,
@@ -110,10 +113,13 @@ class Member:
             self.kit / CA_FILE, "the consortium's CA certificate", "It came with the site's kit."
         )
         run = self.node.config.secure_aggregation
+        # The range of shared noise follows from the bags of all sites. A wrong one spoils the sum and tells
+        # nothing: what is summed is clipped and noised before it meets the grid.
+        clip_range = plan.clip_range if self.node.config.shares > 1 else run.clip_range
         if (plan.threshold_share, plan.neighbours, plan.clip_range) != (
             run.threshold_share,
             run.neighbours,
-            run.clip_range,
+            clip_range,
         ):
             raise SecureAggregationRefused(
                 "a plan with another threshold-share, neighbours or clip-range than the run's configuration"
@@ -161,6 +167,22 @@ class Member:
         most_clipped = 1.0 if self.node.config.dp.epsilon else _MOST_CLIPPED
         words = quantise(sent, trained, Grid(plan.clip_range, len(plan.sites)), weight, most_clipped)
         self._keep(member.mask(state, words))
+        return words
+
+    @property
+    def steps_per_unit(self) -> float:
+        """Return the steps of the session's grid in a unit of what is summed."""
+        plan = self._state().agreed()
+        return Grid(plan.clip_range, len(plan.sites)).scale
+
+    def mask_sum(self, steps: NDArray[np.int64]) -> Words:
+        """Return a noised sum of gradients as masked words, and erase the masks from the state.
+
+        Args:
+            steps: whole numbers of the grid, with this site's share of the noise.
+        """
+        words = to_words(steps)
+        self._keep(member.mask(self._state(), words))
         return words
 
     def agree(self, request: SurvivorList) -> SurvivorSignature:
@@ -248,7 +270,11 @@ def own_certificate(kit: Path) -> str:
 
 def settings_digest(config: RunConfig) -> bytes:
     """Return the SHA-256 of a run's configuration, 32 bytes that are alike where the configuration is."""
-    return hashlib.sha256(canonical(config.to_flat())).digest()
+    settings: dict[str, Any] = config.to_flat()
+    if config.shares > 1:
+        # Every site finds the common noise itself, so all must find it by the same accountant.
+        settings = {**settings, "accountant": version("dp-accounting")}
+    return hashlib.sha256(canonical(settings)).digest()
 
 
 def _replay_guard(session: SiteSession) -> Path:

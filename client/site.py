@@ -80,6 +80,9 @@ class _PrivacyBudget(Section):
 
     epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
     delta: float | None = Field(None, gt=0, lt=1)
+    alone_epsilon: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="cap for what the site's own shares of noise give alone"
+    )
 
 
 class _SecureAggregationPolicy(Section):
@@ -90,6 +93,9 @@ class _SecureAggregationPolicy(Section):
     largest_share: float = Field(0.8, gt=0, lt=1, description="largest share of one site in its weights")
     fewest_neighbours: int = Field(
         0, ge=0, description="fewest sites that it shares masks with in a large consortium; 0: all others"
+    )
+    shared_noise: bool = Field(
+        False, description="count on the noise of the other sites of a sum (docs/secure-aggregation.md)"
     )
     metrics: tuple[str, ...] = Field(
         ("num-bags",), description="of the policy's metrics, those that may leave beside a masked update"

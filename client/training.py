@@ -18,12 +18,9 @@ from client.data.batch import chunks, make_batch
 from client.site import TrainingSeeds
 from client.terms.base import Objective, Setting, SiteBags
 from common.config import RunConfig
-from common.config_tables import Strategy, cosine_decay, run_progress
+from common.config_tables import LARGEST_RATE, Strategy, cosine_decay, run_progress
 from common.errors import RunError
 from common.model.classifier import HierarchicalClassifier
-
-LARGEST_RATE = 4.0
-"""Where ``train.learning-rate`` is 0: of steps without noise."""
 
 
 @dataclass(frozen=True)

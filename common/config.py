@@ -147,6 +147,31 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _shared_noise_is_one_step_of_a_masked_sum(self) -> Self:
+        if self.dp.noise != "shared":
+            return self
+        needed = {
+            "dp.epsilon above 0": self.dp.epsilon > 0,
+            "secure-aggregation.enabled = true": self.secure_aggregation.enabled,
+            "dp.sample-rate above 0, the same at every site": self.dp.sample_rate > 0,
+            "dp.steps-per-round = 1: a round is one step of all sites": self.dp.steps_per_round == 1,
+            "dp.metrics-scale = 0": self.dp.metrics_scale == 0,
+            "federation.strategy = 'fedavg'": self.federation.strategy == Strategy.FEDAVG,
+            "dp.colluders below secure-aggregation.minimum-sites - 1": self.shares > 1,
+        }
+        missing = [key for key, is_so in needed.items() if not is_so]
+        if missing:
+            raise ValueError(f"dp.noise = 'shared' needs {', '.join(missing)}")
+        return self
+
+    @property
+    def shares(self) -> int:
+        """Return how many shares of noise a sum has at least, of sites that do not work with the server."""
+        if self.dp.noise == "local":
+            return 1
+        return self.secure_aggregation.minimum_sites - self.dp.colluders
+
     @property
     def attendance(self) -> FederationConfig:
         """Return the ``federation`` table with the quorum that secure aggregation needs.

@@ -276,6 +276,13 @@ class DPConfig(Section):
         le=1e6,
         description="noise of held-back figures / one bag, if sites allow it; each costs 2 / scale; 0: off",
     )
+    noise: Literal["local", "shared"] = Field(
+        "local",
+        description="shared: under secure aggregation the sites' noises add up to one, if sites allow it",
+    )
+    colluders: int = Field(
+        0, ge=0, le=100_000, description="shared noise: sites of a sum that may work with the server"
+    )
     force_delta: bool = Field(False, description="accept delta >= 1 / bags; the report marks it")
 
 
@@ -318,6 +325,24 @@ class EvaluationConfig(Section):
     def looks(self, rounds: int) -> int:
         """Return the number of evaluations on held-back bags in a run of ``rounds``."""
         return -(-rounds // self.every)
+
+
+LARGEST_RATE = 4.0
+"""The learning rate of steps without noise, where ``train.learning-rate`` is 0."""
+_RATE_BY_NOISE, _LEAST_RATE = 2.5, 0.25
+
+
+def rate_by_noise(noise: float) -> float:
+    """Return the learning rate of SGD that suits a noise, for gradients clipped to norm 1.
+
+    It falls with the length of the noise in a step's mean gradient: the more of a step is noise, the more
+    steps have to be averaged. Factor and bounds were found on images that
+    were held back from training (docs/privacy.md).
+
+    Args:
+        noise: root mean square length of the noise, relative to the clip norm.
+    """
+    return min(max(_RATE_BY_NOISE / max(noise, 1e-9), _LEAST_RATE), LARGEST_RATE)
 
 
 _FLOOR = 0.05

@@ -38,7 +38,7 @@ SMALLEST_CELL = "confusion.smallest-cell"
 """The metric beside confusion counts that says so: the least count, above 0, that is shown."""
 _Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 _Event = Annotated[
-    dict[str, float | str], Field(max_length=5), AfterValidator(lambda event: _known_event(event))
+    dict[str, float | str], Field(max_length=6), AfterValidator(lambda event: _known_event(event))
 ]
 """A DP event of a kind that is accounted for (common/privacy/events.py)."""
 
@@ -293,6 +293,9 @@ class PrivacyStatement(Record):
     unit: Literal["bag"] = "bag"
     adjacency: Literal["replace-one"] = "replace-one"
     epsilon: float | None = Field(None, ge=0, description="None: no bound holds (training is not private)")
+    epsilon_alone: float | None = Field(
+        None, ge=0, description="by the site's own shares of noise alone; None: no noise was shared"
+    )
     delta: float | None = Field(None, gt=0, lt=1)
     events: tuple[_Event, ...] = Field((), max_length=5_000)
     budget_left: float | None = Field(None, ge=0, description="epsilon left under the site's cap")

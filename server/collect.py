@@ -14,6 +14,8 @@ from flwr.app import RecordDict
 from common.config import RunConfig
 from common.config_tables import Strategy
 from common.hierarchy import Hierarchy
+from common.model.classifier import HierarchicalClassifier
+from common.model.model_file import trainable_arrays
 from common.records import MessageError, ModelUpdate, PrivacyStatement, SiteError
 from common.run_records import Cause, DeclaredLoss, LedgerLost, LeftOut, Stated, UpdateTaken
 from common.wire import from_records
@@ -22,6 +24,7 @@ from server.enrolment import Quorum, RoundCohort, is_answer
 from server.evaluation import check_figures
 from server.exchange import Phase, ask, cause_of, fault_of, is_replay, read_update, usable_loss
 from server.secure_aggregation import Session, SessionFailed, UselessSum
+from server.shared_step import SharedStep
 from server.statements import StatementStore
 
 log = logging.getLogger("fedbags.server")
@@ -48,14 +51,14 @@ class Collector:
         """Whether a site was expelled in this round."""
 
     def updates(
-        self, number: int, model: RecordDict, reference: Arrays, collected: Aggregator
+        self, number: int, model: HierarchicalClassifier, request: RecordDict, collected: Aggregator
     ) -> dict[str, float]:
         """Collect the good updates of one round, singly or as one masked sum.
 
         Args:
             number: the round.
-            model: the request, the same for every site.
-            reference: the trainable arrays of the model.
+            model: what is trained.
+            request: what holds it, the same for every site.
             collected: takes the updates.
 
         Returns:
@@ -67,8 +70,13 @@ class Collector:
         """
         self.taken.clear()
         self.named = False
-        collect = self._masked if self.config.secure_aggregation.enabled else self._single
-        return collect(number, model, reference, collected)
+        reference = trainable_arrays(model)
+        if not self.config.secure_aggregation.enabled:
+            return self._single(number, request, reference, collected)
+        shared = None
+        if self.config.shares > 1:
+            shared = SharedStep.of(self.config, number, self._bags(), model)
+        return self._masked(number, request, reference, collected, shared)
 
     def _single(
         self, number: int, model: RecordDict, reference: Arrays, collected: Aggregator
@@ -100,7 +108,12 @@ class Collector:
         return losses
 
     def _masked(
-        self, number: int, model: RecordDict, reference: Arrays, collected: Aggregator
+        self,
+        number: int,
+        model: RecordDict,
+        reference: Arrays,
+        collected: Aggregator,
+        shared: SharedStep | None,
     ) -> dict[str, float]:
         cohort = RoundCohort(self._quorum, number)
         while True:
@@ -114,6 +127,7 @@ class Collector:
                 round=number,
                 weights=self._weights() or self._bags(),
                 quorum=self.config.attendance.quorum,
+                shared=shared,
             )
             try:
                 mean = session.run(sites, model, reference)

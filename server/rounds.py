@@ -125,7 +125,7 @@ class Rounds:
     def _train(self, number: int) -> None:
         """Collect the sites' updates of one round, and make the next model."""
         reference, collected = trainable_arrays(self.model), self.optimiser.aggregator()
-        losses = self.collector.updates(number, self._request(number), reference, collected)
+        losses = self.collector.updates(number, self.model, self._request(number), collected)
         load_arrays(self.model, self.optimiser.step(reference, collected, number, self.config.rounds))
         self.skipped = 0
         mean_loss = sum(losses.values()) / len(losses) if losses else None

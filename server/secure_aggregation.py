@@ -41,6 +41,7 @@ from common.secure_aggregation.records import (
 from common.secure_aggregation.recovery import MaskedSum
 from common.wire import check_only, combine, from_records, to_records
 from server.exchange import check_statement, reading_reply
+from server.shared_step import SharedStep
 
 _KEYS, _SHARES, _TRAIN_MASKED = "query.keys", "query.shares", "train.masked"
 _SURVIVORS, _UNMASK = "query.survivors", "query.unmask"
@@ -170,6 +171,7 @@ class Session:
         round: its number.
         weights: of the sites, in any unit.
         quorum: fewest sites in the sum.
+        shared: with shared noise, what is done with a sum of gradients; None: updates are summed.
         name: the session's random text.
     """
 
@@ -181,6 +183,7 @@ class Session:
     round: int
     weights: Mapping[str, float]
     quorum: int
+    shared: SharedStep | None = None
     name: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def run(self, sites: Sequence[str], model: RecordDict, trained: Mapping[str, FloatArray]) -> _MaskedMean:
@@ -204,11 +207,16 @@ class Session:
         self._unmask(total, self._agree_on_survivors(total))
         start = {name: sent[name] for name in trained}
         weight = total.weight()
+        grid = Grid(plan.clip_range, len(plan.adverts))
         try:
-            # Nobody can see single updates, so these two checks of the sum are all that stops words that
-            # are no update.
-            refuse_noise(total.total, weight, len(plan.adverts))
-            mean = mean_of(total.total, start, Grid(self.config.clip_range, len(plan.adverts)), weight)
+            # Nobody can see single updates, so these checks of the sum are all that stops words that are no
+            # update.
+            if self.shared is not None:
+                refuse_noise(total.total, 1.0, len(plan.adverts))
+                mean = self.shared.next_arrays(total.total, start, grid, total.survivors)
+            else:
+                refuse_noise(total.total, weight, len(plan.adverts))
+                mean = mean_of(total.total, start, grid, weight)
         except RunError as error:
             raise UselessSum(self.round, str(error)) from error
         update = ModelUpdate(
@@ -240,7 +248,8 @@ class Session:
             self.report(site, _KEYS, "it has a key that another site has too")
             del adverts[site]
         self._need(len(adverts), "made keys")
-        weights = {site: self.weights[site] for site in sorted(adverts)}
+        # A sum of gradients has no weights: all sites count alike towards what hides one of them.
+        weights = {site: 1.0 if self.shared else self.weights[site] for site in sorted(adverts)}
         if sum(weights.values()) <= 0:
             raise SessionFailed("the weights of the sites that made keys sum to nothing")
         return SessionPlan(
@@ -248,7 +257,7 @@ class Session:
             round=self.round,
             threshold_share=self.config.threshold_share,
             neighbours=self.config.neighbours,
-            clip_range=self.config.clip_range,
+            clip_range=self.shared.clip_range(sorted(adverts)) if self.shared else self.config.clip_range,
             weights=_evened_weights(weights, self.config.minimum_sites),
             adverts=tuple(adverts[site] for site in sorted(adverts)),
         )

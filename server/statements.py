@@ -224,13 +224,13 @@ def _covers(new: PrivacyStatement, old: PrivacyStatement) -> bool:
 def _counted(statement: PrivacyStatement) -> Counter[tuple[Any, ...]]:
     """Count each event of a statement.
 
-    Steps of Gaussian events are counted by sampling rate and noise, releases by scale.
+    Steps of Gaussian events are counted by sampling rate, noise and its shares, releases by scale.
     """
     counts: Counter[tuple[Any, ...]] = Counter()
     for data in statement.events:
         event = event_from_dict(data)
         if isinstance(event, PoissonGaussian):
-            counts[event.kind, event.sample_rate, event.noise_multiplier] += event.steps
+            counts[event.kind, event.sample_rate, event.noise_multiplier, event.shares] += event.steps
         else:
             counts[event.kind, event.scale] += 1
     return counts

@@ -30,7 +30,7 @@ from client.ledger.file import append as append_row
 from client.ledger.state import Cap, LedgerState, Reservation, copies_of
 from common.errors import BudgetRefused, ConfigError, DataError, RunError, require_file
 from common.privacy.accounting import fits, spent
-from common.privacy.events import UNIT, Adjacency, DiscreteLaplace, PoissonGaussian
+from common.privacy.events import UNIT, Adjacency, DiscreteLaplace, PoissonGaussian, alone, is_shared
 from common.privacy.proportions import CountRelease
 from common.privacy.randomness import Generator
 from common.records import PrivacyStatement
@@ -56,16 +56,20 @@ class Opening:
             (``Ledger.accept_version``), and is no new budget: all that was ever spent counts.
         cap_epsilon: the most that may ever be spent, replace-one of a bag.
         cap_delta: the delta of the cap and of every figure.
+        cap_alone: the most that may ever be spent by the site's own shares of noise alone; None: no cap.
     """
 
     site: str
     data_version: str
     cap_epsilon: float
     cap_delta: float
+    cap_alone: float | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the content of the row that records it."""
+        own = {} if self.cap_alone is None else {"cap_alone": float(self.cap_alone)}
         return {
+            **own,
             "site": self.site,
             "unit": UNIT,
             "data_version": self.data_version,
@@ -131,15 +135,17 @@ class Ledger:
                 )
             if data_version not in state.versions:
                 raise _not_accepted(path, state, data_version)
-            known = (state.data_version, state.cap) == (data_version, Cap(cap_epsilon, cap_delta))
+            cap = Cap(cap_epsilon, cap_delta, opening.cap_alone)
+            known = (state.data_version, state.cap) == (data_version, cap)
             # A ledger of an earlier release has no identifiers, and no salt in its newest row.
             if not known or data_version not in state.identifiers:
-                so_far = spent(state.merged, cap_delta, Adjacency.REPLACE_ONE)
-                if so_far > cap_epsilon:
-                    raise ConfigError(
-                        f"site {site!r} has spent epsilon {so_far:.4g} at delta {cap_delta:g} already, more "
-                        f"than a cap of {cap_epsilon:g}: it cannot take part in private training any more"
-                    )
+                for events, most, of in _accounts(state.merged, cap):
+                    if (so_far := spent(events, cap_delta, Adjacency.REPLACE_ONE)) > most:
+                        raise ConfigError(
+                            f"site {site!r} has spent epsilon {so_far:.4g}{of} at delta {cap_delta:g} "
+                            f"already, more than a cap of {most:g}: it cannot take part in private training "
+                            "any more"
+                        )
                 name = state.identifiers.get(data_version) or new_identifier()
                 ledger.append(db, Kind.OPENED, {**opening.body(), "identifier": name})
         return ledger
@@ -192,7 +198,10 @@ class Ledger:
             state = self._state
             # The least that can be asked for costs something: nothing fits where nothing is left.
             least = (*state.merged, _LEAST_EVENT)
-            if fits(least, state.cap.epsilon, state.cap.delta, Adjacency.REPLACE_ONE):
+            if all(
+                fits(events, most, state.cap.delta, Adjacency.REPLACE_ONE)
+                for events, most, _ in _accounts(least, state.cap)
+            ):
                 return
         self._note_refusal(_LEAST_EVENT, {"run_id": run_id, "round": round})
         raise BudgetRefused(state.site, 0.0, 0.0, state.cap.epsilon)
@@ -301,10 +310,17 @@ class Ledger:
             # The decision is made on all events together: epsilons of single events do not add up to that
             # of their composition.
             asked, cap = (*state.merged, *[event] * copies_of(body)), state.cap
-            if fits(asked, cap.epsilon, cap.delta, Adjacency.REPLACE_ONE):
+            over = [
+                (events, most, of)
+                for events, most, of in _accounts(asked, cap)
+                if not fits(events, most, cap.delta, Adjacency.REPLACE_ONE)
+            ]
+            if not over:
                 return self.append(db, kind, body)
-        so_far, after = state.spent(), spent(asked, cap.delta, Adjacency.REPLACE_ONE)
-        refusal = BudgetRefused(state.site, after - so_far, max(cap.epsilon - so_far, 0.0), cap.epsilon)
+        events, most, of = over[0]
+        so_far = (state.spent_alone() or 0.0) if of else state.spent()
+        after = spent(events, cap.delta, Adjacency.REPLACE_ONE)
+        refusal = BudgetRefused(state.site, after - so_far, max(most - so_far, 0.0), most)
         self._note_refusal(event, body)
         raise refusal
 
@@ -381,6 +397,15 @@ class Ledger:
         )
         self._state.add(entry)
         return entry.seq
+
+
+def _accounts(
+    events: Sequence[PoissonGaussian | DiscreteLaplace], cap: Cap
+) -> Iterator[tuple[tuple[PoissonGaussian | DiscreteLaplace, ...], float, str]]:
+    """Yield what is held against each cap: the events, the cap, and words for an error."""
+    yield tuple(events), cap.epsilon, ""
+    if cap.alone is not None and is_shared(events):
+        yield alone(events), cap.alone, " by its own shares of noise alone"
 
 
 def _not_accepted(path: Path, state: LedgerState, data_version: str) -> DataVersionError:

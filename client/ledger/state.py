@@ -27,7 +27,9 @@ from common.privacy.events import (
     Adjacency,
     DiscreteLaplace,
     PoissonGaussian,
+    alone,
     event_from_dict,
+    is_shared,
     merge,
 )
 from common.privacy.proportions import CountRelease
@@ -78,6 +80,18 @@ class Cap:
 
     epsilon: float
     delta: float
+    alone: float | None = None
+    """Of what the site's own shares of noise give without those of others; None: no cap on that."""
+
+    def as_json(self) -> list[float]:
+        """Return the cap for a row that carries a state forward."""
+        return [self.epsilon, self.delta, *(() if self.alone is None else (self.alone,))]
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Self:
+        """Return the cap that a row of kind ``opened`` states."""
+        own = body.get("cap_alone")
+        return cls(float(body["cap_epsilon"]), float(body["cap_delta"]), None if own is None else float(own))
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,7 @@ class LedgerState:
             state.data_version = str(content["data_version"])
             state.versions = {str(version): str(since) for version, since in content["versions"]}
             state.identifiers = {str(version): str(name) for version, name in content["identifiers"]}
-            state.cap = Cap(float(content["cap"][0]), float(content["cap"][1]))
+            state.cap = Cap(*map(float, content["cap"]))
             state._spend(_untally(content["events"]))
             state.release_rows = {str(version): int(number) for version, number in content["releases"]}
             for version, number in state.release_rows.items():
@@ -220,7 +234,7 @@ class LedgerState:
             "data_version": self.data_version,
             "versions": [[version, since] for version, since in self.versions.items()],
             "identifiers": [[version, name] for version, name in self.identifiers.items()],
-            "cap": [self.cap.epsilon, self.cap.delta],
+            "cap": self.cap.as_json(),
             "events": [[event.model_dump(), number] for event, number in self._counts.items()],
             "releases": [[version, number] for version, number in self.release_rows.items()],
             "open": sorted(self.open_reservations),
@@ -259,7 +273,7 @@ class LedgerState:
                 if self.entries and site != self.site:
                     raise ValueError("the site never changes")
                 self.site, self.data_version = site, str(body["data_version"])
-                self.cap = Cap(float(body["cap_epsilon"]), float(body["cap_delta"]))
+                self.cap = Cap.of(body)
                 self._know_version(body)
             case Kind.ACCEPTED:
                 self._know_version(body)
@@ -310,8 +324,21 @@ class LedgerState:
             self.generators = (*self.generators, generator)
 
     def spent(self, adjacency: Adjacency = Adjacency.REPLACE_ONE) -> float:
-        """Return the epsilon of all events for a bag at the cap's delta (dp-accounting PLD)."""
+        """Return the epsilon of all events for a bag at the cap's delta (dp-accounting PLD).
+
+        Of steps with shared noise it is the one against the server and the other sites under secure
+        aggregation, which see nothing but a sum.
+        """
         return spent(self.merged, self.cap.delta, adjacency)
+
+    def spent_alone(self, adjacency: Adjacency = Adjacency.REPLACE_ONE) -> float | None:
+        """Return the epsilon that the site's own shares of noise give, or None if no noise was shared.
+
+        It holds even if the masks fail, or if all other sites work with the server.
+        """
+        if not is_shared(self.merged):
+            return None
+        return spent(merge(alone(self.merged)), self.cap.delta, adjacency)
 
     @property
     def merged(self) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
@@ -328,11 +355,12 @@ class LedgerState:
         Its figures are for replace-one of a bag (PLD, at the cap's delta). ``budget_left`` is what the cap
         leaves.
         """
-        epsilon = self.spent()
+        epsilon, own = self.spent(), self.spent_alone()
         return PrivacyStatement(
             site=self.site,
             round=round,
             epsilon=epsilon if math.isfinite(epsilon) else None,
+            epsilon_alone=own if own is not None and math.isfinite(own) else None,
             delta=self.cap.delta,
             events=tuple(event.model_dump() for event in self.merged),
             budget_left=max(self.cap.epsilon - epsilon, 0.0),
@@ -346,9 +374,19 @@ class LedgerState:
 
         Noise multipliers are relative to the clip norm of one bag. A release's scale is relative to the
         images that one bag can move, so that it costs two mechanisms of sensitivity 1 and this scale under
-        replace-one, and one under add/remove. Equal events are added up. The data version is the random
-        name under which it leaves the site.
+        replace-one, and one under add/remove. An event with ``shares`` counts on the noise of that many
+        sites; by its own share alone its multiplier is sigma / sqrt(shares). Equal events are added up. The
+        data version is the random name under which it leaves the site.
         """
+        shared = {}
+        if (own := self.spent_alone()) is not None:
+            shared = {
+                "spent_by_own_noise_alone": {
+                    "delta": self.cap.delta,
+                    "replace_one": own,
+                    "add_remove": self.spent_alone(Adjacency.ADD_REMOVE),
+                }
+            }
         return {
             "site": self.site,
             "data_version": self.identifiers.get(self.data_version, ""),
@@ -360,6 +398,7 @@ class LedgerState:
                 "replace_one": self.spent(Adjacency.REPLACE_ONE),
                 "add_remove": self.spent(Adjacency.ADD_REMOVE),
             },
+            **shared,
             "losses": self.losses,
             "head": self.head,
         }

@@ -47,6 +47,7 @@ class Charges:
             # pass for it.
             found.event.kind == "poisson_gaussian"
             and found.event.steps == config.dp.steps_per_round
+            and found.event.shares == config.shares
             and found.copies == 1
             for found in self._reservations(round)
         )

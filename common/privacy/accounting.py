@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian, merge
+from common.privacy.events import GRID_COST, Adjacency, DiscreteLaplace, PoissonGaussian, merge
 
 _Event = tuple[float, ...]
 """One step ``(sample rate, noise multiplier)``, or one release ``(scale,)``."""
@@ -273,7 +273,7 @@ def fits(
     merged = merge(events)
     if not merged or not _is_bounded(merged):
         return not merged
-    coarse = _epsilon_at(_coarse(merged, adjacency, afresh), delta)
+    coarse = _epsilon_at(_coarse(merged, adjacency, afresh), delta) + _cost_of_grid(merged)
     # The coarse bound lies above the fine one, so a yes from it is final and a no is not.
     return bool(coarse <= epsilon) or _epsilon(merged, delta, adjacency, afresh) <= epsilon
 
@@ -377,7 +377,12 @@ def _is_bounded(merged: _Events) -> bool:
 def _epsilon(merged: _Events, delta: float, adjacency: Adjacency, afresh: bool) -> float:
     if not merged or not _is_bounded(merged):
         return math.inf if merged else 0.0
-    return _epsilon_at(_fine(merged, adjacency, afresh), delta)
+    return _epsilon_at(_fine(merged, adjacency, afresh), delta) + _cost_of_grid(merged)
+
+
+def _cost_of_grid(merged: _Events) -> float:
+    """Return what discrete noise costs beyond the continuous one that the distributions are of."""
+    return GRID_COST * sum(e.steps for e in merged if isinstance(e, PoissonGaussian) and e.discrete)
 
 
 @lru_cache(maxsize=8)

@@ -10,12 +10,23 @@ Both events are written relative to what one unit, a bag, can contribute:
   the largest bag.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+)
 
+GRID_COST: Final = 1e-5
+"""Epsilon that one step with noise on the grid of secure aggregation may cost beyond a continuous one."""
 UNIT: Final = "bag"
 """The unit in which two neighbouring data sets differ, and that every figure protects: one whole bag, all its
 images and labels. It covers a patient whose images lie in one bag."""
@@ -42,6 +53,11 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _truth(value: object) -> object:
+    """Turn 0 and 1, as which a record carries truth values, into one."""
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else value
+
+
 class PoissonGaussian(_Event):
     """Describe steps of bag-level DP-SGD.
 
@@ -55,6 +71,31 @@ class PoissonGaussian(_Event):
         ge=0, le=1e6, description="sigma: noise standard deviation / clip norm; 0 bounds nothing"
     )
     steps: Annotated[int, BeforeValidator(_whole)] = Field(ge=1, le=10**9)
+    shares: Annotated[int, BeforeValidator(_whole)] = Field(
+        1,
+        ge=1,
+        le=10**6,
+        description="sites whose equal shares of noise add up to sigma; 1: all is the site's own",
+    )
+    discrete: Annotated[bool, BeforeValidator(_truth)] = Field(
+        False, description="the noise is drawn on the grid of secure aggregation (see shared_noise.py)"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Events of noise of a site's own keep the form that ledgers of earlier releases are hashed in.
+        content: dict[str, Any] = handler(self)
+        # A record's numbers and texts have no truth values.
+        content["discrete"] = int(self.discrete)
+        usual = {"shares": 1, "discrete": 0}
+        return {key: value for key, value in content.items() if usual.get(key) != value}
+
+    def alone(self) -> "PoissonGaussian":
+        """Return what the site's own share of the noise gives, should the masks hide no other site."""
+        if self.shares == 1:
+            return self
+        sigma = self.noise_multiplier / math.sqrt(self.shares)
+        return self.model_copy(update={"noise_multiplier": sigma, "shares": 1})
 
 
 class DiscreteLaplace(_Event):
@@ -94,16 +135,30 @@ def merge(
     """
     # One entry of 200 steps composes at once where 200 entries took 48 s, and the fixed order makes equal
     # spending give equal floats.
-    steps: dict[tuple[float, float], int] = {}
+    steps: dict[tuple[float, float, int, bool], int] = {}
     releases = []
     for event in events:
         if isinstance(event, DiscreteLaplace):
             releases.append(event)
         else:
-            key = (event.sample_rate, event.noise_multiplier)
+            key = (event.sample_rate, event.noise_multiplier, event.shares, event.discrete)
             steps[key] = steps.get(key, 0) + event.steps
     gaussians = [
-        PoissonGaussian(sample_rate=rate, noise_multiplier=sigma, steps=number)
-        for (rate, sigma), number in sorted(steps.items())
+        PoissonGaussian(
+            sample_rate=rate, noise_multiplier=sigma, steps=number, shares=shares, discrete=discrete
+        )
+        for (rate, sigma, shares, discrete), number in sorted(steps.items())
     ]
     return (*sorted(releases, key=lambda event: event.scale), *gaussians)
+
+
+def alone(
+    events: Iterable[PoissonGaussian | DiscreteLaplace],
+) -> tuple[PoissonGaussian | DiscreteLaplace, ...]:
+    """Return the events with the site's own share of every shared noise in place of the sum of the shares."""
+    return tuple(event.alone() if isinstance(event, PoissonGaussian) else event for event in events)
+
+
+def is_shared(events: Iterable[PoissonGaussian | DiscreteLaplace]) -> bool:
+    """Return True if some event counts on the noise of other sites."""
+    return any(isinstance(event, PoissonGaussian) and event.shares > 1 for event in events)

@@ -14,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.privacy import shared_noise
 from common.privacy.accounting import calibrate, spent
-from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
+from common.privacy.events import GRID_COST, Adjacency, DiscreteLaplace, PoissonGaussian
 from common.privacy.proportions import noised
-from common.privacy.randomness import Purpose, Randomness
+from common.privacy.randomness import InsecureSeededRandomness, Purpose, Randomness
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from common.config_tables import DPConfig
 
 
 _LEAST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-6, 1e6
@@ -56,6 +59,9 @@ class PlanSettings:
     """What one evaluation on held-back bags costs, one event a level; empty if none is made."""
     evaluations: int = 0
     """Evaluations on held-back bags in the whole run."""
+    shares: int = 1
+    """k: sites of whose noise the sum that is unmasked has at least this many shares, this site's among them.
+    1: all noise is the site's own."""
     force_delta: bool = False
     """Accept a weak delta; ``PrivacyPlan.delta_is_weak`` then marks the plan."""
 
@@ -117,13 +123,17 @@ class PrivacyPlan(PlanSettings):
             assert epsilon is not None
             # One search covers training and everything released in addition, so that all of it together
             # fits the budget.
+            steps = settings.steps_per_round * settings.rounds
             noise_multiplier = find_sigma(
-                epsilon,
+                epsilon - (GRID_COST * steps if settings.shares > 1 else 0.0),
                 settings.delta,
                 settings.sample_rate,
-                settings.steps_per_round * settings.rounds,
+                steps,
                 also=settings.releases(),
             )
+            if settings.shares > 1:
+                # All sites must add equal shares, and another machine's last digits may differ.
+                noise_multiplier = _rounded_up(noise_multiplier)
         return cls(
             **vars(settings),
             target_epsilon=epsilon,
@@ -189,12 +199,39 @@ class PrivacyPlan(PlanSettings):
         The sum is float32, of any shape and on any device. Every call draws new numbers: call it once for
         each parameter and step.
         """
+        if self.shares > 1:
+            raise ValueError("this noise is one share of several, and goes into a masked sum alone")
         # The noise is made on the CPU, where the cryptographic generator is; another device gets a copy.
         if total.device.type != "cpu" or not total.is_contiguous():
             total.add_(self.noise(total.shape, round).to(total.device))
             return
         stream = self.randomness.stream(Purpose.NOISE, round)
         stream.add_normals(total.view(-1), self.noise_std)
+
+    def noised_sum(self, total: NDArray[np.float64], steps_per_unit: float, round: int) -> NDArray[np.int64]:
+        """Return a clipped sum on the grid of secure aggregation with this site's share of the noise.
+
+        Args:
+            total: all numbers of the sum, shape (n,); one bag moves it by at most the clip norm.
+            steps_per_unit: of the grid.
+            round: call it once in a round.
+
+        Raises:
+            UserError: the grid is too coarse for so many numbers.
+            ValueError: the noise is not shared.
+        """
+        if self.shares == 1:
+            raise ValueError("the noise of this plan is the site's own, and is not drawn on a grid")
+        deviation = shared_noise.sum_deviation(
+            self.noise_multiplier, steps_per_unit * self.clip_norm, len(total)
+        )
+        if not shared_noise.grid_is_fine(deviation, len(total), self.shares):
+            raise UserError(
+                f"the grid of secure aggregation is too coarse for noise on {len(total):,} numbers and "
+                "the bags of all sites: train fewer numbers, or ask fewer sites"
+            )
+        noise = shared_noise.share(total.shape, deviation / math.sqrt(self.shares), self.randomness, round)
+        return shared_noise.to_steps(total, steps_per_unit) + noise
 
     def noised_evaluation(self, sums: NDArray[np.int64], round: int) -> NDArray[np.int64]:
         """Return the sums of one evaluation, shape (levels,), with the noise that ``evaluation`` charges for.
@@ -208,8 +245,41 @@ class PrivacyPlan(PlanSettings):
 
     def _steps(self, steps: int) -> PoissonGaussian:
         return PoissonGaussian(
-            sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier, steps=steps
+            sample_rate=self.sample_rate,
+            noise_multiplier=self.noise_multiplier,
+            steps=steps,
+            shares=self.shares,
+            discrete=self.shares > 1,
         )
+
+
+def shared_multiplier(dp: "DPConfig", rounds: int) -> float:
+    """Return the noise multiplier that every site of a run with shared noise finds for itself.
+
+    It depends on nothing of a site.
+
+    Raises:
+        UserError: no noise meets the target.
+    """
+    settings = PlanSettings(
+        delta=dp.delta,
+        clip_norm=dp.clip_norm,
+        number_of_bags=1,
+        sample_rate=dp.sample_rate,
+        steps_per_round=dp.steps_per_round,
+        rounds=rounds,
+        release=DiscreteLaplace(scale=dp.release_scale),
+        shares=2,
+        force_delta=True,
+    )
+    randomness = InsecureSeededRandomness(0, "")  # nothing is drawn from it
+    return PrivacyPlan.build(settings, randomness, epsilon=dp.epsilon).noise_multiplier
+
+
+def _rounded_up(sigma: float) -> float:
+    """Return the next number of four significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(sigma)) - 3)
+    return math.ceil(sigma / unit) * unit
 
 
 def _noise_faults(epsilon: float | None, sigma: float | None) -> list[str]:

@@ -111,6 +111,28 @@ def quantise(sent: _Arrays, trained: _Arrays, grid: Grid, weight: float, most_cl
     return words
 
 
+def to_words(steps: NDArray[np.int64]) -> Words:
+    """Return whole numbers of steps as words modulo 2**32, same shape."""
+    return (steps & 0xFFFFFFFF).astype(np.uint32)
+
+
+def sum_of(total: Words, trained: _Arrays, grid: Grid) -> dict[str, NDArray[np.float64]]:
+    """Return a sum of ``to_words`` by name, in units.
+
+    Args:
+        total: the sum, modulo 2**32.
+        trained: arrays with the names and shapes of what is summed.
+        grid: of the session.
+    """
+    signed, place = total.view(np.int32) / grid.scale, 0
+    found = {}
+    for name in sorted(trained):
+        size = trained[name].size
+        found[name] = signed[place : place + size].reshape(trained[name].shape)
+        place += size
+    return found
+
+
 def refuse_noise(total: Words, weight: float, sites: int) -> None:
     """Refuse a sum that is as large everywhere as one with random words in it.
 

@@ -15,10 +15,11 @@ from client.data.batch import make_batch
 from client.data.labelled import LabelledImages
 from client.evaluation import read_predictions
 from client.ghost_clipping import clipped_sum, pieces, suits
-from client.private_training import BagDPOptimizer, rate_by_noise, train_round_privately
+from client.private_training import BagDPOptimizer, train_round_privately
 from client.terms.base import Objective
 from client.training import make_setting, train_round
 from common.config import RunConfig
+from common.config_tables import rate_by_noise
 from common.model.build import build_model, trainable_parameters
 from common.model.classifier import HierarchicalClassifier
 from common.model.features.bank import FeatureBank, feature_bank
@@ -282,14 +283,10 @@ def test_a_private_round_is_the_same_whichever_way_it_is_clipped(
 
 
 def test_the_rate_falls_with_the_noise_and_stays_within_bounds() -> None:
-    def rate(sigma: float, numbers: int = 100, sites: int = 1) -> float:
-        return rate_by_noise(make_plan(sigma=sigma), numbers, sites) * 0.5
-
-    assert rate(1.0) == pytest.approx(2.5 / (10 / 3))
-    assert rate(2.0) == pytest.approx(rate(1.0) / 2)
-    assert rate(2.0, sites=4) == pytest.approx(rate(1.0))
-    assert rate(1e-6) == 4.0
-    assert rate(1e6) == 0.25
+    assert rate_by_noise(2.0) == pytest.approx(1.25)
+    assert rate_by_noise(4.0) == pytest.approx(rate_by_noise(2.0) / 2)
+    assert rate_by_noise(0.0) == 4.0
+    assert rate_by_noise(1e6) == 0.25
 
 
 def test_the_optimiser_of_heads_never_holds_the_centre(

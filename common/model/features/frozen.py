@@ -44,6 +44,15 @@ class FrozenFeatures(nn.Module):
         # The bank is no part of this module: nothing of it is trained, sent or stored with the model.
         return feature_bank(self.names, self.image_size)(inputs.images)
 
+    def centring_rate(self, clip_norm: float, steps: int) -> float:
+        """Return the rate of SGD at which so many steps average the mean features that they are given.
+
+        Args:
+            clip_norm: length of the gradient that stands for a mean feature of length ``longest``.
+            steps: of all rounds that learn the centre.
+        """
+        return self.longest / clip_norm / steps
+
     def tail(self, map: Tensor) -> Tensor:
         """Refuse: there is no map.
 
