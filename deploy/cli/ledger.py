@@ -59,6 +59,12 @@ def show(file: _File) -> None:
         f"spent: epsilon {spent:.4g} of {cap.epsilon:g} (replace-one) at delta {cap.delta:g}; "
         f"left: {max(cap.epsilon - spent, 0):.4g}; under add/remove: {add_remove:.4g}"
     )
+    if (own := book.spent_alone()) is not None:
+        of = "" if cap.alone is None else f" of {cap.alone:g}"
+        out.print(
+            f"by its own shares of noise alone, should the masks fail: epsilon {own:.4g}{of} "
+            f"(replace-one) at delta {cap.delta:g}"
+        )
     out.print("Upper bounds by dp-accounting's PLD accountant, over all runs and data versions.")
     out.print(f"head: {book.head}", soft_wrap=True)
 

@@ -109,6 +109,11 @@ def _describe_update(policy: SitePolicy) -> str:
         if budget.epsilon is not None
         else "exact: no differential privacy"
     )
+    if policy.secure_aggregation.shared_noise and budget.alone_epsilon is not None:
+        noise += (
+            "; the noise may be shared with other sites of a masked sum: by its own share alone at most "
+            f"epsilon {budget.alone_epsilon:g}"
+        )
     return f"{noise}; masked, the server sees sums only" if policy.secure_aggregation.required else noise
 
 

@@ -23,7 +23,15 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
 from common.privacy.accounting import epsilon_curve, spent
-from common.privacy.events import Adjacency, DiscreteLaplace, PoissonGaussian
+from common.privacy.events import (
+    GRID_COST,
+    Adjacency,
+    DiscreteLaplace,
+    PoissonGaussian,
+    alone,
+    is_shared,
+    merge,
+)
 
 Events = tuple[PoissonGaussian | DiscreteLaplace, ...]
 
@@ -71,6 +79,10 @@ class Epsilons:
     curve: tuple[tuple[float, float], ...]
     what_if: tuple[tuple[int, float], ...]
     """Epsilon by number of further rounds."""
+    own_share: float | None
+    """By the site's own shares of noise alone; None where no noise was shared."""
+    stated_alone: float | None
+    """The same, of the events that were stated."""
     opacus_rdp: float | None = None
     """Of the training steps alone; None where there are none."""
 
@@ -148,7 +160,14 @@ def _answer(question: EpsilonQuery) -> Epsilons:
         stated=spent(question.stated, delta, Adjacency.REPLACE_ONE),
         add_remove=spent(events, delta, Adjacency.ADD_REMOVE),
         without_amplification=_without_amplification(events, delta),
+        own_share=_by_own_share(events, delta),
+        stated_alone=_by_own_share(question.stated, delta),
     )
+
+
+def _by_own_share(events: Events, delta: float) -> float | None:
+    """Return the replace-one epsilon without the noise of other sites, or None where none was shared."""
+    return spent(merge(alone(events)), delta, Adjacency.REPLACE_ONE) if is_shared(events) else None
 
 
 def _second_opinion(question: EpsilonQuery) -> float | None:
@@ -201,7 +220,8 @@ def _without_amplification(events: Events, delta: float) -> float:
     # The closed form is used because the accountant's grid would have to be so wide here that it takes ten
     # times as long as all the other figures.
     distance = 2 * math.sqrt(sum(event.steps / event.noise_multiplier**2 for event in steps))
-    return releases + _gaussian_epsilon(distance, delta)
+    grid = GRID_COST * sum(event.steps for event in steps if event.discrete)
+    return releases + grid + _gaussian_epsilon(distance, delta)
 
 
 def _gaussian_epsilon(distance: float, delta: float) -> float:

@@ -41,6 +41,7 @@ class Statement(BaseModel):
     unit: str
     adjacency: str
     epsilon: float | None = Field(ge=0)
+    epsilon_alone: float | None = Field(None, ge=0)
     delta: float | None = Field(gt=0, lt=1)
     events: tuple[Event, ...]
     budget_left: float | None

@@ -208,6 +208,11 @@ def _disagreements(item: Evidence, answer: Epsilons | None) -> list[Problem]:
     compared = compared and not _too_many(merge(statement.events))
     if compared and not math.isclose(statement.epsilon, answer.stated, rel_tol=_TOLERANCE, abs_tol=1e-9):
         reasons.append(f"{where} says epsilon {statement.epsilon:.4g}; its events cost {answer.stated:.4g}")
+    own, stated = answer.stated_alone, statement.epsilon_alone
+    if compared and (own is None) != (stated is None):
+        reasons.append(f"{where} is at odds with its events on whether noise was shared")
+    elif compared and not math.isclose(stated or 0.0, own or 0.0, rel_tol=_TOLERANCE, abs_tol=1e-9):
+        reasons.append(f"{where} says epsilon {stated:.4g} by its own noise alone; its events cost {own:.4g}")
     if item.state is not None:
         then = events_up_to(item.state, statement.ledger_head)
         if then is None:
@@ -250,6 +255,8 @@ def _site(item: Evidence, inquiry: _Inquiry, answer: Epsilons | None) -> Site:
         add_remove=_finite(bounded.add_remove) if bounded else None,
         opacus_rdp=_finite(bounded.opacus_rdp) if bounded else None,
         without_amplification=_finite(bounded.without_amplification) if bounded else None,
+        own_share=_finite(bounded.own_share) if bounded else None,
+        own_share_cap=state.cap.alone if state else None,
         bags=bags,
         delta_limit=1 / bags if bags else None,
         steps=sum(part.steps for part in training),

@@ -55,6 +55,7 @@ class Training(_Part):
     data_version: str
     sample_rate: float = Field(description="q: chance of each bag to be in a step")
     noise_multiplier: float = Field(description="sigma: noise standard deviation / clip norm")
+    shares: int = Field(1, description="sites whose equal shares of noise make up sigma; 1: the site's own")
     steps: int
     rounds: int | None
     unconfirmed_rounds: int = Field(description="reserved, and never confirmed; they count")
@@ -159,6 +160,7 @@ class Stated(_Part):
     unit: str
     adjacency: str
     epsilon: float | None
+    epsilon_alone: float | None = Field(None, description="by its own shares of noise alone")
     delta: float | None
     budget_left: float | None
     ledger_head: str
@@ -187,6 +189,10 @@ class Site(_Part):
         description="training steps alone, add/remove, by Opacus's Renyi accountant"
     )
     without_amplification: float | None = Field(description="had every bag been in every step")
+    own_share: float | None = Field(
+        None, description="by the site's own shares of noise alone; null: no noise was shared"
+    )
+    own_share_cap: float | None = Field(None, description="the most that the site allows of that")
     bags: int | None = Field(description="N: the bags that are trained on; not protected")
     delta_limit: float | None = Field(description="1 / N; delta must stay below")
     steps: int

@@ -46,7 +46,7 @@ def _field_path(*keys: str | int) -> str:
 _EPSILONS = frozenset(
     {
         "epsilon", "confirmed", "left", "cap", "add_remove", "opacus_rdp", "without_amplification",
-        "epsilon_alone", "budget_left", "replace_one",
+        "epsilon_alone", "budget_left", "replace_one", "own_share", "own_share_cap",
     }
 )  # fmt: skip
 """Fields that hold an epsilon. Nobody reads more of one than its thousandths; report.json has them all."""

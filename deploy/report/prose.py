@@ -110,6 +110,15 @@ def cautions(context: ReportContext) -> tuple[str, ...]:
             f"The records of {_listed(untold)} do not say which generator drew the noise. Whoever can "
             "predict noise can subtract it, so the figures promise nothing until that is known."
         )
+    if shared := [site for site in context.sites if site.own_share is not None]:
+        highest = max(shared, key=lambda site: site.own_share or 0.0)
+        found.append(
+            f"Noise was shared at {_listed([site.name for site in shared])}: the figures hold as long as "
+            "secure aggregation shows nothing but sums, and as many sites as are counted on keep their noise "
+            "to themselves. Should the masks fail, or all other sites work with the server, each site's own "
+            f"share is left: epsilon {epsilon_text(highest.own_share or 0.0)} at most ({highest.name}, "
+            f"{highest.adjacency} {highest.unit}, delta {highest.delta:g}, {highest.accountant})."
+        )
     if (worst := context.worst) is not None and worst.epsilon > _WEAK:
         found.append(
             f"An epsilon above {_WEAK:g} is weak: staying within such a budget alone protects little "
@@ -248,7 +257,17 @@ def _adjacency(context: ReportContext) -> list[str]:
 
 
 def _trust(context: ReportContext) -> list[str]:
+    shared = [
+        f"{site.name} shared its noise with others: each site added one of "
+        f"{max(part.shares for part in site.training)} equal shares, and only a sum with that many was "
+        "unmasked. Against the server under secure aggregation the figure is "
+        f"{epsilon_text(site.epsilon or 0.0)}; by its own share alone it is {epsilon_text(site.own_share)}. "
+        "If t of n sites in a sum work with the server, the noise of n - t shares is left."
+        for site in context.sites
+        if site.own_share is not None
+    ]
     return [
+        *shared,
         "Noise is added at each site before anything is sent. The guarantee holds against the server, the "
         "other sites, whoever reads the network, and everybody who gets the model. It does not hold against "
         "somebody inside the site, who has the images themselves.",

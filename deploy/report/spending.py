@@ -53,22 +53,23 @@ def _events_of(entry: Entry) -> int:
 
 def training_of(spent: Iterable[Charge]) -> tuple[Training, ...]:
     """Return the training steps, with equal ones of one run and data version merged."""
-    groups: dict[tuple[str, str, float, float], list[Charge]] = {}
+    groups: dict[tuple[str, str, float, float, int], list[Charge]] = {}
     for charge in spent:
-        if isinstance(charge.event, PoissonGaussian):
-            rate, sigma = charge.event.sample_rate, charge.event.noise_multiplier
-            groups.setdefault((charge.run, charge.data_version, rate, sigma), []).append(charge)
+        if isinstance(event := charge.event, PoissonGaussian):
+            kind = (event.sample_rate, event.noise_multiplier, event.shares)
+            groups.setdefault((charge.run, charge.data_version, *kind), []).append(charge)
     return tuple(
         Training(
             run=run,
             data_version=version,
             sample_rate=rate,
             noise_multiplier=sigma,
+            shares=shares,
             steps=sum(c.event.steps for c in group if isinstance(c.event, PoissonGaussian)),
             rounds=len(group),
             unconfirmed_rounds=sum(not c.confirmed for c in group),
         )
-        for (run, version, rate, sigma), group in groups.items()
+        for (run, version, rate, sigma, shares), group in groups.items()
     )
 
 
@@ -140,7 +141,8 @@ def _name_event(body: Mapping[str, Any]) -> str:
             else "counts"
         )
         return f"{what}, discrete Laplace, scale {event.scale:g}"
-    return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}"
+    shared = f" of {event.shares} sites together" if event.shares > 1 else ""
+    return f"{event.steps} steps, q {event.sample_rate:.4g}, sigma {event.noise_multiplier:.4g}{shared}"
 
 
 def events_up_to(state: LedgerState, head: str) -> Sequence[PoissonGaussian | DiscreteLaplace] | None:

@@ -93,6 +93,8 @@ def site_table(state: SiteState, now: float) -> RenderableType:
         figures.add_row(f"cap at delta {spent.delta:g}", f"{spent.cap:.4g}")
         figures.add_row("spent", f"{spent.epsilon:.4g}")
         figures.add_row("left", f"{spent.left:.4g}")
+        if spent.own_share is not None:
+            figures.add_row("spent, by its own share of noise alone", f"{spent.own_share:.4g}")
         parts.append(figures)
         if spent.unconfirmed:
             parts.append(Text(f"{spent.unconfirmed} reserved round(s) never finished; they count as spent"))

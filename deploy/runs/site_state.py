@@ -35,6 +35,8 @@ class _Spending:
     """Reservations that no finished round followed: they count as spent."""
     refusals: int
     """Requests that the cap did not allow, over all runs."""
+    own_share: float | None = None
+    """Epsilon by the site's own shares of noise alone; None where no noise was shared."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class _LedgerReader:
             cap=cap.epsilon,
             unconfirmed=len(state.open_reservations),
             refusals=state.refusals,
+            own_share=state.spent_alone(),
         ), ""
 
 
