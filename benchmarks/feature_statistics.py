@@ -19,9 +19,9 @@ from common import parts
 from common.model.features.bank import STATISTICS, Standard
 from common.parts import Kind
 
-KEPT = {"colour-histogram": 128, "gabor": 96}
-"""Directions kept; of a long feature the first ``MOST``."""
-MOST = 128
+KEPT = {"colour-histogram": 128, "gabor": 32}
+"""Directions kept; the rest varies little and would take as much noise. Of networks: ``MOST``."""
+MOST = 64
 FEATURES = ("colour-histogram", "gabor", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 SIDE, LEAVES, IMAGES = 48, 48, 4000
 

@@ -6,6 +6,7 @@ frozen, bounded object, refuses unknown keys, and writes it back as the ``config
 be repeated.
 """
 
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -159,11 +160,20 @@ class RunConfig(Section):
             "dp.metrics-scale = 0": self.dp.metrics_scale == 0,
             "federation.strategy = 'fedavg'": self.federation.strategy == Strategy.FEDAVG,
             "dp.colluders below secure-aggregation.minimum-sites - 1": self.shares > 1,
+            # So many could have two lists of survivors signed: the difference is one site's own sum.
+            "fewer dp.colluders, or a higher secure-aggregation.threshold-share": self.dp.colluders
+            < max(1, 2 * self._threshold - self.federation.sites),
         }
         missing = [key for key, is_so in needed.items() if not is_so]
         if missing:
             raise ValueError(f"dp.noise = 'shared' needs {', '.join(missing)}")
         return self
+
+    @property
+    def _threshold(self) -> int:
+        """Return how many sites sign a list of survivors (``common.secure_aggregation.cohort.threshold``)."""
+        sites, share = self.federation.sites, self.secure_aggregation.threshold_share
+        return max(sites // 2 + 1, math.ceil(share * sites - 1e-9))
 
     @property
     def shares(self) -> int:

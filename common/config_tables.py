@@ -327,9 +327,9 @@ class EvaluationConfig(Section):
         return -(-rounds // self.every)
 
 
-LARGEST_RATE = 4.0
+LARGEST_RATE = 5.0
 """The learning rate of steps without noise, where ``train.learning-rate`` is 0."""
-_RATE_BY_NOISE, _LEAST_RATE = 2.5, 0.25
+_RATE_BY_NOISE, _LEAST_RATE = 3.0, 0.25
 
 
 def rate_by_noise(noise: float) -> float:

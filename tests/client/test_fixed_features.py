@@ -283,9 +283,9 @@ def test_a_private_round_is_the_same_whichever_way_it_is_clipped(
 
 
 def test_the_rate_falls_with_the_noise_and_stays_within_bounds() -> None:
-    assert rate_by_noise(2.0) == pytest.approx(1.25)
+    assert rate_by_noise(2.0) == pytest.approx(1.5)
     assert rate_by_noise(4.0) == pytest.approx(rate_by_noise(2.0) / 2)
-    assert rate_by_noise(0.0) == 4.0
+    assert rate_by_noise(0.0) == 5.0
     assert rate_by_noise(1e6) == 0.25
 
 

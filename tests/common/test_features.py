@@ -13,7 +13,7 @@ from common.errors import ConfigError, UserError
 from common.hierarchy import Hierarchy
 from common.model.build import build_model, trainable_parameters
 from common.model.features import bank as banks
-from common.model.features.bank import POWER, STATISTICS, FeatureBank, Standard, feature_bank
+from common.model.features.bank import STATISTICS, FeatureBank, Standard, feature_bank, length_of
 from common.model.features.frozen import FrozenFeatures
 from common.model.features.gabor import Gabor, gabor_pair
 from common.model.interfaces import Inputs
@@ -73,7 +73,7 @@ def test_public_features_have_the_length_that_is_promised_and_stay_half_way_to_w
     public = torch.randn(5000, 6, generator=rng, dtype=torch.float64) @ mixing + 3
     standard = Standard.of(public, 6)
     made = standard(public)
-    assert made.square().sum(dim=1).mean().sqrt() == pytest.approx(POWER, rel=1e-6)
+    assert made.square().sum(dim=1).mean().sqrt() == pytest.approx(3**0.5, rel=1e-6)
     torch.testing.assert_close(made.mean(dim=0), torch.zeros(6, dtype=torch.float64), atol=1e-9, rtol=0)
     # C^(-1/4) on both sides of C leaves its square root: ratios of variances become their roots.
     before = torch.linalg.eigvalsh(torch.cov(public.T)).flip(0)
@@ -100,7 +100,7 @@ def test_every_shipped_feature_has_statistics_of_its_length(name: str) -> None:
 def test_the_features_of_an_image_do_not_depend_on_the_others() -> None:
     bank = feature_bank(NAMES, 48)
     together = bank(images())
-    assert together.shape == (6, bank.n_features) == (6, 128 + 96)
+    assert together.shape == (6, bank.n_features) == (6, 128 + 32)
     for row in range(6):
         torch.testing.assert_close(bank(images()[row : row + 1])[0], together[row], atol=1e-4, rtol=1e-4)
 
@@ -137,7 +137,7 @@ def test_a_network_of_a_file_is_standardised_image_by_image(tmp_path: Path) -> N
     bank = FeatureBank((f"resnet18@{tmp_path / 'weights.safetensors'}",), 48)
     assert torch.equal(state, torch.get_rng_state())
     made = bank(images(3))
-    torch.testing.assert_close(made.norm(dim=1), torch.full((3,), POWER))
+    torch.testing.assert_close(made.norm(dim=1), torch.full((3,), length_of(512)))
     torch.testing.assert_close(made.mean(dim=1), torch.zeros(3), atol=1e-5, rtol=0)
 
 
@@ -157,7 +157,7 @@ def test_only_heads_and_centre_are_trained_and_sent_and_the_loss_leaves_the_cent
     with torch.no_grad():
         backbone.centre.copy_(backbone.standardised(Inputs.alone(images())).mean(dim=0))
         pooled = model(Inputs.alone(images())).features.pooled
-    torch.testing.assert_close(pooled.mean(dim=0), torch.zeros(224), atol=1e-4, rtol=0)
+    torch.testing.assert_close(pooled.mean(dim=0), torch.zeros(160), atol=1e-4, rtol=0)
 
 
 def test_features_that_were_computed_before_stand_for_the_images() -> None:

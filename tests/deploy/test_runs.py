@@ -245,7 +245,7 @@ def test_every_setting_of_a_preset_is_listed_with_its_reason() -> None:
     assert all(row["why"] and row["default"] != row["preset"] for row in rows.values())
     unknown = fedbags("config", "--preset", "magic")
     assert unknown.returncode == 2
-    assert "there are dp, sites-dir" in unknown.stderr
+    assert "there are dp, shared-noise, sites-dir" in unknown.stderr
 
 
 def test_a_preset_counts_where_an_option_or_its_name_asks_for_it(tmp_path: Path) -> None:

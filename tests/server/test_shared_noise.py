@@ -208,6 +208,7 @@ def test_a_cap_for_the_share_alone_ends_a_sites_part(four: Config, four_sites: P
         {"secure_aggregation__enabled": False}, {"dp__sample_rate": 0.0}, {"dp__steps_per_round": 2},
         {"dp__epsilon": 0.0}, {"dp__metrics_scale": 20.0}, {"federation__strategy": "fedavgm"},
         {"dp__colluders": 2},
+        {"dp__colluders": 2, "secure_aggregation__minimum_sites": 4},
     ],
 )  # fmt: skip
 def test_shared_noise_that_could_not_hold_is_a_mistake_in_the_configuration(

@@ -9,6 +9,7 @@ hospitals' own features, is learned (``frozen.py``).
 import base64
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,8 +28,7 @@ from common.model.interfaces import Inputs
 from common.parts import Kind
 
 STATISTICS = Path(__file__).with_name("statistics")
-POWER = 8.0
-"""Root mean square of the length of every standardised feature of public images."""
+_LONGEST = 8.0
 _VERSION = 1
 """Raised when a feature changes, so that caches of older releases are not taken for this one's."""
 _EXPONENT, _RIDGE = 0.25, 1e-3
@@ -62,7 +62,7 @@ class Standard:
             # In the feature's own axes, where directions that vary alike cannot be exchanged.
             transform = transform @ vectors.T
         power = (values * weights.square()).sum().sqrt() * scale.sqrt()
-        return cls(mean, transform * (POWER / power))
+        return cls(mean, transform * (length_of(kept) / power))
 
     def to_json(self) -> str:
         """Return the statistics as JSON, numbers in base64: the app of hospitals takes no binary file."""
@@ -78,6 +78,15 @@ class Standard:
         mean, transform = (each.to(features.device, features.dtype) for each in (self.mean, self.transform))
         standard: Tensor = (features - mean) @ transform
         return standard
+
+
+def length_of(directions: int) -> float:
+    """Return the root mean square length of a standardised feature of public images.
+
+    It is the same for each direction, so that of two features the one with more of them weighs more, up to
+    a length that no single feature exceeds.
+    """
+    return min(math.sqrt(directions / 2), _LONGEST)
 
 
 def _encode(value: Tensor) -> dict[str, object]:
@@ -96,17 +105,17 @@ def _decode(entry: dict[str, object]) -> Tensor:
 
 
 def _image_by_image(features: Tensor) -> Tensor:
-    """Return each image's features with mean 0 and length POWER."""
+    """Return each image's features with mean 0 and the length of their number."""
     centred = features - features.mean(dim=1, keepdim=True)
     lengths: Tensor = centred.norm(dim=1, keepdim=True)
-    return centred * (POWER / lengths.clamp_min(1e-6))
+    return centred * (length_of(features.shape[1]) / lengths.clamp_min(1e-6))
 
 
 @dataclass(frozen=True, eq=False)
 class _Feature:
     extractor: nn.Module
     standard: Standard | None
-    length: int
+    number: int
 
     def __call__(self, images: Tensor) -> Tensor:
         found = self.extractor(Inputs.alone(images)).pooled
@@ -117,13 +126,15 @@ class FeatureBank:
     """Compute the features that a configuration lists, one after the other.
 
     Attributes:
-        n_features: F, the length of all of them together.
+        n_features: F, the number of all of them together.
+        length: root mean square length of the features of public images.
         key: a hash of all that the numbers depend on but the images.
     """
 
     def __init__(self, names: tuple[str, ...], image_size: int) -> None:
         self._features = [_feature(name, image_size) for name in names]
-        self.n_features = sum(feature.length for feature in self._features)
+        self.n_features = sum(feature.number for feature in self._features)
+        self.length = math.sqrt(sum(length_of(feature.number) ** 2 for feature in self._features))
         described = {"version": _VERSION, "size": image_size, "features": [_described(n) for n in names]}
         self.key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ConfigError
-from common.model.features.bank import POWER, feature_bank
+from common.model.features.bank import feature_bank
 from common.model.interfaces import Features, Inputs
 
 
@@ -26,8 +26,9 @@ class FrozenFeatures(nn.Module):
     def __init__(self, names: tuple[str, ...], image_size: int) -> None:
         super().__init__()
         self.names, self.image_size = names, image_size
-        self.n_features = feature_bank(names, image_size).n_features
-        self.longest: float = 2 * POWER * len(names) ** 0.5
+        bank = feature_bank(names, image_size)
+        self.n_features = bank.n_features
+        self.longest = 2 * bank.length
         """Length that a bag's mean feature is cut to in centring, twice that of public images."""
         self.ignored_weights: tuple[str, ...] = ()
         self.centre = nn.Parameter(torch.zeros(self.n_features))
