@@ -78,14 +78,15 @@ def compose(request: RunRequest) -> RunConfig:
     discover()
     base = RunConfig.from_toml(request.config_file) if request.config_file else RunConfig()
     given = request.given
-    # Called for its errors: a wrong key is named before any image is opened.
-    base.with_changes(given)
-    suited: dict[str, Scalar] = {}
-    for name in _presets_in_use(request):
+    names, suited = _presets_in_use(request), dict[str, Scalar]()
+    for name in names:
         suited |= preset_values(name)
-        if name == "sites-dir" and "sites-dir" in given:
-            suited[_IMAGE_SIZE] = _usual_image_size(Path(str(given["sites-dir"])))
-    return base.with_changes({**suited, **given})
+    # A wrong key is named before any image is opened.
+    config = base.with_changes({**suited, **given})
+    if "sites-dir" in names and "sites-dir" in given and _IMAGE_SIZE not in given:
+        size = _usual_image_size(Path(str(given["sites-dir"])))
+        return base.with_changes({**suited, _IMAGE_SIZE: size, **given})
+    return config
 
 
 def say_presets(config: RunConfig, request: RunRequest) -> None:

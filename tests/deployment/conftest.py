@@ -30,7 +30,7 @@ SITES = ("hospital-1", "hospital-2", "hospital-3")
 SIZE = 16
 BUDGET = "epsilon = 900.0\ndelta = 0.0001\n"
 SMALL = {"model.image-size": SIZE, "dp.steps-per-round": 2, "federation.patience": 120.0}
-"""Of every run: images of 16 pixels, the colour-histogram backbone of --dp, two steps a round."""
+"""Of every run: images of 16 pixels, the fixed features of --dp, two steps a round."""
 
 KEEP_UP = 'until "$@"; do [ $? -eq 2 ] && exit 2; sleep 2; done'
 """What the kits' units say: Restart=on-failure, RestartPreventExitStatus=2."""

@@ -88,7 +88,7 @@ def descendants_of(pid: int) -> list[int]:
 def test_client_app_killed_in_training(consortium: Consortium) -> None:
     """What it had reserved stays spent, the round goes on without it, and the next one has it again."""
     executor = int(consortium.program("executor", SECOND)["pid"])
-    run = consortium.start_run("clientapp", 3, **{"dp.steps-per-round": 100})
+    run = consortium.start_run("clientapp", 3, **{"dp.steps-per-round": 1500})
     run.wait_for("enrolled")
     until = time.monotonic() + 120
     while not (open_ := ledger(consortium, SECOND).open_reservations):
@@ -170,3 +170,45 @@ def test_a_sites_disk_is_full_for_a_while(consortium: Consortium, small_disk: Pa
     finally:
         move(small, usual)
     assert_ledgers_hold(consortium, run, *SITES)
+
+
+SHARED = {
+    "dp.noise": "shared", "dp.steps-per-round": 1, "secure-aggregation.enabled": True,
+    "secure-aggregation.minimum-sites": 2, "federation.quorum": 2,
+}  # fmt: skip
+ALLOWED = "alone-epsilon = 900.0\n[policy.secure-aggregation]\nshared-noise = true\nminimum-sites = 2\n"
+
+
+def test_a_site_killed_in_a_round_of_shared_noise(consortium: Consortium) -> None:
+    """Nothing comes off with fewer shares than are counted on, nothing is free, and the run goes on."""
+    refused = consortium.start_run("not-allowed", 2, **SHARED)
+    assert refused.wait() == 1, refused.said
+    assert not refused.events("update")
+    for site in SITES:
+        path = consortium.data / site / "site.toml"
+        path.write_text(path.read_text() + ALLOWED)
+    # In a suite other runs may have trained before.
+    paths = {site: consortium.data / site / "ledger.sqlite" for site in SITES}
+    before = {site: len(ledger(consortium, site).events) for site in SITES if paths[site].exists()}
+    executor = int(consortium.program("executor", SECOND)["pid"])
+    run = consortium.start_run("shared", 4, **SHARED)
+    run.wait_for("round", round=1)
+    until = time.monotonic() + 120
+    while not (open_ := ledger(consortium, SECOND).open_reservations):
+        assert time.monotonic() < until, "it never reserved"
+        time.sleep(0.01)
+    task = forked_task(executor)
+    assert task is not None
+    os.kill(task, signal.SIGKILL)
+    assert run.wait() == 0, run.said
+    assert open_ <= ledger(consortium, SECOND).open_reservations
+    assert sorted(event["updates"] for event in run.events("round")) == [2, 3, 3, 3]
+    assert_ledgers_hold(consortium, run, *SITES)
+    for site in SITES:
+        book = ledger(consortium, site)
+        charged = [event for event in book.events[before.get(site, 0) :] if event.kind == "poisson_gaussian"]
+        assert sum(event.steps for event in charged) == 4
+        assert all(event.shares == 2 and event.discrete for event in charged)
+        stated = run.summary["statements"][site]
+        assert stated["epsilon_alone"] == pytest.approx(book.spent_alone(), rel=1e-6)
+        assert stated["epsilon_alone"] > stated["epsilon"]
