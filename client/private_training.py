@@ -321,9 +321,9 @@ def _inner_optimiser(
         return torch.optim.SGD([backbone.centre], lr=backbone.centring_rate(plan.clip_norm, steps))
     centre = model.backbone.centre if isinstance(model.backbone, FrozenFeatures) else None
     parameters = [p for p in model.parameters() if p.requires_grad and p is not centre]
-    # All of it is public. The server's mean of the sites' models divides the noise by their number once more.
+    # All of it is public. That the mean of the models has less noise does not help the steps before it.
     numbers = sum(parameter.numel() for parameter in parameters)
-    noise = plan.noise_multiplier * math.sqrt(numbers / config.federation.sites) / plan.expected_bags
+    noise = plan.noise_multiplier * math.sqrt(numbers) / plan.expected_bags
     start = config.train.learning_rate or rate_by_noise(noise) / plan.clip_norm
     return build_optimiser(parameters, config, run_progress(round, config.rounds), start)
 
