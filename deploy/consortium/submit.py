@@ -29,6 +29,7 @@ from deploy.consortium.kit import CoordinatorKit
 from deploy.lazy import lazy_imports
 from deploy.runs.reading import read_summary, run_events
 from deploy.runs.show import print_summary
+from deploy.simulation import prerequisites
 from server.run_folder import RunFolder
 
 # It brings torch along, which only private runs need here.
@@ -88,6 +89,7 @@ def _configuration(kit: CoordinatorKit, request: RunRequest) -> RunConfig:
         here["federation.statements"] = str(kit.statements)
     if config.secure_aggregation.enabled and not config.secure_aggregation.certificates:
         here["secure-aggregation.certificates"] = str(kit.nodes)
+    prerequisites.check_coordinator(config)
     private_check.refuse_unsound_run(config)
     aggregation.build_optimiser(config)
     return config.with_changes(here)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "dp": ("private training (--dp)", ("opacus", "dp_accounting", "opendp")),
+    "pretrained": ("a feature with ImageNet weights", ("timm",)),
     "dicom": ("reading DICOM files", ("pydicom",)),
 }
 """Optional dependencies by the name of their extra: what for, and the modules."""
@@ -38,8 +39,22 @@ def check(config: "RunConfig") -> None:
     """
     if config.dp.epsilon:
         _require_extra("dp")
+    check_coordinator(config)
     if config.train.device == "cuda":
         _require_cuda()
+
+
+def check_coordinator(config: "RunConfig") -> None:
+    """Check that the coordinator's machine has what its part of a run is configured for.
+
+    Raises:
+        UserError: an extra is not installed.
+    """
+    # With shared noise the server finds the noise too, for the size of its steps.
+    if config.dp.noise == "shared":
+        _require_extra("dp")
+    if any(name.startswith("efficientnet-lite") for name in config.model.feature_names):
+        _require_extra("pretrained")
 
 
 def _require_extra(extra: str) -> None:

@@ -156,3 +156,25 @@ def test_a_lock_leaves_no_empty_folder_and_keeps_a_full_one(tmp_path: Path) -> N
     with locked(tmp_path / "a" / "b", "a run"):
         (tmp_path / "a" / "b" / "file").touch()
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["file"]
+
+
+def test_a_pretrained_feature_without_its_extra_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    result = fedbags(
+        "simulate", "--set", "model.features=efficientnet-lite0", "--out", "run", cwd=tmp_path,
+        without=("timm", *NOT_LOADED),
+    )  # fmt: skip
+    assert_refused(result, "needs timm", "pip install 'fedbags[pretrained]'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_coordinator_of_shared_noise_needs_the_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig().with_changes(
+        {
+            "dp.epsilon": 1.0, "dp.noise": "shared", "dp.sample-rate": 0.5, "dp.steps-per-round": 1,
+            "secure-aggregation.enabled": True,
+        }
+    )  # fmt: skip
+    monkeypatch.setattr(prerequisites, "_is_there", lambda module: module != "dp_accounting")
+    with pytest.raises(UserError, match=r"fedbags\[dp\]"):
+        prerequisites.check_coordinator(config)
+    prerequisites.check_coordinator(RunConfig().with_changes({"dp.epsilon": 1.0}))
