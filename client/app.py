@@ -145,17 +145,16 @@ def _masked_sum(
     session: SiteSession, request: ModelUpdate, member: "Member"
 ) -> tuple[Words, dict[str, Metric], PrivacyStatement]:
     """Reserve the cost of a step with shared noise, return the site's noised sum under masks, and confirm."""
-    from client.budget import open_budget  # see ``_train_privately``
-    from client.private_training import noised_sum_of_round
+    from client import budget, private_training  # see ``_train_privately``
 
     model = session.receive_model(request.arrays)
-    budget = open_budget(session)
-    reservation = budget.reserve(request.round)
-    steps, result = noised_sum_of_round(
-        model, session.store, session.config, request.round, budget.plan, member.steps_per_unit, session.seeds
+    own = budget.open_budget(session)
+    reservation = own.reserve(request.round)
+    steps, result = private_training.noised_sum_of_round(
+        model, session.store, session.config, request.round, own.plan, member.steps_per_unit, session.seeds
     )
     vector = member.mask_sum(steps)
-    return vector, _metrics_of(result), budget.confirm(reservation, request.round)
+    return vector, _metrics_of(result), own.confirm(reservation, request.round)
 
 
 def _train_privately(
@@ -167,14 +166,15 @@ def _train_privately(
     little.
     """
     # Imported here: Opacus and the accountants take seconds, and a run without privacy needs neither.
-    from client.budget import open_budget
-    from client.private_training import train_round_privately
+    from client import budget, private_training
 
-    budget = open_budget(session)
+    own = budget.open_budget(session)
     seeds = session.seeds
-    reservation = budget.reserve(round)
-    result = train_round_privately(model, session.store, session.config, round, budget.plan, seeds)
-    return result, budget.confirm(reservation, round)
+    reservation = own.reserve(round)
+    result = private_training.train_round_privately(
+        model, session.store, session.config, round, own.plan, seeds
+    )
+    return result, own.confirm(reservation, round)
 
 
 @app.answers("evaluate.bags")

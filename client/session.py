@@ -71,6 +71,11 @@ class SiteSession:
             config, SiteConfig.load(folder), folder, context.node_config, context.run_id, context.state
         )
         session.terms.refuse_parts(config.part_names)
+        if not session.simulated and any("@" in name for name in config.model.feature_names):
+            raise ConfigError(
+                "this run names a weights file for its features (model.features), which is for simulations: "
+                "no server says which files a site reads"
+            )
         return session
 
     @property

